@@ -1,0 +1,105 @@
+"""Batches: checked, given weights, and split into microbatches."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _tree
+from hfjax._types import Tree
+
+
+class Cases(NamedTuple):
+    """A batch, or a microbatch of it: every leaf leads with the case axis.
+
+    Attributes:
+      inputs: a pytree, what `model_fn` reads.
+      targets: a pytree, what the loss compares with.
+      weights: shape `[cases]`; 0 is padding.
+    """
+
+    inputs: Tree
+    targets: Tree
+    weights: jax.Array
+
+
+class Microbatches(NamedTuple):
+    """Microbatches: `cases` itself if there is one, else its leaves [round, part, …]."""
+
+    count: int
+    cases: Cases
+
+    def take(self, k: jax.Array | int) -> Cases:
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 1, keepdims=False),
+            self.cases,
+        )
+
+
+def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
+    """Split a batch into microbatches of at most `microbatch_size` cases.
+
+    Microbatch k holds the cases k, k + count, k + 2·count, …: where the cases are
+    sharded, each device then holds its share of every microbatch. The last round
+    is filled up with the first cases, at weight 0 (real cases: a row of zeros
+    could be where a model is not defined, and 0 · NaN is NaN).
+    """
+    total = cases.weights.shape[0]
+    if microbatch_size is None or microbatch_size >= total:
+        return Microbatches(1, cases)
+    count = -(-total // microbatch_size)
+    rounds = -(-total // count)
+    missing = rounds * count - total
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        if missing:
+            leaf = jnp.concatenate([leaf, leaf[:missing]])
+        return leaf.reshape(rounds, count, *leaf.shape[1:])
+
+    folded = jax.tree.map(fold, cases)
+    padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
+    return Microbatches(
+        count, folded._replace(weights=jnp.where(padding, 0, folded.weights))
+    )
+
+
+def as_cases(batch: tuple) -> Cases:
+    """Check a user's batch and give it weights."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        came = f"{type(batch).__name__}"
+        came += f" of {len(batch)} parts" if isinstance(batch, tuple | list) else ""
+        msg = f"`batch` must be (inputs, targets) or (inputs, targets, weights), got {came}."
+        raise ValueError(msg)
+    inputs, targets, *rest = batch
+    sizes = {
+        f"{part}{jax.tree_util.keystr(path)}": jnp.shape(leaf)[:1]
+        for part, tree in (("inputs", inputs), ("targets", targets))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if not sizes or len(set(sizes.values())) > 1 or () in sizes.values():
+        msg = (
+            "Every leaf of `batch` must lead with the same number of cases, got "
+            f"leading axes { ({name: list(size) for name, size in sizes.items()}) }."
+        )
+        raise ValueError(msg)
+    (cases,) = next(iter(sizes.values()))
+    if cases == 0:
+        msg = "`batch` holds no cases: a mean over none is not defined."
+        raise ValueError(msg)
+    weights = jnp.asarray(rest[0]) if rest and rest[0] is not None else None
+    weights = jnp.ones(cases, jnp.float32) if weights is None else weights
+    if weights.shape != (cases,):
+        msg = f"`batch` weights must have shape ({cases},), got {weights.shape}."
+        raise ValueError(msg)
+    return Cases(inputs, targets, weights.astype(_tree.wide(weights.dtype)))
+
+
+def check_outputs(outputs: Tree, cases: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        if leaf.shape[:1] != (cases,):
+            where = f"outputs{jax.tree_util.keystr(path)}"
+            msg = (
+                "`model_fn` must keep the case axis first: got "
+                f"{where} of shape {leaf.shape} for {cases} cases."
+            )
+            raise ValueError(msg)

@@ -1,0 +1,114 @@
+"""Tree verbs that `optax.tree` lacks, or has with another promise.
+
+Sums accumulate in float32 or wider whatever the leaves' dtype, and nothing is
+ravelled: `ravel_pytree` and `jnp.vdot` (which `optax.tree.vdot` falls back to)
+gather a sharded leaf onto every device, `sum(x * y)` does not.
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._types import Tree
+
+
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that sums of `dtype` accumulate in: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def scalar_dtype(tree: Tree) -> jnp.dtype:
+    """Return the dtype of scalars that summarise `tree`: float32 or its widest leaf."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def widen(tree: Tree) -> Tree:
+    """Return `tree` with every leaf in float32 or wider."""
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
+
+
+def cast_like(tree: Tree, other: Tree) -> Tree:
+    """Return `tree` with the dtypes of `other`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+
+
+def dot(x: Tree, y: Tree) -> jax.Array:
+    """Return xᵀy, accumulated in float32 or wider.
+
+    Args:
+      x: a pytree of arrays.
+      y: a pytree like `x`.
+
+    Returns:
+      A scalar in float32, or in the widest dtype of the leaves.
+    """
+    dtype = scalar_dtype(x)
+    products = jax.tree.map(
+        lambda a, b: jnp.sum(a.astype(wide(a.dtype)) * b.astype(wide(b.dtype))), x, y
+    )
+    return sum_leaves(products, dtype)
+
+
+def sum_leaves(scalars: Tree, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the sum of a tree of scalars; zero of `dtype` if it has no leaves."""
+    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(scalars)]
+    return functools.reduce(operator.add, leaves) if leaves else jnp.zeros((), dtype)
+
+
+def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:
+    """Return a·x + y in the dtypes of `y`, multiplied and added in float32 or wider."""
+
+    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = wide(y.dtype)
+        return (a.astype(dtype) * x.astype(dtype) + y.astype(dtype)).astype(y.dtype)
+
+    return jax.tree.map(leaf, x, y)
+
+
+def scale(a: jax.Array, x: Tree) -> Tree:
+    """Return a·x in the dtypes of `x`, multiplied in float32 or wider."""
+    return jax.tree.map(
+        lambda x: (a.astype(wide(x.dtype)) * x.astype(wide(x.dtype))).astype(x.dtype), x
+    )
+
+
+def add(x: Tree, y: Tree) -> Tree:
+    """Return x + y in the dtypes of `x`: what `optax.apply_updates` does."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
+
+
+def select(predicate: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
+    """Return `on_true` where the scalar `predicate` holds, else `on_false`."""
+    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), on_true, on_false)
+
+
+def magnitude(tree: Tree) -> jax.Array:
+    """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
+
+    Scaling by it is exact, and afterwards squares neither overflow nor vanish.
+    """
+    dtype = scalar_dtype(tree)
+    largest = functools.reduce(
+        jnp.maximum,  # Hands NaN on.
+        [
+            jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
+            for leaf in jax.tree.leaves(tree)
+        ],
+        jnp.zeros((), dtype),
+    )
+    _, exponent = jnp.frexp(largest)
+    # Its reciprocal must be finite and normal too.
+    limit = jnp.finfo(dtype).maxexp - 2
+    power = jnp.ldexp(jnp.ones((), dtype), jnp.clip(exponent, -limit, limit))
+    power = jnp.where(largest == 0, jnp.ones((), dtype), power)
+    return jnp.where(jnp.isfinite(largest), power, largest)
+
+
+def norm(tree: Tree) -> jax.Array:
+    """Return ‖x‖₂ without overflow or underflow; NaN or inf if some entry is."""
+    size = magnitude(tree)
+    scaled = scale(1 / size, widen(tree))
+    return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)

@@ -1,0 +1,31 @@
+"""The seams between rooms: what a tree, a product and a value function are.
+
+Leaves of the library never know each other. Conjugate gradients see a
+`Matvec`, a line search sees a `ValueFn`; only `hfjax.transform` knows everybody.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jax.typing import ArrayLike
+
+Tree: TypeAlias = Any
+"""A pytree of arrays; `Params` where it has the structure of the parameters."""
+
+Params: TypeAlias = Any
+
+Matvec: TypeAlias = Callable[[Tree], Tree]
+"""`v -> A v` for a symmetric `A`; keeps the structure, shapes and dtypes of `v`."""
+
+Preconditioner: TypeAlias = Callable[[Tree], Tree]
+"""`r -> P⁻¹ r` for a symmetric positive definite `P`."""
+
+ValueFn: TypeAlias = Callable[[Tree], jax.Array]
+"""`x -> f(θ + x)`, a scalar; already closed over the parameters and the data."""
+
+Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
+"""Step count to number, as in Optax."""
+
+Number: TypeAlias = ArrayLike
+NumberOrSchedule: TypeAlias = ArrayLike | Schedule

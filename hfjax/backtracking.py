@@ -1,0 +1,116 @@
+"""Backtracking: which of the kept CG iterates becomes the step.
+
+M falls along a run of conjugate gradients, f need not: the later iterates trust
+the model furthest (report, section 8.7). Both rules evaluate f at kept iterates,
+one at a time, in one loop; what is not finite counts as +∞.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._types import Tree, ValueFn
+from hfjax.iterates import Kept
+
+
+class Choice(NamedTuple):
+    """The chosen iterate.
+
+    Attributes:
+      step: δ, like the parameters.
+      iteration: int32 scalar, its number.
+      value: f(θ + δ); +∞ if it is not finite.
+      last_value: f at the last kept iterate.
+    """
+
+    step: Tree
+    iteration: jax.Array
+    value: jax.Array
+    last_value: jax.Array
+
+
+Backtracking: TypeAlias = Callable[[ValueFn, Kept], Choice]
+"""`(value_fn, kept) -> Choice`."""
+
+
+def early_stop() -> Backtracking:
+    """Walk from the last iterate back, and stop at the first that is no better.
+
+    Returns:
+      The rule of Martens' program (Martens 2010, section 4.6).
+    """
+    return lambda value_fn, kept: _walk(value_fn, kept, full=False)
+
+
+def full_search() -> Backtracking:
+    """Evaluate every kept iterate and take the lowest f; of equals, the latest.
+
+    Returns:
+      The rule (report, section 8.7).
+    """
+    return lambda value_fn, kept: _walk(value_fn, kept, full=True)
+
+
+def take_last(value_fn: ValueFn, kept: Kept) -> Choice:
+    """Take the last iterate: what `backtracking=None` stands for.
+
+    Args:
+      value_fn: `x -> f(θ + x)`.
+      kept: the kept iterates.
+
+    Returns:
+      The last one.
+    """
+    slot = _last_slot(kept)
+    step = _at(kept.iterates, slot)
+    value = _finite_or_inf(value_fn(step))
+    return Choice(step, kept.iterations[slot], value, value)
+
+
+class _Walk(NamedTuple):
+    slot: jax.Array  # To look at next.
+    chosen: jax.Array
+    value: jax.Array
+    last_value: jax.Array
+    going: jax.Array
+
+
+def _walk(value_fn: ValueFn, kept: Kept, *, full: bool) -> Choice:
+    final = _last_slot(kept)
+
+    def look(walk: _Walk) -> _Walk:
+        value = _finite_or_inf(value_fn(_at(kept.iterates, walk.slot)))
+        first = walk.slot == final
+        better = (value < walk.value) | first
+        # A value that is not finite is not one to stop at.
+        going = better | full | ~jnp.isfinite(walk.value)
+        return _Walk(
+            slot=walk.slot - 1,
+            chosen=jnp.where(better, walk.slot, walk.chosen),
+            value=jnp.where(better, value, walk.value),
+            last_value=jnp.where(first, value, walk.last_value),
+            going=going,
+        )
+
+    shape = jax.eval_shape(value_fn, _at(kept.iterates, final))
+    infinite = jnp.full((), jnp.inf, shape.dtype)
+    start = _Walk(final, final, infinite, infinite, jnp.ones((), bool))
+    end = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
+    step = _at(kept.iterates, end.chosen)
+    return Choice(step, kept.iterations[end.chosen], end.value, end.last_value)
+
+
+def _last_slot(kept: Kept) -> jax.Array:
+    return (jnp.sum(kept.iterations >= 0) - 1).astype(jnp.int32)
+
+
+def _at(iterates: Tree, slot: jax.Array) -> Tree:
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), iterates
+    )
+
+
+def _finite_or_inf(value: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(value), value, jnp.inf)

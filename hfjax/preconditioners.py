@@ -1,0 +1,137 @@
+"""Preconditioners: positive definite P ≈ A whose inverse is cheap.
+
+    P = (d + λ + κ s)^ξ        (report, section 11.2)
+
+with `d` the diagonal of a curvature matrix. λ is inside the power: P stands for
+the damped matrix, which is what conjugate gradients work on.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _options, diagonals
+from hfjax._types import Number, Params, Preconditioner, Tree
+from hfjax.objective import Objective
+
+
+class PreconditionerRule(NamedTuple):
+    """How each update makes its preconditioner.
+
+    Attributes:
+      build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`.
+      needs_key: whether `build` draws random numbers; `key` is `None` if not.
+    """
+
+    build: Callable[..., Preconditioner]
+    needs_key: bool = False
+
+
+def diagonal(
+    estimate: Callable[[Objective, Params, tuple], Tree] = diagonals.empirical_fisher,
+    *,
+    exponent: Number = 0.75,
+    kappa: Number = 0.0,
+    scale: Tree | None = None,
+) -> PreconditionerRule:
+    """Precondition by P = (d + λ + κ s)^ξ, a diagonal matrix.
+
+    Args:
+      estimate: `(objective, params, batch) -> d`, a function of `hfjax.diagonals` or
+        the caller's; weight decay counts in d.
+      exponent: ξ in [0, 1]; 0.75 (Martens 2010, section 4.7), 1 is the diagonal
+        itself, 0 the identity.
+      kappa: κ ≥ 0, where λ is weak or absent (report, section 11.2; 0 in Martens'
+        program).
+      scale: s, a tree like the parameters of the coarse relative scale of their
+        curvature; `None` is 1 everywhere.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: if a plain number is out of range.
+
+    Example:
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> batch = (jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [-1.0]]))  # d = 2.5
+      >>> rule = diagonal(exponent=0.5)
+      >>> precondition = rule.build(f, jnp.zeros(1), batch, jnp.float32(1.5), None)
+      >>> print(precondition(jnp.array([6.0])))  # 6 / √(2.5 + 1.5)
+      [3.]
+    """
+    _options.check_range("exponent", exponent, low=0.0, high=1.0)
+    _options.check_range("kappa", kappa, low=0.0)
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: tuple,
+        damping: jax.Array,
+        key: None,
+    ) -> Preconditioner:
+        del key
+        entries = estimate(objective, params, batch)
+        ones = jax.tree.map(jnp.ones_like, entries) if scale is None else scale
+
+        def inverse(d: jax.Array, s: jax.Array) -> jax.Array:
+            total = (
+                d
+                + damping.astype(d.dtype)
+                + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
+            )
+            # Where nothing is known of a parameter's curvature (all zero), leave it be.
+            total = jnp.where(total > 0, total, 1)
+            return total ** -jnp.asarray(exponent, d.dtype)
+
+        inverses = jax.tree.map(inverse, entries, ones)
+        return lambda r: jax.tree.map(
+            lambda r, p: (r.astype(p.dtype) * p).astype(r.dtype), r, inverses
+        )
+
+    return PreconditionerRule(build)
+
+
+def custom(
+    build: Callable[..., Preconditioner], *, needs_key: bool = False
+) -> PreconditionerRule:
+    """Precondition by the caller's own P.
+
+    Args:
+      build: `(objective, params, batch, damping) -> (r -> P⁻¹ r)`, called once in
+        each update; P must be symmetric positive definite. With `needs_key` it takes
+        a fifth argument, a typed key, new in each update.
+      needs_key: whether `build` draws random numbers; the state then holds a key,
+        made from `hessian_free`'s `seed`.
+
+    Returns:
+      The rule.
+
+    Raises:
+      TypeError: if `build` is not callable.
+
+    Example:
+      >>> rule = custom(lambda objective, params, batch, damping: lambda r: r / damping)
+      >>> print(rule.build(None, None, None, 2.0, None)(jnp.array([6.0])))
+      [3.]
+    """
+    if not callable(build):
+        msg = f"`build` must be callable, got {type(build).__name__}."
+        raise TypeError(msg)
+    if needs_key:
+        return PreconditionerRule(build, needs_key=True)
+
+    def without_key(
+        objective: Objective,
+        params: Params,
+        batch: tuple,
+        damping: jax.Array,
+        key: None,
+    ) -> Preconditioner:
+        del key
+        return build(objective, params, batch, damping)
+
+    return PreconditionerRule(without_key)

@@ -1,0 +1,106 @@
+"""What an update hands to the next, and what it tells people.
+
+The two are kept apart: `HessianFreeState.info` is the only part that no code reads
+back.
+"""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._types import Params
+from hfjax.cg import Reason
+
+
+class Rejection(enum.IntEnum):
+    """Why an update was rejected: its updates are zero, the parameters stay."""
+
+    NONE = 0
+    """It was accepted."""
+    NONFINITE_GRADIENT = 1
+    """The gradient handed in holds NaN or infinity."""
+    ZERO_GRADIENT = 2
+    """The gradient is zero: there is nothing to do; λ stays."""
+    NONFINITE_PRODUCT = 3
+    """A curvature product, the preconditioner or the model became NaN or infinite."""
+    NONFINITE_VALUE = 4
+    """f at the parameters, or at every candidate, is NaN or infinite."""
+    NO_DESCENT = 5
+    """The step does not point downhill: ∇fᵀδ ≥ 0."""
+    NO_DECREASE = 6
+    """The line search found no step that lowers f enough."""
+
+
+class HessianFreeInfo(NamedTuple):
+    """What the last update did; for people, no code reads it back.
+
+    Scalars, and finite: where a quantity is not, its sentinel stands in.
+
+    Attributes:
+      value_before: f(θ) on the evaluation data (sentinel 0).
+      value_after: f at the new parameters, on the same data (sentinel 0).
+      reduction_ratio: ρ (sentinel −1e9, also for −∞).
+      predicted_change: M(δ), which ρ divides by (sentinel 0).
+      cg_iterations: int32.
+      cg_reason: int32, an `hfjax.cg.Reason`.
+      chosen_iteration: int32, the CG iterate that became the step.
+      step_size: α, with the learning rate in it; 0 if rejected.
+      accepted: bool.
+      rejection: int32, a `Rejection`.
+      gradient_norm: ‖∇f‖ as handed in (sentinel 0).
+      update_norm: ‖αδ‖; 0 if rejected.
+    """
+
+    value_before: jax.Array
+    value_after: jax.Array
+    reduction_ratio: jax.Array
+    predicted_change: jax.Array
+    cg_iterations: jax.Array
+    cg_reason: jax.Array
+    chosen_iteration: jax.Array
+    step_size: jax.Array
+    accepted: jax.Array
+    rejection: jax.Array
+    gradient_norm: jax.Array
+    update_norm: jax.Array
+
+
+class HessianFreeState(NamedTuple):
+    """What the next update needs, and what the last one did.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      damping: λ, a scalar in float32 or the parameters' widest dtype; read it with
+        `optax.tree.get(state, "damping")`, set it with `optax.tree.set`.
+      direction: like the parameters, in float32 or wider: what conjugate gradients
+        found last, for the warm start.
+      key: a typed key if the preconditioner draws random numbers, else `None`.
+      info: what the last update did.
+    """
+
+    count: jax.Array
+    damping: jax.Array
+    direction: Params
+    key: jax.Array | None
+    info: HessianFreeInfo
+
+
+def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
+    """Return the `info` before the first update."""
+    zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    return HessianFreeInfo(
+        value_before=zero,
+        value_after=zero,
+        reduction_ratio=zero,
+        predicted_change=zero,
+        cg_iterations=none,
+        cg_reason=jnp.array(int(Reason.RUNNING), jnp.int32),
+        chosen_iteration=none,
+        step_size=zero,
+        accepted=jnp.zeros((), bool),
+        rejection=none,
+        gradient_norm=zero,
+        update_norm=zero,
+    )

@@ -1,0 +1,116 @@
+"""When conjugate gradients may stop: rules on the history of M.
+
+A rule is called in every iteration with a `Progress` and answers a boolean.
+The report (section 4, equation 2) and Martens' own program both watch the
+relative progress over a window of the last k iterations,
+
+    s_j = (M(x_j) − M(x_{j−k})) / M(x_j),     k = max(minimum_window, fraction · j),
+
+once `j > k` and M < 0; they differ in what they compare it with:
+
+| rule | source | stops when |
+|---|---|---|
+| `martens2010` | Martens (2010) and his program | s_j < 5e-4 · k |
+| `martens_sutskever2012` | the report, equation 2 | s_j < 1e-4 |
+
+The first is at least fifty times looser; early in training it stops after a
+dozen iterations.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _options
+from hfjax._types import Number
+
+
+class Progress(NamedTuple):
+    """What a stopping rule sees, after iteration j.
+
+    Attributes:
+      iteration: j, an int32 scalar; the start is 0.
+      model_values: M(x_0), M(x_1), …, up to j; what lies beyond is not defined.
+      residual_norm: ‖A x_j − b‖.
+      rhs_norm: ‖b‖.
+    """
+
+    iteration: jax.Array
+    model_values: jax.Array
+    residual_norm: jax.Array
+    rhs_norm: jax.Array
+
+
+StoppingRule: TypeAlias = Callable[[Progress], jax.Array]
+"""`progress -> bool`, true to stop."""
+
+
+def martens2010(
+    tolerance: Number = 5e-4, *, fraction: Number = 0.1, minimum_window: int = 10
+) -> StoppingRule:
+    """Stop when the mean relative progress per iteration is below `tolerance`.
+
+    s_j < `tolerance` · k with k = max(⌈`fraction` · j⌉, `minimum_window`).
+
+    Args:
+      tolerance: per iteration (Martens 2010, section 4.4: 0.0005).
+      fraction: of the iterations so far that the window spans (ibid.: 0.1).
+      minimum_window: in iterations (ibid.: 10).
+
+    Returns:
+      The rule.
+    """
+    return _relative_progress(tolerance, fraction, minimum_window, per_iteration=True)
+
+
+def martens_sutskever2012(
+    tolerance: Number = 1e-4, *, fraction: Number = 0.1, minimum_window: int = 10
+) -> StoppingRule:
+    """Stop when the relative progress over the whole window is below `tolerance`.
+
+    s_j < `tolerance` with k = max(⌈`fraction` · j⌉, `minimum_window`).
+
+    Args:
+      tolerance: for the window (report, equation 2: 0.0001).
+      fraction: of the iterations so far that the window spans (report, section 4).
+      minimum_window: in iterations (ibid.).
+
+    Returns:
+      The rule.
+    """
+    return _relative_progress(tolerance, fraction, minimum_window, per_iteration=False)
+
+
+def residual(tolerance: Number) -> StoppingRule:
+    """Stop when ‖A x − b‖ ≤ `tolerance` · ‖b‖, as solvers of linear systems do.
+
+    Args:
+      tolerance: relative to the right-hand side.
+
+    Returns:
+      The rule.
+    """
+    _options.check_range("tolerance", tolerance, low=0.0)
+    return lambda progress: progress.residual_norm <= tolerance * progress.rhs_norm
+
+
+def _relative_progress(
+    tolerance: Number, fraction: Number, minimum_window: int, *, per_iteration: bool
+) -> StoppingRule:
+    _options.check_range("tolerance", tolerance, low=0.0)
+    _options.check_range("fraction", fraction, low=0.0, high=1.0)
+    _options.check_range("minimum_window", minimum_window, low=1)
+
+    def rule(progress: Progress) -> jax.Array:
+        j, values = progress.iteration, progress.model_values
+        window = jnp.maximum(jnp.ceil(fraction * j), minimum_window).astype(j.dtype)
+        now, before = values[j], values[jnp.maximum(j - window, 0)]
+        bound = tolerance * window if per_iteration else tolerance
+        # Martens' program asks M(x_{j−k}) < 0; M falls, so M(x_j) < 0 is implied.
+        started = (j > window) & (before < 0)
+        # s_j < bound without the division: both sides times M(x_j) < 0.
+        return started & (now - before > bound * now)
+
+    return rule
