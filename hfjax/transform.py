@@ -17,21 +17,16 @@ import jax.numpy as jnp
 import optax
 
 from hfjax import _options, _tree
-from hfjax._types import NumberOrSchedule, Params, Tree
+from hfjax._trial import Trial, judge, ratio_of, reduction, report
+from hfjax._types import NumberOrSchedule, Params, Preconditioner, Tree, ValueFn
 from hfjax.backtracking import Backtracking, Choice, early_stop, take_last
-from hfjax.cg import CGResult, Reason, Solver, conjugate_gradient
+from hfjax.cg import Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
-from hfjax.damping import (
-    Damping,
-    levenberg_marquardt,
-    measured_ratio,
-    rounding_noise,
-    tikhonov,
-)
+from hfjax.damping import Damping, levenberg_marquardt, tikhonov
 from hfjax.linesearch import LineSearch, StepSize, armijo, take_whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
-from hfjax.state import HessianFreeInfo, HessianFreeState, Rejection, no_info
+from hfjax.state import HessianFreeState, Rejection, no_info
 
 
 def hessian_free(
@@ -222,6 +217,8 @@ def scale_by_hessian_free(
 
 
 class _Parts(NamedTuple):
+    """The components of one optimizer."""
+
     objective: Objective
     learning_rate: NumberOrSchedule
     damping: Damping
@@ -241,143 +238,82 @@ def _update(
     eval_batch: tuple | None,
 ) -> tuple[Params, HessianFreeState]:
     """Do one update: algorithm 3, line by line."""
-    objective = parts.objective
-    evaluated = batch if eval_batch is None else eval_batch
-    gradient = _tree.widen(grads)
-    dtype = _tree.scalar_dtype(params)
+    gradient, dtype = _tree.widen(grads), _tree.scalar_dtype(params)
+    key, subkey = (None, None) if state.key is None else jax.random.split(state.key)
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     damping = damping.astype(dtype)
-    key, subkey = (None, None) if state.key is None else jax.random.split(state.key)
 
-    def value_fn(step: Tree) -> jax.Array:
-        return objective.value(_tree.add(params, step), evaluated)
+    def value_on(data: tuple) -> ValueFn:
+        return lambda step: parts.objective.value(_tree.add(params, step), data)
 
-    # (B + λI) δ = −∇f, by conjugate gradients.
-    matvec = tikhonov(parts.curvature(objective, params, batch), damping)
-    precondition = None
-    if parts.preconditioner is not None:
-        build = parts.preconditioner.build
-        precondition = build(objective, params, batch, damping, subkey)
-    b = jax.tree.map(jnp.negative, gradient)
+    value_fn = value_on(batch if eval_batch is None else eval_batch)
+
+    # (B + λI) δ = −∇f, by conjugate gradients from ζ δ_before.
+    matvec = tikhonov(parts.curvature(parts.objective, params, batch), damping)
+    precondition = _precondition(parts, params, batch, damping, subkey)
     x0 = parts.solver.start(state.direction, state.count)
+    b = jax.tree.map(jnp.negative, gradient)
     result = parts.solver.solve(matvec, b, x0, precondition, value_fn)
 
-    # δ among its iterates, and α along it.
-    value = objective.value(params, evaluated)
+    # δ, one of its iterates; α, how far to go along it; accept or reject.
+    value = value_fn(jax.tree.map(jnp.zeros_like, b))
     choice = parts.backtracking(value_fn, result.kept)
     slope = _tree.dot(gradient, choice.step)
-    rate = _options.read(parts.learning_rate, state.count).astype(value.dtype)
-    is_whole = (
-        _options.is_plain_number(parts.learning_rate) and parts.learning_rate == 1
-    )
-    search = parts.line_search(
-        lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
-        value,
-        slope,
-        rate,
-        choice.value if is_whole else None,
-    )
-
-    # Accept or reject.
-    gradient_norm = _tree.norm(gradient)
-    rejection = _judge(gradient_norm, result, value, choice, slope, search)
+    search = _search(parts, value_fn, value, choice, slope, state.count)
+    trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
+    rejection = judge(trial)
     accepted = rejection == Rejection.NONE
-    step = _tree.scale(search.step_size, choice.step)
-    step = _tree.select(accepted, step, jax.tree.map(jnp.zeros_like, step))
+    step = _or_zero(accepted, _tree.scale(search.step_size, choice.step))
 
     # ρ, and λ for the next update.
-    proposal = _Proposal(result, value, choice, slope, search)
-    change, predicted = _reduction(parts, proposal, params, batch, eval_batch, damping)
-    ratio = measured_ratio(change, predicted, value)
-    # A step too small to be seen in f is no evidence against the model, even rejected.
-    visible = ~(jnp.abs(predicted) <= rounding_noise(value))
-    ratio = jnp.where(accepted | ~visible, ratio, -jnp.inf)
+    value_on_batch = None if eval_batch is None else value_on(batch)
+    change, predicted = reduction(trial, parts.damping.ratio, damping, value_on_batch)
+    ratio = ratio_of(accepted, change, predicted, value)
     adapted = parts.damping.update(damping, ratio)
     adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, damping, adapted)
 
-    carried = parts.solver.carry(result, choice.step)
-    info = HessianFreeInfo(
-        value_before=_finite_or(0, value),
-        value_after=_finite_or(0, jnp.where(accepted, search.value, value)),
-        reduction_ratio=_finite_or(-1e9, ratio),
-        predicted_change=_finite_or(0, predicted),
-        cg_iterations=result.num_iterations,
-        cg_reason=result.reason,
-        chosen_iteration=choice.iteration,
-        step_size=jnp.where(accepted, search.step_size, 0),
-        accepted=accepted,
-        rejection=rejection,
-        gradient_norm=_finite_or(0, gradient_norm),
-        update_norm=_tree.norm(step),
-    )
     new_state = HessianFreeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         damping=adapted.astype(dtype),
-        direction=_tree.select(
-            accepted, carried, jax.tree.map(jnp.zeros_like, carried)
-        ),
+        direction=_or_zero(accepted, parts.solver.carry(result, choice.step)),
         key=key,
-        info=_tree.cast_like(info, no_info(dtype)),
+        info=report(trial, rejection, ratio, predicted, step, dtype),
     )
     return _tree.cast_like(step, params), new_state
 
 
-def _judge(
-    gradient_norm: jax.Array,
-    result: CGResult,
+def _precondition(
+    parts: _Parts,
+    params: Params,
+    batch: tuple,
+    damping: jax.Array,
+    key: jax.Array | None,
+) -> Preconditioner | None:
+    if parts.preconditioner is None:
+        return None
+    return parts.preconditioner.build(parts.objective, params, batch, damping, key)
+
+
+def _search(
+    parts: _Parts,
+    value_fn: ValueFn,
     value: jax.Array,
     choice: Choice,
     slope: jax.Array,
-    search: StepSize,
-) -> jax.Array:
-    """Return why to reject, or NONE: the first reason that holds."""
-    finite = jnp.isfinite
-    reason = jnp.where(search.success, Rejection.NONE, Rejection.NO_DECREASE)
-    reason = jnp.where(slope < 0, reason, Rejection.NO_DESCENT)
-    seen = finite(value) & finite(choice.value)
-    reason = jnp.where(seen, reason, Rejection.NONFINITE_VALUE)
-    broken = result.reason == Reason.NONFINITE
-    reason = jnp.where(broken, Rejection.NONFINITE_PRODUCT, reason)
-    reason = jnp.where(gradient_norm == 0, Rejection.ZERO_GRADIENT, reason)
-    reason = jnp.where(finite(gradient_norm), reason, Rejection.NONFINITE_GRADIENT)
-    return reason.astype(jnp.int32)
+    count: jax.Array,
+) -> StepSize:
+    """Search along the chosen step, from the learning rate down."""
+    rate = parts.learning_rate
+    # Backtracking has evaluated α = 1 already.
+    known = _options.is_plain_number(rate) and rate == 1
+    return parts.line_search(
+        lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
+        value,
+        slope,
+        _options.read(rate, count).astype(value.dtype),
+        choice.value if known else None,
+    )
 
 
-class _Proposal(NamedTuple):
-    result: CGResult
-    value: jax.Array
-    choice: Choice
-    slope: jax.Array
-    search: StepSize
-
-
-def _reduction(
-    parts: _Parts,
-    proposal: _Proposal,
-    params: Params,
-    batch: tuple,
-    eval_batch: tuple | None,
-    damping: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the change of f and M(δ), of the step and data that ρ is to judge."""
-    ratio, (result, value, choice, slope, search) = parts.damping.ratio, proposal
-    is_last = ratio.step == "last"
-    step = result.x if is_last else choice.step
-    after = choice.last_value if is_last else choice.value
-    index = result.num_iterations if is_last else choice.iteration
-    predicted = result.model_values[index]
-    if ratio.model == "undamped":
-        predicted -= 0.5 * damping * _tree.dot(step, step)
-    if ratio.step == "taken":
-        # M(αδ) = α ∇fᵀδ + ½α² δᵀBδ, and ½δᵀBδ = M(δ) − ∇fᵀδ.
-        alpha = search.step_size
-        predicted = alpha * slope + alpha**2 * (predicted - slope)
-        step, after = _tree.scale(alpha, step), search.value
-    if eval_batch is not None and ratio.data == "batch":
-        value = parts.objective.value(params, batch)
-        after = parts.objective.value(_tree.add(params, step), batch)
-    return after - value, predicted
-
-
-def _finite_or(sentinel: float, x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, sentinel)
+def _or_zero(accepted: jax.Array, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.where(accepted, x, 0), tree)
