@@ -6,11 +6,12 @@ one at a time, in one loop; what is not finite counts as +∞.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hfjax import _tree
 from hfjax._types import Tree, ValueFn
 from hfjax.iterates import Kept
 
@@ -31,8 +32,14 @@ class Choice(NamedTuple):
     last_value: jax.Array
 
 
-Backtracking: TypeAlias = Callable[[ValueFn, Kept], Choice]
-"""`(value_fn, kept) -> Choice`."""
+class Backtracking(NamedTuple):
+    """A rule for choosing.
+
+    Attributes:
+      choose: `(value_fn, kept) -> Choice`.
+    """
+
+    choose: Callable[[ValueFn, Kept], Choice]
 
 
 def early_stop() -> Backtracking:
@@ -41,7 +48,7 @@ def early_stop() -> Backtracking:
     Returns:
       The rule of Martens' program (Martens 2010, section 4.6).
     """
-    return lambda value_fn, kept: _walk(value_fn, kept, full=False)
+    return Backtracking(lambda value_fn, kept: _walk(value_fn, kept, full=False))
 
 
 def full_search() -> Backtracking:
@@ -50,23 +57,23 @@ def full_search() -> Backtracking:
     Returns:
       The rule (report, section 8.7).
     """
-    return lambda value_fn, kept: _walk(value_fn, kept, full=True)
+    return Backtracking(lambda value_fn, kept: _walk(value_fn, kept, full=True))
 
 
-def take_last(value_fn: ValueFn, kept: Kept) -> Choice:
+def last() -> Backtracking:
     """Take the last iterate: what `backtracking=None` stands for.
 
-    Args:
-      value_fn: `x -> f(θ + x)`.
-      kept: the kept iterates.
-
     Returns:
-      The last one.
+      The rule.
     """
-    slot = _last_slot(kept)
-    step = _at(kept.iterates, slot)
-    value = _finite_or_inf(value_fn(step))
-    return Choice(step, kept.iterations[slot], value, value)
+
+    def choose(value_fn: ValueFn, kept: Kept) -> Choice:
+        slot = _last_slot(kept)
+        step = _at(kept.iterates, slot)
+        value = _finite_or_inf(value_fn(step))
+        return Choice(step, kept.iterations[slot], value, value)
+
+    return Backtracking(choose)
 
 
 class _Walk(NamedTuple):
@@ -82,6 +89,7 @@ def _walk(value_fn: ValueFn, kept: Kept, *, full: bool) -> Choice:
 
     def look(walk: _Walk) -> _Walk:
         value = _finite_or_inf(value_fn(_at(kept.iterates, walk.slot)))
+        value = value.astype(walk.value.dtype)
         first = walk.slot == final
         better = (value < walk.value) | first
         # A value that is not finite is not one to stop at.
@@ -94,8 +102,7 @@ def _walk(value_fn: ValueFn, kept: Kept, *, full: bool) -> Choice:
             going=going,
         )
 
-    shape = jax.eval_shape(value_fn, _at(kept.iterates, final))
-    infinite = jnp.full((), jnp.inf, shape.dtype)
+    infinite = jnp.full((), jnp.inf, _tree.scalar_dtype(kept.iterates))
     start = _Walk(final, final, infinite, infinite, jnp.ones((), bool))
     end = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
     step = _at(kept.iterates, end.chosen)

@@ -8,7 +8,7 @@ with α = first, first · shrink, first · shrink², … until it holds.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,25 @@ class StepSize(NamedTuple):
     success: jax.Array
 
 
-LineSearch: TypeAlias = Callable[..., StepSize]
-"""`(along, value, slope, first, first_value) -> StepSize`; see `armijo`."""
+class LineSearch(NamedTuple):
+    """A rule for α.
+
+    Attributes:
+      search: `(along, value, slope, first, first_value) -> StepSize`, from `along`,
+        `α -> f(θ + αδ)`; `value`, f(θ); `slope`, ∇fᵀδ; `first`, the first α; and
+        `first_value`, f there if it is known, else `None`.
+    """
+
+    search: Callable[
+        [
+            Callable[[jax.Array], jax.Array],
+            jax.Array,
+            jax.Array,
+            jax.Array,
+            jax.Array | None,
+        ],
+        StepSize,
+    ]
 
 
 def armijo(
@@ -42,9 +59,6 @@ def armijo(
     max_tries: int = 60,
 ) -> LineSearch:
     """Shrink α until f has fallen by a part of what the slope promises.
-
-    The rule returned takes `along`, `α -> f(θ + αδ)`; `value`, f(θ); `slope`, ∇fᵀδ;
-    `first`, the first α; and `first_value`, f there if it is known, else `None`.
 
     Args:
       sufficient_decrease: in (0, 1) (Martens' program: 1e-2).
@@ -61,8 +75,8 @@ def armijo(
       On f(α) = (α − 0.25)², from 0.0625 with slope −0.5:
 
       >>> value, slope, first = jnp.array([0.0625, -0.5, 1.0])
-      >>> search = armijo(shrink=0.5)
-      >>> found = search(lambda a: (a - 0.25) ** 2, value, slope, first, None)
+      >>> rule = armijo(shrink=0.5)
+      >>> found = rule.search(lambda a: (a - 0.25) ** 2, value, slope, first, None)
       >>> print(found.step_size, bool(found.success))
       0.25 True
     """
@@ -104,29 +118,27 @@ def armijo(
         at = jnp.where(jnp.isfinite(at), at, jnp.inf)
         return StepSize(jnp.where(success, alpha, 0), at, success)
 
-    return search
+    return LineSearch(search)
 
 
-def take_whole(
-    along: Callable[[jax.Array], jax.Array],
-    value: jax.Array,
-    slope: jax.Array,
-    first: jax.Array,
-    first_value: jax.Array | None,
-) -> StepSize:
-    """Take `first` unless f rises: what `line_search=None` stands for.
-
-    Args:
-      along: `α -> f(θ + αδ)`.
-      value: f(θ).
-      slope: ∇fᵀδ.
-      first: α.
-      first_value: f at `first` if it is known, else `None`.
+def whole() -> LineSearch:
+    """Take the first α unless f rises there: what `line_search=None` stands for.
 
     Returns:
-      `first`, or 0.
+      The rule.
     """
-    del slope
-    at = along(first) if first_value is None else first_value
-    success = (at <= value) & jnp.isfinite(at)
-    return StepSize(jnp.where(success, first, 0), at, success)
+
+    def search(
+        along: Callable[[jax.Array], jax.Array],
+        value: jax.Array,
+        slope: jax.Array,
+        first: jax.Array,
+        first_value: jax.Array | None,
+    ) -> StepSize:
+        del slope
+        at = along(first) if first_value is None else first_value
+        success = (at <= value) & jnp.isfinite(at)
+        at = jnp.where(jnp.isfinite(at), at, jnp.inf)
+        return StepSize(jnp.where(success, first, 0), at, success)
+
+    return LineSearch(search)

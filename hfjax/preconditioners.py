@@ -23,10 +23,13 @@ class PreconditionerRule(NamedTuple):
     Attributes:
       build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`.
       needs_key: whether `build` draws random numbers; `key` is `None` if not.
+      data: that `build` is given as its batch: the update's `"batch"`, as the
+        curvature, or its `"eval_batch"`.
     """
 
     build: Callable[..., Preconditioner]
     needs_key: bool = False
+    data: str = "batch"
 
 
 def diagonal(
@@ -35,6 +38,7 @@ def diagonal(
     exponent: Number = 0.75,
     kappa: Number = 0.0,
     scale: Tree | None = None,
+    data: str = "batch",
 ) -> PreconditionerRule:
     """Precondition by P = (d + λ + κ s)^ξ, a diagonal matrix.
 
@@ -47,12 +51,15 @@ def diagonal(
         program).
       scale: s, a tree like the parameters of the coarse relative scale of their
         curvature; `None` is 1 everywhere.
+      data: that d is estimated on: `"batch"`, the curvature data (report, section
+        11.2: P is to stand for A), or `"eval_batch"` (Martens' program: all training
+        data).
 
     Returns:
       The rule.
 
     Raises:
-      ValueError: if a plain number is out of range.
+      ValueError: if an option is out of range.
 
     Example:
       >>> import hfjax
@@ -65,6 +72,7 @@ def diagonal(
     """
     _options.check_range("exponent", exponent, low=0.0, high=1.0)
     _options.check_range("kappa", kappa, low=0.0)
+    _options.check_choice("data", data, ("batch", "eval_batch"))
 
     def build(
         objective: Objective,
@@ -92,7 +100,7 @@ def diagonal(
             lambda r, p: (r.astype(p.dtype) * p).astype(r.dtype), r, inverses
         )
 
-    return PreconditionerRule(build)
+    return PreconditionerRule(build, data=data)
 
 
 def custom(

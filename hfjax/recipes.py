@@ -22,15 +22,13 @@ def martens2010(
     """Set up Martens' published program, constant by constant.
 
     Every constant is written out below, whatever the defaults elsewhere are. In his
-    program the gradient, the choice of iterate and the line search are on all
-    training data, the curvature and ρ on one quarter, taken in turn:
+    program the gradient, the preconditioner, the choice of iterate and the line search
+    are on all training data, the curvature and ρ on one quarter, taken in turn:
 
         value, grads = objective.value_and_grad(params, everything)
         tx.update(grads, state, params, batch=quarter, eval_batch=everything)
 
     Weight decay (2e-5 in his program, on biases too) belongs to the objective.
-    Differs from the program in this: the diagonal of the empirical Fisher matrix is
-    taken on `batch`, his on all training data.
 
     Args:
       objective: f, with its weight decay.
@@ -65,7 +63,9 @@ def martens2010(
             warm_start_decay=0.95,
             warm_start_from="last",
         ),
-        preconditioner=preconditioners.diagonal(exponent=0.75, kappa=0.0),
+        preconditioner=preconditioners.diagonal(
+            exponent=0.75, kappa=0.0, data="eval_batch"
+        ),
         backtracking=backtracking.early_stop(),
         line_search=linesearch.armijo(
             sufficient_decrease=1e-2, shrink=0.8, max_tries=60

@@ -88,19 +88,28 @@ class HessianFreeState(NamedTuple):
 
 
 def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
-    """Return the `info` before the first update."""
-    zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    """Return the `info` before the first update.
+
+    Every field is an array of its own: a donated state may not hold one twice.
+    """
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), dtype)
+
+    def none() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
     return HessianFreeInfo(
-        value_before=zero,
-        value_after=zero,
-        reduction_ratio=zero,
-        predicted_change=zero,
-        cg_iterations=none,
+        value_before=zero(),
+        value_after=zero(),
+        reduction_ratio=zero(),
+        predicted_change=zero(),
+        cg_iterations=none(),
         cg_reason=jnp.array(int(Reason.RUNNING), jnp.int32),
-        chosen_iteration=none,
-        step_size=zero,
+        chosen_iteration=none(),
+        step_size=zero(),
         accepted=jnp.zeros((), bool),
-        rejection=none,
-        gradient_norm=zero,
-        update_norm=zero,
+        rejection=none(),
+        gradient_norm=zero(),
+        update_norm=zero(),
     )

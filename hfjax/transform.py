@@ -18,12 +18,12 @@ import optax
 
 from hfjax import _options, _tree
 from hfjax._trial import Trial, judge, ratio_of, reduction, report
-from hfjax._types import NumberOrSchedule, Params, Preconditioner, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, early_stop, take_last
+from hfjax._types import NumberOrSchedule, Params, Tree, ValueFn
+from hfjax.backtracking import Backtracking, Choice, early_stop, last
 from hfjax.cg import Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, levenberg_marquardt, tikhonov
-from hfjax.linesearch import LineSearch, StepSize, armijo, take_whole
+from hfjax.linesearch import LineSearch, StepSize, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
 from hfjax.state import HessianFreeState, Rejection, no_info
@@ -115,8 +115,8 @@ def hessian_free(
         damping=damping,
         solver=solver,
         preconditioner=preconditioner,
-        backtracking=backtracking or take_last,
-        line_search=line_search or take_whole,
+        backtracking=backtracking or last(),
+        line_search=line_search or whole(),
         curvature=curvature,
     )
 
@@ -238,26 +238,35 @@ def _update(
     eval_batch: tuple | None,
 ) -> tuple[Params, HessianFreeState]:
     """Do one update: algorithm 3, line by line."""
-    gradient, dtype = _tree.widen(grads), _tree.scalar_dtype(params)
+    dtype = _tree.scalar_dtype(params)
+    gradient = _tree.cast_like(grads, _tree.widen(params))
     key, subkey = (None, None) if state.key is None else jax.random.split(state.key)
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     damping = damping.astype(dtype)
 
     def value_on(data: tuple) -> ValueFn:
-        return lambda step: parts.objective.value(_tree.add(params, step), data)
+        def value_fn(step: Tree) -> jax.Array:
+            return parts.objective.value(_tree.add(params, step), data).astype(dtype)
 
-    value_fn = value_on(batch if eval_batch is None else eval_batch)
+        return value_fn
+
+    evaluated = batch if eval_batch is None else eval_batch
+    value_fn = value_on(evaluated)
 
     # (B + λI) δ = −∇f, by conjugate gradients from ζ δ_before.
     matvec = tikhonov(parts.curvature(parts.objective, params, batch), damping)
-    precondition = _precondition(parts, params, batch, damping, subkey)
+    precondition = None
+    if parts.preconditioner is not None:
+        build, _, data = parts.preconditioner
+        its_batch = batch if data == "batch" else evaluated
+        precondition = build(parts.objective, params, its_batch, damping, subkey)
     x0 = parts.solver.start(state.direction, state.count)
     b = jax.tree.map(jnp.negative, gradient)
     result = parts.solver.solve(matvec, b, x0, precondition, value_fn)
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value = value_fn(jax.tree.map(jnp.zeros_like, b))
-    choice = parts.backtracking(value_fn, result.kept)
+    choice = parts.backtracking.choose(value_fn, result.kept)
     slope = _tree.dot(gradient, choice.step)
     search = _search(parts, value_fn, value, choice, slope, state.count)
     trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
@@ -282,18 +291,6 @@ def _update(
     return _tree.cast_like(step, params), new_state
 
 
-def _precondition(
-    parts: _Parts,
-    params: Params,
-    batch: tuple,
-    damping: jax.Array,
-    key: jax.Array | None,
-) -> Preconditioner | None:
-    if parts.preconditioner is None:
-        return None
-    return parts.preconditioner.build(parts.objective, params, batch, damping, key)
-
-
 def _search(
     parts: _Parts,
     value_fn: ValueFn,
@@ -306,7 +303,7 @@ def _search(
     rate = parts.learning_rate
     # Backtracking has evaluated α = 1 already.
     known = _options.is_plain_number(rate) and rate == 1
-    return parts.line_search(
+    return parts.line_search.search(
         lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
         value,
         slope,

@@ -1,0 +1,103 @@
+"""The rooms, and which way they may import one another."""
+
+import ast
+import pathlib
+
+import hfjax
+
+ROOMS = [
+    "_types",
+    "_options",
+    "_tree",
+    "losses",
+    "_cases",
+    "objective",
+    "curvature",
+    "_case_gradients",
+    "diagonals",
+    "stopping",
+    "iterates",
+    "_pcg",
+    "cg",
+    "damping",
+    "preconditioners",
+    "backtracking",
+    "linesearch",
+    "state",
+    "_trial",
+    "transform",
+    "recipes",
+    "initializers",
+    "diagnostics",
+]
+"""Top to bottom: a room imports only from rooms above it."""
+
+LEAVES = {
+    "cg": {"objective", "curvature", "diagonals", "losses"},
+    "_pcg": {"objective", "curvature", "diagonals", "losses"},
+    "damping": {"objective", "curvature", "cg"},
+    "linesearch": {"objective", "cg", "iterates"},
+    "backtracking": {"objective", "cg"},
+}
+"""Rooms that must not know certain others, though these stand above them."""
+
+PACKAGE = pathlib.Path(hfjax.__file__).parent
+
+
+def imported_rooms(path):
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {n.split(".")[1] for n in names if n.startswith("hfjax.")}
+    return rooms
+
+
+def test_every_room_is_in_the_table():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ROOMS)
+
+
+def test_imports_run_one_way():
+    for position, room in enumerate(ROOMS):
+        known = imported_rooms(PACKAGE / f"{room}.py")
+        assert known <= set(ROOMS[:position]), (room, known - set(ROOMS[:position]))
+
+
+def test_leaves_do_not_know_each_other():
+    for room, unknown in LEAVES.items():
+        assert not imported_rooms(PACKAGE / f"{room}.py") & unknown
+
+
+def test_only_jax_optax_and_numpy_are_needed_at_run_time():
+    allowed = {"hfjax", "jax", "optax", "numpy", "matplotlib", "__future__"}
+    standard = {"collections", "dataclasses", "enum", "functools", "itertools"}
+    standard |= {"math", "numbers", "operator", "typing"}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                tops = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                tops = {node.module.split(".")[0]}
+            else:
+                continue
+            assert tops <= allowed | standard, (path.name, tops)
+            if "matplotlib" in tops:
+                assert path.stem == "diagnostics"
+
+
+def test_nothing_is_compiled_printed_or_configured_in_the_library():
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in {"jax.jit", "print", "jax.pmap"}, path.name
+                assert not name.startswith("jax.config"), path.name
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                decorators = [ast.unparse(d) for d in node.decorator_list]
+                assert not any("jit" in decorator for decorator in decorators)

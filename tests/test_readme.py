@@ -1,0 +1,51 @@
+"""The README's code runs as it stands, and says what is true."""
+
+import contextlib
+import io
+import pathlib
+import re
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_example_trains_to_what_the_text_promises_and_parts_swap():
+    pytest.importorskip("flax.nnx")
+    example, swap = BLOCKS
+    assert len([line for line in example.splitlines() if line.strip()]) <= 25
+    names, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example, names)
+    before, after = map(float, printed.getvalue().split("->"))
+    assert after <= before
+    assert after < 1e-5
+    exec(swap, names)
+    state = names["tx"].init(names["params"])
+    names["state"] = state
+    _, state = names["train_step"](names["params"], state, names["batch"])
+    assert state.info.accepted
+
+
+def test_versions_named_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "Python 3.11 or newer, jax 0.10 or newer" in README
+    assert project["requires-python"] == ">=3.11"
+    assert "jax>=0.10" in project["dependencies"]
+
+
+def test_every_room_is_in_the_table():
+    import hfjax
+
+    rooms = set(re.findall(r"`(\w+)`", README.split("## Rooms")[1].split("## Dev")[0]))
+    public = {path.stem for path in (ROOT / "hfjax").glob("[a-z]*.py")}
+    assert public <= rooms
+    assert hfjax.__version__
+
+
+def test_every_make_target_named_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\$ make (\w+)", README)) <= targets
