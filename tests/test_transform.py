@@ -113,6 +113,44 @@ def test_one_update_is_the_dense_damped_gauss_newton_step(preconditioner):
     np.testing.assert_allclose(state.info.update_norm, np.linalg.norm(expected))
 
 
+def test_exact_preconditioner_reaches_conjugate_gradients_and_saves_all_but_one():
+    params, batch = make_params(), make_batch()
+    _, _, damped = dense_step(params, batch, 0.5)
+    unravel = ravel_pytree(params)[1]
+
+    def build(objective, params, batch, damping):
+        return lambda r: unravel(jnp.linalg.solve(damped, ravel_pytree(r)[0]))
+
+    rule = hfjax.preconditioners.custom(build)
+    stopping = hfjax.stopping.residual(1e-8)
+    solver = hfjax.cg.conjugate_gradient(stopping=stopping, warm_start_decay=None)
+    _, state = one_update(plain(preconditioner=rule, solver=solver), params, batch)
+    assert state.info.cg_iterations == 1
+    _, state = one_update(plain(preconditioner=None, solver=solver), params, batch)
+    assert state.info.cg_iterations > 5
+
+
+@pytest.mark.parametrize("data", ["batch", "eval_batch"])
+def test_preconditioner_is_built_on_the_data_asked_for(data):
+    params, batch, larger = make_params(), make_batch(), make_batch(40, seed=5)
+    cases = []
+
+    def build(objective, params, batch, damping, key):
+        cases.append(len(batch[0]))
+        return lambda r: r
+
+    rule = hfjax.preconditioners.PreconditionerRule(build, data=data)
+    tx = plain(preconditioner=rule)
+    grads = gradient_of(params, batch)
+    jax.eval_shape(
+        functools.partial(tx.update, batch=batch, eval_batch=larger),
+        grads,
+        tx.init(params),
+        params,
+    )
+    assert cases == [12 if data == "batch" else 40]
+
+
 def test_gradient_of_a_larger_batch_is_what_the_step_descends():
     params, batch, larger = make_params(), make_batch(), make_batch(40, seed=5)
     grads = gradient_of(params, larger)
@@ -242,7 +280,10 @@ def test_rejection_leaves_parameters_bit_identical_and_says_why(fault):
     batch = jax.tree.map(lambda x: x.astype(jnp.float32), batch)
     tx = DEFAULT if objective is OBJECTIVE else hfjax.hessian_free(objective)
     state = tx.init(params)
-    state = state._replace(direction=jax.tree.map(lambda p: 0.01 * p, params))
+    # Downhill: what would be taken, were only the line search asked.
+    descent = jax.tree.map(lambda g: -0.1 * g, gradient_of(params, make_batch()))
+    descent = jax.tree.map(lambda d: d.astype(jnp.float32), descent)
+    state = state._replace(direction=descent)
     with jax.debug_nans(True):
         updates, after = jitted(tx)(grads, state, params, batch=batch)
     assert Rejection(int(after.info.rejection)) is reason

@@ -1,0 +1,32 @@
+"""`python -m benchmarks`: one command for each benchmark."""
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks import autoencoder, precision, product
+from benchmarks.options import Parser
+
+_COMMANDS = {"autoencoder": autoencoder, "product": product, "precision": precision}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark.
+
+    Args:
+      argv: the command line; `None` is that of the process.
+
+    Returns:
+      The exit status.
+    """
+    parser = Parser(prog="python -m benchmarks", description="Benchmarks of hfjax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in _COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    return _COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

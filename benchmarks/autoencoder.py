@@ -1,0 +1,182 @@
+r"""A race on a deep autoencoder: Hessian-free, Adam and L-BFGS.
+
+    python -m benchmarks autoencoder
+    python -m benchmarks autoencoder --cases 20000 --curvature-batches 4 \
+        --optimizers hf --updates 100
+    python -m benchmarks autoencoder --data mnist --data-dir data --seconds 3600
+
+Writes `history.json` into the folder `--out` as it goes, and pictures at the end.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from benchmarks import milestones, options, problem, racers, report
+from benchmarks.history import History, Run, write_json
+from benchmarks.live import Live
+from benchmarks.problem import Problem
+from benchmarks.race import Limits, measurer, race
+from benchmarks.racers import Racer
+
+SECONDS = 38.0
+"""For each run of the demo: its five stay under four minutes, compiling included."""
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options.
+
+    Args:
+      parser: to declare them to.
+    """
+    problem.add_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--seconds",
+        type=options.positive,
+        help=f"training time of each run; default: {SECONDS:g}; if --updates or "
+        "--until-error is given, no limit for HF, and for the others what HF took",
+    )
+    add(
+        "--optimizers",
+        type=options.optimizers,
+        default=options.OPTIMIZERS,
+        help=f"default: {','.join(options.OPTIMIZERS)}",
+    )
+    add("--updates", type=options.count, help="stop HF after so many")
+    add("--until-error", type=options.positive, help="stop below this squared error")
+    add(
+        "--max-iterations",
+        type=options.count,
+        default=250,
+        help="of conjugate gradients in an update of HF; default: 250",
+    )
+    add("--out", help="folder for history and pictures; default: runs/DATA")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the race, and report.
+
+    Args:
+      args: the options.
+
+    Returns:
+      The exit status: 0; 2 if there is no such race; 130 if it was interrupted.
+    """
+    console = Console()
+    folder = Path(args.out or f"runs/{args.data}")
+    try:
+        limits = _limits(args)
+        given = problem.build(args)
+        history = _history(args, given, folder)
+    except (OSError, ValueError) as error:
+        return options.refuse("autoencoder", error)
+    console.print(given.title, highlight=False)
+    status = 0
+    try:
+        with Live(console) as live:
+            _race_all(args, given, limits, history, live)
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+        console.print("Interrupted: this is what there is.")
+    _report(history, given, folder, console)
+    return status
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    """Find when HF ends."""
+    if args.updates is not None and "hf" not in args.optimizers:
+        msg = "--updates is for HF, which is not among --optimizers"
+        raise ValueError(msg)
+    free = args.updates is None and args.until_error is None
+    seconds = SECONDS if args.seconds is None and free else args.seconds
+    return Limits(seconds, args.updates, args.until_error)
+
+
+def _history(args: argparse.Namespace, given: Problem, folder: Path) -> History:
+    """Begin the history, on disk too: better to fail now than after the race."""
+    settings = {
+        **given.document(),
+        "seconds": args.seconds,
+        "updates": args.updates,
+        "until_error": args.until_error,
+        "max_iterations": args.max_iterations,
+        "seed": args.seed,
+    }
+    floor = given.images.entropy_floor()
+    history = History(folder / "history.json", settings, floor)
+    folder.mkdir(parents=True, exist_ok=True)
+    history.save()
+    return history
+
+
+def _race_all(
+    args: argparse.Namespace,
+    given: Problem,
+    limits: Limits,
+    history: History,
+    live: Live,
+) -> None:
+    """Race one after another: HF first, as the others may get the time it took."""
+    train, test = jnp.asarray(given.images.train), jnp.asarray(given.images.test)
+    measure = measurer(given.objective, train, test, given.params)
+    for name, build in _builders(args, given, train):
+        live.begin(name, limits)
+        racer = build()
+        run = Run(name, racer.family, racer.compile_seconds)
+        history.runs.append(run)
+
+        def watch(seconds: float, run: Run = run) -> None:
+            live.show(run, seconds)
+            history.keep()
+
+        race(racer, given.params, measure, limits, run, watch)
+        live.show(run, run.last.seconds, last=True)
+        history.save()
+        if racer.family == "hf":
+            seconds = limits.seconds or run.last.seconds
+            limits = Limits(seconds, updates=None, error=limits.error)
+
+
+def _builders(
+    args: argparse.Namespace, given: Problem, train: jax.Array
+) -> Iterator[tuple[str, Callable[[], Racer]]]:
+    """List the racers by name; each is compiled when its turn comes."""
+    common = (given.objective, train, given.params)
+    if "hf" in args.optimizers:
+        yield (
+            "hf",
+            lambda: racers.hf(
+                *common,
+                curvature_batches=given.curvature_batches,
+                max_iterations=args.max_iterations,
+            ),
+        )
+    if "adam" in args.optimizers:
+        adam = functools.cache(lambda: racers.adam(*common, seed=args.seed))
+        for rate in racers.ADAM_RATES:
+            yield f"adam {rate:g}", lambda rate=rate: adam()(rate)
+    if "lbfgs" in args.optimizers:
+        yield "lbfgs", lambda: racers.lbfgs(*common)
+
+
+def _report(history: History, given: Problem, folder: Path, console: Console) -> None:
+    """Print the tables, draw the pictures, write everything down."""
+    history.save()
+    console.print(report.table(history))
+    written = [history.path]
+    for run in history.started():
+        if run.family == "hf" and given.images.name == "curves":
+            console.print(milestones.table(run.rows))
+            written.append(folder / "milestones.json")
+            write_json(written[-1], milestones.document(run.rows))
+    written += report.draw(history, given.network, given.images.test, folder)
+    names = ", ".join(path.name for path in written)
+    console.print(f"Written to {folder}: {names}", highlight=False, soft_wrap=True)

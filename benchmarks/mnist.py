@@ -1,0 +1,124 @@
+"""MNIST from `mnist.npz`, the file that Keras made common.
+
+Its contents are verified, not the file: archives of the same arrays differ.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.data import SIDE, Images
+
+FILE = "mnist.npz"
+URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
+
+_CASES = {"x_train": 60_000, "x_test": 10_000}
+_SHA256 = {
+    # Of the pixels, uint8 in C order and original order. With the 16 bytes of its
+    # header before them, each is the well-known checksum of the IDX file.
+    "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+    "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+}
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy raises for files that are cut short, damaged or something else."""
+
+
+def load(data_dir: str | os.PathLike[str], *, download: bool = False) -> Images:
+    """Read MNIST, and verify that it is MNIST.
+
+    Args:
+      data_dir: the folder that holds `mnist.npz`.
+      download: whether to fetch the file if it is not there.
+
+    Returns:
+      60,000 training and 10,000 test images.
+
+    Raises:
+      FileNotFoundError: if the file is missing and not to be fetched.
+      ConnectionError: if it could not be fetched.
+      ValueError: if its contents are not those of MNIST.
+    """
+    path = Path(data_dir) / FILE
+    if not path.exists():
+        if not download:
+            msg = (
+                f"No MNIST: looked for {path}. Put {FILE} there, or give --data-dir "
+                f"the folder that holds it, or add --download to fetch {URL}."
+            )
+            raise FileNotFoundError(msg)
+        _fetch(path)
+    return _read(path, str(path))
+
+
+def _read(path: Path, source: str) -> Images:
+    """Read and verify a file; `source` is where it is from, for the error."""
+    arrays = {}
+    try:
+        # NumPy would leave a file that it opened, and cannot read, to the collector.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            for name in _CASES:
+                arrays[name] = archive[name]
+    except _UNREADABLE as error:
+        raise _not_mnist(source, f"it cannot be read ({error})") from error
+    except TypeError as error:  # A lone array, `.npy`, is no archive.
+        raise _not_mnist(source, "it is no .npz archive") from error
+    for name, cases in _CASES.items():
+        array, shape = arrays[name], (cases, SIDE, SIDE)
+        if array.shape != shape or array.dtype != np.uint8:
+            came = f"{name} is {array.dtype}{list(array.shape)}"
+            raise _not_mnist(source, f"{came}, not uint8{list(shape)}")
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        if digest != _SHA256[name]:
+            came = f"the pixels of {name} have sha256 {digest}"
+            raise _not_mnist(source, f"{came}, not {_SHA256[name]}")
+    train, test = (
+        arrays[name].reshape(cases, -1).astype(np.float32) / np.float32(255)
+        for name, cases in _CASES.items()
+    )
+    return Images("mnist", train, test)
+
+
+def _not_mnist(source: str, came: str) -> ValueError:
+    return ValueError(
+        f"{source} does not hold MNIST: {came}. Remove it, and put an intact {FILE} "
+        "in its place or add --download."
+    )
+
+
+def _fetch(path: Path) -> None:
+    """Fetch, verify, and only then give the file its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=FILE, suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        try:
+            with (
+                os.fdopen(handle, "wb") as file,
+                urllib.request.urlopen(URL, timeout=60) as answer,
+            ):
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            msg = (
+                f"Could not fetch {URL} ({error}). Fetch it by other means and put "
+                f"it at {path}."
+            )
+            raise ConnectionError(msg) from error
+        _read(part, URL)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,257 @@
+"""The racers: Hessian-free and its rivals, behind one small interface.
+
+Each minimises the same `hfjax.Objective` from the same parameters, and each is
+compiled ahead of time: what compiling takes is known, and counts for nobody.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+import hfjax
+from benchmarks.network import Layers
+
+ADAM_RATES = (1e-2, 1e-3, 1e-4)
+"""Adam runs with each, and the best by its final loss counts."""
+
+_MINIBATCH = 200  # Sutskever et al. (2013), for these networks
+_STEP_SECONDS = 0.25  # of small updates in one call: then Python costs nothing
+
+
+class Carry(NamedTuple):
+    """Where a racer stands.
+
+    Attributes:
+      params: θ.
+      state: of the Optax transformation.
+      updates: of the parameters so far, int32.
+      order: of the training cases in this epoch, if the racer shuffles them.
+    """
+
+    params: Layers
+    state: Any
+    updates: jax.Array
+    order: jax.Array | None = None
+
+
+class Racer(NamedTuple):
+    """An optimizer at the start.
+
+    Attributes:
+      name: with its settings, for people.
+      family: `"hf"`, `"adam"` or `"lbfgs"`.
+      init: `params -> carry`.
+      step: `carry -> carry`, compiled: one update, or of small ones many.
+      read: `carry -> scalars`, what the last update did; empty if it does not say.
+      compile_seconds: what tracing and compiling took.
+    """
+
+    name: str
+    family: str
+    init: Callable[[Layers], Carry]
+    step: Callable[[Carry], Carry]
+    read: Callable[[Carry], dict[str, Any]]
+    compile_seconds: float
+
+
+def hf(
+    objective: hfjax.Objective,
+    images: jax.Array,
+    params: Layers,
+    *,
+    curvature_batches: int = 1,
+    max_iterations: int = 250,
+) -> Racer:
+    """Build Martens' program: `hfjax.recipes.martens2010`.
+
+    Gradient, choice of iterate and line search are on all images; the curvature is
+    on one of `curvature_batches` equal parts, taken in turn.
+
+    Args:
+      objective: f.
+      images: all training images; inputs and targets at once.
+      params: to compile for.
+      curvature_batches: number of parts; it divides the number of images.
+      max_iterations: of conjugate gradients in an update.
+
+    Returns:
+      The racer; a step is an update.
+    """
+    tx = hfjax.recipes.martens2010(objective, max_iterations=max_iterations)
+    size = len(images) // curvature_batches
+
+    def step(carry: Carry, images: jax.Array) -> Carry:
+        everything = (images, images)
+        _, grads = objective.value_and_grad(carry.params, everything)
+        if curvature_batches == 1:
+            # As `eval_batch`, the same data would be evaluated a second time for ρ.
+            batch, eval_batch = everything, None
+        else:
+            start = carry.updates % curvature_batches * size
+            part = jax.lax.dynamic_slice_in_dim(images, start, size)
+            batch, eval_batch = (part, part), everything
+        updates, state = tx.update(
+            grads, carry.state, carry.params, batch=batch, eval_batch=eval_batch
+        )
+        params: Any = optax.apply_updates(carry.params, updates)
+        return Carry(params, state, carry.updates + 1)
+
+    def init(params: Layers) -> Carry:
+        return Carry(params, tx.init(params), _zero())
+
+    compiled, seconds = compile_ahead(step, init(params), images)
+    return Racer(
+        name="hf",
+        family="hf",
+        init=init,
+        step=lambda carry: compiled(carry, images),
+        read=lambda carry: hfjax.diagnostics.scalars(carry.state),
+        compile_seconds=seconds,
+    )
+
+
+def adam(
+    objective: hfjax.Objective, images: jax.Array, params: Layers, *, seed: int = 0
+) -> Callable[[float], Racer]:
+    """Build Adam on minibatches of 200, shuffled anew in each epoch.
+
+    A last minibatch that would not be full is left out of the epoch.
+
+    Args:
+      objective: f.
+      images: all training images; inputs and targets at once.
+      params: to compile for.
+      seed: of the shuffling.
+
+    Returns:
+      `learning_rate -> racer`, compiled once for all rates; a step is as many
+      updates as take about a quarter of a second, at most an epoch.
+    """
+    key = jax.random.key(seed)
+
+    def update(carry: Carry, images: jax.Array, rate: Any) -> Carry:
+        part, order = _minibatch(carry, images, key)
+        _, grads = objective.value_and_grad(carry.params, (part, part))
+        updates, state = optax.adam(rate).update(grads, carry.state, carry.params)
+        params: Any = optax.apply_updates(carry.params, updates)
+        return Carry(params, state, carry.updates + 1, order)
+
+    def steps(carry: Carry, images: jax.Array, rate: Any, count: Any) -> Carry:
+        def one(_: jax.Array, carry: Carry) -> Carry:
+            return update(carry, images, rate)
+
+        return jax.lax.fori_loop(0, count, one, carry)
+
+    def init(params: Layers) -> Carry:
+        order = jnp.arange(len(images))
+        return Carry(params, optax.adam(0.0).init(params), _zero(), order)
+
+    start, idle = init(params), jnp.float32(0)
+    compiled, seconds = compile_ahead(steps, start, images, idle, _zero() + 1)
+    one = _seconds(lambda: compiled(start, images, idle, _zero() + 1))
+    epoch = max(1, len(images) // _MINIBATCH)
+    count = _zero() + min(max(1, int(_STEP_SECONDS / one)), epoch)
+
+    def racer(learning_rate: float) -> Racer:
+        rate = jnp.float32(learning_rate)
+        return Racer(
+            name=f"adam {learning_rate:g}",
+            family="adam",
+            init=init,
+            step=lambda carry: compiled(carry, images, rate, count),
+            read=lambda carry: {},
+            compile_seconds=seconds,
+        )
+
+    return racer
+
+
+def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Racer:
+    """Build `optax.lbfgs` as it comes, on all images: memory 10, zoom line search.
+
+    Args:
+      objective: f.
+      images: all training images; inputs and targets at once.
+      params: to compile for.
+
+    Returns:
+      The racer; a step is an update, its line search included.
+    """
+    tx = optax.lbfgs()
+    _, unravel = ravel_pytree(params)
+
+    # On one long vector: the same numbers, and a fourth of the time to compile.
+    def step(carry: Carry, images: jax.Array) -> Carry:
+        def value_fn(vector: jax.Array) -> jax.Array:
+            return objective.value(unravel(vector), (images, images))
+
+        vector, state = ravel_pytree(carry.params)[0], carry.state
+        value, grad = optax.value_and_grad_from_state(value_fn)(vector, state=state)
+        updates, state = tx.update(
+            grad, state, vector, value=value, grad=grad, value_fn=value_fn
+        )
+        moved: Any = optax.apply_updates(vector, updates)
+        return Carry(unravel(moved), state, carry.updates + 1)
+
+    def init(params: Layers) -> Carry:
+        return Carry(params, tx.init(ravel_pytree(params)[0]), _zero())
+
+    compiled, seconds = compile_ahead(step, init(params), images)
+    return Racer(
+        name="lbfgs",
+        family="lbfgs",
+        init=init,
+        step=lambda carry: compiled(carry, images),
+        read=lambda carry: {},
+        compile_seconds=seconds,
+    )
+
+
+def compile_ahead(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """Trace and compile a function for arguments like these.
+
+    Args:
+      fn: to compile.
+      *args: arrays of the shapes that will come.
+
+    Returns:
+      The compiled function, and the seconds it took.
+    """
+    start = time.perf_counter()
+    compiled = jax.jit(fn).lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def _minibatch(
+    carry: Carry, images: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Take the next minibatch; at the start of an epoch, shuffle first.
+
+    Returns:
+      The minibatch, and the order of this epoch.
+    """
+    cases, size = len(images), min(_MINIBATCH, len(images))
+    place, epoch = carry.updates % (cases // size), carry.updates // (cases // size)
+    order = jax.lax.cond(
+        place == 0,
+        lambda: jax.random.permutation(jax.random.fold_in(key, epoch), cases),
+        lambda: carry.order,
+    )
+    return images[jax.lax.dynamic_slice_in_dim(order, place * size, size)], order
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Time a call, after one that warms up."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)

@@ -1,0 +1,266 @@
+"""The contract with Optax and JAX: wrappers, dtypes, tracing, compilation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hfjax
+
+traces = []
+
+
+def model_fn(params, x):
+    traces.append(None)
+    return jnp.tanh(x @ params["hidden"]) @ params["out"]
+
+
+OBJECTIVE = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+TX = hfjax.hessian_free(OBJECTIVE)
+
+
+def make_params(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "hidden": jax.random.normal(keys[0], (3, 4), dtype),
+        "out": jax.random.normal(keys[1], (4, 2), dtype),
+    }
+
+
+def make_batch(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(1))
+    return (
+        jax.random.normal(keys[0], (10, 3), dtype),
+        jax.random.normal(keys[1], (10, 2), dtype),
+    )
+
+
+def train_step(tx, params, state, batch, **extra):
+    _, grads = OBJECTIVE.value_and_grad(params, batch)
+    updates, state = tx.update(grads, state, params, batch=batch, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+jitted = functools.cache(lambda tx: jax.jit(functools.partial(train_step, tx)))
+
+
+def test_model_is_traced_seven_times_and_never_again():
+    # Value and gradient; linearisation; per-case gradients, for their number and
+    # for themselves; and f at θ, in backtracking and in the line search.
+    params, batch = make_params(), make_batch()
+    step = jax.jit(functools.partial(train_step, TX))
+    traces.clear()
+    params, state = step(params, TX.init(params), batch)
+    first = len(traces)
+    for _ in range(3):
+        params, state = step(params, state, batch)
+    assert len(traces) == first
+    assert first == 7
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_second_call_does_not_recompile_and_dtypes_never_change(dtype):
+    params, batch = make_params(dtype), make_batch(dtype)
+    step = jax.jit(functools.partial(train_step, TX))
+    before = TX.init(params)
+    new_params, after = step(params, before, batch)
+    step(*step(new_params, after, batch), batch)
+    assert step._cache_size() == 1
+    for old, new in zip(
+        jax.tree.leaves((params, before)),
+        jax.tree.leaves((new_params, after)),
+        strict=True,
+    ):
+        assert (old.dtype, old.shape) == (new.dtype, new.shape)
+        assert old.weak_type == new.weak_type
+    assert after.info.accepted
+    assert after.info.value_after < after.info.value_before
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert after.damping.dtype == wide
+
+
+def test_damping_can_be_read_and_set_by_name():
+    params, batch = make_params(), make_batch()
+    state = TX.init(params)
+    assert optax.tree.get(state, "damping") == 1.0
+    for name in hfjax.HessianFreeInfo._fields:
+        optax.tree.get(state, name)  # Raises if a name occurs twice.
+    high = optax.tree.set(state, damping=jnp.float32(1e4))
+    updates, _ = jitted_update()(gradients(params, batch), high, params, batch=batch)
+    low, _ = jitted_update()(gradients(params, batch), state, params, batch=batch)
+    assert optax.tree.norm(updates) < 1e-2 * optax.tree.norm(low)
+
+
+@functools.cache
+def jitted_update():
+    return jax.jit(TX.update)
+
+
+def gradients(params, batch):
+    return OBJECTIVE.value_and_grad(params, batch)[1]
+
+
+def test_unknown_extra_arguments_are_ignored():
+    params, batch = make_params(), make_batch()
+    grads, state = gradients(params, batch), TX.init(params)
+    plain, _ = jitted_update()(grads, state, params, batch=batch)
+    extra, _ = jitted_update()(grads, state, params, batch=batch, value=jnp.ones(()))
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(extra), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+SMALL = functools.partial(
+    hfjax.hessian_free,
+    OBJECTIVE,
+    preconditioner=None,
+    solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
+)
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(tx, optax.scale(0.5)),
+    "named_chain": lambda tx: optax.named_chain(("hf", tx), ("half", optax.scale(0.5))),
+    "apply_if_finite": lambda tx: optax.chain(
+        optax.apply_if_finite(tx, 3), optax.scale(0.5)
+    ),
+    "partition": lambda tx: optax.chain(
+        optax.partition({"all": tx}, lambda tree: jax.tree.map(lambda _: "all", tree)),
+        optax.scale(0.5),
+    ),
+    "masked": lambda tx: optax.chain(optax.masked(tx, True), optax.scale(0.5)),
+    "conditionally_transform": lambda tx: optax.chain(
+        optax.conditionally_transform(tx, lambda count: count >= 0), optax.scale(0.5)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def half_step():
+    params, batch = make_params(), make_batch()
+    tx = SMALL()
+    updates, _ = jax.jit(tx.update)(
+        gradients(params, batch), tx.init(params), params, batch=batch
+    )
+    return jax.tree.map(lambda x: 0.5 * x, updates)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapper_forwards_the_batch_and_the_step(wrapper, half_step):
+    params, batch = make_params(), make_batch()
+    tx = WRAPPERS[wrapper](SMALL())
+    updates, state = jax.jit(tx.update)(
+        gradients(params, batch), tx.init(params), params, batch=batch
+    )
+    for one, other in zip(
+        jax.tree.leaves(updates), jax.tree.leaves(half_step), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert hfjax.diagnostics.scalars(state)["accepted"]
+
+
+def test_injected_learning_rate_follows_its_schedule(half_step):
+    params, batch = make_params(), make_batch()
+    factory = optax.inject_hyperparams(
+        hfjax.hessian_free, static_args=("curvature",), hyperparam_dtype=jnp.float32
+    )
+    tx = factory(
+        OBJECTIVE,
+        learning_rate=optax.linear_schedule(0.5, 0.0, 2),
+        preconditioner=None,
+        solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
+    )
+    update = jax.jit(tx.update)
+    grads = gradients(params, batch)
+    updates, state = update(grads, tx.init(params), params, batch=batch)
+    for one, other in zip(
+        jax.tree.leaves(updates), jax.tree.leaves(half_step), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    _, state = update(grads, state, params, batch=batch)
+    assert state.hyperparams["learning_rate"] == 0.25
+    state.hyperparams["learning_rate"] = jnp.float32(0.125)
+    assert update._cache_size() == 1
+
+
+def test_injected_constant_damping_is_read_in_every_update():
+    params, batch = make_params(), make_batch()
+
+    @optax.inject_hyperparams
+    def make(damping):
+        return SMALL(damping=hfjax.damping.constant(damping))
+
+    tx = make(optax.linear_schedule(1.0, 100.0, 1))
+    update = jax.jit(tx.update)
+    grads = gradients(params, batch)
+    loose, state = update(grads, tx.init(params), params, batch=batch)
+    tight, _ = update(grads, state, params, batch=batch)
+    assert optax.tree.norm(tight) < 0.1 * optax.tree.norm(loose)
+
+
+def test_multi_steps_forwards_the_batch():
+    params, batch = make_params(), make_batch()
+    tx = optax.MultiSteps(SMALL(), 2)
+    grads = gradients(params, batch)
+    update = jax.jit(tx.update)
+    first, state = update(grads, tx.init(params), params, batch=batch)
+    second, _ = update(grads, state, params, batch=batch)
+    assert optax.tree.norm(first) == 0
+    assert optax.tree.norm(second) > 0
+
+
+def test_state_is_made_from_shapes_alone():
+    params = make_params()
+    shapes = jax.eval_shape(TX.init, params)
+    concrete = TX.init(params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(concrete)
+    mapped = optax.tree.map_params(TX, lambda x: x, concrete)
+    assert jax.tree.structure(mapped) == jax.tree.structure(concrete)
+
+
+def test_whole_training_runs_inside_scan_with_donated_state():
+    params, batch = make_params(), make_batch()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train(params, state):
+        def step(carry, _):
+            params, state = train_step(TX, *carry, batch)
+            return (params, state), state.info.value_after
+
+        return jax.lax.scan(step, (params, state), length=5)
+
+    _, values = train(params, TX.init(params))
+    assert np.all(np.diff(values) < 0)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_update_on_four_devices_equals_one(check_vma):
+    params, batch = make_params(jnp.float64), make_batch(jnp.float64)
+    x, t = (jnp.concatenate([leaf, leaf[:2]]) for leaf in batch)  # Padded to 12.
+    weights = jnp.array([1.0] * 10 + [0.0] * 2)
+    expected, _ = jitted(TX)(params, TX.init(params), batch)
+
+    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error(), axis_name="d")
+    tx = hfjax.hessian_free(objective)
+    mesh = jax.make_mesh((4,), ("d",), (jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec  # noqa: N806
+
+    def step(params, state, batch):
+        _, grads = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P(), P(), P("d")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    result, state = jax.jit(sharded)(params, TX.init(params), (x, t, weights))
+    assert state.info.accepted
+    for one, other in zip(
+        jax.tree.leaves(result), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-9)
