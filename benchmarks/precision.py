@@ -24,14 +24,25 @@ class Errors(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
+    """Declare the command's options.
+
+    Args:
+      parser: to declare them to.
+    """
     parser.add_argument("--size", type=int, default=2000, help="unknowns")
     parser.add_argument("--iterations", type=int, default=250)
     parser.add_argument("--out", type=pathlib.Path, default="runs/precision.json")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure both ways for several condition numbers; print and save a table."""
+    """Measure both ways for several condition numbers; print and save a table.
+
+    Args:
+      options: of `add_arguments`.
+
+    Returns:
+      The exit status, 0.
+    """
     rows = {}
     print(f"{'condition':>10} {'way':>14} {'M':>9} {'decrease over 10':>17}")
     for power in (2, 4, 6, 8):
@@ -47,7 +58,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(size: int, condition: float, iterations: int) -> tuple[Errors, Errors]:
-    """Run conjugate gradients once and compare two ways to know M."""
+    """Run conjugate gradients once and compare two ways to know M.
+
+    Args:
+      size: number of unknowns.
+      condition: of the matrix.
+      iterations: to run.
+
+    Returns:
+      The errors of summed gains, and of ½(r − b)ᵀx.
+    """
     generator = np.random.default_rng(0)
     spectrum = np.geomspace(1 / condition, 1, size)
     basis, _ = np.linalg.qr(generator.standard_normal((size, size)))
@@ -81,15 +101,9 @@ def _descend(
     return jax.lax.scan(step, start, length=iterations)[1]
 
 
-def _errors(found: jax.Array, truth: np.ndarray) -> Errors:
-    found = np.asarray(found, np.float64)
+def _errors(measured: jax.Array, truth: np.ndarray) -> Errors:
+    found = np.asarray(measured, np.float64)
     value = np.max(np.abs(found - truth) / np.abs(truth))
     decrease, true_decrease = (m[:-WINDOW] - m[WINDOW:] for m in (found, truth))
     error = np.abs(decrease - true_decrease) / np.abs(truth[WINDOW:])
     return Errors(float(value), float(np.max(error)))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args())
