@@ -79,7 +79,7 @@ class Live:
             self._bars.update(
                 self._task, completed=done, total=total, text=text, left=left
             )
-        elif last or time.monotonic() >= self._line_at:
+        elif last or (time.monotonic() >= self._line_at and left != "0:00"):
             self._line_at = time.monotonic() + _LINE_SECONDS
             self._print(f"{seconds:6.1f} s  {text}  {left and left + ' left'}")
 

@@ -220,7 +220,7 @@ def _table(result: dict[str, Any], limits: dict[str, float], cases: int) -> Tabl
         box=SIMPLE_HEAD,
     )
     table.add_column("")
-    for name in ("seconds", "in gradients", "flop limit"):
+    for name in ("seconds", "in gradients", "by flops alone"):
         table.add_column(name, justify="right")
     for title, name in (
         ("gradient", "gradient"),

@@ -76,18 +76,19 @@ class _Outer:
       right: shape `[cases, …]`.
       contracted: their axes that are summed over, each of length one.
       axes: order of the product's axes; the case axis stays first.
+      dtype: of the product.
     """
 
     left: jax.Array
     right: jax.Array
     contracted: tuple[tuple[int, ...], tuple[int, ...]]
     axes: tuple[int, ...]
+    dtype: jax.typing.DTypeLike
 
     def form(self) -> jax.Array:
         dimensions = (self.contracted, ((0,), (0,)))
-        return jax.lax.dot_general(self.left, self.right, dimensions).transpose(
-            self.axes
-        )
+        product = jax.lax.dot_general(self.left, self.right, dimensions)
+        return product.transpose(self.axes).astype(self.dtype)
 
     def transpose(self, permutation: Sequence[int]) -> "_Outer":
         axes = tuple(self.axes[axis] for axis in permutation)
@@ -140,13 +141,14 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
         if name == "convert_element_type" and jnp.issubdtype(
             params["new_dtype"], jnp.floating
         ):
-            return [first]  # Squared in float32 or wider in any case.
+            return [dataclasses.replace(first, dtype=params["new_dtype"])]
     operands = [x.form() if isinstance(x, _Outer) else x for x in operands]
     if name == "dot_general" and _is_outer(operands, params["dimension_numbers"]):
         contracted, _ = params["dimension_numbers"]
-        ndim = equation.outvars[0].aval.ndim
+        product = equation.outvars[0].aval
+        axes = tuple(range(product.ndim))
         left, right = operands
-        return [_Outer(left, right, contracted, tuple(range(ndim)))]
+        return [_Outer(left, right, contracted, axes, product.dtype)]
     return _run(equation, operands)
 
 

@@ -110,7 +110,7 @@ def solve(
     scaled = _tree.scale(1 / size, b)
     problem = Problem(
         matvec=matvec,
-        precondition=preconditioner or (lambda r: r),
+        precondition=_of_unit_size(preconditioner, scaled),
         b=scaled,
         rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
         size=size,
@@ -123,7 +123,7 @@ def solve(
     return CGResult(
         x=_tree.scale(size, end.x),
         num_iterations=end.i,
-        model_values=size**2 * end.model_values,
+        model_values=size * (size * end.model_values),  # size² may not be a float.
         kept=end.kept,
         reason=end.reason,
     )
@@ -215,6 +215,18 @@ def conjugate_gradient(
         return result.x if warm_start_from == "last" else chosen
 
     return Solver(start, run, carry)
+
+
+def _of_unit_size(preconditioner: Preconditioner | None, b: Tree) -> Preconditioner:
+    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1.
+
+    One application more in a run; else rᵀP⁻¹r of a P far from 1 leaves float32.
+    """
+    if preconditioner is None:
+        return lambda r: r
+    size = _tree.magnitude(preconditioner(b))
+    scale = 1 / jnp.where(jnp.isfinite(size), size, 1)
+    return lambda r: _tree.scale(scale, preconditioner(r))
 
 
 def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:

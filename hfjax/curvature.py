@@ -15,7 +15,7 @@ from typing import TypeAlias
 import jax
 
 from hfjax import _tree
-from hfjax._cases import Cases
+from hfjax._cases import Cases, check_outputs
 from hfjax._types import Matvec, Params, Tree
 from hfjax.objective import Objective
 
@@ -58,6 +58,7 @@ def ggn(objective: Objective, params: Params, batch: tuple) -> Matvec:
         outputs, tangent = jax.linearize(
             lambda params: objective.model_fn(params, cases.inputs), params
         )
+        check_outputs(outputs, cases.weights.shape[0])
         transpose = jax.linear_transpose(tangent, params)
         hessian = objective.loss.hessian(outputs, cases.targets)
 

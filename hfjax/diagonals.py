@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _case_gradients
-from hfjax._cases import Cases
+from hfjax._cases import Cases, as_cases
 from hfjax._types import Params, Tree
 from hfjax.objective import Objective
 
@@ -57,7 +57,8 @@ def empirical_fisher(objective: Objective, params: Params, batch: tuple) -> Para
         data = (cases.inputs, cases.targets)
         return _case_gradients.sum_of_squares(case_gradient, data, cases.weights)
 
-    held = _case_gradients.held_entries(case_gradient, tuple(batch[:2]))
+    cases = as_cases(batch)
+    held = _case_gradients.held_entries(case_gradient, (cases.inputs, cases.targets))
     bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = bounded.mean(sum_of_squares, batch)
     return jax.tree.map(

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options
+from hfjax import _options, _tree
 from hfjax._types import Tree, ValueFn
 
 
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     Attributes:
       iterates: a tree like x with a leading axis of slots.
       iterations: shape `[slots]`, int32: each slot's iteration, −1 if it is empty.
-      values: shape `[slots]`, float32: f there if `best` knows it, else +inf.
+      values: shape `[slots]`: f there if `best` knows it, else +inf.
     """
 
     iterates: Tree
@@ -77,7 +77,7 @@ def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
         slots = len(ends) + 1
 
         def init(x: Tree) -> Kept:
-            return _buffer(x, slots)
+            return _buffer(x, slots, _tree.scalar_dtype(x))
 
         def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
             # A slot is written over until its iteration has come: so the last iterate
@@ -116,14 +116,14 @@ def best(*, first: int = 5, growth: float = 1.3) -> Keep:
         ends = _spaced(first, growth, max_iterations)
 
         def init(x: Tree) -> Kept:
-            return _buffer(x, 1)
+            return _buffer(x, 1, _tree.wide(jax.eval_shape(value_fn, x).dtype))
 
         def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
             due = is_last | jnp.any(jnp.asarray(ends, jnp.int32) == i)
             value = jax.lax.cond(
                 due,
-                lambda: value_fn(x).astype(jnp.float32),
-                lambda: jnp.full((), jnp.inf, jnp.float32),
+                lambda: value_fn(x).astype(kept.values.dtype),
+                lambda: jnp.full((), jnp.inf, kept.values.dtype),
             )
             # Ties go to the later iterate; NaN never wins.
             better = due & (value <= kept.values[0])
@@ -153,10 +153,10 @@ def _spaced(first: int, growth: float, max_iterations: int) -> list[int]:
     return sorted(set(below))
 
 
-def _buffer(x: Tree, slots: int) -> Kept:
+def _buffer(x: Tree, slots: int, dtype: jax.typing.DTypeLike) -> Kept:
     iterates = jax.tree.map(lambda leaf: jnp.stack([leaf] * slots), x)
     iterations = jnp.full(slots, -1, jnp.int32).at[0].set(0)
-    return Kept(iterates, iterations, jnp.full(slots, jnp.inf, jnp.float32))
+    return Kept(iterates, iterations, jnp.full(slots, jnp.inf, dtype))
 
 
 def _write(

@@ -91,7 +91,11 @@ def sigmoid_cross_entropy() -> Loss:
     """
 
     def value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return jax.nn.softplus(z) - z * t
+        # softplus(z) − z t without its cancellation, where a saturated logit is right;
+        # `where`, as the derivative of |z| at 0 would be 0.
+        above, below = jnp.where(z >= 0, z, 0), jnp.where(z >= 0, 0, -z)
+        distance = above + below
+        return jnp.log1p(jnp.exp(-distance)) + (1 - t) * above + t * below
 
     def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
         del t
@@ -153,11 +157,11 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
         log_probabilities = jax.nn.log_softmax(z)
         return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)
 
-    def mass(t: jax.Array) -> jax.Array:
+    def mass(t: jax.Array) -> float:
         del t
-        return jnp.ones(())
+        return 1.0
 
-    return _by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax)
+    return _by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax, label_axes=1)
 
 
 def from_function(fn: Callable[[Tree, Tree], jax.Array]) -> Loss:
@@ -218,13 +222,26 @@ def _by_leaf(
     hessian: Callable[[jax.Array, jax.Array], LinearMap],
     factor: Callable[[jax.Array, jax.Array], LinearMap],
     predict: Callable[[jax.Array], jax.Array],
+    *,
+    label_axes: int = 0,
 ) -> Loss:
-    """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf."""
+    """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf.
+
+    Targets have the shape of the outputs without its last `label_axes` axes.
+    """
+
+    def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
+        shape = z.shape[: z.ndim - label_axes]
+        if jnp.shape(t) != shape:
+            msg = (
+                f"Targets for outputs of shape {z.shape} must have shape {shape}, got "
+                f"shape {jnp.shape(t)}: they would be broadcast."
+            )
+            raise ValueError(msg)
+        return _sum_to_cases(value(z, t), z, "the loss")
 
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
-        values = jax.tree.map(
-            lambda z, t: _sum_to_cases(value(z, t), z, "the loss"), outputs, targets
-        )
+        values = jax.tree.map(leaf_value, outputs, targets)
         return jax.tree.reduce(jnp.add, values)
 
     def lift(
@@ -258,14 +275,21 @@ def _by_leaf(
 
 
 def _softmax_curvature(
-    mass: Callable[[jax.Array], jax.Array],
+    mass: Callable[[jax.Array], jax.Array | float],
 ) -> tuple[Callable[..., LinearMap], Callable[..., LinearMap]]:
     """Return `hessian` and `factor` of softmax, for targets of a given total mass."""
 
     def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
         p, weight = jax.nn.softmax(z), mass(t)
-        # p (v − pᵀv), not p v − p pᵀv: a saturated case keeps its digits.
-        return lambda v: weight * p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+        winner = jnp.argmax(z, axis=-1, keepdims=True)
+
+        def product(v: jax.Array) -> jax.Array:
+            # p (v − pᵀv), with v taken relative to the winning class: L″ is blind to a
+            # shift, and a saturated case keeps its digits.
+            v = v - jnp.take_along_axis(v, winner, axis=-1)
+            return weight * p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+
+        return product
 
     def factor(z: jax.Array, t: jax.Array) -> LinearMap:
         p, weight = jax.nn.softmax(z), jnp.sqrt(mass(t))

@@ -220,14 +220,13 @@ class Objective:
         names = (
             self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         )
+        # Under `vmap(axis_name=…)` there is no such mesh axis, and nothing to mark.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
 
         def leaf(x: jax.Array) -> jax.Array:
             varying = jax.typeof(x).manual_axis_type.varying
-            missing = tuple(name for name in names if name not in varying)
-            try:
-                return jax.lax.pcast(x, missing, to="varying") if missing else x
-            except ValueError:  # Under `vmap(axis_name=…)` there is nothing to mark.
-                return x
+            missing = tuple(n for n in names if n in manual and n not in varying)
+            return jax.lax.pcast(x, missing, to="varying") if missing else x
 
         return jax.tree.map(leaf, tree)
 

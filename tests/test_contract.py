@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import quick_jit
 
 import hfjax
 
@@ -44,14 +45,14 @@ def train_step(tx, params, state, batch, **extra):
     return optax.apply_updates(params, updates), state
 
 
-jitted = functools.cache(lambda tx: jax.jit(functools.partial(train_step, tx)))
+jitted = functools.cache(lambda tx: quick_jit(functools.partial(train_step, tx)))
 
 
 def test_model_is_traced_seven_times_and_never_again():
     # Value and gradient; linearisation; per-case gradients, for their number and
     # for themselves; and f at θ, in backtracking and in the line search.
     params, batch = make_params(), make_batch()
-    step = jax.jit(functools.partial(train_step, TX))
+    step = quick_jit(functools.partial(train_step, TX))
     traces.clear()
     params, state = step(params, TX.init(params), batch)
     first = len(traces)
@@ -64,7 +65,7 @@ def test_model_is_traced_seven_times_and_never_again():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_second_call_does_not_recompile_and_dtypes_never_change(dtype):
     params, batch = make_params(dtype), make_batch(dtype)
-    step = jax.jit(functools.partial(train_step, TX))
+    step = quick_jit(functools.partial(train_step, TX))
     before = TX.init(params)
     new_params, after = step(params, before, batch)
     step(*step(new_params, after, batch), batch)
@@ -96,7 +97,7 @@ def test_damping_can_be_read_and_set_by_name():
 
 @functools.cache
 def jitted_update():
-    return jax.jit(TX.update)
+    return quick_jit(TX.update)
 
 
 def gradients(params, batch):
@@ -140,7 +141,7 @@ WRAPPERS = {
 def half_step():
     params, batch = make_params(), make_batch()
     tx = SMALL()
-    updates, _ = jax.jit(tx.update)(
+    updates, _ = quick_jit(tx.update)(
         gradients(params, batch), tx.init(params), params, batch=batch
     )
     return jax.tree.map(lambda x: 0.5 * x, updates)
@@ -150,7 +151,7 @@ def half_step():
 def test_wrapper_forwards_the_batch_and_the_step(wrapper, half_step):
     params, batch = make_params(), make_batch()
     tx = WRAPPERS[wrapper](SMALL())
-    updates, state = jax.jit(tx.update)(
+    updates, state = quick_jit(tx.update)(
         gradients(params, batch), tx.init(params), params, batch=batch
     )
     for one, other in zip(
@@ -171,7 +172,7 @@ def test_injected_learning_rate_follows_its_schedule(half_step):
         preconditioner=None,
         solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
     )
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     grads = gradients(params, batch)
     updates, state = update(grads, tx.init(params), params, batch=batch)
     for one, other in zip(
@@ -192,7 +193,7 @@ def test_injected_constant_damping_is_read_in_every_update():
         return SMALL(damping=hfjax.damping.constant(damping))
 
     tx = make(optax.linear_schedule(1.0, 100.0, 1))
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     grads = gradients(params, batch)
     loose, state = update(grads, tx.init(params), params, batch=batch)
     tight, _ = update(grads, state, params, batch=batch)
@@ -203,7 +204,7 @@ def test_multi_steps_forwards_the_batch():
     params, batch = make_params(), make_batch()
     tx = optax.MultiSteps(SMALL(), 2)
     grads = gradients(params, batch)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     first, state = update(grads, tx.init(params), params, batch=batch)
     second, _ = update(grads, state, params, batch=batch)
     assert optax.tree.norm(first) == 0
@@ -258,7 +259,7 @@ def test_update_on_four_devices_equals_one(check_vma):
         out_specs=P(),
         check_vma=check_vma,
     )
-    result, state = jax.jit(sharded)(params, TX.init(params), (x, t, weights))
+    result, state = quick_jit(sharded)(params, TX.init(params), (x, t, weights))
     assert state.info.accepted
     for one, other in zip(
         jax.tree.leaves(result), jax.tree.leaves(expected), strict=True

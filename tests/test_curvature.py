@@ -35,10 +35,7 @@ def ggn_matrix(problem):
 
 
 @every_problem
-def test_product_equals_dense_ggn(problem, request):
-    if problem.name == "wide_logits_softmax":
-        reason = "p(v − pᵀv) cancels in the row of the winning class"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_product_equals_dense_ggn(problem):
     truth = reference.ggn(problem)
     np.testing.assert_allclose(
         ggn_matrix(problem), truth, rtol=1e-10, atol=1e-13 * np.max(np.abs(truth))

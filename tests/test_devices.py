@@ -70,11 +70,6 @@ WAYS = {
 }
 
 
-jitted_vmap = pytest.mark.xfail(
-    raises=AssertionError, reason="`pcast` is refused by an assertion under jit(vmap)"
-)
-
-
 @pytest.mark.parametrize(
     ("way", "microbatch_size"),
     [
@@ -83,8 +78,8 @@ jitted_vmap = pytest.mark.xfail(
         ("shard_map_check_vma", 2),
         ("shard_map", None),
         ("pmap", None),
-        pytest.param("vmap", None, marks=jitted_vmap),
-        pytest.param("vmap", 2, marks=jitted_vmap),
+        ("vmap", None),
+        ("vmap", 2),
     ],
 )
 def test_devices_change_nothing(way, microbatch_size):

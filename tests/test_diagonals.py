@@ -179,11 +179,6 @@ def scaled_in_short_floats(w, x):
     return (x.astype(jnp.float32) @ (0.5 * w).astype(jnp.float32)).astype(x.dtype)
 
 
-short_floats = pytest.mark.xfail(
-    raises=(TypeError, AssertionError), reason="an open product forgets its cast"
-)
-
-
 @pytest.mark.parametrize(
     "model_fn",
     [
@@ -193,8 +188,8 @@ short_floats = pytest.mark.xfail(
         checkpointed,
         branching,
         with_its_own_derivative,
-        pytest.param(twice_in_short_floats, marks=short_floats),
-        pytest.param(scaled_in_short_floats, marks=short_floats),
+        twice_in_short_floats,
+        scaled_in_short_floats,
     ],
 )
 def test_products_that_are_used_further_are_formed(model_fn):

@@ -106,9 +106,6 @@ def lowest(values, last):
     return chosen, best
 
 
-SHORT = pytest.mark.xfail(reason="f is compared in float32")
-
-
 @pytest.mark.parametrize(
     "script",
     [
@@ -120,7 +117,7 @@ SHORT = pytest.mark.xfail(reason="f is compared in float32")
         "nan",
         "inf",
         "all_nan",
-        pytest.param("close", marks=SHORT),
+        "close",
     ],
 )
 def test_best_is_the_lowest_of_the_grid(script):

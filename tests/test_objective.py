@@ -226,17 +226,7 @@ def test_a_bad_batch_is_refused(name):
             jax.eval_shape(lambda w, f=evaluate: f(w, batch), jnp.ones((3, 2)))
 
 
-def unclear(*names):
-    """Mark what is refused, but by something that knows nothing of batches."""
-    marks = pytest.mark.xfail(reason="the batch is sliced before it is checked")
-    return [
-        pytest.param(name, marks=marks if name in names else ()) for name in BAD_BATCHES
-    ]
-
-
-@pytest.mark.parametrize(
-    "name", unclear("array", "dict", "leaf_differs", "no_case_axis", "no_leaves")
-)
+@pytest.mark.parametrize("name", BAD_BATCHES)
 def test_a_bad_batch_is_refused_by_the_diagonal(name):
     batch, message = BAD_BATCHES[name]
     objective = hfjax.Objective(lambda w, x: x @ w, SQUARED)
@@ -253,7 +243,7 @@ def test_a_bad_batch_is_refused_by_the_diagonal(name):
         hfjax.Objective.value_and_grad,
         hfjax.Objective.case_values,
         empirical_fisher,
-        pytest.param(ggn, marks=pytest.mark.xfail(reason="it does not check")),
+        ggn,
     ],
 )
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from reference import quick_jit
 
 import hfjax
 from hfjax import Rejection
@@ -78,8 +79,10 @@ def plain(**options):
 
 # Compiling an update takes seconds: tests share these where they can.
 DEFAULT = hfjax.hessian_free(OBJECTIVE)
-jitted = functools.cache(lambda tx: jax.jit(tx.update))
-gradient_of = jax.jit(lambda params, batch: OBJECTIVE.value_and_grad(params, batch)[1])
+jitted = functools.cache(lambda tx: quick_jit(tx.update))
+gradient_of = quick_jit(
+    lambda params, batch: OBJECTIVE.value_and_grad(params, batch)[1]
+)
 
 
 def one_update(tx, params, batch, grads=None, **extra):
@@ -335,7 +338,7 @@ def test_damping_far_too_high_comes_down_by_itself():
         updates, state = tx.update(grads, state, params, batch=batch)
         return (optax.apply_updates(params, updates), state), (value, state.damping)
 
-    _, (values, dampings) = jax.jit(
+    _, (values, dampings) = quick_jit(
         lambda carry: jax.lax.scan(step, carry, length=120)
     )((params, tx.init(params)))
     assert dampings[-1] < 10
@@ -418,7 +421,7 @@ def test_exclusive_or_is_learnt_to_high_precision_with_two_cg_iterations():
         updates, state = tx.update(grads, state, params, batch=(x, t))
         return (optax.apply_updates(params, updates), state), state.info.value_after
 
-    _, values = jax.jit(lambda carry: jax.lax.scan(step, carry, length=120))(
+    _, values = quick_jit(lambda carry: jax.lax.scan(step, carry, length=120))(
         (params, tx.init(params))
     )
     assert values[-1] < 1e-5
