@@ -151,14 +151,18 @@ def plot(history: Sequence[Scalars]) -> Figure:
     axes[2].set(ylabel="reduction ratio ρ\n(clipped to −1…2)", ylim=(-1.1, 2.1))
     for threshold in (0.25, 0.75):
         axes[2].axhline(threshold, color="gray", lw=0.6, ls="--")
-    axes[3].plot(update, column("cg_iterations"), color="tab:gray", label="run")
+    axes[3].plot(update, column("cg_iterations"), color="tab:gray", lw=2.5, label="run")
     axes[3].plot(update, column("chosen_iteration"), color="tab:green", label="chosen")
     axes[3].set(ylabel="CG iterations")
-    axes[3].legend(loc="upper left", frameon=False, ncols=2)
+    axes[3].set_ylim(bottom=0)
+    axes[3].legend(
+        loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=2, borderpad=0
+    )
     axes[4].plot(update, column("step_size"), ".-", color="tab:purple", ms=3, lw=0.8)
     axes[4].set(ylabel="step size α", ylim=(-0.05, 1.1), xlabel="update")
     for axis in axes:
         axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         for count in rejected:
             axis.axvline(count, color="tab:red", alpha=0.25, lw=1)
     if rejected:

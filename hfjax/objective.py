@@ -23,7 +23,7 @@ AxisName: TypeAlias = Any
 """A mesh axis name, or a tuple of them."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Objective:
     """A training objective f(θ), in its value, gradient and curvature.
 
@@ -241,13 +241,7 @@ class Objective:
         """
         if self.microbatch_size is not None and self.microbatch_size <= size:
             return self
-        return Objective(
-            self.model_fn,
-            self.loss,
-            weight_decay=self.weight_decay,
-            microbatch_size=size,
-            axis_name=self.axis_name,
-        )
+        return dataclasses.replace(self, microbatch_size=size)
 
     def _losses(self, params: Params, cases: Cases) -> jax.Array:
         outputs = self.model_fn(params, cases.inputs)

@@ -149,17 +149,22 @@ def test_no_iterations_return_the_start_exactly(dtype):
     np.testing.assert_allclose(result.model_values, [truth], rtol=1e-5)
 
 
-def test_negative_curvature_at_once_gives_the_preconditioned_gradient():
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_negative_curvature_at_once_gives_the_preconditioned_gradient(scale):
     a, b, _, inverse = system(1)
     for matrix in (-a, 0 * a):
-        result = solve(matrix, b, None, inverse)
-        np.testing.assert_allclose(result.x, inverse @ b, rtol=1e-12)
+        result = solve(matrix, b, None, scale * inverse)
+        # Its length is that of b, to a power of two, whatever the scale of P.
+        size = np.max(np.abs(result.x)) / np.max(np.abs(b))
+        assert 0.5 <= size <= 2
+        parallel = inverse @ b
+        parallel *= np.max(np.abs(result.x)) / np.max(np.abs(parallel))
+        np.testing.assert_allclose(result.x, parallel, rtol=1e-12)
         assert reason(result) == Reason.NONPOSITIVE_CURVATURE
         assert result.num_iterations == 1
         values = np.asarray(result.model_values)
-        np.testing.assert_allclose(
-            values[1:], reference.model(matrix, b, inverse @ b), rtol=1e-12
-        )
+        truth = reference.model(matrix, b, result.x)
+        np.testing.assert_allclose(values[1:], truth, rtol=1e-12)
         assert values[1] < values[0] == 0
 
 
@@ -452,10 +457,10 @@ def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():
 
 
 def test_a_warm_start_that_falls_below_zero_is_not_run_again():
-    a, b, x0, inverse = system(0)
-    for size in (0.1, 5.0):  # M(x₀) < 0 and M(x₀) > 0.
-        start = size * (np.linalg.solve(a, b) + 0.3 * x0) / (1 + size)
+    a, b, _, inverse = system(0)
+    for start, above in ((np.linalg.solve(a, b) / 2, False), (-0.1 * b, True)):
         warm, values = reference.pcg(a, b, start, inverse, iterations=2)
+        assert (values[0] > 0) == above
         assert values[-1] < 0
         result = solve_by_solver(a, b, start, inverse, max_iterations=2)
         np.testing.assert_allclose(result.x, warm[-1], rtol=1e-9)
