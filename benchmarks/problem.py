@@ -12,8 +12,9 @@ from benchmarks import data, mnist, options
 from benchmarks.data import PIXELS, Images
 from benchmarks.network import Autoencoder, Layers, autoencoder
 
-CURVES = 2000
-"""Training images of curves in the demo; Martens had 20,000."""
+CURVES = 1000
+"""Training images of curves in the demo, few enough for its half minute; Martens had
+20,000."""
 
 
 class Setup(NamedTuple):

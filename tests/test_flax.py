@@ -37,9 +37,10 @@ def test_nnx_optimizer_hands_the_batch_on():
         return value
 
     with jax.numpy_rank_promotion("allow"):  # Flax adds its biases so.
-        values = [step(model, optimizer) for _ in range(3)]
         _, grads = objective.value_and_grad(params, batch)
         updates, _ = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
         expected = objective.value(optax.apply_updates(params, updates), batch)
+        # These change the model, and `params` with it, in place.
+        values = [step(model, optimizer) for _ in range(3)]
     assert values[2] < values[1] < values[0]
     np.testing.assert_allclose(values[1], expected, rtol=1e-5)
