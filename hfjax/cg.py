@@ -70,7 +70,8 @@ def solve(
 
     Does not support complex numbers. Where A turns out not to be positive along a
     direction p, the run ends at the iterate it has; in the very first iteration it
-    takes the step p itself, along which M falls for ever.
+    takes a step along p = P⁻¹(b − A x₀), of about the length of b: M falls along it for
+    ever.
 
     Args:
       matvec: `v -> A v`, on trees like `b`.
@@ -97,12 +98,8 @@ def solve(
     """
     _options.check_count("max_iterations", max_iterations, low=0)
     _options.check_count("min_iterations", min_iterations, low=0)
-    if x0 is not None and jax.tree.structure(x0) != jax.tree.structure(b):
-        msg = (
-            f"`x0` must be a tree like `b`, got {jax.tree.structure(x0)} for "
-            f"{jax.tree.structure(b)}."
-        )
-        raise ValueError(msg)
+    if x0 is not None:
+        x0 = _like("x0", x0, b)
     # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
     # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
     magnitude = _tree.magnitude(b)
@@ -215,6 +212,18 @@ def conjugate_gradient(
         return result.x if warm_start_from == "last" else chosen
 
     return Solver(start, run, carry)
+
+
+def _like(name: str, tree: Tree, b: Tree) -> Tree:
+    """Return `tree` in the dtypes of `b`; raise unless it has its structure."""
+    came, wanted = (
+        (jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)])
+        for x in (tree, b)
+    )
+    if came != wanted:
+        msg = f"`{name}` must be a tree like `b`, got {came} for {wanted}."
+        raise ValueError(msg)
+    return _tree.cast_like(tree, b)
 
 
 def _of_unit_size(preconditioner: Preconditioner | None, b: Tree) -> Preconditioner:

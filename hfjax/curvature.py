@@ -28,7 +28,8 @@ def ggn(objective: Objective, params: Params, batch: tuple) -> Matvec:
 
     The model is linearised here, once; a product is one forward tangent pass and
     its transpose, about 4/3 of a gradient, and runs the model no more (unless the
-    objective has microbatches, which are linearised anew in each product).
+    objective has microbatches, which are linearised anew in each product). The model
+    needs forward derivatives: a `jax.custom_vjp` without them is not supported.
 
     Args:
       objective: whose model, loss, weights and weight decay define G.

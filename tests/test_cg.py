@@ -68,7 +68,6 @@ def test_iterates_and_model_equal_textbook(seed, warm, preconditioned):
     np.testing.assert_allclose(result.x, np.linalg.solve(a, b), rtol=1e-7, atol=1e-9)
 
 
-# M in float32 was within 2.5e-7 of M recomputed in float64 at the same iterate.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 2e-6)]
 )
@@ -491,3 +490,17 @@ def test_the_loop_holds_one_product():
     b = jnp.ones(3)
     jax.eval_shape(lambda b: cg.solve(matvec, b, stopping=None), b)
     assert len(products) <= 2  # JAX may trace a loop's body twice.
+
+
+@pytest.mark.parametrize("x0", [np.zeros(1), np.zeros((N, 1)), {"x": np.zeros(N)}])
+def test_a_start_of_another_shape_than_b_is_refused(x0):
+    with pytest.raises(ValueError, match="`x0` must be a tree like `b`"):
+        cg.solve(lambda v: v, jnp.ones(N), x0=jax.tree.map(jnp.asarray, x0))
+
+
+def test_a_start_in_another_dtype_leaves_the_solution_that_of_b():
+    b = jnp.ones(N, jnp.float32)
+    for dtype in (jnp.bfloat16, jnp.float64):
+        result = cg.solve(lambda v: 2 * v, b, x0=jnp.ones(N, dtype), max_iterations=2)
+        assert result.x.dtype == jnp.float32
+        np.testing.assert_allclose(result.x, 0.5)
