@@ -8,6 +8,7 @@ from hfjax import backtracking as backtracking
 from hfjax import cg as cg
 from hfjax import curvature as curvature
 from hfjax import damping as damping
+from hfjax import damping_matrices as damping_matrices
 from hfjax import diagnostics as diagnostics
 from hfjax import diagonals as diagonals
 from hfjax import initializers as initializers

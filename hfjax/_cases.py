@@ -63,6 +63,28 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     )
 
 
+def thinned(batch: tuple, cases: int) -> tuple:
+    """Return evenly spaced cases of a batch, at least so many, or all of them.
+
+    Every k-th, so that each device still holds its share of sharded cases.
+    """
+    every = max(1, as_cases(batch).weights.shape[0] // cases)
+    return jax.tree.map(lambda leaf: leaf[::every], tuple(batch))
+
+
+def unfold(stacked: jax.Array, total: int) -> jax.Array:
+    """Put results of microbatches back into the order of the batch.
+
+    Args:
+      stacked: what `jax.lax.map` over the microbatches leaves, [microbatch, part, …].
+      total: cases in the batch; what is beyond was padding.
+
+    Returns:
+      Shape `[total, …]`.
+    """
+    return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
+
+
 def as_cases(batch: tuple) -> Cases:
     """Check a user's batch and give it weights."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):

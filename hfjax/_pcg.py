@@ -30,6 +30,22 @@ class Reason(enum.IntEnum):
     """pᵀA p ≤ 0: A is not positive definite; the iterate is kept."""
     NONFINITE = 4
     """b, a product or the preconditioner is not finite; the last iterate that was."""
+    BOUNDARY = 5
+    """The iterates left the trust region; x lies on its boundary."""
+    OBJECTIVE_ROSE = 6
+    """f, evaluated during the run, had got worse (`hfjax.iterates.guarded`)."""
+
+
+class Region(NamedTuple):
+    """A trust region, {x : xᵀP x ≤ radius²}.
+
+    Attributes:
+      radius: r > 0.
+      norm: v ↦ P v.
+    """
+
+    radius: jax.Array
+    norm: Matvec
 
 
 class Problem(NamedTuple):
@@ -40,10 +56,12 @@ class Problem(NamedTuple):
     b: Tree
     rhs_norm: jax.Array
     size: jax.Array
-    max_iterations: int
+    max_iterations: int  # Sizes the history of M.
+    limit: jax.Array | int  # At most that; may be traced.
     min_iterations: int
     stopping: StoppingRule | None
     keeper: Keeper
+    region: Region | None = None
 
 
 class State(NamedTuple):
@@ -95,6 +113,11 @@ def _step(problem: Problem, state: State) -> State:
     alpha = jnp.where(positive, state.ry / jnp.where(positive, curvature, 1), 1)
     finite = jnp.isfinite(curvature) & jnp.isfinite(state.ry) & jnp.isfinite(alpha)
     moves = finite & (positive | ((state.i == 0) & (state.ry > 0)))
+    leaves = jnp.zeros((), bool)
+    if problem.region is not None:
+        # Down a direction of negative curvature, too, the boundary is the best point.
+        moves = finite & (state.ry > 0)
+        alpha, leaves = _within(problem.region, state, alpha, positive)
     i = state.i + moves
 
     # `select`, not alpha = 0: what is not finite must not touch x.
@@ -112,9 +135,12 @@ def _step(problem: Problem, state: State) -> State:
 
     reason = _judge(problem, i, r, model_values)
     reason = jnp.where(positive, reason, Reason.NONPOSITIVE_CURVATURE)
+    reason = jnp.where(leaves, Reason.BOUNDARY, reason)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
     is_last = reason != Reason.RUNNING
     kept = problem.keeper.update(state.kept, i, _tree.scale(problem.size, x), is_last)
+    worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
+    reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
     return State(i, x, r, p, ry, model_values, kept, reason)
 
 
@@ -129,6 +155,23 @@ def _judge(
         met = (i >= problem.min_iterations) & problem.stopping(progress)
     rounding = jnp.finfo(norm.dtype).eps * problem.rhs_norm
     reason = jnp.where(met, Reason.STOPPING_RULE, Reason.RUNNING)
-    reason = jnp.where(i >= problem.max_iterations, Reason.MAX_ITERATIONS, reason)
+    reason = jnp.where(i >= problem.limit, Reason.MAX_ITERATIONS, reason)
     reason = jnp.where(norm <= rounding, Reason.RESIDUAL_ZERO, reason)
     return reason.astype(jnp.int32)
+
+
+def _within(
+    region: Region, state: State, alpha: jax.Array, positive: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Shorten α to the region's boundary where x + αp is beyond, or M falls for ever.
+
+    Steihaug and Toint: τ > 0 with ‖x + τp‖_P = r.
+    """
+    norm_p, norm_x = region.norm(state.p), region.norm(state.x)
+    pp, xp = _tree.dot(state.p, norm_p), _tree.dot(state.x, norm_p)
+    room = jnp.maximum(region.radius**2 - _tree.dot(state.x, norm_x), 0)
+    root = jnp.sqrt(xp**2 + pp * room)
+    # Of the two forms of the root, the one that subtracts nothing.
+    tau = jnp.where(xp > 0, room / (xp + root), (root - xp) / jnp.where(pp > 0, pp, 1))
+    leaves = ~positive | (alpha >= tau)
+    return jnp.where(leaves, tau, alpha), leaves

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
-from hfjax._types import Tree, ValueFn
+from hfjax._types import Number, Tree, ValueFn
 from hfjax.backtracking import Choice
 from hfjax.cg import CGResult, Reason
 from hfjax.damping import ReductionRatio, measured_ratio, rounding_noise
@@ -43,13 +43,13 @@ def judge(trial: Trial) -> jax.Array:
 def reduction(
     trial: Trial,
     ratio: ReductionRatio,
-    damping: jax.Array,
+    penalty: ValueFn,
     value_on_batch: ValueFn | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the change of f and M(δ), of the step and data that ρ is to judge.
 
-    `value_on_batch` is f on the curvature data, `None` where the evaluation data are
-    the same.
+    `penalty` is δ ↦ ½ δᵀ(A − B)δ, what damping adds to M; `value_on_batch` is f on the
+    curvature data, `None` where the evaluation data are the same.
     """
     _, result, value, choice, slope, search = trial
     is_last = ratio.step == "last"
@@ -58,7 +58,7 @@ def reduction(
     index = result.num_iterations if is_last else choice.iteration
     predicted = result.model_values[index]
     if ratio.model == "undamped":
-        predicted -= 0.5 * damping * _tree.dot(step, step)
+        predicted -= penalty(step)
     if ratio.step == "taken":
         # M(αδ) = α ∇fᵀδ + ½α² δᵀBδ, and ½δᵀBδ = M(δ) − ∇fᵀδ.
         alpha = search.step_size
@@ -71,15 +71,19 @@ def reduction(
 
 
 def ratio_of(
-    accepted: jax.Array, change: jax.Array, predicted: jax.Array, value: jax.Array
+    accepted: jax.Array,
+    change: jax.Array,
+    predicted: jax.Array,
+    value: jax.Array,
+    expected: Number,
 ) -> jax.Array:
-    """Return ρ; −∞ for a rejected step.
+    """Return ρ, relative to the share of M that is expected; −∞ for a rejected step.
 
     But a step too small to be seen in f is no evidence against the model: λ, raised
     for it, would only make the next one smaller.
     """
     visible = ~(jnp.abs(predicted) <= rounding_noise(value))
-    ratio = measured_ratio(change, predicted, value)
+    ratio = measured_ratio(change, predicted, value) / expected
     return jnp.where(accepted | ~visible, ratio, -jnp.inf)
 
 

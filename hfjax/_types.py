@@ -24,6 +24,9 @@ Preconditioner: TypeAlias = Callable[[Tree], Tree]
 ValueFn: TypeAlias = Callable[[Tree], jax.Array]
 """`x -> f(θ + x)`, a scalar; already closed over the parameters and the data."""
 
+ValueAndGradFn: TypeAlias = Callable[[Tree], tuple[jax.Array, Tree]]
+"""`x -> (f(θ + x), ∇f(θ + x))`, closed over the same."""
+
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 """Step count to number, as in Optax."""
 

@@ -2,7 +2,8 @@
 
 M falls along a run of conjugate gradients, f need not: the later iterates trust
 the model furthest (report, section 8.7). Both rules evaluate f at kept iterates,
-one at a time, in one loop; what is not finite counts as +∞.
+one at a time, in one loop; what is not finite counts as +∞. With `cases` they do so
+on a part of the evaluation data, and once on all of it, for the chosen one.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _options, _tree
 from hfjax._types import Tree, ValueFn
 from hfjax.iterates import Kept
 
@@ -37,27 +38,43 @@ class Backtracking(NamedTuple):
 
     Attributes:
       choose: `(value_fn, kept) -> Choice`.
+      cases: how many of the evaluation cases it looks at, `None` is all.
     """
 
     choose: Callable[[ValueFn, Kept], Choice]
+    cases: int | None = None
 
 
-def early_stop() -> Backtracking:
+def early_stop(*, cases: int | None = None) -> Backtracking:
     """Walk from the last iterate back, and stop at the first that is no better.
+
+    Args:
+      cases: how many of the evaluation cases (of each device's, under `axis_name`) to
+        compare the iterates on, evenly spaced ones; `None` is all (report, section
+        8.7: "only on a small subset").
 
     Returns:
       The rule of Martens' program (Martens 2010, section 4.6).
+
+    Raises:
+      ValueError: if `cases` is less than 1.
     """
-    return Backtracking(lambda value_fn, kept: _walk(value_fn, kept, full=False))
+    return _backtracking(cases, full=False)
 
 
-def full_search() -> Backtracking:
+def full_search(*, cases: int | None = None) -> Backtracking:
     """Evaluate every kept iterate and take the lowest f; of equals, the latest.
+
+    Args:
+      cases: as in `early_stop`.
 
     Returns:
       The rule (report, section 8.7).
+
+    Raises:
+      ValueError: if `cases` is less than 1.
     """
-    return Backtracking(lambda value_fn, kept: _walk(value_fn, kept, full=True))
+    return _backtracking(cases, full=True)
 
 
 def last() -> Backtracking:
@@ -70,10 +87,16 @@ def last() -> Backtracking:
     def choose(value_fn: ValueFn, kept: Kept) -> Choice:
         slot = _last_slot(kept)
         step = _at(kept.iterates, slot)
-        value = _finite_or_inf(value_fn(step))
+        value = finite_or_inf(value_fn(step))
         return Choice(step, kept.iterations[slot], value, value)
 
     return Backtracking(choose)
+
+
+def _backtracking(cases: int | None, *, full: bool) -> Backtracking:
+    if cases is not None:
+        _options.check_count("cases", cases, low=1)
+    return Backtracking(lambda value_fn, kept: _walk(value_fn, kept, full=full), cases)
 
 
 class _Walk(NamedTuple):
@@ -88,7 +111,7 @@ def _walk(value_fn: ValueFn, kept: Kept, *, full: bool) -> Choice:
     final = _last_slot(kept)
 
     def look(walk: _Walk) -> _Walk:
-        value = _finite_or_inf(value_fn(_at(kept.iterates, walk.slot)))
+        value = finite_or_inf(value_fn(_at(kept.iterates, walk.slot)))
         value = value.astype(walk.value.dtype)
         first = walk.slot == final
         better = (value < walk.value) | first
@@ -119,5 +142,6 @@ def _at(iterates: Tree, slot: jax.Array) -> Tree:
     )
 
 
-def _finite_or_inf(value: jax.Array) -> jax.Array:
+def finite_or_inf(value: jax.Array) -> jax.Array:
+    """Return f, and +∞ for what is not finite."""
     return jnp.where(jnp.isfinite(value), value, jnp.inf)

@@ -29,7 +29,14 @@ import jax.numpy as jnp
 
 from hfjax import _options, _tree
 from hfjax._pcg import Problem, Reason, run
-from hfjax._types import Matvec, NumberOrSchedule, Preconditioner, Tree, ValueFn
+from hfjax._types import (
+    Matvec,
+    NumberOrSchedule,
+    Preconditioner,
+    Tree,
+    ValueAndGradFn,
+    ValueFn,
+)
 from hfjax.iterates import Keep, Kept, grid
 from hfjax.stopping import StoppingRule, martens2010
 
@@ -65,6 +72,7 @@ def solve(
     stopping: StoppingRule | None = martens2010(),
     keep: Keep = grid(),
     value_fn: ValueFn | None = None,
+    limit: jax.Array | int | None = None,
 ) -> CGResult:
     """Minimise M(x) = ½xᵀA x − bᵀx, for symmetric positive semi-definite A.
 
@@ -83,8 +91,9 @@ def solve(
       min_iterations: before which the rule is not asked.
       stopping: a rule of `hfjax.stopping`; `None` runs to `max_iterations` or a
         residual of zero to rounding. Martens (2010) by default.
-      keep: which iterates to keep, `hfjax.iterates.grid` or `.best`.
-      value_fn: `x -> f`, for `hfjax.iterates.best`.
+      keep: which iterates to keep, of `hfjax.iterates`.
+      value_fn: `x -> f`, for `hfjax.iterates.best` and `.guarded`.
+      limit: fewer iterations than `max_iterations`, as a number that may be traced.
 
     Returns:
       The result; its `x` has the dtypes of `b`.
@@ -112,9 +121,10 @@ def solve(
         rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
         size=size,
         max_iterations=max_iterations,
+        limit=max_iterations if limit is None else jnp.minimum(limit, max_iterations),
         min_iterations=min_iterations,
         stopping=stopping,
-        keeper=keep(max_iterations, value_fn),
+        keeper=keep.build(max_iterations, value_fn),
     )
     end = run(problem, None if x0 is None else _tree.scale(1 / size, x0))
     return CGResult(
@@ -126,19 +136,41 @@ def solve(
     )
 
 
+class Subproblem(NamedTuple):
+    """What an update asks of a solver: a step x that lowers M(x) = ½xᵀA x − bᵀx.
+
+    Attributes:
+      matvec: v ↦ A v, damped.
+      b: −∇f.
+      preconditioner: r ↦ P⁻¹r, or `None`.
+      damping: λ, or the radius of a trust region.
+      count: updates so far.
+      value_fn: x ↦ f(θ + x) on the evaluation data.
+      batch_value_fn: the same on the curvature data.
+      value_and_grad_fn: x ↦ (f, ∇f)(θ + x) on the evaluation data.
+    """
+
+    matvec: Matvec
+    b: Tree
+    preconditioner: Preconditioner | None
+    damping: jax.Array
+    count: jax.Array
+    value_fn: ValueFn
+    batch_value_fn: ValueFn
+    value_and_grad_fn: ValueAndGradFn
+
+
 class Solver(NamedTuple):
-    """How an update finds its direction from A and b.
+    """How an update finds its direction.
 
     Attributes:
       start: `(direction, count) -> x0`, from the direction carried over; or `None`.
-      solve: `(matvec, b, x0, preconditioner, value_fn) -> CGResult`.
+      solve: `(subproblem, x0) -> CGResult`.
       carry: `(result, chosen) -> direction` to carry over to the next update.
     """
 
     start: Callable[[Tree, jax.Array], Tree | None]
-    solve: Callable[
-        [Matvec, Tree, Tree | None, Preconditioner | None, ValueFn], CGResult
-    ]
+    solve: Callable[[Subproblem, Tree | None], CGResult]
     carry: Callable[[CGResult, Tree], Tree]
 
 
@@ -150,22 +182,27 @@ def conjugate_gradient(
     keep: Keep = grid(),
     warm_start_decay: NumberOrSchedule | None = 0.95,
     warm_start_from: str = "last",
+    limit: NumberOrSchedule | None = None,
 ) -> Solver:
     """Solve for the direction by `solve`, started from the last update's solution.
 
-    x₀ = `warm_start_decay` · (what was carried over). If M is still not negative at
-    the end of a warm-started run, it is run again from 0, where M(0) = 0.
+    x₀ = `warm_start_decay` · (what was carried over). M may start above 0 there: then
+    no stopping rule ends the run before M < 0, and if `max_iterations` do, it is run
+    again from 0, where M(0) = 0 (report, section 8.5).
 
     Args:
       max_iterations: of a run; a Python integer (Martens' program: 250).
       min_iterations: before which the stopping rule is not asked (ibid.: 1).
       stopping: a rule of `hfjax.stopping` (Martens 2010), or `None`.
-      keep: which iterates backtracking may choose among: `hfjax.iterates.grid`
-        (Martens 2010, section 4.6) or `.best`.
+      keep: which iterates backtracking may choose among, of `hfjax.iterates`: `grid`
+        (Martens 2010, section 4.6), `every`, `best` or `guarded`.
       warm_start_decay: ζ in [0, 1], a number or schedule (Martens' program: 0.95;
         report, section 10); `None` starts from 0 and saves a product.
       warm_start_from: `"last"` carries the run's last iterate over (Martens'
-        program), `"chosen"` the one that backtracking chose.
+        program), `"chosen"` the one that backtracking chose, `"best"` the one of the
+        lowest f in the run, where `keep` evaluates it (report, section 13).
+      limit: fewer iterations, a number or schedule: shorter runs near the end, against
+        overfitting of small batches (report, section 12.2). `None` is none.
 
     Returns:
       The solver.
@@ -179,39 +216,47 @@ def conjugate_gradient(
     _options.check_count("max_iterations", max_iterations, low=1)
     _options.check_count("min_iterations", min_iterations, low=0)
     _options.check_range("warm_start_decay", warm_start_decay, low=0.0, high=1.0)
-    _options.check_choice("warm_start_from", warm_start_from, ("last", "chosen"))
+    sources = ("last", "chosen", "best") if keep.evaluates else ("last", "chosen")
+    _options.check_choice("warm_start_from", warm_start_from, sources)
+    _options.check_range("limit", limit, low=1)
 
     def start(direction: Tree, count: jax.Array) -> Tree | None:
         if warm_start_decay is None:
             return None
         return _tree.scale(_options.read(warm_start_decay, count), direction)
 
-    def run(
-        matvec: Matvec,
-        b: Tree,
-        x0: Tree | None,
-        preconditioner: Preconditioner | None,
-        value_fn: ValueFn,
-    ) -> CGResult:
+    def run(subproblem: Subproblem, x0: Tree | None) -> CGResult:
+        on_batch = keep.data == "batch"
+
         def from_(x0: Tree | None) -> CGResult:
             return solve(
-                matvec,
-                b,
+                subproblem.matvec,
+                subproblem.b,
                 x0=x0,
-                preconditioner=preconditioner,
+                preconditioner=subproblem.preconditioner,
                 max_iterations=max_iterations,
                 min_iterations=min_iterations,
                 stopping=stopping,
                 keep=keep,
-                value_fn=value_fn,
+                value_fn=(
+                    subproblem.batch_value_fn if on_batch else subproblem.value_fn
+                ),
+                limit=None if limit is None else _limit(limit, subproblem.count),
             )
 
         return from_(None) if x0 is None else _or_from_zero(from_, x0)
 
     def carry(result: CGResult, chosen: Tree) -> Tree:
+        if warm_start_from == "best":
+            best = jnp.argmin(result.kept.values)
+            return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
         return result.x if warm_start_from == "last" else chosen
 
     return Solver(start, run, carry)
+
+
+def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
+    return jnp.asarray(jnp.floor(_options.read(limit, count)), jnp.int32)
 
 
 def _like(name: str, tree: Tree, b: Tree) -> Tree:

@@ -1,44 +1,62 @@
 """Curvature: an objective, parameters and a batch become a product v ↦ B v.
 
-The generalised Gauss-Newton matrix (report, section 6; Schraudolph 2002) is
+| function | B | positive semi-definite | of a product, in gradients |
+|---|---|---|---|
+| `ggn` | Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ | where the loss is convex in the outputs | 4/3 |
+| `hessian` | ∇²f | no | 2 |
+| `finite_difference_hessian` | ∇²f, nearly | no | 1 or 2 |
+| `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ | yes | 4/3 |
 
-    G = Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ + weight_decay · I
-
-with `J` the Jacobian of the model in the parameters and `L″` the Hessian of the
-loss in the outputs. It is positive semi-definite wherever the loss is convex in
-the outputs, and equals the Hessian where the model is linear.
+with `J` the Jacobian of the model in the parameters, `L″` the Hessian of the loss in
+the outputs; each plus `weight_decay` · I. The generalised Gauss-Newton matrix (report,
+section 6; Schraudolph 2002) is the one to train with, and equals the Hessian where the
+model is linear. All but finite differences take `structural=μ`, which adds μ times the
+Gauss-Newton matrix of the hidden states' mean distance (section 8.4) to the same
+product, at its price.
 """
 
 from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 
-from hfjax import _tree
-from hfjax._cases import Cases, check_outputs
-from hfjax._types import Matvec, Params, Tree
+from hfjax import _options, _tree
+from hfjax._cases import Cases
+from hfjax._types import Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 
-Curvature: TypeAlias = Callable[[Objective, Params, tuple], Matvec]
-"""`(objective, params, batch) -> (v -> B v)`; called once per update."""
+Curvature: TypeAlias = Callable[..., Matvec]
+"""`(objective, params, batch) -> (v -> B v)`; called once per update. With structural
+damping it is given `structural=μ` too."""
 
 
-def ggn(objective: Objective, params: Params, batch: tuple) -> Matvec:
+def ggn(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    *,
+    structural: Number | None = None,
+) -> Matvec:
     """Build the generalised Gauss-Newton product v ↦ G v.
 
     The model is linearised here, once; a product is one forward tangent pass and
     its transpose, about 4/3 of a gradient, and runs the model no more (unless the
-    objective has microbatches, which are linearised anew in each product). The model
-    needs forward derivatives: a `jax.custom_vjp` without them is not supported.
+    objective's microbatches are linearised anew in each product). The model needs
+    forward derivatives: a `jax.custom_vjp` without them is not supported.
 
     Args:
       objective: whose model, loss, weights and weight decay define G.
       params: θ, where G is taken.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      structural: μ ≥ 0, adds μ Jₕᵀ d″ Jₕ of the objective's `hidden_loss`.
 
     Returns:
       The product: trees like `params` to trees like `params`, in the dtype of `v`.
       G has the scale of the objective, a mean over cases.
+
+    Raises:
+      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
 
     Example:
       For a linear model and ½‖z − t‖², G = XᵀX / cases:
@@ -52,24 +70,209 @@ def ggn(objective: Objective, params: Params, batch: tuple) -> Matvec:
       True
 
     References:
-      Martens & Sutskever (2012), sections 6 and 6.1, algorithm 5.
+      Martens & Sutskever (2012), sections 6, 6.1 and 8.4, algorithm
+      5.
     """
+    objective = _with(structural, objective)
 
     def term(params: Params, cases: Cases) -> Matvec:
-        outputs, tangent = jax.linearize(
-            lambda params: objective.model_fn(params, cases.inputs), params
+        def hessian(outputs: Tree) -> Matvec:
+            return objective.loss.hessian(outputs, cases.targets)
+
+        return _gauss_newton(
+            lambda params: objective.forward(params, cases), hessian, params, cases
         )
-        check_outputs(outputs, cases.weights.shape[0])
-        transpose = jax.linear_transpose(tangent, params)
-        hessian = objective.loss.hessian(outputs, cases.targets)
-
-        def product(v: Tree) -> Tree:
-            curved = _weighted(cases.weights, hessian(tangent(v)))
-            return transpose(_tree.cast_like(curved, outputs))[0]
-
-        return product
 
     return objective.linear_mean(term, params, batch)
+
+
+def hessian(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    *,
+    structural: Number | None = None,
+) -> Matvec:
+    """Build the Hessian product v ↦ ∇²f v.
+
+    The gradient is linearised here, once (Pearlmutter's R-operator); a product then
+    costs about two gradients, and evaluates none. ∇²f is indefinite in general: where
+    conjugate gradients meet pᵀ∇²f p ≤ 0 they stop, and keep the iterate they have.
+
+    Args:
+      objective: f.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      structural: as in `ggn`; the Hessian of the distance of hidden states is its
+        Gauss-Newton matrix, as it is least at θ.
+
+    Returns:
+      The product, as `ggn`.
+
+    Raises:
+      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
+
+    Example:
+      For f = ½(p² − 1)², ∇²f = 6p² − 2, where G = (2p)²:
+
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: p**2 * x, hfjax.losses.squared_error())
+      >>> batch, p, v = (jnp.ones(1), jnp.ones(1)), jnp.array([0.5]), jnp.ones(1)
+      >>> print(hessian(f, p, batch)(v), ggn(f, p, batch)(v))
+      [-0.5] [1.]
+
+    References:
+      Martens & Sutskever (2012), section 5; Pearlmutter (1994).
+    """
+    objective = _with(structural, objective)
+
+    def term(params: Params, cases: Cases) -> Matvec:
+        gradient = jax.grad(lambda params: objective.weighted_loss(params, cases))
+        return jax.linearize(gradient, params)[1]
+
+    return objective.linear_mean(term, params, batch)
+
+
+def finite_difference_hessian(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    *,
+    epsilon: Number | None = None,
+    central: bool = True,
+) -> Matvec:
+    """Build the Hessian product by differences of gradients.
+
+        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ − h v)) / 2h            (central)
+        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ)) / h                   (one-sided)
+
+    with h = `epsilon` (1 + ‖θ‖) / ‖v‖: the step is scaled to v, and large enough to
+    be seen beside θ. For models without forward derivatives, and to check `hessian`:
+    that is exact, and as fast.
+
+    Args:
+      objective: f.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      epsilon: relative step > 0. By default ε^⅓ for central differences and ε^½ for
+        one-sided ones, ε the rounding of the parameters: what balances rounding and
+        truncation (Nocedal & Wright 2006, section 8.1). The error is then about ε^⅔
+        or ε^½ of the curvature: 2e-5 or 3e-4 in float32.
+      central: two gradients a product; else one, and ∇f(θ) once.
+
+    Returns:
+      The product, as `ggn`; 0 for v = 0.
+
+    Raises:
+      ValueError: if `epsilon` is a plain number and not above 0.
+
+    Example:
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: p**2 * x, hfjax.losses.squared_error())
+      >>> batch, p, v = (jnp.ones(1), jnp.ones(1)), jnp.array([0.5]), jnp.ones(1)
+      >>> product = finite_difference_hessian(f, p, batch)(v)
+      >>> bool(jnp.allclose(product, -0.5, rtol=1e-3))
+      True
+
+    References:
+      Martens & Sutskever (2012), section 5.
+    """
+    _options.check_range("epsilon", epsilon, low=0.0, open_low=True)
+    dtype = _tree.scalar_dtype(params)
+    if epsilon is None:
+        coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
+        epsilon = coarsest ** (1 / 3 if central else 1 / 2)
+    length = jnp.asarray(epsilon, dtype) * (1 + _tree.norm(params))
+
+    def gradient(step: jax.Array, v: Tree) -> Tree:
+        at = _tree.axpy(step, v, params)
+        return _tree.widen(objective.value_and_grad(at, batch)[1])
+
+    here = None if central else gradient(jnp.zeros((), dtype), params)
+
+    def matvec(v: Tree) -> Tree:
+        size = _tree.norm(v)
+        h = length / jnp.where(size > 0, size, 1)
+        before, width = (gradient(-h, v), 2 * h) if central else (here, h)
+        change = jax.tree.map(jnp.subtract, gradient(h, v), before)
+        return _tree.cast_like(_tree.scale(1 / width, change), v)
+
+    return matvec
+
+
+def empirical_fisher(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    *,
+    structural: Number | None = None,
+) -> Matvec:
+    """Build the product with the empirical Fisher matrix, Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ.
+
+    It is the Gauss-Newton matrix of ½ Σᵢ wᵢ Lᵢ², with the losses as outputs: a product
+    costs what one of `ggn` does. Of rank at most the number of cases, and no
+    approximation of curvature away from a fit (report, section 11.3: for its diagonal).
+
+    Args:
+      objective: whose loss is differentiated case by case.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      structural: as in `ggn`, of which the distance's part is.
+
+    Returns:
+      The product, as `ggn`.
+
+    Raises:
+      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
+
+    Example:
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> batch = (jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [-1.0]]))
+      >>> product = empirical_fisher(f, jnp.zeros(1), batch)
+      >>> print(product(jnp.ones(1)))  # mean of (−1)² and 2²
+      [2.5]
+
+    References:
+      Martens & Sutskever (2012), section 11.3.
+    """
+    damping = None if structural is None else objective.hidden_distance()
+
+    def term(params: Params, cases: Cases) -> Matvec:
+        return _gauss_newton(
+            lambda params: objective.losses_of(params, cases),
+            lambda values: lambda v: v,
+            params,
+            cases,
+        )
+
+    fisher = objective.linear_mean(term, params, batch)
+    if damping is None:
+        return fisher
+    distance = ggn(damping, params, batch)
+    return lambda v: _tree.axpy(jnp.asarray(structural), distance(v), fisher(v))
+
+
+def _with(structural: Number | None, objective: Objective) -> Objective:
+    return objective if structural is None else objective.with_structural(structural)
+
+
+def _gauss_newton(
+    forward: Callable[[Params], Tree],
+    hessian: Callable[[Tree], Matvec],
+    params: Params,
+    cases: Cases,
+) -> Matvec:
+    """Build v ↦ Σᵢ wᵢ Jᵢᵀ Hᵢ Jᵢ v, linearised here."""
+    outputs, tangent = jax.linearize(forward, params)
+    transpose = jax.linear_transpose(tangent, params)
+    curved = hessian(outputs)
+
+    def product(v: Tree) -> Tree:
+        weighted = _weighted(cases.weights, curved(tangent(v)))
+        return transpose(_tree.cast_like(weighted, outputs))[0]
+
+    return product
 
 
 def _weighted(weights: jax.Array, tree: Tree) -> Tree:

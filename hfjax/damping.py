@@ -1,7 +1,11 @@
-"""Damping: A = B + λI, and how λ is chosen.
+"""Damping: A = B + λD + μS, and how λ and μ are chosen.
 
-λ stands on the scale of the mean objective's curvature (Martens' program adds it
-to G divided by the number of cases). The Levenberg-Marquardt rule (report,
+D is a matrix of `hfjax.damping_matrices`, by default I; λ stands on the scale of the
+mean objective's curvature (Martens' program adds it to G divided by the number of
+cases). S, with structural damping (report, section 8.4), is the Gauss-Newton matrix of
+the hidden states' mean distance, `Objective(hidden_loss=…)`; μ is its strength.
+
+The Levenberg-Marquardt rule (report,
 section 8.5, equation 10) watches how well the quadratic model predicts,
 
     ρ = (f(θ + δ) − f(θ)) / M(δ),    M(δ) = ∇fᵀδ + ½δᵀB δ,
@@ -15,8 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree
+from hfjax import _options, _tree, damping_matrices
 from hfjax._types import Matvec, Number, NumberOrSchedule, Tree
+from hfjax.damping_matrices import Builder, DampingMatrix, identity
 
 _LARGEST = 1e18
 """λ goes no higher: 1/λ is then below the rounding of any step, and λ‖δ‖² finite."""
@@ -32,11 +37,32 @@ class ReductionRatio(NamedTuple):
         of CG, or as `"taken"`, after the line search.
       data: that f is measured on: `"batch"`, the curvature data (Martens' program),
         or `"eval_batch"`.
+      expected: the share of M(δ) that f is expected to fall by, which ρ is divided
+        by: 1, or with data other than the curvature batch about that batch's share
+        of all training data (section 12.2: aim for "a more modest reduction").
     """
 
     model: str = "undamped"
     step: str = "chosen"
     data: str = "batch"
+    expected: Number = 1.0
+
+
+class Structural(NamedTuple):
+    """How strong structural damping is.
+
+    Attributes:
+      strength: μ, or μ / λ if tied; a number or schedule.
+      tied: whether μ = strength · λ, so that both adapt.
+    """
+
+    strength: NumberOrSchedule
+    tied: bool
+
+    def at(self, damping: jax.Array, count: jax.Array) -> jax.Array:
+        """Return μ of an update, given its λ."""
+        strength = _options.read(self.strength, count).astype(damping.dtype)
+        return strength * damping if self.tied else strength
 
 
 class Damping(NamedTuple):
@@ -45,23 +71,38 @@ class Damping(NamedTuple):
     Attributes:
       init: `() -> λ` before the first update.
       current: `(λ, count) -> λ` that this update uses, given the state's.
-      update: `(λ, ρ) -> λ` afterwards; a rejected update hands in ρ = −∞.
+      update: `(λ, ρ, on_boundary) -> λ` afterwards; a rejected update hands in
+        ρ = −∞. `on_boundary` says whether a trust region held the step back; it may
+        be left out.
       ratio: what ρ is the ratio of.
+      matrix: D; `None` is A = B + μS, where "λ" is read by the solver alone.
+      structural: μ, or `None`.
     """
 
     init: Callable[[], jax.Array]
     current: Callable[[jax.Array, jax.Array], jax.Array]
-    update: Callable[[jax.Array, jax.Array], jax.Array]
+    update: Callable[..., jax.Array]
     ratio: ReductionRatio
+    matrix: DampingMatrix | None = identity()
+    structural: Structural | None = None
 
 
-def constant(value: NumberOrSchedule) -> Damping:
-    """Damp with a given λ: A = B + λI.
+def constant(
+    value: NumberOrSchedule,
+    *,
+    matrix: str | DampingMatrix | Builder = "identity",
+    structural: NumberOrSchedule | None = None,
+    tied: bool = True,
+) -> Damping:
+    """Damp with a given λ: A = B + λD + μS.
 
     Args:
       value: λ ≥ 0. A schedule or an array (as `optax.inject_hyperparams` passes) is
         read anew in each update. A plain number is where the state's `damping`
         starts, and stays until the caller sets it there.
+      matrix: D, as in `levenberg_marquardt`.
+      structural: μ, as in `levenberg_marquardt`.
+      tied: as in `levenberg_marquardt`.
 
     Returns:
       The rule.
@@ -78,8 +119,10 @@ def constant(value: NumberOrSchedule) -> Damping:
     return Damping(
         init=lambda: _options.read(value, zero),
         current=lambda state, count: state if settable else _options.read(value, count),
-        update=lambda state, ratio: state,
+        update=lambda state, ratio, on_boundary=None: state,
         ratio=ReductionRatio(),
+        matrix=damping_matrices.as_matrix(matrix),
+        structural=_structural(structural, tied),
     )
 
 
@@ -92,8 +135,11 @@ def levenberg_marquardt(
     upper: Number = 3 / 4,
     minimum: Number = 0.0,
     ratio: ReductionRatio = ReductionRatio(),
+    matrix: str | DampingMatrix | Builder = "identity",
+    structural: NumberOrSchedule | None = None,
+    tied: bool = True,
 ) -> Damping:
-    """Adapt λ in A = B + λI to how well the model predicts.
+    """Adapt λ in A = B + λD + μS to how well the model predicts.
 
     λ ← `decrease` · λ if ρ > `upper`; λ ← `increase` · λ if ρ < `lower`, or if ρ is
     NaN or the update was rejected. At the thresholds λ stays.
@@ -107,12 +153,20 @@ def levenberg_marquardt(
       upper: threshold (ibid.).
       minimum: floor of λ. None by default: Martens' run on CURVES ended at 1.9e-18.
       ratio: what ρ is the ratio of.
+      matrix: D, one of `hfjax.damping_matrices`; by name `"identity"`,
+        `"curvature_diagonal"` or `"curvature"`; or the caller's `(objective, params,
+        batch) -> (v -> D v, its diagonal)`.
+      structural: μ ≥ 0, a number or schedule; needs `Objective(hidden_loss=…)`.
+        `None` is without (Martens & Sutskever 2011 used 0.03, tied).
+      tied: whether `structural` is μ / λ, so that λ's rule scales both, as in their
+        program; else μ itself.
 
     Returns:
       The rule.
 
     Raises:
-      ValueError: if a plain number is out of range.
+      TypeError: if `matrix` is nothing of the kind.
+      ValueError: if a plain number is out of range, or a name is not known.
 
     Example:
       >>> rule = levenberg_marquardt(init=9.0)
@@ -131,8 +185,12 @@ def levenberg_marquardt(
     _options.check_choice("ratio.model", ratio.model, ("undamped", "damped"))
     _options.check_choice("ratio.step", ratio.step, ("chosen", "last", "taken"))
     _options.check_choice("ratio.data", ratio.data, ("batch", "eval_batch"))
+    _options.check_range("ratio.expected", ratio.expected, low=0.0, open_low=True)
 
-    def update(damping: jax.Array, ratio: jax.Array) -> jax.Array:
+    def update(
+        damping: jax.Array, ratio: jax.Array, on_boundary: jax.Array | None = None
+    ) -> jax.Array:
+        del on_boundary
         # Written so that NaN raises: both comparisons are false.
         grown = jnp.where(ratio >= lower, damping, damping * increase)
         adapted = jnp.where(ratio > upper, damping * decrease, grown)
@@ -147,24 +205,27 @@ def levenberg_marquardt(
         current=lambda state, count: state,
         update=update,
         ratio=ratio,
+        matrix=damping_matrices.as_matrix(matrix),
+        structural=_structural(structural, tied),
     )
 
 
-def tikhonov(matvec: Matvec, damping: jax.Array) -> Matvec:
-    """Return v ↦ B v + λ v (report, section 8.1).
+def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:
+    """Return v ↦ B v + λ D v (report, sections 8.1 and 8.3).
 
     Args:
       matvec: v ↦ B v.
       damping: λ, a scalar.
+      matrix: v ↦ D v; `None` is the identity.
 
     Returns:
       The damped product.
     """
 
-    def damped(v: Tree) -> Tree:
-        return _tree.axpy(damping, v, matvec(v))
+    def product(v: Tree) -> Tree:
+        return _tree.axpy(damping, v if matrix is None else matrix(v), matvec(v))
 
-    return damped
+    return product
 
 
 def measured_ratio(
@@ -190,6 +251,11 @@ def measured_ratio(
     ratio = (change - noise) / jnp.where(denominator == 0, 1, denominator)
     sound = jnp.isfinite(change) & jnp.isfinite(predicted) & (denominator != 0)
     return jnp.where(sound, ratio, -jnp.inf)
+
+
+def _structural(strength: NumberOrSchedule | None, tied: bool) -> Structural | None:
+    _options.check_range("structural", strength, low=0.0)
+    return None if strength is None else Structural(strength, tied)
 
 
 def rounding_noise(value: jax.Array) -> jax.Array:

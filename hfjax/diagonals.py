@@ -1,32 +1,44 @@
 """Diagonals of curvature matrices, for preconditioners and damping matrices.
 
-    diag(F) = Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ + weight_decay
+| function | diagonal of | cost, in gradients |
+|---|---|---|
+| `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ (report, section 11.3) | 1 |
+| `ggn_rademacher` | G, unbiased (section 11.4) | 1 a probe |
+| `ggn_exact` | G (section 11.2) | 1 an output of a case |
 
-is the diagonal of the empirical Fisher matrix: the squares of each case's own
-gradient, averaged (report, section 11.3; ERRATA: a mean, so that it stands on
-the scale of G and λ). The square of the mean gradient is another thing.
+each plus `weight_decay`. All are means over cases of squares of per-case quantities
+(ERRATA: a mean, so that they stand on the scale of G and λ); the square of the mean
+gradient is another thing. The Gauss-Newton estimates know of structural damping, where
+the objective is `objective.with_structural(μ)`; the Fisher's cannot, as the hidden
+states' distance has no gradient.
+
+Where what is squared is an outer product of layer input and back-propagated error
+(dense layers, in any notation), the sum of squares is one matrix product of squares
+(report, algorithm 6). Other gradients (convolutions, recurrent and shared weights) are
+formed for as many cases at a time as fit in 64 MiB, at many times that cost.
 """
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _case_gradients
+from hfjax import _case_gradients, _options
 from hfjax._cases import Cases, as_cases
-from hfjax._types import Params, Tree
+from hfjax._types import Number, Params, Tree
 from hfjax.objective import Objective
+
+Estimate: TypeAlias = Callable[..., Tree]
+"""`(objective, params, batch) -> d`, or `(objective, params, batch, *, key) -> d`."""
 
 _HELD_ENTRIES = 2**24
 """Entries of per-case gradients held at once: 64 MiB in float32; heuristic."""
 
 
 def empirical_fisher(objective: Objective, params: Params, batch: tuple) -> Params:
-    """Compute the diagonal of the empirical Fisher matrix.
-
-    Where a case's gradient is an outer product of layer input and back-propagated
-    error (dense layers, in any notation), the sum of squares is one matrix product
-    of squares, at the cost of a gradient (report, algorithm 6). Other gradients
-    (convolutions, recurrent and shared weights) are formed for as many cases at a
-    time as fit in 64 MiB, at many times that cost.
+    """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
     Args:
       objective: whose loss is differentiated case by case; weight decay is added to
@@ -47,20 +59,240 @@ def empirical_fisher(objective: Objective, params: Params, batch: tuple) -> Para
     References:
       Martens & Sutskever (2012), section 11.3, algorithm 6; Martens (2010), 4.7.
     """
+
+    def case_gradient(params: Params, case: Cases, probe: jax.Array) -> Params:
+        del probe
+        gradient = jax.grad(lambda params: objective.losses_of(params, case)[0])
+        return gradient(params)
+
+    return _mean_of_squares(objective, params, batch, case_gradient)
+
+
+def ggn_rademacher(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    *,
+    key: jax.Array,
+    num_probes: int = 1,
+) -> Params:
+    """Estimate diag(G) by random signs, without bias: the mean of (Jᵢᵀ Sᵢ vᵢ)².
+
+    `Sᵢ Sᵢᵀ = L″ᵢ`, and `vᵢ` holds independent signs for every output of every case and
+    probe, so that E[vᵢvᵢᵀ] = I. An entry may come out as zero that is not.
+
+    Args:
+      objective: whose G it is; weight decay is added.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      key: a typed key. A case's signs depend on it and on the case's place in the
+        batch alone, whatever the microbatches or the devices.
+      num_probes: vectors per case that are averaged, at a gradient each (1: report,
+        algorithm 7).
+
+    Returns:
+      A tree like `params`, in float32 or wider; not negative.
+
+    Raises:
+      TypeError: if `num_probes` is not a plain integer.
+      ValueError: if it is less than 1.
+
+    Example:
+      With one output each, the signs square away:
+
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> batch = (jnp.array([[1.0, 0.0], [2.0, 4.0]]), jnp.zeros((2, 1)))
+      >>> d = ggn_rademacher(f, jnp.zeros((2, 1)), batch, key=jax.random.key(0))
+      >>> print(d[:, 0])
+      [2.5 8. ]
+
+    References:
+      Martens & Sutskever (2012), section 11.4, algorithm 7; Chapelle & Erhan (2011);
+      signs: Martens, Sutskever & Swersky (2012).
+    """
+    _options.check_count("num_probes", num_probes, low=1)
+    cases = as_cases(batch)
+    first = objective.means.first_case(cases)
+    numbers = first + jnp.arange(cases.weights.shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+    def case_gradient(params: Params, case: tuple, probe: jax.Array) -> Params:
+        (inputs, key), targets, weights = case
+        key = jax.random.fold_in(jax.random.wrap_key_data(key)[0], probe)
+        outputs, transpose, factor = _factored(
+            objective, params, Cases(inputs, targets, weights)
+        )
+        leaves, structure = jax.tree.flatten(outputs)
+        signs = [
+            jax.random.rademacher(leaf_key, z.shape, z.dtype)
+            for leaf_key, z in zip(
+                jax.random.split(key, len(leaves)), leaves, strict=True
+            )
+        ]
+        return transpose(factor(structure.unflatten(signs)))
+
+    data = ((cases.inputs, jax.random.key_data(keys)), cases.targets, cases.weights)
+    return _mean_of_squares(
+        objective, params, data, case_gradient, probes=num_probes, share=1 / num_probes
+    )
+
+
+def ggn_exact(objective: Objective, params: Params, batch: tuple) -> Params:
+    """Compute diag(G) exactly: Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k of a case, averaged.
+
+    One back-propagation for each output of a case, units and time steps alike: for
+    few outputs.
+
+    Args:
+      objective: whose G it is; weight decay is added.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+
+    Returns:
+      A tree like `params`, in float32 or wider; not negative.
+
+    Example:
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> batch = (jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros((2, 2)))
+      >>> print(ggn_exact(f, jnp.zeros(2), batch))  # mean of 1² and 3², of 2² and 0
+      [5. 2.]
+
+    References:
+      Martens & Sutskever (2012), section 11.2.
+    """
+
+    def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
+        outputs, transpose, factor = _factored(objective, params, case)
+        leaves, structure = jax.tree.flatten(outputs)
+        units, at = [], 0
+        for z in leaves:
+            place = jnp.arange(at, at + z.size).reshape(z.shape)
+            units.append((place == index).astype(z.dtype))
+            at += z.size
+        return transpose(factor(structure.unflatten(units)))
+
+    count = outputs_per_case(objective, params, batch)
+    return _mean_of_squares(objective, params, batch, case_gradient, probes=count)
+
+
+def interpolate(
+    diagonal: Tree, *, exponent: Number, kappa: Number, scale: Tree | None
+) -> Tree:
+    """Compute (d + κ s)^ξ, between a diagonal and a multiple of the identity.
+
+    Args:
+      diagonal: d.
+      exponent: ξ; 0 is the identity.
+      kappa: κ.
+      scale: s, a tree like `diagonal`; `None` is 1 everywhere.
+
+    Returns:
+      A tree like `diagonal`; 1 where the sum is not positive, as nothing is known of
+      that entry.
+
+    References:
+      Martens & Sutskever (2012), section 11.2.
+    """
+    ones = jax.tree.map(jnp.ones_like, diagonal) if scale is None else scale
+
+    def leaf(d: jax.Array, s: jax.Array) -> jax.Array:
+        total = d + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
+        total = jnp.where(total > 0, total, 1)
+        return total ** jnp.asarray(exponent, d.dtype)
+
+    return jax.tree.map(leaf, diagonal, ones)
+
+
+def needs_key(estimate: Estimate) -> bool:
+    """Return whether an estimate is random: whether it takes a `key`.
+
+    Args:
+      estimate: a function of this room, a `functools.partial` of one, or the caller's.
+
+    Returns:
+      Whether there is a parameter `key` that is still to be given.
+
+    Example:
+      >>> needs_key(empirical_fisher), needs_key(ggn_rademacher)
+      (False, True)
+    """
+    parameter = inspect.signature(estimate).parameters.get("key")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def outputs_per_case(objective: Objective, params: Params, batch: tuple) -> int:
+    """Count the outputs of a case: units, times steps, over all leaves."""
+    inputs = jax.tree.map(lambda leaf: leaf[:1], as_cases(batch).inputs)
+    shapes = jax.eval_shape(objective.outputs, params, inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _factored(
+    objective: Objective, params: Params, case: Cases
+) -> tuple[Tree, Callable[[Tree], Params], Callable[[Tree], Tree]]:
+    """Return the outputs of a case, v ↦ Jᵀv and v ↦ S v."""
+    outputs, transpose = jax.vjp(
+        lambda params: objective.outputs(params, case.inputs), params
+    )
+    factor = objective.loss.factor(outputs, case.targets)
+    return outputs, lambda v: transpose(v)[0], factor
+
+
+def _mean_of_squares(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    case_gradient: Callable[[Params, Any, Any], Params],
+    *,
+    probes: int = 1,
+    share: float = 1.0,
+) -> Params:
+    """Compute the mean over cases of Σ over probes of `share` · squares; weight decay.
+
+    Args:
+      objective: whose weights, microbatches and devices are to be respected.
+      params: θ.
+      batch: of which `case_gradient` gets one case, leading axes of one.
+      case_gradient: `(params, case, probe) -> what is squared`.
+      probes: how many squares a case has.
+      share: of each.
+    """
     local = objective.local(params)
 
-    def case_gradient(case: tuple) -> Params:
-        one = jax.tree.map(lambda leaf: leaf[None], case)
-        return jax.grad(lambda params: objective.case_values(params, one)[0])(local)
+    def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
+        def gradient(data: tuple) -> Params:
+            one = jax.tree.map(lambda leaf: leaf[None], data)
+            return case_gradient(local, Cases(*one, jnp.ones(1)), probe)
+
+        return gradient
 
     def sum_of_squares(cases: Cases) -> Tree:
         data = (cases.inputs, cases.targets)
-        return _case_gradients.sum_of_squares(case_gradient, data, cases.weights)
 
-    cases = as_cases(batch)
-    held = _case_gradients.held_entries(case_gradient, (cases.inputs, cases.targets))
+        def one(probe: jax.Array) -> Tree:
+            gradient = gradient_of(probe)
+            return _case_gradients.sum_of_squares(gradient, data, cases.weights)
+
+        if probes == 1:
+            return one(zero)
+        total = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, zero)
+        )
+        return jax.lax.fori_loop(
+            0,
+            probes,
+            lambda k, total: jax.tree.map(jnp.add, total, one(k)),
+            objective.local(total),
+        )
+
+    cases, zero = as_cases(batch), jnp.zeros((), jnp.int32)
+    held = _case_gradients.held_entries(
+        gradient_of(zero), (cases.inputs, cases.targets)
+    )
     bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = bounded.mean(sum_of_squares, batch)
     return jax.tree.map(
-        lambda x: x + jnp.asarray(objective.weight_decay, x.dtype), mean
+        lambda x: share * x + jnp.asarray(objective.weight_decay, x.dtype), mean
     )

@@ -4,19 +4,20 @@ M falls with every iteration; f need not (report, section 8.7). So some iterates
 are kept: `grid` keeps those numbered ⌈first · growth^j⌉ and the last one, as
 Martens' program does, and costs that many copies of the parameters; `best` keeps
 the one with the lowest f, evaluated at the same iterations during the run, and
-costs one.
+costs one; `every` keeps every c-th; `guarded` does so too, evaluates f there, and ends
+the run once f has got worse (section 13).
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree
-from hfjax._types import Tree, ValueFn
+from hfjax._types import Number, Tree, ValueFn
 
 
 class Kept(NamedTuple):
@@ -39,14 +40,26 @@ class Keeper(NamedTuple):
     Attributes:
       init: `x -> Kept`, the buffer at the start, with `x` as iterate 0.
       update: `(kept, i, x, is_last) -> Kept`, offers iterate `i`.
+      stop: `(kept, i) -> bool`, whether the run is to end after iterate `i`.
     """
 
     init: Callable[[Tree], Kept]
     update: Callable[[Kept, jax.Array, Tree, jax.Array], Kept]
+    stop: Callable[[Kept, jax.Array], jax.Array] = lambda kept, i: jnp.zeros((), bool)
 
 
-Keep: TypeAlias = Callable[[int, ValueFn | None], Keeper]
-"""`(max_iterations, value_fn) -> Keeper`: how a run of CG keeps its iterates."""
+class Keep(NamedTuple):
+    """How a run of conjugate gradients keeps its iterates.
+
+    Attributes:
+      build: `(max_iterations, value_fn) -> Keeper`.
+      evaluates: whether the run evaluates f, so that `Kept.values` are known.
+      data: of an update that f is then evaluated on, `"batch"` or `"eval_batch"`.
+    """
+
+    build: Callable[[int, ValueFn | None], Keeper]
+    evaluates: bool = False
+    data: str = "eval_batch"
 
 
 def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
@@ -70,29 +83,27 @@ def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
       [ 5  7  9 11 12]
     """
     _check_spacing(first, growth)
-
-    def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
-        del value_fn
-        ends = _spaced(first, growth, max_iterations)
-        slots = len(ends) + 1
-
-        def init(x: Tree) -> Kept:
-            return _buffer(x, slots, _tree.scalar_dtype(x))
-
-        def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
-            # A slot is written over until its iteration has come: so the last iterate
-            # is always there, each iteration costs one copy of x, and no branch has
-            # the buffer as an operand, which would copy all of it.
-            del is_last
-            slot = jnp.sum(jnp.asarray(ends, jnp.int32) < i)
-            return _write(kept, slot, i, x, kept.values[slot])
-
-        return Keeper(init, update)
-
-    return keep
+    return Keep(
+        lambda max_iterations, value_fn: _slots(_spaced(first, growth, max_iterations))
+    )
 
 
-def best(*, first: int = 5, growth: float = 1.3) -> Keep:
+def every(interval: int) -> Keep:
+    """Keep iterates number c, 2c, 3c, …, and the last (report, section 8.7).
+
+    Args:
+      interval: c.
+
+    Returns:
+      The way of keeping: a copy of x for every c-th of `max_iterations`.
+    """
+    _options.check_count("interval", interval, low=1)
+    return Keep(
+        lambda max_iterations, value_fn: _slots(_multiples(interval, max_iterations))
+    )
+
+
+def best(*, first: int = 5, growth: float = 1.3, interval: int | None = None) -> Keep:
     """Keep only the iterate with the lowest f, for when memory is short.
 
     f is evaluated during the run, at the iterations of `grid`; the choice is that of
@@ -101,19 +112,21 @@ def best(*, first: int = 5, growth: float = 1.3) -> Keep:
     Args:
       first: iteration (as `grid`).
       growth: factor between iterations (as `grid`).
+      interval: evaluate every so many iterations instead, as `every`.
 
     Returns:
       The way of keeping; `hfjax.cg.solve` then needs its `value_fn`.
     """
     _check_spacing(first, growth)
+    if interval is not None:
+        _options.check_count("interval", interval, low=1)
 
     def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
-        if value_fn is None:
-            msg = (
-                "Keeping the best iterate needs `value_fn`, f at an iterate; got None."
-            )
-            raise ValueError(msg)
-        ends = _spaced(first, growth, max_iterations)
+        value_fn = _needed(value_fn)
+        if interval is None:
+            ends = _spaced(first, growth, max_iterations)
+        else:
+            ends = _multiples(interval, max_iterations)
 
         def init(x: Tree) -> Kept:
             return _buffer(x, 1, _tree.wide(jax.eval_shape(value_fn, x).dtype))
@@ -134,7 +147,99 @@ def best(*, first: int = 5, growth: float = 1.3) -> Keep:
 
         return Keeper(init, update)
 
-    return keep
+    return Keep(keep, evaluates=True)
+
+
+def guarded(
+    interval: int = 10, *, tolerance: Number = 0.01, data: str = "batch"
+) -> Keep:
+    """Keep every c-th iterate with f there; end the run once f has got worse.
+
+    It ends at iterate i = kc when f(xᵢ) > f(xᵢ₋c) + `tolerance` · (highest − lowest f
+    so far in the run), or f(xᵢ) is not finite: f is "significantly worse than its
+    value from some number of steps ago (e.g. 10)". Beware: how long runs are then
+    depends on λ, and λ on how long they are (report, end of section 8.5).
+
+    Args:
+      interval: c (report, section 13: 10).
+      tolerance: share of the range of f that counts as significant; heuristic.
+      data: of an update that f is evaluated on: `"batch"`, the curvature data (ibid.),
+        or `"eval_batch"`.
+
+    Returns:
+      The way of keeping; `hfjax.cg.solve` then needs its `value_fn`. With
+      `conjugate_gradient(warm_start_from="best")` the next run starts from the
+      iterate of the lowest f.
+
+    Raises:
+      ValueError: if an option is out of range.
+
+    References:
+      Martens & Sutskever (2012), sections 8.7 and 13, second recipe.
+    """
+    _options.check_count("interval", interval, low=1)
+    _options.check_range("tolerance", tolerance, low=0.0)
+    _options.check_choice("data", data, ("batch", "eval_batch"))
+
+    def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
+        value_fn = _needed(value_fn)
+        ends = _multiples(interval, max_iterations)
+        slots = _slots(ends)
+
+        def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
+            kept = slots.update(kept, i, x, is_last)
+            slot = _slot_of(ends, i)
+            value = jax.lax.cond(
+                is_last | (i % interval == 0),
+                lambda: value_fn(x).astype(kept.values.dtype),
+                lambda: kept.values[slot],
+            )
+            return kept._replace(values=kept.values.at[slot].set(value))
+
+        def stop(kept: Kept, i: jax.Array) -> jax.Array:
+            slot = _slot_of(ends, i)
+            now, before = kept.values[slot], kept.values[jnp.maximum(slot - 1, 0)]
+            seen = jnp.isfinite(kept.values)
+            lowest = jnp.min(jnp.where(seen, kept.values, jnp.inf))
+            highest = jnp.max(jnp.where(seen, kept.values, -jnp.inf))
+            worse = ~(now <= before + tolerance * (highest - lowest))
+            return (i % interval == 0) & (slot > 0) & worse
+
+        return Keeper(slots.init, update, stop)
+
+    return Keep(keep, evaluates=True, data=data)
+
+
+def _slots(ends: list[int]) -> Keeper:
+    """Keep the iterates numbered `ends`, and the last."""
+
+    def init(x: Tree) -> Kept:
+        return _buffer(x, len(ends) + 1, _tree.scalar_dtype(x))
+
+    def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
+        # A slot is written over until its iteration has come: so the last iterate is
+        # always there, each iteration costs one copy of x, and no branch has the
+        # buffer as an operand, which would copy all of it.
+        del is_last
+        slot = _slot_of(ends, i)
+        return _write(kept, slot, i, x, kept.values[slot])
+
+    return Keeper(init, update)
+
+
+def _slot_of(ends: list[int], i: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.asarray(ends, jnp.int32) < i)
+
+
+def _needed(value_fn: ValueFn | None) -> ValueFn:
+    if value_fn is None:
+        msg = "Judging iterates by f needs `value_fn`, f at an iterate; got None."
+        raise ValueError(msg)
+    return value_fn
+
+
+def _multiples(interval: int, max_iterations: int) -> list[int]:
+    return list(range(interval, max_iterations, interval))
 
 
 def _check_spacing(first: int, growth: float) -> None:

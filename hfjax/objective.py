@@ -10,17 +10,14 @@ divided once, so that padding and uneven shards change nothing.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree, losses
-from hfjax._cases import Cases, Microbatches, as_cases, check_outputs, split
-from hfjax._types import Matvec, Number, Params, Tree
-
-AxisName: TypeAlias = Any
-"""A mesh axis name, or a tuple of them."""
+from hfjax import _options, _structural, _tree, losses
+from hfjax._cases import Cases, as_cases, check_outputs, split, unfold
+from hfjax._means import AxisName, Means
+from hfjax._types import Matvec, Number, NumberOrSchedule, Params, Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -34,16 +31,27 @@ class Objective:
       loss: an `hfjax.losses.Loss`, or a callable `(outputs, targets) -> array` whose
         leading axis is cases (further axes are summed).
       weight_decay: coefficient β ≥ 0 of ½β‖θ‖², on the scale of the mean loss; on
-        all parameters, biases too, as in Martens' program.
+        all parameters, biases too, as in Martens' program. A schedule (report,
+        section 13: on at first, off near the end) is read by `at`.
       microbatch_size: most cases that are run through the model at once, or `None`
         for all. Bounds activation memory; costs one more forward pass in each
         curvature product, which is then linearised anew for each microbatch.
+      linearize_once: keep every microbatch's linearisation instead (report, section
+        7.1, activity caching): products cost no forward pass, and hold the
+        activations of the whole batch, but the intermediate results of one
+        microbatch only.
       axis_name: name(s) of the mapped axis that shards the cases, under
         `shard_map`, `pmap` or `vmap(axis_name=…)`. Not needed under `jit` with
         sharded arrays.
+      hidden_loss: for structural damping (report, section 8.4): `model_fn` then
+        returns `(outputs, hidden)`, and this is d(h; h(θ)), the distance of hidden
+        states, of which only the curvature is used: f does not contain it.
+        `squared_error` takes the units' values, `sigmoid_cross_entropy` the logits
+        of logistic units; or any callable `(hidden, reference) -> array`. Summed
+        over units and time, as losses are.
 
     Raises:
-      TypeError: if `model_fn` or `loss` is not callable.
+      TypeError: if `model_fn`, `loss` or `hidden_loss` is not callable.
       ValueError: if `weight_decay` or `microbatch_size` is out of range.
 
     Example:
@@ -61,18 +69,22 @@ class Objective:
     model_fn: Callable[[Params, Tree], Tree]
     loss: losses.Loss
     _: dataclasses.KW_ONLY
-    weight_decay: Number = 0.0
+    weight_decay: NumberOrSchedule = 0.0
     microbatch_size: int | None = None
+    linearize_once: bool = False
     axis_name: AxisName = None
+    hidden_loss: losses.Loss | None = None
 
     def __init__(
         self,
         model_fn: Callable[[Params, Tree], Tree],
         loss: losses.Loss | Callable[[Tree, Tree], jax.Array],
         *,
-        weight_decay: Number = 0.0,
+        weight_decay: NumberOrSchedule = 0.0,
         microbatch_size: int | None = None,
+        linearize_once: bool = False,
         axis_name: AxisName = None,
+        hidden_loss: losses.Loss | Callable[[Tree, Tree], jax.Array] | None = None,
     ) -> None:
         if not callable(model_fn):
             msg = (
@@ -80,25 +92,98 @@ class Objective:
                 f"{type(model_fn).__name__}. For a Flax module pass its pure form."
             )
             raise TypeError(msg)
-        if not isinstance(loss, losses.Loss):
-            if not callable(loss):
-                msg = (
-                    "`loss` must be an `hfjax.losses.Loss` or a callable (outputs, "
-                    f"targets) -> values per case, got {type(loss).__name__}."
-                )
-                raise TypeError(msg)
-            loss = losses.from_function(loss)
         _options.check_range("weight_decay", weight_decay, low=0.0)
         if microbatch_size is not None:
             _options.check_count("microbatch_size", microbatch_size, low=1)
+        if hidden_loss is not None:
+            hidden_loss = _as_loss("hidden_loss", hidden_loss)
         for name, option in (
             ("model_fn", model_fn),
-            ("loss", loss),
+            ("loss", _as_loss("loss", loss)),
             ("weight_decay", weight_decay),
             ("microbatch_size", microbatch_size),
+            ("linearize_once", linearize_once),
             ("axis_name", axis_name),
+            ("hidden_loss", hidden_loss),
         ):
             object.__setattr__(self, name, option)
+
+    def at(self, count: jax.Array | int) -> "Objective":
+        """Return f as it is at an update, where the weight decay is a schedule.
+
+        Args:
+          count: updates so far, `state.count`.
+
+        Returns:
+          The objective with that number as weight decay; itself if it is one already.
+
+        Example:
+          >>> import hfjax, optax
+          >>> f = Objective(
+          ...     lambda p, x: x * p,
+          ...     hfjax.losses.squared_error(),
+          ...     weight_decay=optax.piecewise_constant_schedule(0.5, {100: 0.0}),
+          ... )
+          >>> print(f.at(0).weight_decay, f.at(100).weight_decay)
+          0.5 0.0
+        """
+        if not callable(self.weight_decay):
+            return self
+        decay = jnp.asarray(self.weight_decay(jnp.asarray(count)))
+        return dataclasses.replace(self, weight_decay=decay)
+
+    def outputs(self, params: Params, inputs: Tree) -> Tree:
+        """Run the model: F(θ, x), without hidden states.
+
+        Args:
+          params: θ.
+          inputs: x of some cases.
+
+        Returns:
+          What the loss compares with the targets.
+        """
+        if self.hidden_loss is None:
+            return self.model_fn(params, inputs)
+        return self._outputs_and_hidden(params, inputs)[0]
+
+    def with_structural(self, strength: Number) -> "Objective":
+        """Join the hidden states' distance to the loss: L + μ d(h; h(θ)).
+
+        For curvature and its diagonals; the gradient is that of f, and its outputs are
+        pairs `(outputs, hidden)` (report, section 8.4).
+
+        Args:
+          strength: μ, on the scale of the mean loss.
+
+        Returns:
+          The objective, without a `hidden_loss` of its own.
+
+        Raises:
+          ValueError: if there is no `hidden_loss`.
+        """
+        if self.hidden_loss is None:
+            msg = (
+                "Structural damping needs hidden states: give `Objective` a "
+                "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+            )
+            raise ValueError(msg)
+        return dataclasses.replace(
+            self,
+            model_fn=self._outputs_and_hidden,
+            loss=_structural.paired(self.loss, self.hidden_loss, strength),
+            hidden_loss=None,
+        )
+
+    def hidden_distance(self) -> "Objective":
+        """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay."""
+        assert self.hidden_loss is not None
+        return dataclasses.replace(
+            self,
+            model_fn=lambda params, inputs: self._outputs_and_hidden(params, inputs)[1],
+            loss=_structural.distance(self.hidden_loss),
+            weight_decay=0.0,
+            hidden_loss=None,
+        )
 
     def value(self, params: Params, batch: tuple) -> jax.Array:
         """Compute f(θ) on `batch`.
@@ -110,7 +195,7 @@ class Objective:
         Returns:
           A scalar in float32 or wider.
         """
-        mean = self.mean(lambda cases: self._weighted_loss(params, cases), batch)
+        mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
         return mean + self._penalty(params)
 
     def value_and_grad(self, params: Params, batch: tuple) -> tuple[jax.Array, Params]:
@@ -129,7 +214,7 @@ class Objective:
         """
         local = self.local(params)
         value, gradient = self.mean(
-            lambda cases: jax.value_and_grad(self._weighted_loss)(local, cases), batch
+            lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases), batch
         )
         gradient = self._decayed(gradient, params)
         return value + self._penalty(params), _tree.cast_like(gradient, params)
@@ -148,13 +233,13 @@ class Objective:
         cases = as_cases(batch)
         parts = split(cases, self.microbatch_size)
         if parts.count == 1:
-            return self._losses(params, cases)
+            return self.losses_of(params, cases)
         _, values = jax.lax.scan(
-            lambda carry, k: (carry, self._losses(params, parts.take(k))),
+            lambda carry, k: (carry, self.losses_of(params, parts.take(k))),
             None,
             jnp.arange(parts.count),
         )
-        return values.T.reshape(-1)[: cases.weights.shape[0]]
+        return unfold(values, cases.weights.shape[0])
 
     def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: tuple) -> Tree:
         """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ over microbatches and devices.
@@ -167,9 +252,7 @@ class Objective:
         Returns:
           The mean, in float32 or wider; 0 where all weights are 0.
         """
-        cases = as_cases(batch)
-        sums = self._accumulate(sum_over_cases, split(cases, self.microbatch_size))
-        return _divide(self._over_devices(sums), self._total_weight(cases))
+        return self.means.mean(sum_over_cases, batch)
 
     def linear_mean(
         self, term: Callable[[Params, Cases], Matvec], params: Params, batch: tuple
@@ -177,9 +260,10 @@ class Objective:
         """Build v ↦ Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v for symmetric Bᵢ of each case.
 
         Args:
-          term: `(params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`. Without microbatches it is
-            called once, here: what it computes outside the product is computed
-            once. With them it is called inside the product, on each microbatch.
+          term: `(params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`. Without microbatches, or to
+            linearise once, it is called once, here: what it computes outside the
+            product is computed once. Else it is called inside the product, on each
+            microbatch.
           params: θ.
           batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
@@ -188,19 +272,45 @@ class Objective:
         """
         cases = as_cases(batch)
         local = self.local(params)
-        parts, weight = split(cases, self.microbatch_size), self._total_weight(cases)
-        whole = term(local, cases) if parts.count == 1 else None
+        parts = split(cases, self.microbatch_size)
+        once = parts.count == 1 or self.linearize_once
+        whole = term(local, cases) if once else None
 
         def matvec(v: Tree) -> Tree:
             tangent = self.local(_tree.cast_like(v, params))
             if whole is not None:
                 sums = _tree.widen(whole(tangent))
             else:
-                sums = self._accumulate(lambda part: term(local, part)(tangent), parts)
-            mean = _divide(self._over_devices(sums), weight)
+                sums = self.means.accumulate(
+                    lambda part: term(local, part)(tangent), parts
+                )
+            mean = self.means.divide(sums, cases.weights)
             return _tree.cast_like(self._decayed(mean, v), v)
 
         return matvec
+
+    def forward(self, params: Params, cases: Cases) -> Tree:
+        """Run the model on cases, microbatch by microbatch where that is to be kept.
+
+        Args:
+          params: θ.
+          cases: a batch, or a microbatch.
+
+        Returns:
+          The outputs of all of them, in their order.
+        """
+        parts = split(cases, self.microbatch_size if self.linearize_once else None)
+        total = cases.weights.shape[0]
+        if parts.count == 1:
+            outputs = self.outputs(params, cases.inputs)
+        else:
+            stacked = jax.lax.map(
+                lambda k: self.outputs(params, parts.take(k).inputs),
+                jnp.arange(parts.count),
+            )
+            outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
+        check_outputs(outputs, total)
+        return outputs
 
     def local(self, tree: Tree) -> Tree:
         """Mark a replicated tree as each device's own, to differentiate by it.
@@ -215,20 +325,7 @@ class Objective:
         Returns:
           The same values; `tree` itself where there is no `axis_name`.
         """
-        if self.axis_name is None:
-            return tree
-        names = (
-            self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        )
-        # Under `vmap(axis_name=…)` there is no such mesh axis, and nothing to mark.
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-
-        def leaf(x: jax.Array) -> jax.Array:
-            varying = jax.typeof(x).manual_axis_type.varying
-            missing = tuple(n for n in names if n in manual and n not in varying)
-            return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-        return jax.tree.map(leaf, tree)
+        return self.means.local(tree)
 
     def with_microbatches(self, size: int) -> "Objective":
         """Return this objective with microbatches of at most `size` cases.
@@ -243,58 +340,62 @@ class Objective:
             return self
         return dataclasses.replace(self, microbatch_size=size)
 
-    def _losses(self, params: Params, cases: Cases) -> jax.Array:
-        outputs = self.model_fn(params, cases.inputs)
-        check_outputs(outputs, cases.weights.shape[0])
-        values = self.loss.value(outputs, cases.targets)
+    def losses_of(self, params: Params, cases: Cases) -> jax.Array:
+        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
+        values = self.loss.value(self.forward(params, cases), cases.targets)
         return values.astype(_tree.wide(values.dtype))
 
-    def _weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
-        values = self._losses(params, cases)
+    def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
+        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases."""
+        values = self.losses_of(params, cases)
         return jnp.sum(cases.weights.astype(values.dtype) * values)
 
+    def _outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
+        pair = self.model_fn(params, inputs)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
+            msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
+            raise ValueError(msg)
+        return pair
+
     @property
-    def _decays(self) -> bool:
-        return not (
-            _options.is_plain_number(self.weight_decay) and self.weight_decay == 0
-        )
+    def means(self) -> Means:
+        """How a batch is summed."""
+        return Means(self.microbatch_size, self.axis_name)
+
+    @property
+    def _decay(self) -> jax.Array | None:
+        """The weight decay, `None` where it is known to be zero."""
+        if callable(self.weight_decay):
+            msg = (
+                "`weight_decay` is a schedule: say when, as in "
+                "`objective.at(state.count).value_and_grad(params, batch)`."
+            )
+            raise TypeError(msg)
+        zero = _options.is_plain_number(self.weight_decay) and self.weight_decay == 0
+        return None if zero else jnp.asarray(self.weight_decay)
 
     def _penalty(self, params: Params) -> jax.Array:
-        if not self._decays:
+        decay = self._decay
+        if decay is None:
             return jnp.zeros((), _tree.scalar_dtype(params))
-        return 0.5 * jnp.asarray(self.weight_decay) * _tree.dot(params, params)
+        return 0.5 * decay * _tree.dot(params, params)
 
     def _decayed(self, tree: Tree, v: Tree) -> Tree:
         """Return `tree` + weight_decay · v."""
-        return (
-            _tree.axpy(jnp.asarray(self.weight_decay), v, tree)
-            if self._decays
-            else tree
+        decay = self._decay
+        return tree if decay is None else _tree.axpy(decay, v, tree)
+
+
+def _as_loss(
+    name: str, loss: losses.Loss | Callable[[Tree, Tree], jax.Array]
+) -> losses.Loss:
+    if isinstance(loss, losses.Loss):
+        return loss
+    if not callable(loss):
+        msg = (
+            f"`{name}` must be an `hfjax.losses.Loss` or a callable (outputs, "
+            f"targets) -> values per case, got {type(loss).__name__}."
         )
-
-    def _accumulate(
-        self, sum_over_cases: Callable[[Cases], Tree], parts: Microbatches
-    ) -> Tree:
-        if parts.count == 1:
-            return _tree.widen(sum_over_cases(parts.cases))
-
-        def step(total: Tree, k: jax.Array) -> tuple[Tree, None]:
-            part = _tree.widen(sum_over_cases(parts.take(k)))
-            return jax.tree.map(jnp.add, total, part), None
-
-        shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
-        zeros = jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, _tree.wide(shape.dtype)), shapes
-        )
-        return jax.lax.scan(step, self.local(zeros), jnp.arange(parts.count))[0]
-
-    def _over_devices(self, sums: Tree) -> Tree:
-        return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
-
-    def _total_weight(self, cases: Cases) -> jax.Array:
-        weight = self._over_devices(jnp.sum(cases.weights))
-        return jnp.where(weight == 0, 1, weight)
-
-
-def _divide(sums: Tree, weight: jax.Array) -> Tree:
-    return jax.tree.map(lambda x: x / weight.astype(x.dtype), sums)
+        raise TypeError(msg)
+    return losses.from_function(loss)

@@ -1,8 +1,8 @@
 """Preconditioners: positive definite P ≈ A whose inverse is cheap.
 
-    P = (d + λ + κ s)^ξ        (report, section 11.2)
+    P = (d + λ diag(D) + κ s)^ξ        (report, section 11.2)
 
-with `d` the diagonal of a curvature matrix. λ is inside the power: P stands for
+with `d` the diagonal of a curvature matrix. Damping is inside the power: P stands for
 the damped matrix, which is what conjugate gradients work on.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hfjax import _options, diagonals
 from hfjax._types import Number, Params, Preconditioner, Tree
@@ -21,7 +20,10 @@ class PreconditionerRule(NamedTuple):
     """How each update makes its preconditioner.
 
     Attributes:
-      build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`.
+      build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`, with
+        `damping` the diagonal of λD: the scalar λ where D = I, else a tree like the
+        parameters, or 0 where D = B, as P's scale does not matter. With structural
+        damping `objective` has its distance in its loss.
       needs_key: whether `build` draws random numbers; `key` is `None` if not.
       data: that `build` is given as its batch: the update's `"batch"`, as the
         curvature, or its `"eval_batch"`.
@@ -33,18 +35,20 @@ class PreconditionerRule(NamedTuple):
 
 
 def diagonal(
-    estimate: Callable[[Objective, Params, tuple], Tree] = diagonals.empirical_fisher,
+    estimate: diagonals.Estimate = diagonals.empirical_fisher,
     *,
     exponent: Number = 0.75,
     kappa: Number = 0.0,
     scale: Tree | None = None,
     data: str = "batch",
 ) -> PreconditionerRule:
-    """Precondition by P = (d + λ + κ s)^ξ, a diagonal matrix.
+    """Precondition by P = (d + λ diag(D) + κ s)^ξ, a diagonal matrix.
 
     Args:
       estimate: `(objective, params, batch) -> d`, a function of `hfjax.diagonals` or
-        the caller's; weight decay counts in d.
+        the caller's; weight decay counts in d. One that takes a `key` is given a new
+        one in each update: `functools.partial(diagonals.ggn_rademacher,
+        num_probes=4)`. (The Fisher's: Martens 2010, 4.7.)
       exponent: ξ in [0, 1]; 0.75 (Martens 2010, section 4.7), 1 is the diagonal
         itself, 0 the identity.
       kappa: κ ≥ 0, where λ is weak or absent (report, section 11.2; 0 in Martens'
@@ -74,33 +78,25 @@ def diagonal(
     _options.check_range("kappa", kappa, low=0.0)
     _options.check_choice("data", data, ("batch", "eval_batch"))
 
+    random = diagonals.needs_key(estimate)
+
     def build(
         objective: Objective,
         params: Params,
         batch: tuple,
-        damping: jax.Array,
-        key: None,
+        damping: Tree,
+        key: jax.Array | None,
     ) -> Preconditioner:
-        del key
-        entries = estimate(objective, params, batch)
-        ones = jax.tree.map(jnp.ones_like, entries) if scale is None else scale
-
-        def inverse(d: jax.Array, s: jax.Array) -> jax.Array:
-            total = (
-                d
-                + damping.astype(d.dtype)
-                + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
-            )
-            # Where nothing is known of a parameter's curvature (all zero), leave it be.
-            total = jnp.where(total > 0, total, 1)
-            return total ** -jnp.asarray(exponent, d.dtype)
-
-        inverses = jax.tree.map(inverse, entries, ones)
+        options = {"key": key} if random else {}
+        entries = estimate(objective, params, batch, **options)
+        powers = diagonals.interpolate(
+            _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
+        )
         return lambda r: jax.tree.map(
-            lambda r, p: (r.astype(p.dtype) * p).astype(r.dtype), r, inverses
+            lambda r, p: (r.astype(p.dtype) / p).astype(r.dtype), r, powers
         )
 
-    return PreconditionerRule(build, data=data)
+    return PreconditionerRule(build, needs_key=random, data=data)
 
 
 def custom(
@@ -110,8 +106,9 @@ def custom(
 
     Args:
       build: `(objective, params, batch, damping) -> (r -> P⁻¹ r)`, called once in
-        each update; P must be symmetric positive definite. With `needs_key` it takes
-        a fifth argument, a typed key, new in each update.
+        each update, with arguments as in `PreconditionerRule`; P must be symmetric
+        positive definite. With `needs_key` it takes a fifth argument, a typed key,
+        new in each update.
       needs_key: whether `build` draws random numbers; the state then holds a key,
         made from `hessian_free`'s `seed`.
 
@@ -136,10 +133,17 @@ def custom(
         objective: Objective,
         params: Params,
         batch: tuple,
-        damping: jax.Array,
+        damping: Tree,
         key: None,
     ) -> Preconditioner:
         del key
         return build(objective, params, batch, damping)
 
     return PreconditionerRule(without_key)
+
+
+def _plus(entries: Tree, damping: Tree) -> Tree:
+    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`."""
+    if getattr(damping, "ndim", None) == 0:
+        return jax.tree.map(lambda d: d + damping.astype(d.dtype), entries)
+    return jax.tree.map(lambda d, x: d + x.astype(d.dtype), entries, damping)

@@ -1,8 +1,8 @@
 """Hessian-free optimisation as an Optax transformation: the report's algorithm 3.
 
-Only this room knows all the others. One update, with `δ` the step, `A = B + λI`:
+Only this room knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
 
-    B, P        curvature and preconditioner of the batch
+    B, D, S, P  curvature, damping matrices and preconditioner of the batch
     δ₁, δ₂, …   conjugate gradients on A δ = −∇f, from ζ δ_before
     δ           the kept iterate that backtracking on f chooses
     ρ, λ        how well M predicted the change of f; λ for the next update
@@ -10,6 +10,7 @@ Only this room knows all the others. One update, with `δ` the step, `A = B + λ
     θ + α δ     if f has fallen; else θ, λ raised, warm start dropped
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from hfjax import _options, _tree
+from hfjax._cases import thinned
+from hfjax._system import Point, assemble
 from hfjax._trial import Trial, judge, ratio_of, reduction, report
 from hfjax._types import NumberOrSchedule, Params, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, early_stop, last
-from hfjax.cg import Solver, conjugate_gradient
+from hfjax.backtracking import Backtracking, Choice, early_stop, finite_or_inf, last
+from hfjax.cg import CGResult, Reason, Solver, Subproblem, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
-from hfjax.damping import Damping, levenberg_marquardt, tikhonov
+from hfjax.damping import Damping, levenberg_marquardt
 from hfjax.linesearch import LineSearch, StepSize, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
@@ -43,7 +46,7 @@ def hessian_free(
 ) -> optax.GradientTransformationExtraArgs:
     """Build the Hessian-free optimizer.
 
-    Its `update` minimises M(δ) = ∇fᵀδ + ½δᵀ(B + λI)δ by conjugate gradients and
+    Its `update` minimises M(δ) = ∇fᵀδ + ½δᵀ(B + λD + μS)δ by conjugate gradients and
     returns the step αδ for `optax.apply_updates`, or zeros: an update never raises
     f on the evaluation data, and never brings NaN into parameters or state.
 
@@ -62,16 +65,16 @@ def hessian_free(
       objective: f, with its weight decay.
       learning_rate: the first α that the line search tries; number or schedule (1:
         report, section 8.8).
-      damping: rule for λ, of `hfjax.damping`.
-      solver: of `hfjax.cg`.
+      damping: λ, D and μ, of `hfjax.damping`.
+      solver: of `hfjax.cg`, `hfjax.trust_region` or `hfjax.krylov`.
       preconditioner: of `hfjax.preconditioners`; `None` is the identity.
       backtracking: of `hfjax.backtracking`; `None` takes the last iterate.
       line_search: of `hfjax.linesearch`; `None` takes the learning rate, unless f
         rises.
-      curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`.
-        Under `optax.inject_hyperparams` list it in `static_args`: Optax takes every
+      curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`; it
+        is given `structural=μ` too if `damping` has one. Under `optax.inject_hyperparams` list it in `static_args`: Optax takes every
         callable for a schedule.
-      seed: for a preconditioner that draws random numbers; else not used.
+      seed: for a preconditioner or damping matrix that draws random numbers.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `HessianFreeState`.
@@ -79,7 +82,8 @@ def hessian_free(
     Raises:
       TypeError: if `objective` is no `Objective`; in `update`, if `params` or `batch`
         is missing.
-      ValueError: if an option is out of range.
+      ValueError: if an option is out of range, or if `damping` is structural and
+        `objective` has no `hidden_loss`.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:
@@ -109,6 +113,14 @@ def hessian_free(
         )
         raise TypeError(msg)
     _options.check_range("learning_rate", learning_rate, low=0.0)
+    if damping.structural is not None and objective.hidden_loss is None:
+        msg = (
+            "`damping` is structural, but `objective` has no hidden states: give it a "
+            "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+        )
+        raise ValueError(msg)
+    random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
+    needs_key = any(rule.needs_key for rule in random)
     parts = _Parts(
         objective=objective,
         learning_rate=learning_rate,
@@ -121,7 +133,6 @@ def hessian_free(
     )
 
     def init(params: Params) -> Any:
-        needs_key = preconditioner is not None and preconditioner.needs_key
         dtype = _tree.scalar_dtype(params)
         return HessianFreeState(
             count=jnp.zeros((), jnp.int32),
@@ -240,33 +251,47 @@ def _update(
     """Do one update: algorithm 3, line by line."""
     dtype = _tree.scalar_dtype(params)
     gradient = _tree.cast_like(grads, _tree.widen(params))
-    key, subkey = (None, None) if state.key is None else jax.random.split(state.key)
+    b = jax.tree.map(jnp.negative, gradient)
+    key, preconditioner_key, matrix_key = (
+        (None,) * 3 if state.key is None else jax.random.split(state.key, 3)
+    )
+    objective = parts.objective.at(state.count)
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     damping = damping.astype(dtype)
 
     def value_on(data: tuple) -> ValueFn:
         def value_fn(step: Tree) -> jax.Array:
-            return parts.objective.value(_tree.add(params, step), data).astype(dtype)
+            return objective.value(_tree.add(params, step), data).astype(dtype)
 
         return value_fn
 
     evaluated = batch if eval_batch is None else eval_batch
-    value_fn = value_on(evaluated)
+    value_fn, batch_value_fn = value_on(evaluated), value_on(batch)
 
-    # (B + λI) δ = −∇f, by conjugate gradients from ζ δ_before.
-    matvec = tikhonov(parts.curvature(parts.objective, params, batch), damping)
-    precondition = None
-    if parts.preconditioner is not None:
-        build, _, data = parts.preconditioner
-        its_batch = batch if data == "batch" else evaluated
-        precondition = build(parts.objective, params, its_batch, damping, subkey)
+    # A = B + λD + μS, and P.
+    keys = (preconditioner_key, matrix_key)
+    point = Point(objective, params, batch, evaluated, damping, state.count, keys)
+    system = assemble(point, parts.curvature, parts.damping, parts.preconditioner)
+
+    # A δ = −∇f, by conjugate gradients from ζ δ_before.
+    subproblem = Subproblem(
+        matvec=system.matvec,
+        b=b,
+        preconditioner=system.precondition,
+        damping=damping,
+        count=state.count,
+        value_fn=value_fn,
+        batch_value_fn=batch_value_fn,
+        value_and_grad_fn=lambda step: objective.value_and_grad(
+            _tree.add(params, step), evaluated
+        ),
+    )
     x0 = parts.solver.start(state.direction, state.count)
-    b = jax.tree.map(jnp.negative, gradient)
-    result = parts.solver.solve(matvec, b, x0, precondition, value_fn)
+    result = parts.solver.solve(subproblem, x0)
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value = value_fn(jax.tree.map(jnp.zeros_like, b))
-    choice = parts.backtracking.choose(value_fn, result.kept)
+    choice = _choose(parts.backtracking, value_on, evaluated, result)
     slope = _tree.dot(gradient, choice.step)
     search = _search(parts, value_fn, value, choice, slope, state.count)
     trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
@@ -275,10 +300,11 @@ def _update(
     step = _or_zero(accepted, _tree.scale(search.step_size, choice.step))
 
     # ρ, and λ for the next update.
-    value_on_batch = None if eval_batch is None else value_on(batch)
-    change, predicted = reduction(trial, parts.damping.ratio, damping, value_on_batch)
-    ratio = ratio_of(accepted, change, predicted, value)
-    adapted = parts.damping.update(damping, ratio)
+    rule = parts.damping.ratio
+    value_on_batch = None if eval_batch is None else batch_value_fn
+    change, predicted = reduction(trial, rule, system.penalty, value_on_batch)
+    ratio = ratio_of(accepted, change, predicted, value, rule.expected)
+    adapted = parts.damping.update(damping, ratio, result.reason == Reason.BOUNDARY)
     adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, damping, adapted)
 
     new_state = HessianFreeState(
@@ -289,6 +315,24 @@ def _update(
         info=report(trial, rejection, ratio, predicted, step, dtype),
     )
     return _tree.cast_like(step, params), new_state
+
+
+def _choose(
+    backtracking: Backtracking,
+    value_on: Callable[[tuple], ValueFn],
+    evaluated: tuple,
+    result: CGResult,
+) -> Choice:
+    """Choose an iterate, on the evaluation data or on a part of them."""
+    if backtracking.cases is None:
+        return backtracking.choose(value_on(evaluated), result.kept)
+    part = thinned(evaluated, backtracking.cases)
+    choice = backtracking.choose(value_on(part), result.kept)
+    value_fn = value_on(evaluated)
+    return choice._replace(
+        value=finite_or_inf(value_fn(choice.step)),
+        last_value=finite_or_inf(value_fn(result.x)),
+    )
 
 
 def _search(

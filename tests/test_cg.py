@@ -441,7 +441,17 @@ def solve_by_solver(a, b, x0, inverse, *, max_iterations):
     solver = cg.conjugate_gradient(
         max_iterations=max_iterations, stopping=None, keep=EVERY
     )
-    return solver.solve(lambda v: a @ v, b, x0, lambda r: inverse @ r, lambda x: x[0])
+    subproblem = cg.Subproblem(
+        matvec=lambda v: a @ v,
+        b=b,
+        preconditioner=lambda r: inverse @ r,
+        damping=jnp.zeros(()),
+        count=jnp.int32(0),
+        value_fn=lambda x: x[0],
+        batch_value_fn=lambda x: x[0],
+        value_and_grad_fn=jax.value_and_grad(lambda x: x[0]),
+    )
+    return solver.solve(subproblem, x0)
 
 
 def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():

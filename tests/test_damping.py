@@ -83,9 +83,9 @@ def test_ratio_of_a_value_that_is_not_finite_is_minus_infinity(change):
     assert ratio == -np.inf
 
 
-def test_tikhonov_adds_lambda_times_the_vector():
+def test_damping_adds_lambda_times_the_vector():
     matrix = np.array([[2.0, 1.0], [1.0, 3.0]])
-    damped = damping.tikhonov(lambda v: jnp.asarray(matrix) @ v, jnp.float64(0.5))
+    damped = damping.damped(lambda v: jnp.asarray(matrix) @ v, jnp.float64(0.5))
     v = np.array([1.0, -2.0])
     np.testing.assert_allclose(damped(jnp.asarray(v)), (matrix + 0.5 * np.eye(2)) @ v)
 

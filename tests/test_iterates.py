@@ -21,7 +21,7 @@ def iterate(i):
 @functools.partial(quick_jit, static_argnums=(0, 1, 3))
 def offer(keep, max_iterations, last, value_fn=None):
     """Offer the iterates 1, 2, …, `last`, as a run of conjugate gradients would."""
-    keeper = keep(max_iterations, value_fn)
+    keeper = keep.build(max_iterations, value_fn)
     return jax.lax.fori_loop(
         1,
         last + 1,

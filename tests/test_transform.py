@@ -197,7 +197,12 @@ def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model):
     trial = Trial(jnp.float64(1), result, value, choice, slope, search)
     for data in ("batch", "eval_batch"):
         ratio = hfjax.damping.ReductionRatio(model, step, data)
-        change, predicted = reduction(trial, ratio, damping, lambda x: 2 * value_fn(x))
+        change, predicted = reduction(
+            trial,
+            ratio,
+            lambda x: 0.5 * damping * jnp.dot(x, x),
+            lambda x: 2 * value_fn(x),
+        )
         judged = {"chosen": chosen, "last": last, "taken": alpha * chosen}[step]
         expected = damped_model(judged)
         expected -= 0.25 * jnp.dot(judged, judged) if model == "undamped" else 0
@@ -361,9 +366,9 @@ def test_second_update_starts_from_the_first_ones_solution():
     params, batch = make_params(), make_batch()
     starts = []
 
-    def spy(matvec, b, x0, preconditioner, value_fn):
+    def spy(subproblem, x0):
         jax.debug.callback(starts.append, x0)
-        return solver.solve(matvec, b, x0, preconditioner, value_fn)
+        return solver.solve(subproblem, x0)
 
     solver = hfjax.cg.conjugate_gradient()
     tx = hfjax.hessian_free(OBJECTIVE, solver=solver._replace(solve=spy))

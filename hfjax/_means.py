@@ -1,0 +1,88 @@
+"""Means over cases: of microbatches one after another, of devices all together.
+
+Numerators and denominators are summed apart and divided once, so that padding,
+uneven shards and a last, smaller microbatch change nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _tree
+from hfjax._cases import Cases, Microbatches, as_cases, split
+from hfjax._types import Params, Tree
+
+AxisName: TypeAlias = Any
+"""A mesh axis name, or a tuple of them."""
+
+
+class Means(NamedTuple):
+    """How a batch is summed.
+
+    Attributes:
+      microbatch_size: most cases at once, or `None`.
+      axis_name: of the mapped axis that shards the cases, or `None`.
+    """
+
+    microbatch_size: int | None
+    axis_name: AxisName
+
+    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: tuple) -> Tree:
+        """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0."""
+        cases = as_cases(batch)
+        parts = split(cases, self.microbatch_size)
+        return self.divide(self.accumulate(sum_over_cases, parts), cases.weights)
+
+    def accumulate(
+        self, sum_over_cases: Callable[[Cases], Tree], parts: Microbatches
+    ) -> Tree:
+        """Sum over this device's microbatches, in float32 or wider."""
+        if parts.count == 1:
+            return _tree.widen(sum_over_cases(parts.cases))
+
+        def step(total: Tree, k: jax.Array) -> tuple[Tree, None]:
+            part = _tree.widen(sum_over_cases(parts.take(k)))
+            return jax.tree.map(jnp.add, total, part), None
+
+        shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
+        zeros = jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, _tree.wide(shape.dtype)), shapes
+        )
+        return jax.lax.scan(step, self.local(zeros), jnp.arange(parts.count))[0]
+
+    def divide(self, sums: Tree, weights: jax.Array) -> Tree:
+        """Divide the sum over all devices by that of their weights."""
+        weight = self.over_devices(jnp.sum(weights))
+        weight = jnp.where(weight == 0, 1, weight)
+        return jax.tree.map(
+            lambda x: x / weight.astype(x.dtype), self.over_devices(sums)
+        )
+
+    def over_devices(self, sums: Tree) -> Tree:
+        """Sum over the devices."""
+        return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+
+    def first_case(self, cases: Cases) -> jax.Array | int:
+        """Return the number of this device's first case among those of all devices."""
+        if self.axis_name is None:
+            return 0
+        return jax.lax.axis_index(self.axis_name) * cases.weights.shape[0]
+
+    def local(self, tree: Params) -> Params:
+        """Mark a replicated tree as each device's own; see `Objective.local`."""
+        if self.axis_name is None:
+            return tree
+        names = (
+            self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        )
+        # Under `vmap(axis_name=…)` there is no such mesh axis, and nothing to mark.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+
+        def leaf(x: jax.Array) -> jax.Array:
+            varying = jax.typeof(x).manual_axis_type.varying
+            missing = tuple(n for n in names if n in manual and n not in varying)
+            return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+        return jax.tree.map(leaf, tree)

@@ -1,0 +1,100 @@
+"""The damped system of one update: A = B + λD + μS, and P that stands for it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _tree
+from hfjax._types import Matvec, Params, Preconditioner, Tree, ValueFn
+from hfjax.curvature import Curvature, ggn
+from hfjax.damping import Damping, damped
+from hfjax.objective import Objective
+from hfjax.preconditioners import PreconditionerRule
+
+
+class Point(NamedTuple):
+    """Where an update stands.
+
+    Attributes:
+      objective: f.
+      params: θ.
+      batch: the curvature data.
+      eval_batch: the evaluation data.
+      damping: λ.
+      count: updates so far.
+      keys: for the preconditioner and the damping matrix, or `None` each.
+    """
+
+    objective: Objective
+    params: Params
+    batch: tuple
+    eval_batch: tuple
+    damping: jax.Array
+    count: jax.Array
+    keys: tuple[jax.Array | None, jax.Array | None]
+
+
+class System(NamedTuple):
+    """What conjugate gradients work on.
+
+    Attributes:
+      matvec: v ↦ A v.
+      precondition: r ↦ P⁻¹r, or `None`.
+      penalty: δ ↦ ½ δᵀ(A − B)δ.
+    """
+
+    matvec: Matvec
+    precondition: Preconditioner | None
+    penalty: ValueFn
+
+
+def assemble(
+    point: Point,
+    curvature: Curvature,
+    rule: Damping,
+    preconditioner: PreconditionerRule | None,
+) -> System:
+    """Build A and P at a point; the model is linearised here.
+
+    Args:
+      point: where.
+      curvature: makes B, and with structural damping B + μS.
+      rule: has D and μ.
+      preconditioner: makes P, or `None`.
+
+    Returns:
+      The system.
+    """
+    objective, params, batch, eval_batch, damping, count, keys = point
+    mu = None if rule.structural is None else rule.structural.at(damping, count)
+    if mu is None:
+        curved, matvec = objective, curvature(objective, params, batch)
+    else:
+        curved = objective.with_structural(mu)
+        matvec = curvature(objective, params, batch, structural=mu)
+
+    penalties: list[tuple[jax.Array, Matvec]] = []
+    diagonal: Tree = jnp.zeros((), damping.dtype)
+    total = matvec
+    if rule.matrix is not None:
+        matrix = rule.matrix.build(objective, params, batch, matvec, keys[1])
+        total = damped(matvec, damping, matrix.matvec)
+        penalties.append((damping, matrix.matvec))
+        if matrix.diagonal is not None:
+            diagonal = jax.tree.map(
+                lambda d: damping.astype(d.dtype) * d, matrix.diagonal
+            )
+    if mu is not None:
+        penalties.append((mu, ggn(objective.hidden_distance(), params, batch)))
+
+    precondition = None
+    if preconditioner is not None:
+        data = batch if preconditioner.data == "batch" else eval_batch
+        precondition = preconditioner.build(curved, params, data, diagonal, keys[0])
+
+    def penalty(step: Tree) -> jax.Array:
+        terms = [0.5 * a * _tree.dot(step, product(step)) for a, product in penalties]
+        return sum(terms, jnp.zeros((), damping.dtype))
+
+    return System(total, precondition, penalty)

@@ -1,0 +1,287 @@
+"""Damping matrices: D in A = B + λD, what a change of the parameters is measured by.
+
+| matrix | D | the fully optimised step is invariant to |
+|---|---|---|
+| `identity` | I (report, section 8.1, Tikhonov) | rotations |
+| `diagonal` | (diag(B) + κs)^ξ (8.3) | with κ = 0, ξ = 1: rescaling of f and of each parameter |
+| `curvature` | B (8.3) | any linear change of parameters; it is the undamped step / (1 + λ) |
+| `reparameterization` | CᵀC, C the Jacobian of φ (8.2) | φ: the step is C⁻¹ times that of φ(θ) |
+| `custom` | the caller's | |
+
+λ multiplies D as it is, never D rescaled. Where D = I it has the scale of the mean
+objective's curvature; where D scales as B does it is a pure number, about 1 for a
+step that is half as long.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _options, diagonals
+from hfjax._types import Matvec, Number, Params, Tree
+from hfjax.objective import Objective
+
+_FEW_OUTPUTS = 16
+"""Up to so many outputs a case, diag(B) is computed exactly; heuristic."""
+
+
+class Matrix(NamedTuple):
+    """D of one update.
+
+    Attributes:
+      matvec: v ↦ D v.
+      diagonal: its diagonal, a tree like the parameters or a scalar, for the
+        preconditioner; `None` where D is a multiple of B, of which it knows that of B.
+    """
+
+    matvec: Matvec
+    diagonal: Tree | None
+
+
+class DampingMatrix(NamedTuple):
+    """How each update makes its D.
+
+    Attributes:
+      build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
+        the product with B.
+      needs_key: whether `build` draws random numbers; `key` is `None` if not.
+    """
+
+    build: Callable[..., Matrix]
+    needs_key: bool = False
+
+
+Builder: TypeAlias = Callable[[Objective, Params, tuple], tuple[Matvec, Tree]]
+"""`(objective, params, batch) -> (v -> D v, its diagonal)`."""
+
+
+def identity() -> DampingMatrix:
+    """Damp with D = I: all parameters alike.
+
+    Returns:
+      The matrix.
+
+    References:
+      Martens & Sutskever (2012), section 8.1.
+    """
+    return _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
+
+
+def curvature() -> DampingMatrix:
+    """Damp with D = B: A = (1 + λ) B, and every step is shortened by 1 / (1 + λ).
+
+    With structural damping, B stands for B + μS. No help where B is singular (report,
+    section 8.3).
+
+    Returns:
+      The matrix.
+
+    References:
+      Martens & Sutskever (2012), section 8.3; ERRATA: 1 / (1 + λ).
+    """
+    return _without_key(
+        lambda objective, params, batch, curvature: Matrix(curvature, None)
+    )
+
+
+def diagonal(
+    estimate: diagonals.Estimate | None = None,
+    *,
+    exponent: Number = 1.0,
+    kappa: Number = 0.0,
+    scale: Tree | None = None,
+) -> DampingMatrix:
+    """Damp with D = (diag(B) + κ s)^ξ, as the classical Levenberg-Marquardt method.
+
+    Args:
+      estimate: of diag(B), `(objective, params, batch) -> d`, a function of
+        `hfjax.diagonals` (with `key` or without) or the caller's. `None` is diag(G),
+        exact for up to 16 outputs a case, else by one random sign an output. The
+        Fisher's diagonal grows as f², so it is not invariant to rescaling f.
+      exponent: ξ; 1 is the diagonal (Levenberg-Marquardt), 0 the identity.
+      kappa: κ ≥ 0, towards the identity (report, section 13: about 1e-2 of the mean
+        entry may be needed).
+      scale: s, a tree like the parameters; `None` is 1 everywhere.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      ValueError: if an option is out of range.
+
+    References:
+      Martens & Sutskever (2012), sections 8.3 and 11.2.
+    """
+    _options.check_range("exponent", exponent, low=0.0, high=1.0)
+    _options.check_range("kappa", kappa, low=0.0)
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: tuple,
+        curvature: Matvec,
+        key: jax.Array | None,
+    ) -> Matrix:
+        del curvature
+        d = _estimate(estimate, objective, params, batch, key)
+        entries = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+        return Matrix(
+            lambda v: jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v),
+            entries,
+        )
+
+    random = estimate is None or diagonals.needs_key(estimate)
+    return DampingMatrix(build, needs_key=random)
+
+
+def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
+    """Damp with D = CᵀC, C = ∂φ/∂θ: penalise change of the parameters φ(θ).
+
+    Where θ stands for weights w = φ(θ) of roughly uniform scale, say w = exp(θ), this
+    damps w: the fully optimised step is C⁻¹ times the Tikhonov-damped one of w.
+
+    Args:
+      original: φ, `params -> w`, any tree; differentiable. Its Jacobian is linearised
+        once in each update.
+
+    Returns:
+      The matrix. Its diagonal, for the preconditioner, is drawn with random signs:
+      exact where φ acts entry by entry.
+
+    Example:
+      >>> matrix = reparameterization(lambda p: jnp.exp(p))
+      >>> p = jnp.log(jnp.array([2.0, 3.0]))
+      >>> d, diagonal = matrix.build(None, p, None, None, jax.random.key(0))
+      >>> print(d(jnp.ones(2)).round(3), diagonal.round(3))  # CᵀC = diag(w²)
+      [4. 9.] [4. 9.]
+
+    References:
+      Martens & Sutskever (2012), sections 8.2 and 8.3.
+    """
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: tuple,
+        curvature: Matvec,
+        key: jax.Array | None,
+    ) -> Matrix:
+        del objective, batch, curvature
+        weights, tangent = jax.linearize(original, params)
+        transpose = jax.linear_transpose(tangent, params)
+        leaves, structure = jax.tree.flatten(weights)
+        assert key is not None
+        signs = structure.unflatten(
+            [
+                jax.random.rademacher(leaf_key, w.shape, w.dtype)
+                for leaf_key, w in zip(
+                    jax.random.split(key, len(leaves)), leaves, strict=True
+                )
+            ]
+        )
+
+        def matvec(v: Tree) -> Tree:
+            like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+            product = transpose(tangent(like))[0]
+            return jax.tree.map(lambda x, v: x.astype(v.dtype), product, v)
+
+        return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)[0]))
+
+    return DampingMatrix(build, needs_key=True)
+
+
+def custom(build: Builder) -> DampingMatrix:
+    """Damp with the caller's D, symmetric and positive semi-definite.
+
+    Args:
+      build: `(objective, params, batch) -> (v -> D v, its diagonal)`, called once in
+        each update; the diagonal is a tree like the parameters or a scalar, for the
+        preconditioner: an estimate will do.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      TypeError: if `build` is not callable; in the update, if it returns no pair.
+    """
+    if not callable(build):
+        msg = (
+            "`matrix` must be a name, a `DampingMatrix` or a callable (objective, "
+            f"params, batch) -> (matvec, diagonal), got {type(build).__name__}."
+        )
+        raise TypeError(msg)
+
+    def checked(
+        objective: Objective, params: Params, batch: tuple, curvature: Matvec
+    ) -> Matrix:
+        del curvature
+        pair = build(objective, params, batch)
+        if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[0]):
+            msg = (
+                "A damping matrix must be built as (matvec, diagonal), got "
+                f"{type(pair).__name__}."
+            )
+            raise TypeError(msg)
+        return Matrix(*pair)
+
+    return _without_key(checked)
+
+
+NAMED = {
+    "identity": identity,
+    "curvature_diagonal": diagonal,
+    "curvature": curvature,
+}
+"""What `matrix=` takes by name, with every default."""
+
+
+def as_matrix(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
+    """Return the matrix that an option means: by name, built, or the caller's.
+
+    Args:
+      matrix: a key of `NAMED`, a `DampingMatrix`, or as `custom` takes.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      TypeError: if it is nothing of the kind.
+      ValueError: if the name is not known.
+    """
+    if isinstance(matrix, DampingMatrix):
+        return matrix
+    if isinstance(matrix, str):
+        _options.check_choice("matrix", matrix, tuple(NAMED))
+        return NAMED[matrix]()
+    return custom(matrix)
+
+
+def _without_key(build: Callable[..., Matrix]) -> DampingMatrix:
+    def keyless(
+        objective: Objective,
+        params: Params,
+        batch: tuple,
+        curvature: Matvec,
+        key: jax.Array | None,
+    ) -> Matrix:
+        del key
+        return build(objective, params, batch, curvature)
+
+    return DampingMatrix(keyless)
+
+
+def _estimate(
+    estimate: diagonals.Estimate | None,
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    key: jax.Array | None,
+) -> Tree:
+    if estimate is None:
+        few = diagonals.outputs_per_case(objective, params, batch) <= _FEW_OUTPUTS
+        estimate = diagonals.ggn_exact if few else diagonals.ggn_rademacher
+    if diagonals.needs_key(estimate):
+        return estimate(objective, params, batch, key=key)
+    return estimate(objective, params, batch)
