@@ -13,12 +13,15 @@ from hfjax import diagnostics as diagnostics
 from hfjax import diagonals as diagonals
 from hfjax import initializers as initializers
 from hfjax import iterates as iterates
+from hfjax import krylov as krylov
 from hfjax import linesearch as linesearch
 from hfjax import losses as losses
+from hfjax import minibatching as minibatching
 from hfjax import objective as objective
 from hfjax import preconditioners as preconditioners
 from hfjax import recipes as recipes
 from hfjax import stopping as stopping
+from hfjax import trust_region as trust_region
 from hfjax.objective import Objective as Objective
 from hfjax.state import HessianFreeInfo as HessianFreeInfo
 from hfjax.state import HessianFreeState as HessianFreeState

@@ -1,6 +1,7 @@
 """The loop of preconditioned conjugate gradients, on a right-hand side near 1.
 
-`hfjax.cg` is the room to use; here is its algorithm, named as in the report.
+`hfjax.cg` and `hfjax.trust_region` are the rooms to use; here is their algorithm, named
+as in the report.
 """
 
 import enum
@@ -36,16 +37,35 @@ class Reason(enum.IntEnum):
     """f, evaluated during the run, had got worse (`hfjax.iterates.guarded`)."""
 
 
+class CGResult(NamedTuple):
+    """What a run of conjugate gradients found.
+
+    Attributes:
+      x: the last iterate, like `b`.
+      num_iterations: int32 scalar, how many iterates follow x₀.
+      model_values: shape `[max_iterations + 1]`, float32 or wider: M at x₀, x₁, …;
+        entries past the last repeat it.
+      kept: the kept iterates.
+      reason: int32 scalar, a `Reason`.
+    """
+
+    x: Tree
+    num_iterations: jax.Array
+    model_values: jax.Array
+    kept: Kept
+    reason: jax.Array
+
+
 class Region(NamedTuple):
-    """A trust region, {x : xᵀP x ≤ radius²}.
+    """A trust region, {x : xᵀQ x ≤ radius²}.
 
     Attributes:
       radius: r > 0.
-      norm: v ↦ P v.
+      norm: v ↦ Q v; `None` is the preconditioner's own P.
     """
 
     radius: jax.Array
-    norm: Matvec
+    norm: Matvec | None
 
 
 class Problem(NamedTuple):
@@ -65,7 +85,11 @@ class Problem(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes, named as in algorithm 2: x, r, p and rᵀy with y = P⁻¹r."""
+    """What changes, named as in algorithm 2: x, r, p and rᵀy with y = P⁻¹r.
+
+    `lengths` are xᵀPx, xᵀPp and pᵀPp by their recurrences, as P itself is not at hand
+    (Conn, Gould & Toint 2000, section 7.5.1); from x₀ = 0.
+    """
 
     i: jax.Array
     x: Tree
@@ -75,14 +99,57 @@ class State(NamedTuple):
     model_values: jax.Array
     kept: Kept
     reason: jax.Array
+    lengths: tuple[jax.Array, jax.Array, jax.Array]
 
 
-def run(problem: Problem, x0: Tree | None) -> State:
-    """Run algorithm 2 from `x0`, or from 0."""
-    return jax.lax.while_loop(
+def run(
+    matvec: Matvec,
+    b: Tree,
+    x0: Tree | None,
+    preconditioner: Preconditioner | None,
+    keeper: Keeper,
+    *,
+    max_iterations: int,
+    limit: jax.Array | int,
+    min_iterations: int,
+    stopping: StoppingRule | None,
+    region: Region | None = None,
+) -> CGResult:
+    """Run algorithm 2 on A x = b from `x0`, or from 0; within a region from 0 only."""
+    # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
+    # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
+    magnitude = _tree.magnitude(b)
+    size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
+    scaled = _tree.scale(1 / size, b)
+    precondition, p_size = _of_unit_size(preconditioner, scaled)
+    if region is not None:
+        stretch = jnp.sqrt(p_size) if region.norm is None else 1
+        radius = jnp.asarray(region.radius, size.dtype) * stretch / size
+        region = region._replace(radius=radius)
+    problem = Problem(
+        matvec=matvec,
+        precondition=precondition,
+        b=scaled,
+        rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
+        size=size,
+        max_iterations=max_iterations,
+        limit=limit,
+        min_iterations=min_iterations,
+        stopping=stopping,
+        keeper=keeper,
+        region=region,
+    )
+    end = jax.lax.while_loop(
         lambda state: state.reason == Reason.RUNNING,
         lambda state: _step(problem, state),
-        _start(problem, x0),
+        _start(problem, None if x0 is None else _tree.scale(1 / size, x0)),
+    )
+    return CGResult(
+        x=_tree.scale(size, end.x),
+        num_iterations=end.i,
+        model_values=size * (size * end.model_values),  # size² may not be a float.
+        kept=end.kept,
+        reason=end.reason,
     )
 
 
@@ -103,7 +170,8 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     reason = jnp.where(jnp.isfinite(ry) & jnp.isfinite(model), reason, Reason.NONFINITE)
     kept = problem.keeper.init(_tree.scale(problem.size, x))
     p = jax.tree.map(jnp.negative, y)
-    return State(i, x, r, p, ry, model_values, kept, reason)
+    lengths = (jnp.zeros_like(ry), jnp.zeros_like(ry), ry)
+    return State(i, x, r, p, ry, model_values, kept, reason, lengths)
 
 
 def _step(problem: Problem, state: State) -> State:
@@ -141,7 +209,13 @@ def _step(problem: Problem, state: State) -> State:
     kept = problem.keeper.update(state.kept, i, _tree.scale(problem.size, x), is_last)
     worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
     reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
-    return State(i, x, r, p, ry, model_values, kept, reason)
+    xx, xp, pp = state.lengths
+    lengths = (
+        xx + 2 * alpha * xp + alpha**2 * pp,
+        beta * (xp + alpha * pp),
+        ry + beta**2 * pp,
+    )
+    return State(i, x, r, p, ry, model_values, kept, reason, lengths)
 
 
 def _judge(
@@ -165,13 +239,30 @@ def _within(
 ) -> tuple[jax.Array, jax.Array]:
     """Shorten α to the region's boundary where x + αp is beyond, or M falls for ever.
 
-    Steihaug and Toint: τ > 0 with ‖x + τp‖_P = r.
+    Steihaug and Toint: τ > 0 with ‖x + τp‖ = r.
     """
-    norm_p, norm_x = region.norm(state.p), region.norm(state.x)
-    pp, xp = _tree.dot(state.p, norm_p), _tree.dot(state.x, norm_p)
-    room = jnp.maximum(region.radius**2 - _tree.dot(state.x, norm_x), 0)
+    xx, xp, pp = state.lengths
+    if region.norm is not None:
+        norm_p = region.norm(state.p)
+        pp, xp = _tree.dot(state.p, norm_p), _tree.dot(state.x, norm_p)
+        xx = _tree.dot(state.x, region.norm(state.x))
+    room = jnp.maximum(region.radius**2 - xx, 0)
     root = jnp.sqrt(xp**2 + pp * room)
     # Of the two forms of the root, the one that subtracts nothing.
     tau = jnp.where(xp > 0, room / (xp + root), (root - xp) / jnp.where(pp > 0, pp, 1))
     leaves = ~positive | (alpha >= tau)
     return jnp.where(leaves, tau, alpha), leaves
+
+
+def _of_unit_size(
+    preconditioner: Preconditioner | None, b: Tree
+) -> tuple[Preconditioner, jax.Array | int]:
+    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1; say by what.
+
+    One application more in a run; else rᵀP⁻¹r of a P far from 1 leaves float32.
+    """
+    if preconditioner is None:
+        return lambda r: r, 1
+    size = _tree.magnitude(preconditioner(b))
+    size = jnp.where(jnp.isfinite(size), size, 1)
+    return lambda r: _tree.scale(1 / size, preconditioner(r)), size

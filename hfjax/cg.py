@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree
-from hfjax._pcg import Problem, Reason, run
+from hfjax._pcg import CGResult as CGResult
+from hfjax._pcg import Reason as Reason
+from hfjax._pcg import run
 from hfjax._types import (
     Matvec,
     NumberOrSchedule,
@@ -37,27 +39,8 @@ from hfjax._types import (
     ValueAndGradFn,
     ValueFn,
 )
-from hfjax.iterates import Keep, Kept, grid
+from hfjax.iterates import Keep, grid
 from hfjax.stopping import StoppingRule, martens2010
-
-
-class CGResult(NamedTuple):
-    """What a run of conjugate gradients found.
-
-    Attributes:
-      x: the last iterate, like `b`.
-      num_iterations: int32 scalar, how many iterates follow x₀.
-      model_values: shape `[max_iterations + 1]`, float32 or wider: M at x₀, x₁, …;
-        entries past the last repeat it.
-      kept: the kept iterates.
-      reason: int32 scalar, a `Reason`.
-    """
-
-    x: Tree
-    num_iterations: jax.Array
-    model_values: jax.Array
-    kept: Kept
-    reason: jax.Array
 
 
 def solve(
@@ -109,30 +92,16 @@ def solve(
     _options.check_count("min_iterations", min_iterations, low=0)
     if x0 is not None:
         x0 = _like("x0", x0, b)
-    # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
-    # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
-    magnitude = _tree.magnitude(b)
-    size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
-    scaled = _tree.scale(1 / size, b)
-    problem = Problem(
-        matvec=matvec,
-        precondition=_of_unit_size(preconditioner, scaled),
-        b=scaled,
-        rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
-        size=size,
+    return run(
+        matvec,
+        b,
+        x0,
+        preconditioner,
+        keep.build(max_iterations, value_fn),
         max_iterations=max_iterations,
         limit=max_iterations if limit is None else jnp.minimum(limit, max_iterations),
         min_iterations=min_iterations,
         stopping=stopping,
-        keeper=keep.build(max_iterations, value_fn),
-    )
-    end = run(problem, None if x0 is None else _tree.scale(1 / size, x0))
-    return CGResult(
-        x=_tree.scale(size, end.x),
-        num_iterations=end.i,
-        model_values=size * (size * end.model_values),  # size² may not be a float.
-        kept=end.kept,
-        reason=end.reason,
     )
 
 
@@ -225,7 +194,7 @@ def conjugate_gradient(
             return None
         return _tree.scale(_options.read(warm_start_decay, count), direction)
 
-    def run(subproblem: Subproblem, x0: Tree | None) -> CGResult:
+    def solve_from(subproblem: Subproblem, x0: Tree | None) -> CGResult:
         on_batch = keep.data == "batch"
 
         def from_(x0: Tree | None) -> CGResult:
@@ -252,7 +221,7 @@ def conjugate_gradient(
             return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
         return result.x if warm_start_from == "last" else chosen
 
-    return Solver(start, run, carry)
+    return Solver(start, solve_from, carry)
 
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
@@ -269,18 +238,6 @@ def _like(name: str, tree: Tree, b: Tree) -> Tree:
         msg = f"`{name}` must be a tree like `b`, got {came} for {wanted}."
         raise ValueError(msg)
     return _tree.cast_like(tree, b)
-
-
-def _of_unit_size(preconditioner: Preconditioner | None, b: Tree) -> Preconditioner:
-    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1.
-
-    One application more in a run; else rᵀP⁻¹r of a P far from 1 leaves float32.
-    """
-    if preconditioner is None:
-        return lambda r: r
-    size = _tree.magnitude(preconditioner(b))
-    scale = 1 / jnp.where(jnp.isfinite(size), size, 1)
-    return lambda r: _tree.scale(scale, preconditioner(r))
 
 
 def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:

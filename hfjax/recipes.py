@@ -1,4 +1,17 @@
-"""Recipes: whole set-ups under one name."""
+"""Recipes: whole set-ups under one name (report, section 13).
+
+| recipe | gradient | curvature | step | CG ends |
+|---|---|---|---|---|
+| `martens2010` | all data | a part | best of the kept iterates, on all data | M stalls, or 250 |
+| `curvature_guarded` | larger batch | a batch | best of the kept, on other data | f rises on the curvature batch |
+| `momentum_like` | a small batch | the same | the last iterate | M stalls, or 50 |
+
+All take the Gauss-Newton matrix, warm starts, (diag + λ)^0.75 for a preconditioner and
+the Levenberg-Marquardt rule: "common elements to all successful approaches". Initialise
+well (`hfjax.initializers`), and consider a little weight decay that a schedule turns
+off near the end: `Objective(weight_decay=optax.piecewise_constant_schedule(2e-5, {500:
+0.0}))`.
+"""
 
 import optax
 
@@ -11,7 +24,7 @@ from hfjax import (
     preconditioners,
     stopping,
 )
-from hfjax._types import Number
+from hfjax._types import Number, NumberOrSchedule
 from hfjax.objective import Objective
 from hfjax.transform import hessian_free
 
@@ -70,4 +83,115 @@ def martens2010(
         line_search=linesearch.armijo(
             sufficient_decrease=1e-2, shrink=0.8, max_tries=60
         ),
+    )
+
+
+def curvature_guarded(
+    objective: Objective,
+    *,
+    initial_damping: Number = 45.0,
+    max_iterations: int = 250,
+    interval: int = 10,
+    tolerance: Number = 0.01,
+    evaluated_cases: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Set up the report's second recipe: f on the curvature batch guards CG.
+
+    Conjugate gradients end as soon as f on the curvature batch is significantly worse
+    than `interval` iterations ago; the step is the kept iterate with the lowest f on
+    other data; the next run starts from the iterate with the lowest f on the curvature
+    batch, which is close to the last. So hand `update` data that the curvature batch
+    does not hold:
+
+        value, grads = objective.value_and_grad(params, larger)
+        tx.update(grads, state, params, batch=batch, eval_batch=other)
+
+    Without `eval_batch` the recipe selects on the curvature batch itself.
+
+    Args:
+      objective: f, with its weight decay.
+      initial_damping: λ before the first update (45: as `martens2010`, for losses
+        summed over 784 outputs).
+      max_iterations: of conjugate gradients in an update (250: Martens 2010).
+      interval: iterations between evaluations of f (report, section 13: 10).
+      tolerance: what is significantly worse, see `hfjax.iterates.guarded`; heuristic.
+      evaluated_cases: how many of the evaluation cases iterates are compared on;
+        `None` is all (ibid.: "much smaller (but representative) subsets").
+
+    Returns:
+      The transformation, as `hessian_free` returns it.
+
+    References:
+      Martens & Sutskever (2012), section 13, second recipe; ERRATA: the best iterate,
+      where the report has "the highest objective function value".
+    """
+    return hessian_free(
+        objective,
+        damping=damping.levenberg_marquardt(init=initial_damping),
+        solver=cg.conjugate_gradient(
+            max_iterations=max_iterations,
+            stopping=stopping.martens2010(),
+            keep=iterates.guarded(interval, tolerance=tolerance, data="batch"),
+            warm_start_decay=0.95,
+            warm_start_from="best",
+        ),
+        preconditioner=preconditioners.diagonal(exponent=0.75, kappa=0.0),
+        backtracking=backtracking.full_search(cases=evaluated_cases),
+        line_search=linesearch.armijo(),
+    )
+
+
+def momentum_like(
+    objective: Objective,
+    *,
+    learning_rate: NumberOrSchedule = 1.0,
+    initial_damping: Number = 45.0,
+    max_iterations: int = 50,
+    limit: NumberOrSchedule | None = None,
+    warm_start_decay: NumberOrSchedule = 0.95,
+) -> optax.GradientTransformationExtraArgs:
+    """Set up the report's third recipe: short runs that go on from update to update.
+
+    Small batches, the same for gradient and curvature, and at most 25 to 50 iterations
+    that start from the last solution, so that the work on one quadratic is spread over
+    many updates, as momentum does:
+
+        value, grads = objective.value_and_grad(params, batch)
+        tx.update(grads, state, params, batch=batch)
+
+    The last iterate is the step: no backtracking, no line search; an update that raises
+    f on its own batch is rejected. For fine convergence near the end lower
+    `learning_rate`, raise `warm_start_decay`, lower `limit`, and let batches grow
+    (`hfjax.minibatching.growing`), all by schedules.
+
+    Args:
+      objective: f, with its weight decay.
+      learning_rate: number or schedule.
+      initial_damping: λ before the first update (45: as `martens2010`, for losses
+        summed over 784 outputs); it "shrinks reliably towards 0".
+      max_iterations: of conjugate gradients (report, section 13: 25 to 50).
+      limit: fewer iterations, a number or schedule; `None` is none.
+      warm_start_decay: ζ, a number or schedule (report, section 10: 0.95; up to 0.999
+        at the end: Sutskever et al. 2013, appendix A.6).
+
+    Returns:
+      The transformation, as `hessian_free` returns it.
+
+    References:
+      Martens & Sutskever (2012), section 13, third recipe.
+    """
+    return hessian_free(
+        objective,
+        learning_rate=learning_rate,
+        damping=damping.levenberg_marquardt(init=initial_damping),
+        solver=cg.conjugate_gradient(
+            max_iterations=max_iterations,
+            stopping=stopping.martens2010(),
+            warm_start_decay=warm_start_decay,
+            warm_start_from="last",
+            limit=limit,
+        ),
+        preconditioner=preconditioners.diagonal(exponent=0.75, kappa=0.0),
+        backtracking=None,
+        line_search=None,
     )

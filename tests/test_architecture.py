@@ -23,6 +23,8 @@ ROOMS = [
     "cg",
     "damping_matrices",
     "damping",
+    "trust_region",
+    "krylov",
     "preconditioners",
     "backtracking",
     "linesearch",
@@ -31,6 +33,7 @@ ROOMS = [
     "_trial",
     "transform",
     "recipes",
+    "minibatching",
     "initializers",
     "diagnostics",
 ]

@@ -1,0 +1,259 @@
+"""Krylov subspace descent: minimise f itself over the space that CG would search.
+
+The K-dimensional space of P⁻¹b, (P⁻¹A) P⁻¹b, … and the previous step contains the
+solution of every Tikhonov-damped system (B + λI) x = b that K − 1 iterations of
+conjugate gradients from 0 reach, whatever λ (report, section 8.1; Vinyals & Povey
+2012). So no λ need be found: f is minimised there, first over λ, then by BFGS. The
+price is memory for K copies of the parameters, and some tens of gradients.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.optimize
+
+from hfjax import _options, _tree
+from hfjax._types import Matvec, Number, Preconditioner, Tree
+from hfjax.cg import CGResult, Reason, Solver, Subproblem
+from hfjax.iterates import Kept
+
+_TIKHONOV = tuple(10.0**power for power in range(-6, 4))
+"""λ that are tried first, relative to the largest curvature in the subspace; and 0."""
+
+
+class Basis(NamedTuple):
+    """An orthonormal basis of a subspace.
+
+    Attributes:
+      vectors: a tree like b with a leading axis of K; zeros where the space is smaller.
+      matrix: VᵀA V, shape `[K, K]`.
+    """
+
+    vectors: Tree
+    matrix: jax.Array
+
+
+def basis(
+    matvec: Matvec,
+    b: Tree,
+    dimension: int,
+    /,
+    *,
+    preconditioner: Preconditioner | None = None,
+    direction: Tree | None = None,
+) -> Basis:
+    """Build an orthonormal basis of the Krylov space, and A in it.
+
+    Each vector is orthogonalised twice against all before it, as rounding undoes the
+    short recurrence of Lanczos. One product for each.
+
+    Args:
+      matvec: `v -> A v`, symmetric.
+      b: the right-hand side, like the parameters.
+      dimension: K, a Python integer.
+      preconditioner: `r -> P⁻¹ r`; `None` is the identity.
+      direction: one more vector, the last of the basis; `None` is one more of Krylov's.
+
+    Returns:
+      The basis.
+
+    Raises:
+      ValueError: if `dimension` is less than 1.
+
+    Example:
+      >>> d = jnp.array([1.0, 2.0, 4.0])
+      >>> v, a = basis(lambda v: d * v, jnp.ones(3), 3)
+      >>> print(jnp.linalg.eigvalsh(a).round(4))  # The space is all of it.
+      [1. 2. 4.]
+    """
+    _options.check_count("dimension", dimension, low=1)
+    dtype = _tree.scalar_dtype(b)
+    precondition = (lambda r: r) if preconditioner is None else preconditioner
+    vectors = jax.tree.map(lambda x: jnp.zeros((dimension, *x.shape), x.dtype), b)
+
+    def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
+        (vectors, matrix), candidate = carry
+        v = _orthonormal(candidate, vectors)
+        vectors = jax.tree.map(lambda all_, x: all_.at[k].set(x), vectors, v)
+        product = matvec(v)
+        matrix = matrix.at[:, k].set(_coordinates(vectors, product))
+        following = precondition(product)
+        if direction is not None:
+            following = _tree.select(k == dimension - 2, direction, following)
+        return Basis(vectors, matrix), following
+
+    start = (Basis(vectors, jnp.zeros((dimension, dimension), dtype)), precondition(b))
+    if direction is not None and dimension == 1:
+        start = (start[0], direction)
+    built, _ = jax.lax.fori_loop(0, dimension, add, start)
+    # Column k knows the vectors up to k; the rest is its mirror image.
+    upper = jnp.triu(built.matrix)
+    return Basis(built.vectors, upper + jnp.triu(upper, 1).T)
+
+
+def subspace_descent(
+    *, dimension: int = 20, max_iterations: int = 30, floor: Number = 1e-4
+) -> Solver:
+    """Solve for the direction by minimising f over a Krylov space and the last step.
+
+    f is taken on the evaluation data: hand `update` an `eval_batch` of its own, as
+    Vinyals & Povey do. The start is the best of the Tikhonov-damped steps over a grid
+    of λ from 1e-6 to 1e3 of the largest curvature; BFGS goes on from there, in
+    coordinates where the curvature is I, so the result is never worse than it. Use it
+    with `damping=hfjax.damping.constant(0.0)`.
+
+    Args:
+      dimension: K, with the last step (20: Vinyals & Povey 2012).
+      max_iterations: of BFGS, a gradient or two each; heuristic.
+      floor: least curvature in the subspace, relative to the largest; below it, and
+        where it is negative, it counts as that (ibid.: 1e-4).
+
+    Returns:
+      The solver.
+
+    Raises:
+      ValueError: if an option is out of range.
+
+    References:
+      Vinyals & Povey (2012); Martens & Sutskever (2012), section 8.1.
+    """
+    _options.check_count("dimension", dimension, low=2)
+    _options.check_count("max_iterations", max_iterations, low=1)
+    _options.check_range("floor", floor, low=0.0, high=1.0, open_low=True)
+
+    def solve(subproblem: Subproblem, direction: Tree) -> CGResult:
+        size = _tree.magnitude(subproblem.b)
+        size = jnp.where(jnp.isfinite(size), size, 1)
+        b = _tree.scale(1 / size, subproblem.b)
+        built = basis(
+            subproblem.matvec,
+            b,
+            dimension,
+            preconditioner=subproblem.preconditioner,
+            direction=_tree.cast_like(direction, b),
+        )
+        slope = _coordinates(built.vectors, b)
+        finite = jnp.all(jnp.isfinite(built.matrix)) & jnp.all(jnp.isfinite(slope))
+        matrix = jnp.where(finite, built.matrix, jnp.eye(dimension, dtype=slope.dtype))
+        slope = size * jnp.where(finite, slope, 0)
+        vectors = _tree.select(finite, built.vectors, _zeros(built.vectors))
+
+        weights = _minimise(
+            _within(subproblem, vectors), matrix, slope, floor, max_iterations
+        )
+        x = _combination(weights, vectors)
+        model = 0.5 * weights @ matrix @ weights - slope @ weights
+        return CGResult(
+            x=x,
+            num_iterations=jnp.asarray(dimension, jnp.int32),
+            model_values=jnp.zeros(dimension + 1, slope.dtype).at[-1].set(model),
+            kept=Kept(
+                jax.tree.map(lambda leaf: leaf[None], x),
+                jnp.asarray([dimension], jnp.int32),
+                jnp.full(1, jnp.inf, slope.dtype),
+            ),
+            reason=jnp.where(finite, Reason.MAX_ITERATIONS, Reason.NONFINITE).astype(
+                jnp.int32
+            ),
+        )
+
+    return Solver(
+        start=lambda direction, count: direction,
+        solve=solve,
+        carry=lambda result, chosen: chosen,
+    )
+
+
+def _within(subproblem: Subproblem, vectors: Tree) -> Callable[[jax.Array], jax.Array]:
+    """Return a ↦ f(θ + V a), differentiable in reverse by one gradient of f."""
+
+    @jax.custom_vjp
+    def value(weights: jax.Array) -> jax.Array:
+        f = subproblem.value_fn(_combination(weights, vectors))
+        return jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
+
+    def forward(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f, gradient = subproblem.value_and_grad_fn(_combination(weights, vectors))
+        f = jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
+        return f, _coordinates(vectors, gradient).astype(weights.dtype)
+
+    value.defvjp(forward, lambda gradient, cotangent: (cotangent * gradient,))
+    return value
+
+
+def _minimise(
+    value: Callable[[jax.Array], jax.Array],
+    matrix: jax.Array,
+    slope: jax.Array,
+    floor: Number,
+    max_iterations: int,
+) -> jax.Array:
+    """Minimise f over the subspace: over λ, then by BFGS; return the coordinates."""
+    curvatures, rotation = jnp.linalg.eigh(matrix)
+    largest = jnp.max(jnp.abs(curvatures))
+    largest = jnp.where(largest > 0, largest, 1)
+    curvatures = jnp.maximum(jnp.abs(curvatures), floor * largest)
+    rotated = rotation.T @ slope
+
+    damping = largest * jnp.asarray((0.0, *_TIKHONOV), slope.dtype)
+    steps = rotated / (curvatures + damping[:, None])
+    values = jax.lax.map(lambda step: value(rotation @ step), steps)
+    best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+
+    # Coordinates c in which the curvature is I and the first gradient 1 long.
+    root = jnp.sqrt(curvatures)
+    unit = jnp.sqrt(jnp.sum(jnp.square(rotated / root)))
+    unit = jnp.where(unit > 0, unit, 1)
+
+    def to_weights(c: jax.Array) -> jax.Array:
+        return rotation @ (unit * c / root)
+
+    def scaled(c: jax.Array) -> jax.Array:
+        return (value(to_weights(c)) - values[best]) / unit**2
+
+    start = steps[best] * root / unit
+    found = jax.scipy.optimize.minimize(
+        scaled, start, method="BFGS", options={"maxiter": max_iterations}
+    )
+    better = jnp.all(jnp.isfinite(found.x)) & (found.fun <= 0)
+    return to_weights(jnp.where(better, found.x, start))
+
+
+def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
+    """Return what is new in `candidate`, of length 1; zeros if nothing is."""
+    before = _tree.norm(candidate)
+    v = _tree.scale(1 / jnp.where(before > 0, before, 1), candidate)
+    for _ in range(2):  # "Twice is enough" (Kahan; Parlett 1998, section 6.9).
+        v = _tree.axpy(
+            -jnp.ones(()), _combination(_coordinates(vectors, v), vectors), v
+        )
+    after = _tree.norm(v)
+    # What is left is noise where it is of the size of the rounding.
+    new = after > 100 * jnp.finfo(after.dtype).eps
+    return _tree.scale(jnp.where(new, 1 / jnp.where(new, after, 1), 0), v)
+
+
+def _coordinates(vectors: Tree, x: Tree) -> jax.Array:
+    """Return Vᵀx, shape `[K]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
+        dtype = _tree.wide(v.dtype)
+        axes = tuple(range(1, v.ndim))
+        return jnp.sum(v.astype(dtype) * x.astype(dtype)[None], axis=axes)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
+    dtype = _tree.scalar_dtype(x)
+    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
+
+
+def _combination(weights: jax.Array, vectors: Tree) -> Tree:
+    """Return V a."""
+    return jax.tree.map(
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1), vectors
+    )
+
+
+def _zeros(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, tree)

@@ -1,0 +1,253 @@
+"""Trust regions: minimise M(x) = ½xᵀA x − bᵀx with ‖x‖ ≤ radius (report, section 8.6).
+
+Steihaug and Toint: run conjugate gradients from 0, whose iterates grow in norm, and
+where they leave the region, or meet a direction of negative curvature, go to the
+boundary and stop. What is found gains at least half of what the best point of the
+region would: M(x) ≤ ½ M(x*).
+
+    >>> import jax.numpy as jnp
+    >>> d, b = jnp.array([1.0, 2.0]), jnp.ones(2)
+    >>> inside, at = (solve(lambda v: d * v, b, r) for r in (2.0, 0.5))
+    >>> print(inside.x.round(3), inside.on_boundary)
+    [1.  0.5] False
+    >>> print(jnp.linalg.norm(at.x).round(6), at.on_boundary)
+    0.5 True
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _options
+from hfjax._pcg import Reason, Region, run
+from hfjax._types import Matvec, Number, Preconditioner, Tree
+from hfjax.cg import CGResult, Solver, Subproblem
+from hfjax.damping import Damping, ReductionRatio, levenberg_marquardt
+from hfjax.iterates import Keep, every, grid
+from hfjax.stopping import StoppingRule, martens2010
+
+
+class TrustRegionResult(NamedTuple):
+    """What a run of Steihaug-Toint found.
+
+    Attributes:
+      x: like `b`.
+      on_boundary: bool scalar, whether ‖x‖ = radius.
+      num_iterations: int32 scalar, products used.
+      model_values: shape `[max_iterations + 1]`: M at 0 and after each iteration;
+        entries past the last repeat it.
+      reason: int32 scalar, an `hfjax.cg.Reason`.
+    """
+
+    x: Tree
+    on_boundary: jax.Array
+    num_iterations: jax.Array
+    model_values: jax.Array
+    reason: jax.Array
+
+
+def solve(
+    matvec: Matvec,
+    b: Tree,
+    radius: Number,
+    /,
+    *,
+    preconditioner: Preconditioner | None = None,
+    norm: Matvec | None = None,
+    max_iterations: int = 250,
+    stopping: StoppingRule | None = None,
+) -> TrustRegionResult:
+    """Minimise M(x) = ½xᵀA x − bᵀx over xᵀP x ≤ radius², nearly.
+
+    A may be indefinite. With a preconditioner let `norm` be the P that it inverts: only
+    in that norm do the iterates grow, and only then does the bound of one half hold.
+    With another norm, as the Euclidean one, the run still ends where they first leave.
+
+    Args:
+      matvec: `v -> A v`, on trees like `b`.
+      b: the right-hand side, −∇f.
+      radius: r > 0.
+      preconditioner: `r -> P⁻¹ r`; `None` is the identity.
+      norm: `v -> P v` of the region; `None` is the Euclidean ball.
+      max_iterations: a Python integer (250: as `hfjax.cg.solve`).
+      stopping: a rule of `hfjax.stopping`; `None` runs until the boundary, a residual
+        of zero to rounding, or `max_iterations`.
+
+    Returns:
+      The result. On the boundary ‖x‖ is the radius to rounding.
+
+    Raises:
+      TypeError: if `max_iterations` is no Python integer.
+      ValueError: if `radius` is a plain number and not above 0, or `max_iterations` is
+        negative.
+
+    References:
+      Martens & Sutskever (2012), section 8.6; Steihaug (1983); Toint (1981).
+    """
+    _options.check_range("radius", radius, low=0.0, open_low=True)
+    _options.check_count("max_iterations", max_iterations, low=0)
+    region = Region(jnp.asarray(radius), (lambda v: v) if norm is None else norm)
+    result = _run(
+        matvec,
+        b,
+        preconditioner,
+        region,
+        max_iterations,
+        stopping,
+        every(max(1, max_iterations)),
+    )
+    return TrustRegionResult(
+        x=result.x,
+        on_boundary=result.reason == Reason.BOUNDARY,
+        num_iterations=result.num_iterations,
+        model_values=result.model_values,
+        reason=result.reason,
+    )
+
+
+def steihaug_toint(
+    *,
+    max_iterations: int = 250,
+    stopping: StoppingRule | None = martens2010(),
+    keep: Keep = grid(),
+    elliptical: bool = True,
+) -> Solver:
+    """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
+
+    Runs start from 0: "unfortunately, the restriction that CG must be initialized from
+    zero cannot be easily removed" (report, section 8.6). Under this solver the
+    `damping` of state and `info` is the radius.
+
+    Args:
+      max_iterations: of a run; a Python integer (250: as `conjugate_gradient`).
+      stopping: a rule of `hfjax.stopping` (Martens 2010), or `None`.
+      keep: which iterates backtracking may choose among.
+      elliptical: whether the region is ‖x‖_P ≤ radius, P the preconditioner, in whose
+        norm the iterates grow; else the Euclidean ball. Alike where there is none.
+
+    Returns:
+      The solver.
+
+    Raises:
+      TypeError: if `max_iterations` is no Python integer.
+      ValueError: if it is less than 1.
+    """
+    _options.check_count("max_iterations", max_iterations, low=1)
+    if keep.evaluates:
+        msg = "`keep` must not evaluate f: the region, not f, is to end a run."
+        raise ValueError(msg)
+
+    def solve_within(subproblem: Subproblem, x0: None) -> CGResult:
+        del x0
+        plain = subproblem.preconditioner is None or not elliptical
+        region = Region(subproblem.damping, (lambda v: v) if plain else None)
+        return _run(
+            subproblem.matvec,
+            subproblem.b,
+            subproblem.preconditioner,
+            region,
+            max_iterations,
+            stopping,
+            keep,
+        )
+
+    return Solver(
+        lambda direction, count: None, solve_within, lambda result, chosen: chosen
+    )
+
+
+def radius(
+    init: Number = 1.0,
+    *,
+    shrink: Number = 2 / 3,
+    grow: Number = 3 / 2,
+    lower: Number = 1 / 4,
+    upper: Number = 3 / 4,
+    maximum: Number = 1e18,
+    ratio: ReductionRatio = ReductionRatio(),
+) -> Damping:
+    """Adapt the radius to how well M predicts, by the Levenberg-Marquardt rule.
+
+    radius ← `grow` · radius if ρ > `upper` and the step was held back by the region;
+    radius ← `shrink` · radius if ρ < `lower`, or if the update was rejected. It is the
+    rule for λ, applied to 1 / radius. A = B: nothing is added to the curvature.
+
+    Args:
+      init: first radius > 0, in the norm of the region (1: heuristic).
+      shrink: factor in (0, 1] (report, section 8.5: 2/3).
+      grow: factor ≥ 1 (ibid.: 3/2).
+      lower: threshold (ibid.).
+      upper: threshold (ibid.).
+      maximum: of the radius; heuristic.
+      ratio: what ρ is the ratio of.
+
+    Returns:
+      The rule, for `hessian_free(damping=…, solver=steihaug_toint())`.
+
+    Raises:
+      ValueError: if a plain number is out of range.
+
+    Example:
+      >>> rule, on = radius(init=1.0), jnp.array(True)
+      >>> print(
+      ...     [float(rule.update(rule.init(), jnp.float32(r), on)) for r in (0.9, 0.5)]
+      ... )
+      [1.5, 1.0]
+      >>> print(float(rule.update(rule.init(), jnp.float32(0.9), ~on)))
+      1.0
+
+    References:
+      Martens & Sutskever (2012), section 8.6; growth at the boundary only: Nocedal &
+      Wright (2006), algorithm 4.1.
+    """
+    _options.check_range("init", init, low=0.0, open_low=True)
+    _options.check_range("shrink", shrink, low=0.0, high=1.0, open_low=True)
+    _options.check_range("grow", grow, low=1.0)
+    _options.check_range("maximum", maximum, low=0.0, open_low=True)
+    reciprocal = levenberg_marquardt(
+        1.0,
+        decrease=1 / jnp.asarray(grow),
+        increase=1 / jnp.asarray(shrink),
+        lower=lower,
+        upper=upper,
+        minimum=1 / jnp.asarray(maximum),
+        ratio=ratio,
+    )
+
+    def update(
+        radius: jax.Array, ratio: jax.Array, on_boundary: jax.Array
+    ) -> jax.Array:
+        adapted = 1 / reciprocal.update(1 / radius, ratio)
+        return jnp.where(on_boundary, adapted, jnp.minimum(adapted, radius))
+
+    return Damping(
+        init=lambda: jnp.asarray(init),
+        current=lambda state, count: state,
+        update=update,
+        ratio=ratio,
+        matrix=None,
+    )
+
+
+def _run(
+    matvec: Matvec,
+    b: Tree,
+    preconditioner: Preconditioner | None,
+    region: Region,
+    max_iterations: int,
+    stopping: StoppingRule | None,
+    keep: Keep,
+) -> CGResult:
+    return run(
+        matvec,
+        b,
+        None,
+        preconditioner,
+        keep.build(max_iterations, None),
+        max_iterations=max_iterations,
+        limit=max_iterations,
+        min_iterations=1,
+        stopping=stopping,
+        region=region,
+    )
