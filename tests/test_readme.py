@@ -6,6 +6,8 @@ import pathlib
 import re
 import tomllib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -15,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_example_trains_to_what_the_text_promises_and_parts_swap():
     pytest.importorskip("flax.nnx")
-    example, swap = BLOCKS
+    example, swap, recurrent = BLOCKS
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -28,6 +30,13 @@ def test_example_trains_to_what_the_text_promises_and_parts_swap():
     names["state"] = state
     _, state = names["train_step"](names["params"], state, names["batch"])
     assert state.info.accepted
+    exec(recurrent, names)
+    objective, params, tx = (names[name] for name in ("objective", "params", "tx"))
+    batch = (jnp.ones((4, 6, 2)), jnp.ones((4, 1)))
+    value, grads = objective.value_and_grad(params, batch)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    assert state.info.accepted
+    assert state.info.value_after < value
 
 
 def test_versions_named_are_those_of_the_package():
