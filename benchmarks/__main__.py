@@ -3,10 +3,24 @@
 import sys
 from collections.abc import Sequence
 
-from benchmarks import autoencoder, precision, product
+from benchmarks import (
+    autoencoder,
+    memory,
+    precision,
+    preconditioners,
+    product,
+    rnn,
+)
 from benchmarks.options import Parser
 
-_COMMANDS = {"autoencoder": autoencoder, "product": product, "precision": precision}
+_COMMANDS = {
+    "autoencoder": autoencoder,
+    "product": product,
+    "precision": precision,
+    "preconditioners": preconditioners,
+    "memory": memory,
+    "rnn": rnn,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import milestones, options, problem, racers, report
-from benchmarks.history import History, Run, write_json
+from benchmarks.history import ImageHistory, Row, Run, write_json
 from benchmarks.live import Live
 from benchmarks.problem import Problem
 from benchmarks.race import Limits, measurer, race
@@ -100,7 +100,7 @@ def _limits(args: argparse.Namespace) -> Limits:
     return Limits(seconds, args.updates, args.until_error)
 
 
-def _history(args: argparse.Namespace, given: Problem, folder: Path) -> History:
+def _history(args: argparse.Namespace, given: Problem, folder: Path) -> ImageHistory:
     """Begin the history, on disk too: better to fail now than after the race."""
     settings = {
         **given.document(),
@@ -111,7 +111,8 @@ def _history(args: argparse.Namespace, given: Problem, folder: Path) -> History:
         "seed": args.seed,
     }
     floor = given.images.entropy_floor()
-    history = History(folder / "history.json", settings, floor)
+    path = folder / "history.json"
+    history = ImageHistory(path, settings, entropy_floor=floor)
     folder.mkdir(parents=True, exist_ok=True)
     history.save()
     return history
@@ -121,7 +122,7 @@ def _race_all(
     args: argparse.Namespace,
     given: Problem,
     limits: Limits,
-    history: History,
+    history: ImageHistory,
     live: Live,
 ) -> None:
     """Race one after another: HF first, as the others may get the time it took."""
@@ -130,10 +131,10 @@ def _race_all(
     for name, build in _builders(args, given, train):
         live.begin(name, limits)
         racer = build()
-        run = Run(name, racer.family, racer.compile_seconds)
+        run = Run[Row](name, racer.family, racer.compile_seconds)
         history.runs.append(run)
 
-        def watch(seconds: float, run: Run = run) -> None:
+        def watch(seconds: float, run: Run[Row] = run) -> None:
             live.show(run, seconds)
             history.keep()
 
@@ -167,7 +168,9 @@ def _builders(
         yield "lbfgs", lambda: racers.lbfgs(*common)
 
 
-def _report(history: History, given: Problem, folder: Path, console: Console) -> None:
+def _report(
+    history: ImageHistory, given: Problem, folder: Path, console: Console
+) -> None:
     """Print the tables, draw the pictures, write everything down."""
     history.save()
     console.print(report.table(history))

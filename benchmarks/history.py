@@ -6,16 +6,61 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from benchmarks.network import Layers
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 _MOMENT = 2.0
 """Seconds of work that a kill may cost."""
 
 
+class Moment(NamedTuple):
+    """A moment of a run, before anything is measured.
+
+    Attributes:
+      seconds: of training; compiling and measuring do not count.
+      updates: of the parameters so far.
+      cg_iterations: so far; 0 for who has none.
+    """
+
+    seconds: float
+    updates: int
+    cg_iterations: int
+
+
+class Measured(Protocol):
+    """What every row has; each benchmark adds what it measures."""
+
+    @property
+    def seconds(self) -> float:
+        """Of training; compiling and measuring do not count."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """Of the parameters so far."""
+        ...
+
+    @property
+    def loss(self) -> float:
+        """What is minimised."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """What a run may be told to go on until."""
+        ...
+
+    def words(self) -> str:
+        """Put the measurements into a few words."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=Measured)
+
+
 class Row(NamedTuple):
-    """Measurements at one moment of a run.
+    """Measurements of an autoencoder at one moment of a run.
 
     Attributes:
       seconds: of training; compiling and measuring do not count.
@@ -33,9 +78,18 @@ class Row(NamedTuple):
     train_error: float
     test_error: float
 
+    @property
+    def error(self) -> float:
+        """The error on the training images."""
+        return self.train_error
+
+    def words(self) -> str:
+        """Put the measurements into a few words."""
+        return f"f {self.loss:<7.3f} error {self.train_error:<6.3f}"
+
 
 @dataclasses.dataclass
-class Run:
+class Run(Generic[R]):
     """One racer's run.
 
     Attributes:
@@ -50,12 +104,12 @@ class Run:
     name: str
     family: str
     compile_seconds: float
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[R] = dataclasses.field(default_factory=list)
     scalars: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    params: Layers | None = None
+    params: Any = None
 
     @property
-    def last(self) -> Row:
+    def last(self) -> R:
         """The latest measurements."""
         return self.rows[-1]
 
@@ -66,29 +120,27 @@ class Run:
 
 
 @dataclasses.dataclass
-class History:
+class History(Generic[R]):
     """All runs of a race.
 
     Attributes:
       path: of the JSON file.
       settings: of the race, for the record.
-      entropy_floor: below which no training loss can be.
       runs: as they started.
     """
 
     path: Path
     settings: dict[str, Any]
-    entropy_floor: float
-    runs: list[Run] = dataclasses.field(default_factory=list)
+    runs: list[Run[R]] = dataclasses.field(default_factory=list)
     _saved: float = -math.inf
 
-    def started(self) -> list[Run]:
+    def started(self) -> list[Run[R]]:
         """Return the runs that have been measured at all."""
         return [run for run in self.runs if run.rows]
 
-    def best(self) -> list[Run]:
+    def best(self) -> list[Run[R]]:
         """Return of each family the run of the least final loss."""
-        best: dict[str, Run] = {}
+        best: dict[str, Run[R]] = {}
         for run in self.started():
             other = best.get(run.family)
             if other is None or _rank(run) < _rank(other):
@@ -102,9 +154,13 @@ class History:
 
     def save(self) -> None:
         """Write the file: whole or not at all, whenever the process may be killed."""
-        document = {
+        write_json(self.path, self.document())
+        self._saved = time.monotonic()
+
+    def document(self) -> dict[str, Any]:
+        """Describe settings and runs in JSON's types."""
+        return {
             "settings": self.settings,
-            "entropy_floor": self.entropy_floor,
             "runs": [
                 {
                     "name": run.name,
@@ -116,8 +172,21 @@ class History:
                 for run in self.runs
             ],
         }
-        write_json(self.path, document)
-        self._saved = time.monotonic()
+
+
+@dataclasses.dataclass
+class ImageHistory(History[Row]):
+    """All runs of a race of autoencoders.
+
+    Attributes:
+      entropy_floor: below which no training loss can be.
+    """
+
+    entropy_floor: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """Describe floor, settings and runs in JSON's types."""
+        return {"entropy_floor": self.entropy_floor, **super().document()}
 
 
 def write_json(path: Path, document: Any) -> None:

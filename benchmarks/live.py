@@ -95,10 +95,9 @@ def describe(run: Run) -> str:
       run: measured at least once.
 
     Returns:
-      Update, loss, squared error; of HF also λ, ρ and the CG iterations.
+      Update, loss, error; of HF also λ, ρ and the CG iterations.
     """
-    row = run.last
-    text = f"update {row.updates:<4} f {row.loss:<7.3f} error {row.train_error:<6.3f}"
+    text = f"update {run.last.updates:<4} {run.last.words()}"
     if run.scalars:
         now = run.scalars[-1]
         text += (

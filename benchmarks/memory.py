@@ -1,4 +1,4 @@
-"""What memory a curvature product of a recurrent network needs, by length.
+"""What memory a curvature product of a recurrent network needs, by length and way.
 
     python -m benchmarks memory
 
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,32 @@ _FEW, _MANY = 2, 10  # products of the two loops whose difference is timed
 
 Program = Callable[[Any, Any, tuple, int], Any]
 
-WAYS: dict[str, Callable] = {"plain": jax.lax.scan, "checkpointed": scan.checkpointed}
-"""How to scan over time: keep all states, or those at multiples of ⌈√T⌉."""
+_PARTS = 10
+"""Microbatches."""
+
+
+class Way(NamedTuple):
+    """How to make do with less memory.
+
+    Attributes:
+      scan: over time: keeps all states, or those at multiples of ⌈√T⌉.
+      parts: microbatches, in number.
+      once: whether all of them are linearised once, or anew in each product.
+    """
+
+    scan: Callable
+    parts: int = 1
+    once: bool = False
+
+
+WAYS = {
+    "plain": Way(jax.lax.scan),
+    "√T checkpointed": Way(scan.checkpointed),
+    "microbatches, linearised anew": Way(jax.lax.scan, _PARTS),
+    "microbatches, linearised once": Way(jax.lax.scan, _PARTS, once=True),
+    "√T checkpointed microbatches": Way(scan.checkpointed, _PARTS),
+}
+"""What is compared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +113,7 @@ def products(way: str, steps: int, units: int, cases: int) -> tuple[Program, tup
     """Build the program that is measured.
 
     Args:
-      way: to scan, of `WAYS`.
+      way: of `WAYS`.
       steps: T.
       units: hidden tanh units.
       cases: sequences in the batch.
@@ -104,10 +128,16 @@ def products(way: str, steps: int, units: int, cases: int) -> tuple[Program, tup
             h = jnp.tanh(x @ params["in"] + h @ params["recurrent"])
             return h, h @ params["out"]
 
-        first = jnp.broadcast_to(params["h0"], (cases, units))
-        return WAYS[way](step, first, inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
+        first = jnp.broadcast_to(params["h0"], (len(inputs), units))
+        return scan_over(step, first, inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+    scan_over, parts, once = WAYS[way]
+    objective = hfjax.Objective(
+        model_fn,
+        hfjax.losses.squared_error(),
+        microbatch_size=None if parts == 1 else max(1, cases // parts),
+        linearize_once=once,
+    )
 
     def program(params: dict, v: dict, batch: tuple, count: int) -> dict:
         product = hfjax.curvature.ggn(objective, params, batch)
@@ -148,7 +178,7 @@ def temporary_bytes(program: Program, inputs: tuple) -> int:
 
       >>> plain, kept = (
       ...     temporary_bytes(*products(way, steps=100, units=9, cases=9))
-      ...     for way in ("plain", "checkpointed")
+      ...     for way in ("plain", "√T checkpointed")
       ... )
       >>> plain > 2 * kept
       True
@@ -192,7 +222,7 @@ def _table(rows: list[dict[str, Any]], units: int, cases: int) -> Table:
         box=SIMPLE_HEAD,
     )
     table.add_column("T", justify="right")
-    table.add_column("scan")
+    table.add_column("way")
     table.add_column("MB", justify="right")
     table.add_column("seconds a product", justify="right")
     for row in rows:

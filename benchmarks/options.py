@@ -3,9 +3,12 @@
 import argparse
 import math
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
 
 from benchmarks.data import PIXELS
+
+T = TypeVar("T")
 
 OPTIMIZERS = ("hf", "adam", "lbfgs")
 
@@ -95,8 +98,53 @@ def optimizers(word: str) -> tuple[str, ...]:
     Returns:
       The names, in the order of `OPTIMIZERS`.
     """
-    names = word.split(",")
-    if not set(names) <= set(OPTIMIZERS):
-        msg = f"must be among {','.join(OPTIMIZERS)}, got {word!r}"
+    return among(OPTIMIZERS, word)
+
+
+def among(known: Iterable[str], word: str) -> tuple[str, ...]:
+    """Read some of the names that there are.
+
+    Args:
+      known: the names.
+      word: as the user typed it, with commas.
+
+    Returns:
+      Those that were typed, in the order of `known`.
+    """
+    names, known = word.split(","), tuple(known)
+    if not set(names) <= set(known):
+        msg = f"must be among {','.join(known)}, got {word!r}"
         raise argparse.ArgumentTypeError(msg)
-    return tuple(name for name in OPTIMIZERS if name in names)
+    return tuple(name for name in known if name in names)
+
+
+def listed(read: Callable[[str], T], word: str) -> tuple[T, ...]:
+    """Read several values.
+
+    Args:
+      read: reads one.
+      word: as the user typed it, with commas.
+
+    Returns:
+      The values, each once.
+    """
+    return tuple(dict.fromkeys(read(part) for part in word.split(",")))
+
+
+def not_negative(word: str) -> float:
+    """Read a number of at least 0.
+
+    Args:
+      word: as the user typed it.
+
+    Returns:
+      The number.
+    """
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        msg = f"must be a number of at least 0, got {word!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number

@@ -3,21 +3,23 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 import hfjax
-from benchmarks.history import Row, Run
+from benchmarks.history import Measured, Moment, Row, Run
 from benchmarks.network import Layers
 from benchmarks.racers import Racer, compile_ahead
 
 _PAUSE = 1.0
 """Seconds of training between measurements, where updates are small."""
 
-Measure = Callable[[Layers], tuple[float, float, float]]
-"""`params -> (loss, train_error, test_error)`."""
+R = TypeVar("R", bound=Measured)
+
+Measure = Callable[[Moment, Any], R]
+"""`(moment, params) -> row`."""
 
 
 class Limits(NamedTuple):
@@ -26,7 +28,7 @@ class Limits(NamedTuple):
     Attributes:
       seconds: of training. The update under way is finished.
       updates: of the parameters.
-      error: to which the squared error on the training images has come down.
+      error: to which the rows' error has come down.
     """
 
     seconds: float | None = None
@@ -36,7 +38,7 @@ class Limits(NamedTuple):
 
 def measurer(
     objective: hfjax.Objective, train: jax.Array, test: jax.Array, params: Layers
-) -> Measure:
+) -> Measure[Row]:
     """Build what measures parameters on all images.
 
     Args:
@@ -59,19 +61,18 @@ def measurer(
 
     compiled, _ = compile_ahead(measure, params, train, test)
 
-    def on_host(params: Layers) -> tuple[float, float, float]:
-        loss, train_error, test_error = jax.device_get(compiled(params, train, test))
-        return float(loss), float(train_error), float(test_error)
+    def on_host(moment: Moment, params: Layers) -> Row:
+        return Row(*moment, *map(float, jax.device_get(compiled(params, train, test))))
 
     return on_host
 
 
 def race(
     racer: Racer,
-    params: Layers,
-    measure: Measure,
+    params: Any,
+    measure: Measure[R],
     limits: Limits,
-    run: Run,
+    run: Run[R],
     watch: Callable[[float], None],
 ) -> None:
     """Let one racer run to its limit, or until the loss is no number any more.
@@ -82,7 +83,7 @@ def race(
     Args:
       racer: that runs.
       params: where it starts.
-      measure: of `measurer`; after every update that says what it did, else about
+      measure: called after every update that says what it did, else about
         once in a second of training, and at the end.
       limits: when the run ends.
       run: to fill in.
@@ -90,7 +91,7 @@ def race(
     """
     carry, seconds = racer.init(params), 0.0
     run.params = params
-    run.rows.append(Row(0.0, 0, 0, *measure(params)))
+    run.rows.append(measure(Moment(0.0, 0, 0), params))
     watch(seconds)
     while not _over(run, seconds, limits):
         start = time.perf_counter()
@@ -101,9 +102,8 @@ def race(
             run.scalars.append(scalars)
         last = limits.seconds is not None and seconds >= limits.seconds
         if scalars or last or seconds - run.last.seconds >= _PAUSE:
-            measured = measure(carry.params)
-            updates = int(carry.updates)
-            run.rows.append(Row(seconds, updates, run.cg_iterations, *measured))
+            moment = Moment(seconds, int(carry.updates), run.cg_iterations)
+            run.rows.append(measure(moment, carry.params))
         watch(seconds)
 
 
@@ -113,6 +113,6 @@ def _over(run: Run, seconds: float, limits: Limits) -> bool:
     return (
         (limits.seconds is not None and seconds >= limits.seconds)
         or (limits.updates is not None and row.updates >= limits.updates)
-        or (limits.error is not None and row.train_error < limits.error)
+        or (limits.error is not None and row.error < limits.error)
         or not math.isfinite(row.loss)
     )

@@ -33,7 +33,7 @@ class Carry(NamedTuple):
       order: of the training cases in this epoch, if the racer shuffles them.
     """
 
-    params: Layers
+    params: Any
     state: Any
     updates: jax.Array
     order: jax.Array | None = None
@@ -53,7 +53,7 @@ class Racer(NamedTuple):
 
     name: str
     family: str
-    init: Callable[[Layers], Carry]
+    init: Callable[[Any], Carry]
     step: Callable[[Carry], Carry]
     read: Callable[[Carry], dict[str, Any]]
     compile_seconds: float
@@ -102,7 +102,7 @@ def hf(
         return Carry(params, state, carry.updates + 1)
 
     def init(params: Layers) -> Carry:
-        return Carry(params, tx.init(params), _zero())
+        return Carry(params, tx.init(params), zero_updates())
 
     compiled, seconds = compile_ahead(step, init(params), images)
     return Racer(
@@ -134,41 +134,19 @@ def adam(
     """
     key = jax.random.key(seed)
 
-    def update(carry: Carry, images: jax.Array, rate: Any) -> Carry:
+    def update(carry: Carry, rate: Any, images: jax.Array) -> Carry:
         part, order = _minibatch(carry, images, key)
         _, grads = objective.value_and_grad(carry.params, (part, part))
         updates, state = optax.adam(rate).update(grads, carry.state, carry.params)
         params: Any = optax.apply_updates(carry.params, updates)
         return Carry(params, state, carry.updates + 1, order)
 
-    def steps(carry: Carry, images: jax.Array, rate: Any, count: Any) -> Carry:
-        def one(_: jax.Array, carry: Carry) -> Carry:
-            return update(carry, images, rate)
-
-        return jax.lax.fori_loop(0, count, one, carry)
-
     def init(params: Layers) -> Carry:
         order = jnp.arange(len(images))
-        return Carry(params, optax.adam(0.0).init(params), _zero(), order)
+        return Carry(params, optax.adam(0.0).init(params), zero_updates(), order)
 
-    start, idle = init(params), jnp.float32(0)
-    compiled, seconds = compile_ahead(steps, start, images, idle, _zero() + 1)
-    one = _seconds(lambda: compiled(start, images, idle, _zero() + 1))
     epoch = max(1, len(images) // _MINIBATCH)
-    count = _zero() + min(max(1, int(_STEP_SECONDS / one)), epoch)
-
-    def racer(learning_rate: float) -> Racer:
-        rate = jnp.float32(learning_rate)
-        return Racer(
-            name=f"adam {learning_rate:g}",
-            family="adam",
-            init=init,
-            step=lambda carry: compiled(carry, images, rate, count),
-            read=lambda carry: {},
-            compile_seconds=seconds,
-        )
-
-    return racer
+    return small_updates("adam", init, update, init(params), images, most=epoch)
 
 
 def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Racer:
@@ -199,7 +177,7 @@ def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Race
         return Carry(unravel(moved), state, carry.updates + 1)
 
     def init(params: Layers) -> Carry:
-        return Carry(params, tx.init(ravel_pytree(params)[0]), _zero())
+        return Carry(params, tx.init(ravel_pytree(params)[0]), zero_updates())
 
     compiled, seconds = compile_ahead(step, init(params), images)
     return Racer(
@@ -210,6 +188,56 @@ def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Race
         read=lambda carry: {},
         compile_seconds=seconds,
     )
+
+
+def small_updates(
+    family: str,
+    init: Callable[[Any], Carry],
+    update: Callable[..., Carry],
+    start: Carry,
+    *data: Any,
+    most: int | None = None,
+) -> Callable[[float], Racer]:
+    """Build racers whose updates are small: many in a step, then Python costs nothing.
+
+    Args:
+      family: of the racers.
+      init: `params -> carry`.
+      update: `(carry, learning_rate, *data) -> carry`.
+      start: to compile for.
+      *data: what the update needs.
+      most: updates in a step, if there is a limit.
+
+    Returns:
+      `learning_rate -> racer`, compiled once for all rates; a step is as many
+      updates as take about a quarter of a second.
+    """
+
+    def steps(carry: Carry, rate: Any, count: Any, *data: Any) -> Carry:
+        def one(_: jax.Array, carry: Carry) -> Carry:
+            return update(carry, rate, *data)
+
+        return jax.lax.fori_loop(0, count, one, carry)
+
+    idle, single = jnp.float32(0), zero_updates() + 1
+    compiled, seconds = compile_ahead(steps, start, idle, single, *data)
+    fit = max(
+        1, int(_STEP_SECONDS / _seconds(lambda: compiled(start, idle, single, *data)))
+    )
+    count = zero_updates() + (fit if most is None else min(fit, most))
+
+    def racer(learning_rate: float) -> Racer:
+        rate = jnp.float32(learning_rate)
+        return Racer(
+            name=f"{family} {learning_rate:g}",
+            family=family,
+            init=init,
+            step=lambda carry: compiled(carry, rate, count, *data),
+            read=lambda carry: {},
+            compile_seconds=seconds,
+        )
+
+    return racer
 
 
 def compile_ahead(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -253,5 +281,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _zero() -> jax.Array:
+def zero_updates() -> jax.Array:
+    """Count no update yet."""
     return jnp.zeros((), jnp.int32)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import hfjax
 from benchmarks.data import SIDE
-from benchmarks.history import History, Run
+from benchmarks.history import ImageHistory, Row, Run
 from benchmarks.network import Autoencoder
 
 _COLOURS = {"hf": "tab:blue", "adam": "tab:orange", "lbfgs": "tab:green"}
@@ -23,7 +23,7 @@ _PICTURED = 10
 """Test images in the picture of reconstructions."""
 
 
-def table(history: History) -> Table:
+def table(history: ImageHistory) -> Table:
     """Lay out where each run ended.
 
     Args:
@@ -61,7 +61,7 @@ def table(history: History) -> Table:
 
 
 def draw(
-    history: History, network: Autoencoder, test: np.ndarray, folder: Path
+    history: ImageHistory, network: Autoencoder, test: np.ndarray, folder: Path
 ) -> list[Path]:
     """Draw what there is to draw.
 
@@ -88,7 +88,7 @@ def draw(
     return [folder / name for name in figures]
 
 
-def draw_loss(history: History) -> Figure:
+def draw_loss(history: ImageHistory) -> Figure:
     """Draw the excess of the loss over its floor against the training time.
 
     Args:
@@ -125,7 +125,7 @@ def draw_loss(history: History) -> Figure:
 
 
 def draw_reconstructions(
-    runs: Sequence[Run], network: Autoencoder, images: np.ndarray
+    runs: Sequence[Run[Row]], network: Autoencoder, images: np.ndarray
 ) -> Figure:
     """Draw images above what each run makes of them.
 
@@ -155,7 +155,7 @@ def draw_reconstructions(
     return figure
 
 
-def _label_ends(axes: Axes, history: History) -> None:
+def _label_ends(axes: Axes, history: ImageHistory) -> None:
     """Name each line at its end, apart from one another."""
     runs = [run for run in history.started() if math.isfinite(run.last.loss)]
     runs.sort(key=lambda run: run.last.loss)

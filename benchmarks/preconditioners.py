@@ -1,0 +1,251 @@
+"""How many iterations of conjugate gradients each preconditioner needs to the same M.
+
+    python -m benchmarks preconditioners --problem autoencoder
+    python -m benchmarks preconditioners --problem rnn
+
+A network is trained by Hessian-free. Every few updates the system of that update, with
+its λ, is solved anew from 0 with each preconditioner until M is as low as the recipe's
+(empirical Fisher, ξ = 0.75) when Martens' rule stops it. Means over the run; a solve
+that is not there after the limit counts as the limit.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import hfjax
+from benchmarks import data, options, rnn_training
+from benchmarks.history import write_json
+from benchmarks.network import autoencoder
+from benchmarks.problem import SETUPS, machine
+
+_RECIPE = "empirical Fisher, ξ = 0.75"
+
+
+class Setting(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      objective: f.
+      params: where training starts.
+      batch: `key -> batch`, of an update.
+      damping: first λ.
+      exact: whether a case has few enough outputs for the exact diagonal.
+    """
+
+    objective: hfjax.Objective
+    params: Any
+    batch: Callable[[jax.Array], tuple]
+    damping: float
+    exact: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options.
+
+    Args:
+      parser: to declare them to.
+    """
+    add = parser.add_argument
+    add("--problem", choices=("autoencoder", "rnn"), default="autoencoder")
+    add("--updates", type=options.count, default=40, help="to train; default: 40")
+    add("--every", type=options.count, default=4, help="updates; default: 4")
+    add("--cases", type=options.count, default=500, help="in a batch; default: 500")
+    add("--limit", type=options.count, default=300, help="iterations; default: 300")
+    add("--seed", type=int, default=0, help="of start and data; default: 0")
+    add("--out", default="runs/preconditioners.json", help="a JSON file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, solve, print and write down.
+
+    Args:
+      args: the options.
+
+    Returns:
+      The exit status: 0, or 2 if the numbers cannot be written.
+    """
+    console, path = Console(), Path(args.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {})
+    except OSError as error:
+        return options.refuse("preconditioners", error)
+    setting = (_autoencoder if args.problem == "autoencoder" else _rnn)(args)
+    rows = []
+    for row in compare(setting, args.updates, args.every, args.limit):
+        rows.append(row)
+        counts = ", ".join(f"{name} {n}" for name, n in row["iterations"].items())
+        console.print(
+            f"update {row['update']}: f {row['value']:.4g}, λ {row['damping']:.2g}: "
+            f"{counts}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        write_json(path, {"arguments": vars(args), **machine(), "rows": rows})
+    console.print(_table(rows, args.limit))
+    console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def rules(*, exact: bool) -> dict[str, hfjax.preconditioners.PreconditionerRule | None]:
+    """Return the preconditioners that are compared.
+
+    Args:
+      exact: whether the exact diagonal is among them.
+    """
+    diagonal, diagonals = hfjax.preconditioners.diagonal, hfjax.diagonals
+    probes = functools.partial(diagonals.ggn_rademacher, num_probes=8)
+    found = {
+        "none": None,
+        _RECIPE: diagonal(exponent=0.75),
+        "empirical Fisher, ξ = 1": diagonal(exponent=1.0),
+        "Rademacher, 1 probe, ξ = 0.75": diagonal(
+            diagonals.ggn_rademacher, exponent=0.75
+        ),
+        "Rademacher, 8 probes, ξ = 0.75": diagonal(probes, exponent=0.75),
+        "Rademacher, 8 probes, ξ = 1": diagonal(probes, exponent=1.0),
+    }
+    if exact:
+        found["exact diag(G), ξ = 0.75"] = diagonal(diagonals.ggn_exact, exponent=0.75)
+        found["exact diag(G), ξ = 1"] = diagonal(diagonals.ggn_exact, exponent=1.0)
+    return found
+
+
+def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
+    """Train, and compare the preconditioners every few updates.
+
+    Args:
+      setting: what is trained.
+      updates: how long.
+      every: so many updates there is a comparison, the first at the first.
+      limit: of iterations in a solve.
+
+    Yields:
+      A dict in JSON's types for each comparison.
+    """
+    objective = setting.objective
+    tx = hfjax.hessian_free(
+        objective, damping=hfjax.damping.levenberg_marquardt(init=setting.damping)
+    )
+    compared = rules(exact=setting.exact)
+
+    @jax.jit
+    def train(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+        batch = setting.batch(key)
+        _, grads = objective.value_and_grad(params, batch)
+        steps, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, steps), state
+
+    def histories(params: Any, damping: jax.Array, key: jax.Array) -> dict:
+        batch = setting.batch(key)
+        value, grads = objective.value_and_grad(params, batch)
+        product = hfjax.curvature.ggn(objective, params, batch)
+        matvec = hfjax.damping.damped(product, damping)
+        b = jax.tree.map(jnp.negative, grads)
+
+        def solve(name: str, stopping: Any) -> hfjax.cg.CGResult:
+            rule = compared[name]
+            precondition = None
+            if rule is not None:
+                probe_key = jax.random.fold_in(key, 1) if rule.needs_key else None
+                precondition = rule.build(objective, params, batch, damping, probe_key)
+            return hfjax.cg.solve(
+                matvec,
+                b,
+                preconditioner=precondition,
+                max_iterations=limit,
+                stopping=stopping,
+                keep=hfjax.iterates.every(limit),
+            )
+
+        recipe = solve(_RECIPE, hfjax.stopping.martens2010())
+        models = {name: solve(name, None).model_values for name in compared}
+        return {"value": value, "target": recipe.model_values[-1], "models": models}
+
+    measured = jax.jit(histories)
+    params, state = setting.params, tx.init(setting.params)
+    for update in range(updates):
+        key = jax.random.fold_in(jax.random.key(1), update)
+        if update % every == 0:
+            found = jax.device_get(measured(params, state.damping, key))
+            yield {
+                "update": update,
+                "value": float(found["value"]),
+                "damping": float(state.damping),
+                "iterations": {
+                    name: iterations_to(found["target"], found["models"][name], limit)
+                    for name in compared
+                },
+            }
+        params, state = train(params, state, key)
+
+
+def iterations_to(target: float, model_values: np.ndarray, limit: int) -> int:
+    """Return after how many iterations M is at the target, at most `limit`.
+
+    Args:
+      target: a value of M below 0.
+      model_values: M after 0, 1, 2, … iterations.
+      limit: what counts where it is never reached.
+
+    Example:
+      >>> iterations_to(-2.0, np.array([0.0, -1.0, -1.9, -2.5]), 3)
+      3
+    """
+    # M of two runs that found the same minimum differs by rounding.
+    reached = np.nonzero(model_values <= target * (1 - 1e-5))[0]
+    return int(reached[0]) if len(reached) else limit
+
+
+def _autoencoder(args: argparse.Namespace) -> Setting:
+    setup = SETUPS["curves"]
+    images = jnp.asarray(data.curves(args.cases, 1).train)
+    init, model_fn = autoencoder(setup.encoder)
+    loss = hfjax.losses.sigmoid_cross_entropy()
+    return Setting(
+        hfjax.Objective(model_fn, loss, weight_decay=setup.weight_decay),
+        jax.jit(init)(jax.random.key(args.seed)),
+        lambda key: (images, images),
+        45.0,
+        exact=False,
+    )
+
+
+def _rnn(args: argparse.Namespace) -> Setting:
+    problem = rnn_training.build("addition", 30, args.seed)
+    return Setting(
+        problem.objective,
+        problem.params,
+        lambda key: problem.draw(key, args.cases),
+        rnn_training.initial_damping(problem),
+        exact=True,
+    )
+
+
+def _table(rows: list[dict[str, Any]], limit: int) -> Table:
+    table = Table(
+        caption=f"Of {len(rows)} systems along the run; at most {limit} iterations.",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("preconditioner", "mean iterations", "median", "at the limit"):
+        table.add_column(name, justify="left" if name == "preconditioner" else "right")
+    for name in rows[0]["iterations"]:
+        counts = [row["iterations"][name] for row in rows]
+        table.add_row(
+            name,
+            f"{np.mean(counts):.1f}",
+            f"{np.median(counts):.0f}",
+            str(sum(count == limit for count in counts)),
+        )
+    return table
