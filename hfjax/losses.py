@@ -17,37 +17,16 @@ Outputs and targets may be pytrees; the loss is then the sum over the leaves.
 Every leaf leads with the case axis, further axes are summed.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from hfjax import _options, _repair
+from hfjax._loss import LinearMap, by_leaf, sum_to_cases
+from hfjax._loss import Loss as Loss
 from hfjax._types import Tree
-
-LinearMap: TypeAlias = Callable[[Tree], Tree]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Loss:
-    """A loss, with its curvature at the outputs.
-
-    Attributes:
-      value: `(outputs, targets) -> [cases]`, the loss of each case.
-      hessian: `(outputs, targets) -> (v -> L″ v)`; whatever depends on the outputs
-        alone is computed once, outside the product.
-      factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`, `v` like the
-        outputs.
-      predict: outputs to predictions, the matching link (identity, logistic,
-        softmax).
-    """
-
-    value: Callable[[Tree, Tree], jax.Array]
-    hessian: Callable[[Tree, Tree], LinearMap]
-    factor: Callable[[Tree, Tree], LinearMap]
-    predict: Callable[[Tree], Tree]
 
 
 def squared_error() -> Loss:
@@ -69,7 +48,7 @@ def squared_error() -> Loss:
         del z, t
         return lambda v: v
 
-    return _by_leaf(value, identity, identity, lambda z: z)
+    return by_leaf(value, identity, identity, lambda z: z)
 
 
 def sigmoid_cross_entropy() -> Loss:
@@ -107,7 +86,7 @@ def sigmoid_cross_entropy() -> Loss:
         deviation = jnp.sqrt(jax.nn.sigmoid(z)) * jnp.sqrt(jax.nn.sigmoid(-z))
         return lambda v: deviation * v
 
-    return _by_leaf(value, hessian, factor, jax.nn.sigmoid)
+    return by_leaf(value, hessian, factor, jax.nn.sigmoid)
 
 
 def softmax_cross_entropy() -> Loss:
@@ -135,7 +114,7 @@ def softmax_cross_entropy() -> Loss:
     def mass(t: jax.Array) -> jax.Array:
         return jnp.sum(t, axis=-1, keepdims=True)
 
-    return _by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax)
+    return by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax)
 
 
 def softmax_cross_entropy_with_integer_labels() -> Loss:
@@ -161,24 +140,46 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
         del t
         return 1.0
 
-    return _by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax, label_axes=1)
+    return by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax, label_axes=1)
 
 
-def from_function(fn: Callable[[Tree, Tree], jax.Array]) -> Loss:
+def from_function(
+    fn: Callable[[Tree, Tree], jax.Array], *, positive: str | None = None
+) -> Loss:
     """Wrap any per-case loss; its curvature comes from differentiating it.
 
     `L″ v` is one linearisation of the gradient in the outputs, `S v` the
     symmetric square root of each case's dense `L″` (so `factor` costs memory of
-    cases × outputs²: meant for few outputs). The Gauss-Newton matrix is positive
-    semi-definite only where `fn` is convex in the outputs; `factor` drops what is
-    negative.
+    cases × outputs²: meant for few outputs). Where `fn` is not convex in the
+    outputs, the Gauss-Newton matrix is not positive semi-definite, unless `L″` of
+    each case, with m outputs and eigenvalues λ, is repaired:
+
+    - "clip": negative λ become 0, L″ + Σ max(0, −λ) u uᵀ;
+    - "shift": L″ + max(0, −min λ) I. Damps what was positive too;
+    - either for m > `_repair.MOST_FOR_EIGENVALUES`: by Gershgorin's circles, entry
+      i of the diagonal grows by max(0, Σ_{j≠i} |L″ᵢⱼ| − L″ᵢᵢ). Enough in any case,
+      and more than is needed in most; for an elementwise loss it is "clip".
+
+    To rounding, a convex loss stays as it is, if for many outputs it is elementwise
+    or diagonally dominant. For each new θ a repair costs one eigendecomposition a case,
+    cases × m³ and memory of cases × m²; for many outputs m products and memory of cases
+    × m. A product then costs cases × m² more for "clip" of few outputs, else cases × m.
+
+    Better than any repair, where a nonlinearity makes the loss non-convex: **move it
+    into the model**. ½‖tanh(y) − t‖² is not convex in y, ½‖z − t‖² is in z = tanh(y),
+    and f(θ) is the same.
 
     Args:
       fn: `(outputs, targets) -> array` whose leading axis is cases; further axes
         are summed. Optax's losses are such functions. Cases must not mix.
+      positive: repair of a loss that is not convex in the outputs: "clip", "shift",
+        or `None` for none, where only `factor` drops what is negative.
 
     Returns:
-      The loss; `predict` is the identity.
+      The loss; `predict` is the identity. Values and gradients know no repair.
+
+    Raises:
+      ValueError: if `positive` is something else.
 
     Example:
       >>> import optax
@@ -188,90 +189,59 @@ def from_function(fn: Callable[[Tree, Tree], jax.Array]) -> Loss:
       True
       >>> print(theirs.hessian(z, t)(z))
       [[3. 4.]]
+
+      One parameter, so that G is its own smallest eigenvalue: tanh in the loss, there
+      but repaired, and moved into the model.
+
+      >>> import hfjax
+      >>> def smallest_eigenvalue(model_fn, loss):
+      ...     f, batch = hfjax.Objective(model_fn, loss), (jnp.ones(1), jnp.zeros(1))
+      ...     return float(
+      ...         hfjax.curvature.ggn(f, jnp.array(2.0), batch)(jnp.array(1.0))
+      ...     )
+      >>> squashed = lambda y, t: 0.5 * (jnp.tanh(y) - t) ** 2
+      >>> smallest_eigenvalue(lambda p, x: p * x, from_function(squashed)) < -0.1
+      True
+      >>> clipped = from_function(squashed, positive="clip")
+      >>> smallest_eigenvalue(lambda p, x: p * x, clipped)
+      0.0
+      >>> smallest_eigenvalue(lambda p, x: jnp.tanh(p * x), squared_error()) > 0.004
+      True
+
+    References:
+      Martens & Sutskever (2012), section 6.3. Gershgorin's bound: Golub & Van Loan,
+      Matrix Computations, theorem 7.2.1.
     """
+    if positive is not None:
+        _options.check_choice("positive", positive, ("clip", "shift"))
 
     def value(outputs: Tree, targets: Tree) -> jax.Array:
-        return _sum_to_cases(fn(outputs, targets), outputs, fn)
+        return sum_to_cases(fn(outputs, targets), outputs, fn)
 
     def total(outputs: Tree, targets: Tree) -> jax.Array:
         return jnp.sum(value(outputs, targets))
 
     def hessian(outputs: Tree, targets: Tree) -> LinearMap:
         gradient = jax.grad(lambda z: total(z, targets))
-        return jax.linearize(gradient, outputs)[1]
+        product = jax.linearize(gradient, outputs)[1]
+        if positive is None:
+            return product
+        missing = _repair.missing(
+            product, lambda: matrices(outputs, targets), outputs, positive
+        )
+        return lambda v: jax.tree.map(jnp.add, product(v), missing(v))
 
     def factor(outputs: Tree, targets: Tree) -> LinearMap:
+        return _repair.root(matrices(outputs, targets), positive)
+
+    def matrices(outputs: Tree, targets: Tree) -> jax.Array:
         def dense(z: Tree, t: Tree) -> jax.Array:
             flat, unravel = ravel_pytree(z)
             return jax.hessian(lambda flat: total(*_lead((unravel(flat), t))))(flat)
 
-        values, vectors = jnp.linalg.eigh(jax.vmap(dense)(outputs, targets))
-        roots = jnp.sqrt(jnp.maximum(values, 0))
-
-        def one_case(v: Tree, roots: jax.Array, vectors: jax.Array) -> Tree:
-            flat, unravel = ravel_pytree(v)
-            return unravel(vectors @ (roots * (vectors.T @ flat)))
-
-        return lambda v: jax.vmap(one_case)(v, roots, vectors)
+        return jax.vmap(dense)(outputs, targets)
 
     return Loss(value, hessian, factor, lambda outputs: outputs)
-
-
-def _by_leaf(
-    value: Callable[[jax.Array, jax.Array], jax.Array],
-    hessian: Callable[[jax.Array, jax.Array], LinearMap],
-    factor: Callable[[jax.Array, jax.Array], LinearMap],
-    predict: Callable[[jax.Array], jax.Array],
-    *,
-    label_axes: int = 0,
-) -> Loss:
-    """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf.
-
-    Targets have the shape of the outputs without its last `label_axes` axes.
-    """
-
-    def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
-        shape = z.shape[: z.ndim - label_axes]
-        if jnp.shape(t) != shape:
-            msg = (
-                f"Targets for outputs of shape {z.shape} must have shape {shape}, got "
-                f"shape {jnp.shape(t)}: they would be broadcast."
-            )
-            raise ValueError(msg)
-        return _sum_to_cases(value(z, t), z, "the loss")
-
-    def summed(outputs: Tree, targets: Tree) -> jax.Array:
-        values = jax.tree.map(leaf_value, outputs, targets)
-        return jax.tree.reduce(jnp.add, values)
-
-    def lift(
-        build: Callable[[jax.Array, jax.Array], LinearMap],
-    ) -> Callable[[Tree, Tree], LinearMap]:
-        def by_leaf(outputs: Tree, targets: Tree) -> LinearMap:
-            structure = jax.tree.structure(outputs)
-            maps = [
-                build(z, t)
-                for z, t in zip(
-                    structure.flatten_up_to(outputs),
-                    structure.flatten_up_to(targets),
-                    strict=True,
-                )
-            ]
-
-            def product(v: Tree) -> Tree:
-                leaves = structure.flatten_up_to(v)
-                return structure.unflatten(
-                    [apply(leaf) for apply, leaf in zip(maps, leaves, strict=True)]
-                )
-
-            return product
-
-        return by_leaf
-
-    def predictions(outputs: Tree) -> Tree:
-        return jax.tree.map(predict, outputs)
-
-    return Loss(summed, lift(hessian), lift(factor), predictions)
 
 
 def _softmax_curvature(
@@ -301,20 +271,6 @@ def _softmax_curvature(
         return product
 
     return hessian, factor
-
-
-def _sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
-    """Sum every axis but the first, which must be the outputs' case axis."""
-    cases = jax.tree.leaves(outputs)[0].shape[:1]
-    if values.shape[:1] != cases or not cases:
-        name = getattr(source, "__name__", source)
-        msg = (
-            f"{name} must return one value per case (leading axis {cases or 'missing'}"
-            f"), got shape {values.shape}: do not average or sum over the cases, "
-            "`Objective` does."
-        )
-        raise ValueError(msg)
-    return jnp.sum(values, axis=range(1, values.ndim))
 
 
 def _lead(tree: Tree) -> Tree:

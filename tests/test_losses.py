@@ -26,7 +26,9 @@ OPTAX = {
     ),
 }
 every_loss = pytest.mark.parametrize("name", MATCHING)
-every_kind = pytest.mark.parametrize("kind", ["closed_form", "from_function"])
+KINDS = ["closed_form", "from_function", "clip", "shift"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_repair = pytest.mark.parametrize("positive", ["clip", "shift"])
 
 
 def draw(name, shape=(4, 2, 3), seed=0):
@@ -39,9 +41,49 @@ def draw(name, shape=(4, 2, 3), seed=0):
 
 
 def build(name, kind="closed_form"):
-    if kind == "from_function":
-        return losses.from_function(OPTAX[name])
-    return getattr(losses, name)()
+    if kind == "closed_form":
+        return getattr(losses, name)()
+    positive = None if kind == "from_function" else kind
+    return losses.from_function(OPTAX[name], positive=positive)
+
+
+def per_case(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+def indefinite(shapes, seed):
+    """Draw a loss with L″ of both signs, outputs of these shapes, and its dense L″."""
+    rng = np.random.default_rng(seed)
+    z = {name: per_case(rng, 3, *shape) for name, shape in shapes.items()}
+    units = sum(leaf[0].size for leaf in z.values())
+    coupling = per_case(rng, units, units) / np.sqrt(units)
+
+    def one_case(flat, t):
+        return t * (flat @ coupling @ flat + 2 * jnp.sum(jnp.sin(flat)))
+
+    def rows(z):
+        return jax.vmap(lambda case: ravel_pytree(case)[0])(z)
+
+    def fn(z, t):
+        return jax.vmap(one_case)(rows(z), t)
+
+    t = jnp.asarray([1.0, -0.5, 2.0])
+    flats = rows(z)
+    sines = jax.vmap(jnp.diag)(jnp.sin(flats))
+    both = np.asarray(coupling + coupling.T)
+    truth = np.asarray(t)[:, None, None] * (both - 2 * np.asarray(sines))
+    return fn, z, t, truth
+
+
+def repair(matrix, positive):
+    """Repair one dense L″ in NumPy, as `from_function` says."""
+    if len(matrix) > 64:
+        radius = np.sum(np.abs(matrix), axis=1) - np.abs(np.diag(matrix))
+        return matrix + np.diag(np.maximum(0, radius - np.diag(matrix)))
+    values, vectors = np.linalg.eigh(matrix)
+    if positive == "shift":
+        return matrix + max(0, -values[0]) * np.eye(len(matrix))
+    return vectors @ np.diag(np.maximum(values, 0)) @ vectors.T
 
 
 @functools.partial(quick_jit, static_argnums=0)
@@ -80,8 +122,6 @@ def test_value_hessian_and_factor_equal_dense_numpy(name, kind):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
 @every_loss
 def test_values_and_products_keep_dtypes(name, dtype, kind):
-    if kind == "from_function" and dtype == jnp.bfloat16:
-        pytest.skip("LAPACK's eigh, of which the factor is made, has no bfloat16")
     z, t = draw(name)
     z, t = z.astype(dtype), t.astype(dtype if t.ndim == z.ndim else t.dtype)
     loss = build(name, kind)
@@ -91,6 +131,19 @@ def test_values_and_products_keep_dtypes(name, dtype, kind):
 
     for leaf in jax.eval_shape(all_parts, z, t):
         assert leaf.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["from_function", "clip", "shift"])
+def test_curvature_in_half_precision_is_decomposed_wider(kind):
+    # LAPACK has no bfloat16.
+    z, t = draw("sigmoid_cross_entropy", (2, 3))
+    loss = build("sigmoid_cross_entropy", kind)
+    z, t = z.astype(jnp.bfloat16), t.astype(jnp.bfloat16)
+    variance = jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+    ones = jnp.ones_like(z)
+    twice = loss.factor(z, t)(loss.factor(z, t)(ones))
+    for product in (loss.hessian(z, t)(ones), twice):
+        np.testing.assert_allclose(product, variance, rtol=0.1)
 
 
 def test_integer_labels_are_one_hot_targets():
@@ -150,6 +203,66 @@ def test_factor_drops_negative_curvature():
     np.testing.assert_allclose(hessian[0], np.diag(-np.cos(z[0])), rtol=1e-12)
     truth = np.diag([0.0, -np.cos(3.0)])
     np.testing.assert_allclose(factor[0] @ factor[0].T, truth, atol=1e-12)
+
+
+@every_repair
+@pytest.mark.parametrize(
+    "shapes",
+    [{"z": (3,)}, {"z": (2, 2)}, {"a": (2,), "b": (1, 3)}, {"z": (5, 13)}],
+    ids=["vector", "sequence", "tree", "many"],
+)
+def test_a_repaired_hessian_equals_dense_numpy(shapes, positive):
+    fn, z, t, indefinite_truth = indefinite(shapes, seed=3)
+    assert np.all(np.linalg.eigvalsh(indefinite_truth)[:, 0] < -0.5)
+    truth = np.array([repair(matrix, positive) for matrix in indefinite_truth])
+    loss = losses.from_function(fn, positive=positive)
+    assert_equal_to_dense(loss, z, t, fn(z, t), truth)
+
+
+@every_repair
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shapes", [{"z": (4,)}, {"a": (60,), "b": (2, 3)}], ids=str)
+def test_a_repaired_hessian_is_positive_semi_definite(shapes, seed, positive):
+    fn, z, t, _ = indefinite(shapes, seed)
+    _, hessian, _ = measure(losses.from_function(fn, positive=positive), z, t)
+    np.testing.assert_allclose(hessian, np.swapaxes(hessian, 1, 2), atol=1e-12)
+    values = np.linalg.eigvalsh(hessian)
+    assert np.all(values[:, 0] >= -1e-13 * values[:, -1])
+
+
+@pytest.mark.parametrize("units", [3, 65])
+def test_clip_drops_what_is_negative_of_an_elementwise_loss(units):
+    loss = losses.from_function(lambda z, t: jnp.cos(z) * t, positive="clip")
+    z, t = draw("squared_error", (2, units))
+    _, hessian, factor = measure(loss, z, t)
+    truth = [np.diag(case) for case in np.maximum(0, -np.cos(z) * t)]
+    np.testing.assert_allclose(hessian, truth, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(factor @ factor, truth, rtol=1e-12, atol=1e-15)
+
+
+@every_repair
+@pytest.mark.parametrize("name", ["sigmoid_cross_entropy", "softmax_cross_entropy"])
+def test_a_repair_leaves_convex_losses_of_many_outputs(name, positive):
+    z, t = draw(name, (2, 11, 6))
+    truth = reference.output_loss(name, np.asarray(z), np.asarray(t))
+    assert_equal_to_dense(build(name, positive), z, t, truth[0], truth[2])
+
+
+@every_repair
+@pytest.mark.parametrize("units", [3, 65])
+def test_a_repair_is_made_outside_of_the_product(units, positive):
+    loss = losses.from_function(lambda z, t: jnp.cos(z) * t, positive=positive)
+    z, t = draw("squared_error", (2, units))
+    whole = str(jax.make_jaxpr(lambda z: loss.hessian(z, t)(z))(z))
+    made = ("scan",) if units > 64 else ("eigh", "cos")
+    assert any(name in whole for name in made)
+    product = str(jax.make_jaxpr(loss.hessian(z, t))(z))
+    assert not any(name in product for name in ("scan", "eigh", "cos", "sin"))
+
+
+def test_an_unknown_repair_is_refused():
+    with pytest.raises(ValueError, match=r"`positive` must be one of 'clip', 'shift'"):
+        losses.from_function(optax.l2_loss, positive="abs")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,278 @@
+"""Faults of a set-up: each function tries one thing, and yields a sentence if it fails.
+
+They are run from Python, on concrete arrays; `hfjax.verify.check` puts them in order.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hfjax import _tree
+from hfjax._gradient_faults import Facts, explain
+from hfjax._setup import Setup, flat, walk, waves
+from hfjax._spectrum import extreme_curvature
+from hfjax._types import Params
+from hfjax.curvature import ggn
+from hfjax.damping import rounding_noise
+from hfjax.state import Rejection
+
+_MOST_NOISE = 0.01
+"""Relative error of a gradient or product in its own precision that passes (heuristic)."""
+_WRONG = 1e-3
+"""Relative error of a directional derivative that no rounding explains (heuristic)."""
+_CASES = 64
+"""Cases whose L″ is searched for negative curvature (heuristic)."""
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+def not_finite(setup: Setup) -> Iterator[str]:
+    """Whether every loss is a number."""
+    bad = np.flatnonzero(~np.isfinite(setup.case_values()))
+    if len(bad):
+        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        yield (
+            f"The loss of {len(bad)} of the cases is NaN or infinite (case {some}); a "
+            "case of weight 0 must be finite too."
+        )
+
+
+def random(setup: Setup) -> Iterator[str]:
+    """Whether the same call gives the same losses."""
+    if _differ(setup.case_values(), setup.case_values(), setup):
+        yield (
+            "The model is random: f evaluated twice differs. Give it one key per case "
+            "in `inputs`, so that all evaluations of an update see the same noise."
+        )
+
+
+def dependent(setup: Setup) -> Iterator[str]:
+    """Whether a case's loss is its own, whatever stands beside it."""
+    whole = setup.case_values()
+    half = (len(whole) + 1) // 2
+    if len(whole) == 1:
+        return
+    halves = [setup.case_values(slice(half)), setup.case_values(slice(half, None))]
+    if _differ(np.concatenate(halves), whole, setup):
+        yield (
+            "Cases depend on one another: their losses are others in half the batch "
+            "than in the whole. Is batch normalisation in training mode? Use the "
+            "evaluation mode."
+        )
+    elif _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
+        yield (
+            "A case's loss depends on its place in the batch: in reverse order it is "
+            "another. Noise belongs to the case: one key per case in `inputs`."
+        )
+
+
+def wrong_derivative(setup: Setup) -> Iterator[str]:
+    """Whether ∇f is the slope of f, along one fixed direction near θ."""
+    # Not at θ itself: where biases are 0, a rectifier may stand on its kink.
+    at = walk(setup.params, waves(setup.params, 1.7), 1e-3)
+    gradient = setup.gradient(at)
+    if not np.all(np.isfinite(flat(gradient))):
+        yield (
+            "The gradient of the objective holds NaN or infinity, though f is finite: "
+            "look for a square root at 0, or a `where` of which one side is NaN."
+        )
+        return
+    # Leaves behind a `stop_gradient` have a slope, and no gradient.
+    direction = jax.tree.map(
+        lambda g, v: v if np.any(g) else 0 * v,
+        _data_gradient(setup, at),
+        waves(setup.params, 1.0),
+    )
+    terms = flat(gradient) * flat(direction)
+    misses = []
+    for size in (10.0, 1.0, 0.1):
+        step = size * setup.rounding ** (1 / 3)
+        ahead = setup.value(walk(at, direction, step))
+        behind = setup.value(walk(at, direction, -step))
+        noise = 100 * setup.rounding * (abs(ahead) + abs(behind)) / step
+        slope = (ahead - behind) / (2 * step)
+        excess = abs(slope - np.sum(terms)) - noise
+        if np.isfinite(slope):
+            misses.append((excess / max(np.linalg.norm(terms), noise, _TINY), slope))
+    if not misses:
+        return
+    miss, slope = min(misses)
+    if miss > _WRONG:
+        yield (
+            "The derivative of the model or the loss is not that of its values: along "
+            f"one direction it is {np.sum(terms):.6g}, by finite differences "
+            f"{slope:.6g}. Look for a `custom_jvp` or `custom_vjp`, or a "
+            "`stop_gradient` within a sum."
+        )
+
+
+def no_forward_derivative(setup: Setup) -> Iterator[str]:
+    """Whether the Gauss-Newton product can be made at all."""
+    try:
+        # Run, as the shapes alone would pass.
+        ggn(setup.objective, setup.params, setup.batch)(setup.params)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        yield (
+            "The model or the loss has a `jax.custom_vjp`, which has no forward "
+            "derivative, as the Gauss-Newton product needs: make it a "
+            "`jax.custom_jvp`, or use `curvature.finite_difference_hessian`."
+        )
+
+
+def not_convex(setup: Setup) -> Iterator[str]:
+    """Whether L″ has negative curvature at the outputs of some cases."""
+    chosen = np.flatnonzero(np.asarray(setup.batch[2]) > 0)[:_CASES]
+    inputs, targets, _ = jax.tree.map(lambda leaf: leaf[chosen], setup.batch)
+    with setup.precision():
+        outputs = setup.objective.outputs(setup.params, inputs)
+        product = setup.objective.loss.hessian(outputs, targets)
+        least, largest = extreme_curvature(product, outputs)
+    bound = max(1e-6, 1e3 * setup.rounding)
+    if np.any(least < -bound * largest):
+        worst = int(np.argmin(least))
+        yield (
+            f"The loss is not convex in the outputs: L″ of case {chosen[worst]} has "
+            f"the curvature {least[worst]:.3g}, so G is not positive semi-definite. "
+            "Move the nonlinearity into the model, or use "
+            '`losses.from_function(…, positive="clip")`.'
+        )
+
+
+def noisy(given: Setup, setup: Setup) -> Iterator[str]:
+    """Whether gradient and product in the parameters' precision are those in float64."""
+    if given.rounding <= setup.rounding:
+        return
+    exact = setup.gradient(setup.params)
+    with setup.precision():
+        curved = ggn(setup.objective, setup.params, setup.batch)(exact)
+    here = _tree.cast_like(exact, given.params)
+    product = ggn(given.objective, given.params, given.batch)(here)
+    for name, rough, fine in (
+        ("The gradient", given.gradient(given.params), exact),
+        ("A product G v", product, curved),
+    ):
+        error = _relative(flat(rough), flat(fine))
+        if not error <= _MOST_NOISE:
+            dtype = _tree.scalar_dtype(given.params)
+            yield (
+                f"{name} in {dtype} is {error:.2g} from that in float64, relative to "
+                f"its length (more than {_MOST_NOISE}): most of the difference is "
+                "rounding. Scale the problem, compute sums wider, or use float64."
+            )
+            return
+
+
+def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
+    """Whether `grads` is ∇f."""
+    found = flat(grads)
+    if not np.all(np.isfinite(found)):
+        yield "`grads` holds NaN or infinity, the gradient of the objective does not."
+        return
+    exact = flat(setup.gradient(setup.params))
+    data = flat(_data_gradient(setup, setup.params))
+    # Near an optimum ∇f is what rounding leaves of larger terms: θ, rounded, shows how
+    # much, as does the precision it is given in.
+    noise = max(
+        _relative(flat(given.gradient(given.params)), exact),
+        _relative(flat(setup.gradient(_rounded(setup, given.rounding))), exact),
+    )
+    coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(grads))
+    # Compiled, sums round otherwise; where there is no float64 to tell how much, 1e-3.
+    floor = 1e-3 if setup is given else max(1e-6, 100 * float(coarsest))
+    with setup.precision():
+        shapes = jax.eval_shape(setup.objective.outputs, setup.params, setup.batch[0])
+    shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(shapes)]
+    total = sum(int(np.prod(shape)) for shape in shapes)
+    weights = np.asarray(setup.batch[2])
+    sentence = explain(
+        found,
+        Facts(
+            data=data,
+            params=flat(setup.params),
+            decay=setup.decay,
+            cases=len(weights),
+            weight=float(np.sum(weights)),
+            output_shape=shapes[0] if len(shapes) == 1 else (total,),
+            tolerance=max(floor, 10 * noise),
+        ),
+    )
+    if sentence is not None:
+        yield sentence
+
+
+def bad_transformation(
+    tx: Any, given: Setup, batch: tuple, grads: Params, *, judge: bool
+) -> Iterator[str]:
+    """Whether `tx` is Hessian-free, and if to be judged: of this f, and takes a step."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        yield (
+            f"`tx` is a {type(tx).__name__}, not a gradient transformation: hand in "
+            "what `hfjax.hessian_free` returned."
+        )
+        return
+    state = tx.init(given.params)
+    if not optax.tree.get_all_with_path(state, "rejection"):
+        yield (
+            "`tx` is no Hessian-free transformation: its state has no "
+            "`HessianFreeInfo`. Use `hfjax.hessian_free`, or chain "
+            "`hfjax.scale_by_hessian_free`."
+        )
+        return
+    if not judge:
+        return
+    _, state = tx.update(grads, state, given.params, batch=batch)
+
+    def told(name: str) -> float:
+        return float(optax.tree.get_all_with_path(state, name)[0][1])
+
+    rejection = Rejection(int(told("rejection")))
+    if rejection == Rejection.NONE and not told("accepted"):
+        return  # Not run: something around it gathers gradients first.
+    value = jnp.asarray(given.value(given.params), _tree.scalar_dtype(given.params))
+    noise = float(rounding_noise(value))
+    before, predicted = told("value_before"), told("predicted_change")
+    seen = (Rejection.NONE, Rejection.NO_DECREASE)
+    if rejection != Rejection.NONFINITE_VALUE and abs(before - value) > 100 * noise:
+        yield (
+            f"`tx` was built with another objective: its f is {before:.6g}, that of "
+            f"`objective` {float(value):.6g}."
+        )
+    elif abs(predicted) <= noise and rejection in seen:
+        yield (
+            f"f is too coarse in {value.dtype}: the first update is to change it by "
+            f"{predicted:.2g}, its rounding is about {noise:.2g}. Use float64, or stop: "
+            "this may be the optimum."
+        )
+    elif rejection != Rejection.NONE:
+        yield (
+            f"`tx` rejects its first update: {rejection.name}, see `hfjax.Rejection`."
+        )
+
+
+def _data_gradient(setup: Setup, params: Params) -> Params:
+    """Return the gradient without weight decay."""
+    bare = dataclasses.replace(setup.objective, weight_decay=0.0)
+    return setup._replace(objective=bare).gradient(params)
+
+
+def _rounded(setup: Setup, rounding: float) -> Params:
+    """Return θ with relative errors of up to `rounding`."""
+    with setup.precision():
+        errors = jax.tree.map(jnp.multiply, setup.params, waves(setup.params, 1.0))
+        return walk(setup.params, errors, rounding)
+
+
+def _differ(x: np.ndarray, y: np.ndarray, setup: Setup) -> bool:
+    """Return whether two runs differ by more than sums in another order do."""
+    bound = min(max(1e-6, 1e3 * setup.rounding), 0.1)
+    return not np.max(np.abs(x - y)) <= bound * np.max(np.abs(y))
+
+
+def _relative(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), _TINY))

@@ -1,0 +1,178 @@
+"""An objective at one place, in its own precision or in float64, to be looked at."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from hfjax import _tree
+from hfjax._cases import as_cases
+from hfjax._types import Params, Tree
+from hfjax.objective import Objective
+
+
+class Setup(NamedTuple):
+    """An objective of numbers alone, its parameters and its batch.
+
+    Attributes:
+      objective: without schedule or mapped axis.
+      params: θ.
+      batch: `(inputs, targets, weights)`.
+      rounding: ε of the coarsest floating dtype that the losses are computed in.
+      wide: whether to compute in float64, whatever the setting.
+    """
+
+    objective: Objective
+    params: Params
+    batch: tuple
+    rounding: float
+    wide: bool
+
+    @classmethod
+    def of(cls, objective: Objective, params: Params, batch: tuple) -> "Setup":
+        """Look at an objective as it is at its first update."""
+        objective = dataclasses.replace(objective.at(0), axis_name=None)
+        params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
+        return cls(objective, params, batch, 0.0, False)._with_rounding()
+
+    def in_float64(self) -> "Setup":
+        """Return the same in float64."""
+        with jax.enable_x64(True):
+            params, batch = in_float64((self.params, self.batch))
+        return Setup(self.objective, params, batch, 0.0, True)._with_rounding()
+
+    def in_float64_if_it_runs(self) -> "Setup":
+        """Return the same in float64, or itself if the model is bound to its dtype."""
+        try:
+            return self.in_float64()
+        except TypeError:  # As of a `lax.scan` whose carry is float32 by name.
+            return self
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Return the setting to compute in."""
+        return jax.enable_x64(True) if self.wide else contextlib.nullcontext()
+
+    @property
+    def decay(self) -> float:
+        """The weight decay."""
+        return float(jnp.asarray(self.objective.weight_decay))
+
+    def value(self, params: Params) -> float:
+        """Compute f."""
+        with self.precision():
+            return float(self.objective.value(params, self.batch))
+
+    def gradient(self, params: Params) -> Params:
+        """Compute ∇f."""
+        with self.precision():
+            return self.objective.value_and_grad(params, self.batch)[1]
+
+    def case_values(self, chosen: Any = slice(None)) -> np.ndarray:
+        """Compute the losses of these cases, run without the others."""
+        with self.precision():
+            batch = jax.tree.map(lambda leaf: leaf[chosen], self.batch)
+            return np.asarray(self.objective.case_values(self.params, batch))
+
+    def _with_rounding(self) -> "Setup":
+        with self.precision():
+            program = jax.make_jaxpr(self.objective.case_values)(
+                self.params, self.batch
+            )
+        dtypes = {*_dtypes(program), *[x.dtype for x in jax.tree.leaves(self.params)]}
+        floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+        return self._replace(rounding=max(float(jnp.finfo(d).eps) for d in floating))
+
+
+def unlike(params: Params, grads: Params) -> Iterator[str]:
+    """Whether `grads` has the structure and shapes of `params`."""
+    ours, theirs = jax.tree.structure(params), jax.tree.structure(grads)
+    shapes, others = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, grads))
+    )
+    if ours != theirs:
+        alone = ", ".join(sorted(shapes.keys() ^ others.keys())[:3])
+        which = f"leaves of one of them: {alone}" if alone else f"{theirs}, not {ours}"
+        yield f"`grads` has another structure than `params`: {which}."
+        return
+    for where, shape in shapes.items():
+        if others[where] != shape:
+            yield (
+                f"`grads{where}` has shape {others[where]}, `params{where}` has "
+                f"{shape}."
+            )
+            return
+
+
+def unusable(params: Params, batch: tuple) -> Iterator[str]:
+    """Whether parameters and data are numbers, and weights are weights."""
+    inputs, targets, weights = as_cases(batch)
+    named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
+    for name, tree in named.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            floating = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+            if floating and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+                where = jax.tree_util.keystr(path)
+                yield f"`{name}{where}` holds NaN or infinity."
+                return
+    if np.any(np.asarray(weights) < 0):
+        yield "A case weight is negative: f is no mean, and G not positive."
+    elif not np.any(np.asarray(weights)):
+        yield "All case weights are 0: there is nothing to fit."
+
+
+def in_float64(tree: Tree) -> Tree:
+    """Cast what is floating; labels and keys stay."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def rows(outputs: Tree) -> jax.Array:
+    """Return outputs as `[cases, m]`."""
+    return jax.vmap(lambda case: ravel_pytree(case)[0])(outputs)
+
+
+def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
+    """Return the map from `[cases, m]` back to trees like `outputs`."""
+    return jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1])
+
+
+def flat(tree: Tree) -> np.ndarray:
+    """Gather a tree into one float64 vector of the host."""
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([np.zeros(0), *leaves])
+
+
+def waves(tree: Tree, frequency: float) -> Tree:
+    """Return a fixed direction without pattern: cosines of the entries' numbers."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return jnp.cos(frequency * (1 + jnp.arange(x.size))).reshape(x.shape)
+
+    return _tree.cast_like(jax.tree.map(leaf, tree), tree)
+
+
+def walk(params: Params, direction: Params, step: float) -> Params:
+    """Return θ + step · direction."""
+    return jax.tree.map(lambda x, v: x + step * v, params, direction)
+
+
+def _dtypes(program: Any) -> Iterator[Any]:
+    """Yield the dtypes of whatever a program computes, those within others too."""
+    program = getattr(program, "jaxpr", program)
+    for equation in program.eqns:
+        yield from (out.aval.dtype for out in equation.outvars)
+        for option in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(option, "eqns"):
+                yield from _dtypes(option)
