@@ -23,6 +23,7 @@ from hfjax import recipes as recipes
 from hfjax import scan as scan
 from hfjax import stopping as stopping
 from hfjax import trust_region as trust_region
+from hfjax import verify as verify
 from hfjax.objective import Objective as Objective
 from hfjax.state import HessianFreeInfo as HessianFreeInfo
 from hfjax.state import HessianFreeState as HessianFreeState

@@ -9,6 +9,8 @@ ROOMS = [
     "_types",
     "_options",
     "_tree",
+    "_repair",
+    "_loss",
     "losses",
     "_structural",
     "_cases",
@@ -35,6 +37,12 @@ ROOMS = [
     "recipes",
     "minibatching",
     "initializers",
+    "_setup",
+    "_spectrum",
+    "_gradient_faults",
+    "_finite_differences",
+    "_faults",
+    "verify",
     "scan",
     "flax",
     "diagnostics",
@@ -84,15 +92,8 @@ def test_leaves_do_not_know_each_other():
 
 def test_only_jax_optax_and_numpy_are_needed_at_run_time():
     allowed = {"hfjax", "jax", "optax", "numpy", "matplotlib", "__future__", "flax"}
-    standard = {
-        "collections",
-        "dataclasses",
-        "enum",
-        "functools",
-        "inspect",
-        "itertools",
-    }
-    standard |= {"math", "numbers", "operator", "typing"}
+    standard = {"collections", "contextlib", "dataclasses", "enum", "functools"}
+    standard |= {"inspect", "itertools", "math", "numbers", "operator", "typing"}
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
