@@ -174,7 +174,8 @@ def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
         return {"value": value, "target": recipe.model_values[-1], "models": models}
 
     measured = jax.jit(histories)
-    params, state = setting.params, tx.init(setting.params)
+    params: Any = setting.params
+    state: Any = tx.init(params)
     for update in range(updates):
         key = jax.random.fold_in(jax.random.key(1), update)
         if update % every == 0:

@@ -26,14 +26,15 @@ def table(runs: Sequence[Ended]) -> Table:
       A rich table.
     """
     result = Table(
-        caption="Medians over seeds: of the solved runs, if there are any.",
+        caption="Medians over seeds: of the solved runs, if there are any. CG: "
+        "iterations; drawn: sequences to learn from; time: of training.",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
     )
-    result.add_column("task", no_wrap=True)
-    result.add_column("steps", justify="right")
+    result.add_column("task, steps", no_wrap=True)
     result.add_column("optimizer", no_wrap=True)
-    for name in ("solved", "wrong", "updates", "CG", "sequences", "seconds"):
+    for name in ("solved", "wrong", "updates", "CG", "drawn", "time"):
         result.add_column(name, justify="right", no_wrap=True)
     ordered = sorted(runs, key=_line)
     for (task, length, *_), group in groupby(ordered, key=_line):
@@ -41,15 +42,14 @@ def table(runs: Sequence[Ended]) -> Table:
         solved = [run for run in seeds if run.solved]
         last = [run.rows[-1] for run in solved or seeds]
         result.add_row(
-            task,
-            str(length),
+            f"{task} {length}",
             seeds[0].plan.racer,
             f"{len(solved)}/{len(seeds)}",
             f"{median(row.wrong for row in last):.1%}",
-            f"{median(row.updates for row in last):,.0f}",
-            f"{median(row.cg_iterations for row in last):,.0f}",
-            f"{median(row.sequences for row in last):,.0f}",
-            f"{median(row.seconds for row in last):.0f}",
+            _count(median(row.updates for row in last)),
+            _count(median(row.cg_iterations for row in last)),
+            _count(median(row.sequences for row in last)),
+            f"{median(row.seconds for row in last):.0f} s",
             style=None if solved else "dim",
         )
     return result
@@ -112,6 +112,11 @@ def draw_problem(runs: Sequence[Ended]) -> Figure:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _count(number: float) -> str:
+    """Write a number in at most seven letters: a line has 80."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:,.1f}M"
 
 
 def _line(run: Ended) -> tuple[str, int, bool, float]:

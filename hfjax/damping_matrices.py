@@ -95,6 +95,8 @@ def diagonal(
 ) -> DampingMatrix:
     """Damp with D = (diag(B) + κ s)^ξ, as the classical Levenberg-Marquardt method.
 
+    B is without structural damping here, as in the report.
+
     Args:
       estimate: of diag(B), `(objective, params, batch) -> d`, a function of
         `hfjax.diagonals` (with `key` or without) or the caller's. `None` is diag(G),
@@ -150,6 +152,9 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
       The matrix. Its diagonal, for the preconditioner, is drawn with random signs:
       exact where φ acts entry by entry.
 
+    Raises:
+      TypeError: if `original` is not callable.
+
     Example:
       >>> matrix = reparameterization(lambda p: jnp.exp(p))
       >>> p = jnp.log(jnp.array([2.0, 3.0]))
@@ -160,6 +165,9 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
     References:
       Martens & Sutskever (2012), sections 8.2 and 8.3.
     """
+    if not callable(original):
+        msg = f"`original` must be a function of the parameters, got {original!r}."
+        raise TypeError(msg)
 
     def build(
         objective: Objective,
@@ -224,7 +232,8 @@ def custom(build: Builder) -> DampingMatrix:
                 f"{type(pair).__name__}."
             )
             raise TypeError(msg)
-        return Matrix(*pair)
+        matvec, diagonal = pair
+        return Matrix(matvec, jax.tree.map(jnp.asarray, diagonal))
 
     return _without_key(checked)
 
@@ -252,6 +261,10 @@ def as_matrix(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
     """
     if isinstance(matrix, DampingMatrix):
         return matrix
+    if matrix in NAMED.values() or matrix is reparameterization or matrix is custom:
+        name = getattr(matrix, "__name__", matrix)
+        msg = f"`matrix` is the function `{name}`: call it, as in `{name}(…)`."
+        raise TypeError(msg)
     if isinstance(matrix, str):
         _options.check_choice("matrix", matrix, tuple(NAMED))
         return NAMED[matrix]()

@@ -116,10 +116,11 @@ def ggn_rademacher(
     first = objective.means.first_case(cases)
     numbers = first + jnp.arange(cases.weights.shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    impl = jax.random.key_impl(key)
 
     def case_gradient(params: Params, case: tuple, probe: jax.Array) -> Params:
         (inputs, key), targets, weights = case
-        key = jax.random.fold_in(jax.random.wrap_key_data(key)[0], probe)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=impl)[0], probe)
         outputs, transpose, factor = _factored(
             objective, params, Cases(inputs, targets, weights)
         )
@@ -171,7 +172,7 @@ def ggn_exact(objective: Objective, params: Params, batch: tuple) -> Params:
             place = jnp.arange(at, at + z.size).reshape(z.shape)
             units.append((place == index).astype(z.dtype))
             at += z.size
-        return transpose(factor(structure.unflatten(units)))
+        return transpose(objective.local(factor(structure.unflatten(units))))
 
     count = outputs_per_case(objective, params, batch)
     return _mean_of_squares(objective, params, batch, case_gradient, probes=count)
@@ -214,10 +215,19 @@ def needs_key(estimate: Estimate) -> bool:
     Returns:
       Whether there is a parameter `key` that is still to be given.
 
+    Raises:
+      TypeError: if it is no function.
+
     Example:
       >>> needs_key(empirical_fisher), needs_key(ggn_rademacher)
       (False, True)
     """
+    if not callable(estimate):
+        msg = (
+            "`estimate` must be a function of `hfjax.diagonals`, or the caller's "
+            f"(objective, params, batch) -> diagonal, got {estimate!r}."
+        )
+        raise TypeError(msg)
     parameter = inspect.signature(estimate).parameters.get("key")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
@@ -263,8 +273,8 @@ def _mean_of_squares(
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
         def gradient(data: tuple) -> Params:
-            one = jax.tree.map(lambda leaf: leaf[None], data)
-            return case_gradient(local, Cases(*one, jnp.ones(1)), probe)
+            inputs, targets = jax.tree.map(lambda leaf: leaf[None], data)
+            return case_gradient(local, Cases(inputs, targets, jnp.ones(1)), probe)
 
         return gradient
 
@@ -293,6 +303,5 @@ def _mean_of_squares(
     )
     bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = bounded.mean(sum_of_squares, batch)
-    return jax.tree.map(
-        lambda x: share * x + jnp.asarray(objective.weight_decay, x.dtype), mean
-    )
+    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    return jax.tree.map(lambda x: share * x + decay.astype(x.dtype), mean)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options
-from hfjax._types import Number, Tree
+from hfjax._types import Tree
 
 
 def growing(
-    first: int, last: int, *, factor: Number = 2.0, interval: int = 50
+    first: int, last: int, *, factor: float = 2.0, interval: int = 50
 ) -> Callable[[int], int]:
     """Return a batch size for each update: `first` · `factor`^⌊count / interval⌋.
 
@@ -61,7 +61,7 @@ def growing(
     def size(count: int) -> int:
         # Beyond some power a float is infinite, where `last` has long been reached.
         power = min(int(count) // interval, 1000)
-        return int(min(last, first * min(float(factor) ** power, float(last))))
+        return int(min(last, first * min(factor**power, last)))
 
     return size
 

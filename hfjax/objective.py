@@ -161,26 +161,25 @@ class Objective:
         Raises:
           ValueError: if there is no `hidden_loss`.
         """
-        if self.hidden_loss is None:
-            msg = (
-                "Structural damping needs hidden states: give `Objective` a "
-                "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
-            )
-            raise ValueError(msg)
+        hidden_loss = self._needed_hidden_loss()
         return dataclasses.replace(
             self,
             model_fn=self._outputs_and_hidden,
-            loss=_structural.paired(self.loss, self.hidden_loss, strength),
+            loss=_structural.paired(self.loss, hidden_loss, strength),
             hidden_loss=None,
         )
 
     def hidden_distance(self) -> "Objective":
-        """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay."""
-        assert self.hidden_loss is not None
+        """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay.
+
+        Raises:
+          ValueError: if there is no `hidden_loss`.
+        """
+        hidden_loss = self._needed_hidden_loss()
         return dataclasses.replace(
             self,
             model_fn=lambda params, inputs: self._outputs_and_hidden(params, inputs)[1],
-            loss=_structural.distance(self.hidden_loss),
+            loss=_structural.distance(hidden_loss),
             weight_decay=0.0,
             hidden_loss=None,
         )
@@ -255,15 +254,18 @@ class Objective:
         return self.means.mean(sum_over_cases, batch)
 
     def linear_mean(
-        self, term: Callable[[Params, Cases], Matvec], params: Params, batch: tuple
+        self,
+        term: Callable[["Objective", Params, Cases], Matvec],
+        params: Params,
+        batch: tuple,
     ) -> Matvec:
         """Build v ↦ Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v for symmetric Bᵢ of each case.
 
         Args:
-          term: `(params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`. Without microbatches, or to
-            linearise once, it is called once, here: what it computes outside the
-            product is computed once. Else it is called inside the product, on each
-            microbatch.
+          term: `(objective, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, to be made of the
+            objective it is handed. Without microbatches, or to linearise once, it is
+            called once, here: what it computes outside the product is computed once.
+            Else it is called inside the product, on each microbatch.
           params: θ.
           batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
@@ -271,23 +273,39 @@ class Objective:
           The product, with the dtypes of `v`.
         """
         cases = as_cases(batch)
-        local = self.local(params)
         parts = split(cases, self.microbatch_size)
+        objective, local = self, self.local(params)
+        if self.linearize_once and parts.count > 1:
+            # By wide parameters, narrowed in each microbatch: the transpose of a loop
+            # sums in the dtype of what it is taken by.
+            objective, local = self._narrowed_to(params), _tree.widen(local)
         once = parts.count == 1 or self.linearize_once
-        whole = term(local, cases) if once else None
+        whole = term(objective, local, cases) if once else None
 
         def matvec(v: Tree) -> Tree:
             tangent = self.local(_tree.cast_like(v, params))
             if whole is not None:
-                sums = _tree.widen(whole(tangent))
+                sums = _tree.widen(whole(_tree.cast_like(tangent, local)))
             else:
                 sums = self.means.accumulate(
-                    lambda part: term(local, part)(tangent), parts
+                    lambda part: term(self, local, part)(tangent), parts
                 )
             mean = self.means.divide(sums, cases.weights)
             return _tree.cast_like(self._decayed(mean, v), v)
 
         return matvec
+
+    def accumulate(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
+        """Sum over the microbatches of these cases, in float32 or wider.
+
+        Args:
+          sum_over_cases: `cases -> Σᵢ wᵢ qᵢ` over those cases, a tree of arrays.
+          cases: a batch, or one microbatch.
+
+        Returns:
+          The sums, of this device.
+        """
+        return self.means.accumulate(sum_over_cases, split(cases, self.microbatch_size))
 
     def forward(self, params: Params, cases: Cases) -> Tree:
         """Run the model on cases, microbatch by microbatch where that is to be kept.
@@ -358,13 +376,30 @@ class Objective:
             raise ValueError(msg)
         return pair
 
+    def _narrowed_to(self, params: Params) -> "Objective":
+        """Return this objective for wide parameters, run in the dtypes of `params`."""
+
+        def model_fn(wide: Params, inputs: Tree) -> Tree:
+            return self.model_fn(_tree.cast_like(wide, params), inputs)
+
+        return dataclasses.replace(self, model_fn=model_fn)
+
+    def _needed_hidden_loss(self) -> losses.Loss:
+        if self.hidden_loss is None:
+            msg = (
+                "Structural damping needs hidden states: give `Objective` a "
+                "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+            )
+            raise ValueError(msg)
+        return self.hidden_loss
+
     @property
     def means(self) -> Means:
         """How a batch is summed."""
         return Means(self.microbatch_size, self.axis_name)
 
     @property
-    def _decay(self) -> jax.Array | None:
+    def decay(self) -> jax.Array | None:
         """The weight decay, `None` where it is known to be zero."""
         if callable(self.weight_decay):
             msg = (
@@ -376,14 +411,14 @@ class Objective:
         return None if zero else jnp.asarray(self.weight_decay)
 
     def _penalty(self, params: Params) -> jax.Array:
-        decay = self._decay
+        decay = self.decay
         if decay is None:
             return jnp.zeros((), _tree.scalar_dtype(params))
         return 0.5 * decay * _tree.dot(params, params)
 
     def _decayed(self, tree: Tree, v: Tree) -> Tree:
         """Return `tree` + weight_decay · v."""
-        decay = self._decay
+        decay = self.decay
         return tree if decay is None else _tree.axpy(decay, v, tree)
 
 

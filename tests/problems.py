@@ -1,6 +1,7 @@
 """Small problems, one for each thing that a model, a loss or a batch can be."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,40 @@ class Problem:
 
     def __str__(self):
         return self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hidden(Problem):
+    """A problem whose model shows its hidden states, too.
+
+    Attributes:
+      pair_fn: `(params, inputs) -> (outputs, hidden)`; `model_fn` leaves out the latter.
+      distance: of hidden states: a constructor in `hfjax.losses`, or "bregman".
+    """
+
+    pair_fn: Callable = None
+    distance: str = "squared_error"
+
+    def objective(self, **options):
+        plain = self.distance == "bregman"
+        distance = bregman if plain else getattr(hfjax.losses, self.distance)()
+        loss = getattr(hfjax.losses, self.loss)()
+        options = {
+            "weight_decay": self.weight_decay,
+            "hidden_loss": distance,
+            **options,
+        }
+        return hfjax.Objective(self.pair_fn, loss, **options)
+
+
+def bregman(hidden, reference):
+    """Return the divergence of cosh, of second derivative cosh h."""
+    gap = jax.tree.map(
+        lambda h, r: jnp.cosh(h) - jnp.cosh(r) - jnp.sinh(r) * (h - r),
+        hidden,
+        reference,
+    )
+    return sum(jnp.sum(x.reshape(len(x), -1), axis=1) for x in jax.tree.leaves(gap))
 
 
 def mlp(params, x):
@@ -174,6 +209,67 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 def named(name: str) -> Problem:
     return next(problem for problem in PROBLEMS if problem.name == name)
+
+
+def states(params, x, *, logistic):
+    """Run a recurrent network; return outputs and hidden units, logistic ones' logits."""
+
+    def step(h, x):
+        z = x @ params["in"] + h @ params["recurrent"]
+        h = jax.nn.sigmoid(z) if logistic else jnp.tanh(z)
+        return h, (h @ params["out"], z if logistic else h)
+
+    # As varying over devices as the states that follow.
+    h = 0 * (x[:, 0] @ params["in"])
+    pair = jax.lax.scan(step, h, jnp.swapaxes(x, 0, 1))[1]
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), pair)
+
+
+def both_layers(params, x):
+    (w, a), (u, b), (out, c) = params
+    first = jnp.tanh(x @ w + a[None])
+    second = jnp.tanh(first @ u + b[None])
+    return second @ out + c[None], {"first": first, "second": second}
+
+
+def hidden_problem(name: str, pair_fn: Callable, distance: str, *rest) -> Hidden:
+    def model_fn(params, x):
+        return pair_fn(params, x)[0]
+
+    params, loss, batch, weight_decay = rest
+    return Hidden(name, params, model_fn, loss, batch, weight_decay, pair_fn, distance)
+
+
+def with_hidden(cases: int = 5) -> list[Hidden]:
+    """Return problems with hidden states: of tanh units, of logistic ones, of layers."""
+    rng = np.random.default_rng(11)
+    weights = jnp.asarray(rng.permutation(np.linspace(0, 2, cases)))
+    cell = {
+        "in": normal(rng, 2, 3),
+        "recurrent": normal(rng, 3, 3, scale=0.7),
+        "out": normal(rng, 3, 2),
+    }
+    x, soft = normal(rng, cases, 4, 2), soft_targets(rng, cases, 4, 2)
+    tanh = functools.partial(states, logistic=False)
+    logistic = functools.partial(states, logistic=True)
+    softmax, sigmoid = "softmax_cross_entropy", "sigmoid_cross_entropy"
+    layered = layers(rng, 2, 4, 3, 2)
+    flat = (x[:, 0], normal(rng, cases, 2), weights)
+    return [
+        hidden_problem(
+            "tanh", tanh, "squared_error", cell, softmax, (x, soft, weights), 0.03
+        ),
+        hidden_problem(
+            "logistic", logistic, sigmoid, cell, sigmoid, (x, soft, weights), 0.0
+        ),
+        hidden_problem(
+            "layers", both_layers, "bregman", layered, "squared_error", flat, 0.02
+        ),
+    ]
+
+
+HIDDEN = with_hidden()
+every_hidden_problem = pytest.mark.parametrize("problem", HIDDEN, ids=str)
 
 
 def uneven(weights) -> Problem:

@@ -91,6 +91,64 @@ def empirical_fisher(problem: Any) -> np.ndarray:
     return mean(squares, parts(problem.batch)[2]) + problem.weight_decay
 
 
+def empirical_fisher_matrix(problem: Any) -> np.ndarray:
+    """Return Σ w ∇L ∇Lᵀ / Σ w + weight_decay · I."""
+    gradients = dense(problem).gradients
+    outer = np.einsum("im,in->imn", gradients, gradients)
+    data = mean(outer, parts(problem.batch)[2])
+    return data + problem.weight_decay * np.eye(len(data))
+
+
+@functools.cache
+def hessian(problem: Any) -> np.ndarray:
+    """Return ∇²f = G + Σ w Σₖ (∂L/∂zₖ) ∇²zₖ / Σ w, with ∂L/∂z in closed form."""
+    flat, unravel = ravel_pytree(problem.params)
+    inputs, targets, weights = parts(problem.batch)
+    slopes = [
+        output_loss(problem.loss, np.asarray(z), np.asarray(t))[1]
+        for z, t in zip(
+            jax.tree.leaves(problem.model_fn(problem.params, inputs)),
+            jax.tree.leaves(targets),
+            strict=True,
+        )
+    ]
+
+    def bent(flat):
+        leaves = jax.tree.leaves(problem.model_fn(unravel(flat), inputs))
+        share = (weights / np.sum(weights))[:, None]
+        rows = [z.reshape(len(z), -1) for z in leaves]
+        return sum(
+            (share * slope * z).sum() for slope, z in zip(slopes, rows, strict=True)
+        )
+
+    return ggn(problem) + np.asarray(quick_jit(jax.hessian(bent))(flat))
+
+
+@functools.cache
+def structural_cases(problem: Any) -> np.ndarray:
+    """Return Jₕᵀ d″ Jₕ of each case, `[cases, n, n]`: d″ is diagonal in closed form."""
+    flat, unravel = ravel_pytree(problem.params)
+
+    def hidden(flat):
+        leaves = jax.tree.leaves(problem.pair_fn(unravel(flat), problem.batch[0])[1])
+        leaves = [h.reshape(len(h), -1) for h in leaves]
+        return leaves, leaves
+
+    jacobians, leaves = quick_jit(jax.jacfwd(hidden, has_aux=True))(flat)
+    j, h = np.concatenate(jacobians, axis=1), np.concatenate(leaves, axis=1)
+    curved = {
+        "squared_error": np.ones_like,
+        "sigmoid_cross_entropy": lambda z: 1 / (2 + np.exp(z) + np.exp(-z)),
+        "bregman": np.cosh,
+    }[problem.distance](h)
+    return np.einsum("iam,ia,ian->imn", j, curved, j)
+
+
+def structural(problem: Any) -> np.ndarray:
+    """Return S = Σ w Jₕᵀ d″ Jₕ / Σ w: no weight decay."""
+    return mean(structural_cases(problem), parts(problem.batch)[2])
+
+
 def quantities(problem: Any, v: np.ndarray) -> dict:
     """Return f, ∇f, G v and the Fisher diagonal, flat."""
     return {

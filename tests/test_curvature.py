@@ -11,6 +11,7 @@ from problems import every_problem, mlp, named, normal
 from reference import quick_jit
 
 import hfjax
+from hfjax import curvature
 from hfjax.curvature import ggn
 
 
@@ -202,3 +203,253 @@ def test_product_is_linear_and_the_same_when_jitted():
     np.testing.assert_allclose(eager, 2 * product(u) - 3 * product(v), rtol=1e-12)
     jitted = quick_jit(lambda w, v: ggn(objective, w, (x, t))(v))(w, 2 * u - 3 * v)
     np.testing.assert_allclose(jitted, eager, rtol=1e-12)
+
+
+def columns(product, params):
+    """Return a product's matrix, column by column."""
+    parameters, unravel = ravel_pytree(params)
+    return jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0], out_axes=1)(
+        jnp.eye(parameters.size)
+    )
+
+
+@every_problem
+def test_hessian_and_empirical_fisher_equal_dense(problem):
+    objective = problem.objective()
+
+    @quick_jit
+    def matrices(params, batch):
+        return {
+            make.__name__: columns(make(objective, params, batch), params)
+            for make in (curvature.hessian, curvature.empirical_fisher)
+        }
+
+    ours = matrices(problem.params, problem.batch)
+    for name, truth in (
+        ("hessian", reference.hessian(problem)),
+        ("empirical_fisher", reference.empirical_fisher_matrix(problem)),
+    ):
+        size = np.max(np.abs(truth))
+        np.testing.assert_allclose(
+            ours[name], truth, rtol=1e-9, atol=1e-12 * size, err_msg=name
+        )
+
+
+def differences(problem, dtype, scale, **options):
+    """Return the error of a product by finite differences, relative to the truth."""
+    params, batch, v = jax.tree.map(
+        lambda leaf: leaf.astype(dtype),
+        (problem.params, problem.batch, problem.direction),
+    )
+    objective = problem.objective()
+    make = functools.partial(curvature.finite_difference_hessian, objective, **options)
+    v = jax.tree.map(lambda leaf: (scale * leaf).astype(dtype), v)
+    product = flat(quick_jit(lambda p, b, v: make(p, b)(v))(params, batch, v))
+    truth = reference.hessian(problem) @ flat(problem.direction)
+    return np.linalg.norm(product / scale - truth) / np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "central", "scale", "bound"),
+    [
+        ("convolution", jnp.float64, True, 1.0, 1e-9),
+        ("convolution", jnp.float64, False, 1e-200, 2e-7),
+        ("recurrent", jnp.float64, True, 1e200, 1e-9),
+        ("mlp_softmax", jnp.float32, True, 1e-25, 1e-3),
+        ("mlp_softmax", jnp.float32, False, 1e25, 3e-3),
+    ],
+)
+def test_finite_differences_are_near_the_hessian_whatever_the_size_of_v(
+    name, dtype, central, scale, bound
+):
+    assert differences(named(name), dtype, scale, central=central) <= bound
+
+
+def test_the_error_of_differences_falls_as_it_should_with_epsilon():
+    problem = named("mlp_softmax")
+    for central, order in ((True, 2), (False, 1)):
+        coarse, fine = (
+            differences(problem, jnp.float64, 1.0, epsilon=epsilon, central=central)
+            for epsilon in (2e-3, 1e-3)
+        )
+        np.testing.assert_allclose(coarse / fine, 2**order, rtol=0.05)
+
+
+@pytest.mark.parametrize("central", [True, False])
+def test_differences_are_seen_beside_parameters_of_any_size(central):
+    # ½ (x w)² is quadratic in w: nothing but rounding is left.
+    objective = hfjax.Objective(lambda w, x: x * w, hfjax.losses.squared_error())
+    x, v = jnp.ones((2, 3), jnp.float32), jnp.ones((1, 3), jnp.float32)
+    make = functools.partial(curvature.finite_difference_hessian, central=central)
+    product = quick_jit(lambda w: make(objective, w, (x, 0 * x))(v))
+    for size in (1e-6, 1.0, 1e6):
+        w = jnp.full((1, 3), size, jnp.float32)
+        np.testing.assert_allclose(product(w), 1.0, rtol=3e-3)
+
+
+def test_differences_along_nothing_are_zero():
+    problem = named("mlp_softmax")
+    make = curvature.finite_difference_hessian
+
+    @quick_jit
+    def along_nothing(params):
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        return [
+            make(problem.objective(), params, problem.batch, central=central)(nothing)
+            for central in (True, False)
+        ]
+
+    np.testing.assert_array_equal(flat(along_nothing(problem.params)), 0.0)
+
+
+@pytest.mark.parametrize(("central", "built", "each"), [(True, 0, 2), (False, 1, 1)])
+def test_differences_cost_two_gradients_a_product_or_one(central, built, each):
+    evaluations = []
+
+    def model_fn(w, x):
+        jax.debug.callback(lambda: evaluations.append(1))
+        return jnp.tanh(x * w)
+
+    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+    x = jnp.ones((2, 1))
+    product = curvature.finite_difference_hessian(
+        objective, jnp.ones((1, 1)), (x, x), central=central
+    )
+    jax.effects_barrier()
+    assert len(evaluations) == built
+    product(jnp.ones((1, 1)))
+    jax.effects_barrier()
+    assert len(evaluations) == built + each
+
+
+def test_an_epsilon_that_is_no_step_is_refused():
+    problem = named("mlp_softmax")
+    with pytest.raises(ValueError, match="`epsilon` must be above 0"):
+        curvature.finite_difference_hessian(
+            problem.objective(), problem.params, problem.batch, epsilon=0.0
+        )
+
+
+MAKERS = [curvature.ggn, curvature.hessian, curvature.empirical_fisher]
+every_maker = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+
+
+@every_maker
+@pytest.mark.parametrize("linearize_once", [False, True])
+def test_microbatches_change_no_curvature(make, linearize_once):
+    # Cases 7, microbatches of 3: the last holds one case, and padding.
+    problem = named("softmax_soft_targets")
+    objective = problem.objective(microbatch_size=3, linearize_once=linearize_once)
+    product = quick_jit(lambda p, b, v: make(objective, p, b)(v))(
+        problem.params, problem.batch, problem.direction
+    )
+    truth = {
+        "ggn": reference.ggn,
+        "hessian": reference.hessian,
+        "empirical_fisher": reference.empirical_fisher_matrix,
+    }[make.__name__](problem)
+    np.testing.assert_allclose(
+        flat(product), truth @ flat(problem.direction), rtol=1e-10, atol=1e-14
+    )
+
+
+def equations(program):
+    """Yield every equation of a program, of inner ones too."""
+    for equation in program.eqns:
+        yield equation
+        for option in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(option, "jaxpr", option)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def wide_network():
+    """Return 24 cases and a hidden layer of 50 units: 1,200 activations."""
+    rng = np.random.default_rng(6)
+    params = [
+        (normal(rng, 3, 50), normal(rng, 50)),
+        (normal(rng, 50, 2), normal(rng, 2)),
+    ]
+    return params, (normal(rng, 24, 3), normal(rng, 24, 2))
+
+
+@every_maker
+def test_activities_are_kept_for_the_products_or_computed_anew(make):
+    """A product of the whole batch, of microbatches anew, of cached microbatches."""
+    params, batch = wide_network()
+    evaluates, held, largest = {}, {}, {}
+    for name, options in {
+        "whole": {},
+        "anew": {"microbatch_size": 4},
+        "cached": {"microbatch_size": 4, "linearize_once": True},
+    }.items():
+        objective = hfjax.Objective(mlp, hfjax.losses.squared_error(), **options)
+        program = jax.make_jaxpr(make(objective, params, batch))(params)
+        found = list(equations(program.jaxpr))
+        evaluates[name] = "tanh" in {one.primitive.name for one in found}
+        held[name] = sum(const.size for const in program.consts)
+        largest[name] = max(
+            var.aval.size for one in found for var in one.outvars if var.aval.shape
+        )
+    assert evaluates == {"whole": False, "anew": True, "cached": False}
+    assert held["whole"] >= 1200
+    assert held["cached"] >= 1200
+    assert held["anew"] < 1200
+    # What a product computes on the way is of one microbatch, but for parameters.
+    assert largest["whole"] >= 1200
+    assert largest["anew"] <= 200
+    # The Hessian's carries tangents from its forward to its backward sweep besides.
+    assert largest["cached"] <= (1200 if make is curvature.hessian else 200)
+
+
+@every_maker
+def test_cached_microbatches_hold_the_parameters_once(make):
+    params, batch = wide_network()
+    objective = hfjax.Objective(
+        mlp, hfjax.losses.squared_error(), microbatch_size=1, linearize_once=True
+    )
+    program = jax.make_jaxpr(make(objective, params, batch))(params)
+    # Of 24 microbatches, each has its own activations; (50, 2) are the head's weights.
+    shapes = [const.shape for const in program.consts]
+    assert not [
+        shape for shape in shapes if shape[:1] == (24,) and shape[-2:] == (50, 2)
+    ]
+
+
+@every_maker
+def test_a_cached_product_counts_no_run_of_the_model(make):
+    runs = []
+
+    def model_fn(w, x):
+        jax.debug.callback(lambda x: runs.append(len(x)), x)
+        return jnp.tanh(x @ w)
+
+    objective = hfjax.Objective(
+        model_fn, hfjax.losses.squared_error(), microbatch_size=2, linearize_once=True
+    )
+    x, w = jnp.ones((6, 3)), jnp.ones((3, 2))
+    product = make(objective, w, (x, jnp.zeros((6, 2))))
+    jax.effects_barrier()
+    assert runs == [2, 2, 2]
+    for _ in range(3):
+        product(w)
+    jax.effects_barrier()
+    assert len(runs) == 3
+
+
+@every_maker
+def test_cached_microbatches_sum_in_float32_or_wider(make):
+    # A bfloat16 sum of ones stays at 256.
+    objective = hfjax.Objective(
+        lambda w, x: x * w,
+        hfjax.losses.squared_error(),
+        microbatch_size=1,
+        linearize_once=True,
+    )
+    w, x = jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1024, 1), jnp.bfloat16)
+    product = quick_jit(lambda w, x, v: make(objective, w, (x, 0 * x))(v))(
+        w, x, jnp.ones((1, 1), jnp.float32)
+    )
+    np.testing.assert_allclose(product, 1.0, rtol=1e-2)

@@ -112,3 +112,27 @@ def test_options_out_of_range_are_named(options, message):
 def test_negative_constant_is_refused():
     with pytest.raises(ValueError, match="`value` must be at least 0"):
         damping.constant(-1.0)
+
+
+def test_structural_strength_is_tied_to_lambda_unless_it_is_not():
+    lam, count = jnp.float32(0.5), jnp.int32(4)
+    tied = damping.levenberg_marquardt(structural=0.03).structural
+    np.testing.assert_allclose(tied.at(lam, count), 0.015, rtol=1e-6)
+    free = damping.constant(0.5, structural=0.03, tied=False).structural
+    np.testing.assert_allclose(free.at(lam, count), 0.03, rtol=1e-6)
+    falling = damping.constant(0.5, structural=lambda count: 2.0 / (1 + count))
+    np.testing.assert_allclose(falling.structural.at(lam, count), 0.2, rtol=1e-6)
+    assert damping.constant(0.5).structural is None
+    assert damping.levenberg_marquardt().structural is None
+
+
+def test_damping_adds_lambda_times_the_matrix():
+    matrix = np.array([[2.0, 1.0], [1.0, 3.0]])
+    d = np.array([[4.0, -1.0], [-1.0, 5.0]])
+    damped = damping.damped(
+        lambda v: jnp.asarray(matrix) @ v,
+        jnp.float64(0.5),
+        lambda v: jnp.asarray(d) @ v,
+    )
+    v = np.array([1.0, -2.0])
+    np.testing.assert_allclose(damped(jnp.asarray(v)), (matrix + 0.5 * d) @ v)

@@ -3,13 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import quantities, uneven
+from problems import quantities, uneven, with_hidden
 from reference import quick_jit
+
+import hfjax
+from hfjax import curvature, diagonals
 
 DEVICES = 4
 pytestmark = pytest.mark.skipif(
@@ -24,7 +28,7 @@ def mesh():
     return jax.make_mesh((DEVICES,), ("cases",), axis_types=(AxisType.Auto,))
 
 
-def by_shard_map(fn, *, check_vma):
+def by_shard_map(fn, problem=PROBLEM, *, check_vma):
     replicated, sharded = PartitionSpec(), PartitionSpec("cases")
     mapped = jax.shard_map(
         fn,
@@ -33,14 +37,14 @@ def by_shard_map(fn, *, check_vma):
         out_specs=replicated,
         check_vma=check_vma,
     )
-    return quick_jit(mapped)(PROBLEM.params, PROBLEM.batch, PROBLEM.direction)
+    return quick_jit(mapped)(problem.params, problem.batch, problem.direction)
 
 
-def folded():
+def folded(problem=PROBLEM):
     def fold(leaf):
         return leaf.reshape(DEVICES, -1, *leaf.shape[1:])
 
-    return jax.tree.map(fold, PROBLEM.batch)
+    return jax.tree.map(fold, problem.batch)
 
 
 def by_pmap(fn):
@@ -48,9 +52,9 @@ def by_pmap(fn):
     return mapped(PROBLEM.params, folded(), PROBLEM.direction)
 
 
-def by_vmap(fn):
+def by_vmap(fn, problem=PROBLEM):
     mapped = jax.vmap(fn, axis_name="cases", in_axes=(None, 0, None))
-    return quick_jit(mapped)(PROBLEM.params, folded(), PROBLEM.direction)
+    return quick_jit(mapped)(problem.params, folded(problem), problem.direction)
 
 
 def by_sharding(fn):
@@ -130,3 +134,116 @@ def test_case_values_are_each_devices_own():
         )
     )(PROBLEM.params, PROBLEM.batch)
     np.testing.assert_allclose(values, reference.dense(PROBLEM).values, rtol=1e-12)
+
+
+HIDDEN = with_hidden(cases=12)[0]
+MU = 0.7
+
+
+def structural_quantities(objective, params, batch, v):
+    """Return products and diagonals with structural damping, and a random diagonal."""
+    damped = objective.with_structural(MU)
+    makers = (curvature.ggn, curvature.hessian, curvature.empirical_fisher)
+    products = {
+        make.__name__: make(objective, params, batch, structural=MU)(v)
+        for make in makers
+    }
+    key = jax.random.key(3)
+    return products | {
+        "exact": diagonals.ggn_exact(damped, params, batch),
+        "random": diagonals.ggn_rademacher(
+            damped, params, batch, key=key, num_probes=2
+        ),
+    }
+
+
+@functools.cache
+def structural_truths():
+    v, structural = ravel_pytree(HIDDEN.direction)[0], MU * reference.structural(HIDDEN)
+    alone = HIDDEN.objective()
+    one_device = quick_jit(functools.partial(structural_quantities, alone))
+    random = one_device(HIDDEN.params, HIDDEN.batch, HIDDEN.direction)["random"]
+    return {
+        "ggn": (reference.ggn(HIDDEN) + structural) @ v,
+        "hessian": (reference.hessian(HIDDEN) + structural) @ v,
+        "empirical_fisher": (reference.empirical_fisher_matrix(HIDDEN) + structural)
+        @ v,
+        "exact": np.diag(reference.ggn(HIDDEN) + structural),
+        "random": ravel_pytree(random)[0],  # The same signs, whatever the devices.
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        (
+            "shard_map_check_vma",
+            {"microbatch_size": 2, "linearize_once": True},
+        ),
+        ("shard_map", {"microbatch_size": 2}),
+        ("vmap", {"microbatch_size": 2, "linearize_once": True}),
+    ],
+)
+def test_devices_change_no_curvature_and_no_sign(way, options):
+    objective = HIDDEN.objective(axis_name="cases", **options)
+    compute = functools.partial(structural_quantities, objective)
+    result = WAYS[way](compute, problem=HIDDEN)
+    if way == "vmap":
+        result = jax.tree.map(lambda leaf: leaf[0], result)
+    for name, truth in structural_truths().items():
+        flat, _ = ravel_pytree(result[name])
+        np.testing.assert_allclose(flat, truth, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def test_a_structurally_damped_update_is_the_dense_step_on_devices():
+    objective = HIDDEN.objective(axis_name="cases")
+    tx = hfjax.hessian_free(
+        objective,
+        damping=hfjax.damping.constant(
+            0.4, matrix="curvature_diagonal", structural=MU, tied=False
+        ),
+        solver=hfjax.cg.conjugate_gradient(
+            stopping=None, warm_start_decay=None, max_iterations=120
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(diagonals.ggn_rademacher),
+        backtracking=None,
+        line_search=None,
+    )
+
+    def update(params, batch, _):
+        _, grads = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+        return updates, state.info.predicted_change
+
+    updates, predicted = by_shard_map(update, problem=HIDDEN, check_vma=True)
+    b, gradient = reference.ggn(HIDDEN), reference.gradient(HIDDEN)
+    damped = b + 0.4 * np.diag(np.diag(b)) + MU * reference.structural(HIDDEN)
+    step = -np.linalg.solve(damped, gradient)
+    flat, _ = ravel_pytree(updates)
+    np.testing.assert_allclose(flat, step, rtol=1e-7, atol=1e-9)
+    model = gradient @ step + 0.5 * step @ b @ step
+    np.testing.assert_allclose(predicted, model, rtol=1e-7)
+
+
+def test_every_device_draws_signs_of_its_own():
+    # All cases alike: of one estimate for each of 2,000, the mean is near the truth.
+    cases, mix = 2000, np.random.default_rng(3).standard_normal((2, 4))
+    objective = hfjax.Objective(
+        lambda w, x: (x * w[None]) @ mix,
+        hfjax.losses.squared_error(),
+        axis_name="cases",
+    )
+    batch = (jnp.ones((DEVICES, cases // DEVICES, 2)), jnp.zeros((DEVICES, 500, 4)))
+    draw = functools.partial(diagonals.ggn_rademacher, objective, jnp.ones(2))
+    draws = quick_jit(
+        jax.vmap(
+            jax.vmap(
+                lambda batch, key: draw(batch, key=key), (0, None), axis_name="cases"
+            ),
+            (None, 0),
+        )
+    )(batch, jax.random.split(jax.random.key(0), 200))[:, 0]
+    # The variance of one draw is 2 (‖a‖⁴ − Σ a⁴) / cases; four times that if the devices
+    # drew alike.
+    variance = 2 * (np.sum(mix**2, axis=1) ** 2 - np.sum(mix**4, axis=1)) / cases
+    np.testing.assert_allclose(np.var(draws, axis=0), variance, rtol=0.4)

@@ -221,3 +221,190 @@ def test_diagonal_is_in_float32_or_wider(dtype):
     error = np.linalg.norm(flat(diagonal) - truth) / np.linalg.norm(truth)
     assert error < (1e-5 if dtype == jnp.float32 else 0.1)
     assert np.min(flat(diagonal)) >= 0
+
+
+@functools.cache
+def drawn(problem, num_probes=1):
+    """Compile keys ↦ estimates `[keys, n]` of diag(G)."""
+    objective = problem.objective()
+
+    def estimate(key):
+        return ravel_pytree(
+            diagonals.ggn_rademacher(
+                objective, problem.params, problem.batch, key=key, num_probes=num_probes
+            )
+        )[0]
+
+    return quick_jit(jax.vmap(estimate))
+
+
+def deviation(problem):
+    """Bound the standard deviation of one draw, entry by entry.
+
+    Of a case the estimate is (aᵀs)², with a variance of 2 (‖a‖⁴ − Σ a⁴) ≤ 2 ‖a‖⁴, and
+    ‖a‖² is its entry of diag(G), whatever S is.
+    """
+    weights = reference.parts(problem.batch)[2]
+    each = np.diagonal(reference.dense(problem).ggns, axis1=1, axis2=2)
+    return np.sqrt(2 * np.sum((weights[:, None] * each) ** 2, axis=0)) / np.sum(weights)
+
+
+@every_problem
+def test_exact_diagonal_equals_dense(problem):
+    diagonal = quick_jit(functools.partial(diagonals.ggn_exact, problem.objective()))
+    truth = np.diag(reference.ggn(problem))
+    np.testing.assert_allclose(
+        flat(diagonal(problem.params, problem.batch)),
+        truth,
+        rtol=1e-9,
+        atol=1e-13 * np.max(truth),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax_masses", "two_heads", "recurrent", "integer_labels", "nested"]
+)
+def test_random_diagonal_is_unbiased(name):
+    problem, draws = named(name), 3000
+    estimates = np.asarray(drawn(problem)(jax.random.split(jax.random.key(1), draws)))
+    truth = np.diag(reference.ggn(problem))
+    bound = 5 * deviation(problem) / np.sqrt(draws) + 1e-13
+    assert np.all(np.abs(np.mean(estimates, axis=0) - truth) <= bound)
+    assert np.all(estimates >= 0)
+
+
+def test_the_mean_of_probes_varies_as_much_less_as_there_are_probes():
+    problem, draws = named("softmax_masses"), 1000
+    keys = jax.random.split(jax.random.key(2), draws)
+    one, four = (
+        np.sum(np.var(drawn(problem, probes)(keys), axis=0)) for probes in (1, 4)
+    )
+    np.testing.assert_allclose(one / four, 4, rtol=0.2)
+
+
+def test_every_case_and_output_has_signs_of_its_own():
+    # All cases alike, so that their mean is the truth if only their signs are not.
+    cases, rng = 2000, np.random.default_rng(3)
+    mix = normal(rng, 2, 4)
+    objective = hfjax.Objective(lambda w, x: (x * w[None]) @ mix, SQUARED)
+    batch = (jnp.ones((cases, 2)), jnp.zeros((cases, 4)))
+    estimate = quick_jit(functools.partial(diagonals.ggn_rademacher, objective))
+    diagonal = estimate(jnp.ones(2), batch, key=jax.random.key(0))
+    truth = np.sum(np.square(mix), axis=1)
+    bound = 5 * np.sqrt(2 / cases) * truth
+    assert np.all(np.abs(diagonal - truth) <= bound)
+
+
+def test_random_diagonal_of_outputs_that_share_no_parameter_is_exact():
+    rng = np.random.default_rng(5)
+    x, p = normal(rng, 6, 3), normal(rng, 3)
+    loss = hfjax.losses.sigmoid_cross_entropy()
+    objective = hfjax.Objective(lambda p, x: x * p[None], loss, weight_decay=0.5)
+    batch = (x, jnp.full((6, 3), 0.3))
+
+    @quick_jit
+    def draw(key):
+        return diagonals.ggn_rademacher(objective, p, batch, key=key, num_probes=2)
+
+    z = np.asarray(x * p[None])
+    truth = np.mean(x**2 / (2 + np.exp(z) + np.exp(-z)), axis=0) + 0.5
+    for seed in range(3):
+        diagonal = draw(jax.random.key(seed))
+        np.testing.assert_allclose(diagonal, truth, rtol=1e-12)
+
+
+def test_signs_do_not_depend_on_microbatches_but_on_the_key():
+    problem = named("softmax_soft_targets")
+
+    def diagonal(objective):
+        return quick_jit(
+            lambda key: diagonals.ggn_rademacher(
+                objective,
+                problem.params,
+                problem.batch,
+                key=key,
+                num_probes=2,
+            )
+        )
+
+    whole = diagonal(problem.objective())
+    parts = diagonal(problem.objective(microbatch_size=3))
+    first, other = jax.random.key(0), jax.random.key(1)
+    truth = flat(whole(first))
+    np.testing.assert_allclose(flat(parts(first)), truth, rtol=1e-10)
+    assert np.max(np.abs(flat(parts(other)) / truth - 1)) > 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_random_diagonal_takes_keys_of_any_implementation(implementation):
+    objective = hfjax.Objective(lambda p, x: x * p[None], SQUARED)
+    key = jax.random.key(0, impl=implementation)
+    batch = (jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros((2, 2)))
+    diagonal = diagonals.ggn_rademacher(objective, jnp.zeros(2), batch, key=key)
+    np.testing.assert_allclose(diagonal, [5.0, 2.0])
+
+
+def test_estimates_that_take_a_key_are_known():
+    def with_default(objective, params, batch, *, key=None):
+        raise NotImplementedError
+
+    def with_key(objective, params, batch, *, key):
+        raise NotImplementedError
+
+    bound = functools.partial(diagonals.ggn_rademacher, num_probes=4)
+    given = functools.partial(diagonals.ggn_rademacher, key=jax.random.key(0))
+    assert diagonals.needs_key(diagonals.ggn_rademacher)
+    assert diagonals.needs_key(bound)
+    assert diagonals.needs_key(with_key)
+    assert not diagonals.needs_key(diagonals.ggn_exact)
+    assert not diagonals.needs_key(diagonals.empirical_fisher)
+    assert not diagonals.needs_key(with_default)
+    assert not diagonals.needs_key(given)
+
+
+@pytest.mark.parametrize(
+    ("probes", "error", "message"),
+    [
+        (0, ValueError, "`num_probes` must be at least 1, got 0"),
+        (2.0, TypeError, "`num_probes` must be a Python integer, got float"),
+    ],
+)
+def test_a_number_of_probes_that_is_none_is_refused(probes, error, message):
+    objective = hfjax.Objective(lambda p, x: x * p[None], SQUARED)
+    batch = (jnp.ones((2, 2)), jnp.zeros((2, 2)))
+    with pytest.raises(error, match=message):
+        diagonals.ggn_rademacher(
+            objective, jnp.zeros(2), batch, key=jax.random.key(0), num_probes=probes
+        )
+
+
+@pytest.mark.parametrize(("exponent", "kappa"), [(0.0, 0.5), (0.75, 0.5), (1.0, 0.0)])
+def test_interpolation_is_a_power_of_the_shifted_diagonal(exponent, kappa):
+    d = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([4.0])}
+    scale = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([3.0])}
+    result = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+    # Of the first entry nothing is known.
+    truth = np.array([1.0, 2.0 + kappa, 4.0 + 3 * kappa]) ** exponent
+    np.testing.assert_allclose(flat(result), truth, rtol=1e-12)
+
+
+def test_interpolation_without_a_scale_is_towards_the_identity():
+    result = diagonals.interpolate(
+        jnp.array([0.0, 3.0]), exponent=0.5, kappa=1.0, scale=None
+    )
+    np.testing.assert_allclose(result, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", ["empirical_fisher", "ggn_exact", "ggn_rademacher"])
+def test_diagonals_of_a_scheduled_weight_decay_ask_when(name):
+    objective = hfjax.Objective(
+        lambda p, x: x * p[None], SQUARED, weight_decay=lambda count: 1.0 / (1 + count)
+    )
+    options = {"key": jax.random.key(0)} if name == "ggn_rademacher" else {}
+    batch = (jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [1.0]]))
+    estimate = functools.partial(getattr(diagonals, name), **options)
+    diagonal = estimate(objective.at(3), jnp.zeros(1), batch)
+    data = 2.5  # Mean of 1² and 2²; the errors are 1.
+    np.testing.assert_allclose(diagonal, [data + 0.25], rtol=1e-12)
+    with pytest.raises(TypeError, match="`weight_decay` is a schedule: say when"):
+        estimate(objective, jnp.zeros(1), batch)

@@ -281,3 +281,64 @@ def test_bad_options_are_refused():
         hfjax.Objective(model_fn, SQUARED, microbatch_size=2.0)
     with pytest.raises(ValueError, match="`microbatch_size` must be at least 1"):
         hfjax.Objective(model_fn, SQUARED, microbatch_size=0)
+
+
+def test_a_weight_decay_schedule_is_read_at_the_count():
+    problem = named("mlp_squared_error")
+    objective = problem.objective(weight_decay=lambda count: 0.04 / (1 + count))
+
+    @quick_jit
+    def at(count):
+        f = objective.at(count)
+        value, gradient = f.value_and_grad(problem.params, problem.batch)
+        product = ggn(f, problem.params, problem.batch)(problem.direction)
+        return value, gradient, product
+
+    # The problem's own weight decay is 0.01.
+    value, gradient, product = at(3)
+    np.testing.assert_allclose(value, reference.value(problem), rtol=1e-12)
+    np.testing.assert_allclose(flat(gradient), reference.gradient(problem), rtol=1e-10)
+    truth = reference.ggn(problem) @ flat(problem.direction)
+    np.testing.assert_allclose(flat(product), truth, rtol=1e-10)
+    (others, _, _), params = at(0), flat(problem.params)
+    more = 0.5 * 0.03 * np.sum(params**2)
+    np.testing.assert_allclose(others, reference.value(problem) + more, rtol=1e-12)
+
+
+def test_a_number_as_weight_decay_is_the_same_at_every_count():
+    objective = hfjax.Objective(lambda w, x: x @ w, SQUARED, weight_decay=0.5)
+    assert objective.at(7) is objective
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        hfjax.Objective.value,
+        hfjax.Objective.value_and_grad,
+        lambda objective, w, batch: ggn(objective, w, batch)(w),
+        lambda objective, w, batch: hfjax.curvature.hessian(objective, w, batch)(w),
+    ],
+    ids=["value", "value_and_grad", "ggn", "hessian"],
+)
+def test_a_weight_decay_schedule_without_a_count_is_refused(evaluate):
+    objective = hfjax.Objective(
+        lambda w, x: x @ w, SQUARED, weight_decay=lambda count: 0.1
+    )
+    with pytest.raises(TypeError, match=r"`weight_decay` is a schedule: say when.*at"):
+        jax.eval_shape(lambda w: evaluate(objective, w, (X, T)), jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize("size", [3, None])
+def test_cached_microbatches_change_nothing(size):
+    problem = uneven(np.linspace(0.0, 2.0, 8))
+    objective = problem.objective(microbatch_size=size, linearize_once=True)
+    truth = reference.quantities(problem, flat(problem.direction))
+    result = quick_jit(functools.partial(quantities, objective))(
+        problem.params, problem.batch, problem.direction
+    )
+    for name, leaf in result.items():
+        np.testing.assert_allclose(
+            flat(leaf), truth[name], rtol=1e-11, atol=1e-15, err_msg=name
+        )
+    values = quick_jit(objective.case_values)(problem.params, problem.batch)
+    np.testing.assert_allclose(values, reference.dense(problem).values, rtol=1e-12)

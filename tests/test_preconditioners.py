@@ -1,10 +1,16 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from jax.flatten_util import ravel_pytree
+from problems import HIDDEN
+from reference import quick_jit
 
 import hfjax
-from hfjax import preconditioners
+from hfjax import diagonals, preconditioners
 
 OBJECTIVE = hfjax.Objective(
     lambda params, x: x @ params["w"], hfjax.losses.squared_error(), weight_decay=0.25
@@ -83,3 +89,73 @@ def test_custom_builds_from_everything_it_may_need():
 def test_bad_options_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("estimate", "structural"),
+    [
+        (diagonals.empirical_fisher, 2.0),
+        (diagonals.ggn_exact, 2.0),
+        (functools.partial(diagonals.ggn_rademacher, num_probes=4000), 0.0),
+    ],
+)
+def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural):
+    problem = HIDDEN[2]
+    theta, unravel = ravel_pytree(problem.params)
+    damping, scale = jnp.linspace(0.1, 3.0, theta.size), jnp.cos(theta) + 2
+    rule = preconditioners.diagonal(
+        estimate, exponent=0.6, kappa=0.2, scale=unravel(scale)
+    )
+    objective = problem.objective().with_structural(structural)
+
+    @quick_jit
+    def apply(r, key):
+        build = rule.build
+        p = build(objective, problem.params, problem.batch, unravel(damping), key)
+        return p(r)
+
+    key = jax.random.key(0) if rule.needs_key else None
+    ours = ravel_pytree(apply(unravel(jnp.ones_like(theta)), key))[0]
+    if estimate is diagonals.empirical_fisher:
+        # The distance of hidden states has no gradient: μ is not in it.
+        d = reference.empirical_fisher(problem)
+    else:
+        full = reference.ggn(problem) + structural * reference.structural(problem)
+        d = np.diag(full)
+    truth = (d + damping + 0.2 * scale) ** -0.6
+    # A probe is off by √2 of a case at most: here by 5 times that over √4000.
+    random = rule.needs_key
+    np.testing.assert_allclose(ours, truth, rtol=0.12 if random else 1e-9)
+    assert random == (structural == 0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "needs_key"),
+    [
+        (diagonals.ggn_exact, False),
+        (diagonals.ggn_rademacher, True),
+        (functools.partial(diagonals.ggn_rademacher, num_probes=2), True),
+    ],
+)
+def test_a_random_estimate_asks_for_a_key(estimate, needs_key):
+    rule = preconditioners.diagonal(estimate)
+    assert rule.needs_key == needs_key
+    state = hfjax.hessian_free(OBJECTIVE, preconditioner=rule).init(PARAMS)
+    assert (state.key is not None) == needs_key
+
+
+def test_the_key_of_an_update_is_new_in_the_next():
+    keys = []
+
+    def build(objective, params, batch, damping, key):
+        jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key))
+        return lambda r: r
+
+    rule = preconditioners.custom(build, needs_key=True)
+    tx = hfjax.hessian_free(OBJECTIVE, preconditioner=rule)
+    update, batch = quick_jit(tx.update), make_batch()
+    grads, state = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        _, state = update(grads, state, PARAMS, batch=batch)
+    jax.effects_barrier()
+    assert len(set(map(tuple, keys))) == 3
