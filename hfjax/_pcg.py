@@ -246,11 +246,14 @@ def _within(
         norm_p = region.norm(state.p)
         pp, xp = _tree.dot(state.p, norm_p), _tree.dot(state.x, norm_p)
         xx = _tree.dot(state.x, region.norm(state.x))
-    room = jnp.maximum(region.radius**2 - xx, 0)
-    root = jnp.sqrt(xp**2 + pp * room)
+    # In units of the radius and of ‖p‖, whose squares may leave float32.
+    unit = region.radius / jnp.sqrt(jnp.where(pp > 0, pp, 1))
+    cosine = xp / jnp.where(pp > 0, pp, 1) / unit
+    room = jnp.maximum(1 - jnp.square(jnp.sqrt(xx) / region.radius), 0)
+    root = jnp.sqrt(cosine**2 + room)
     # Of the two forms of the root, the one that subtracts nothing.
-    tau = jnp.where(xp > 0, room / (xp + root), (root - xp) / jnp.where(pp > 0, pp, 1))
-    leaves = ~positive | (alpha >= tau)
+    tau = unit * jnp.where(cosine > 0, room / (cosine + root), root - cosine)
+    leaves = (~positive | (alpha >= tau)) & (state.ry > 0)
     return jnp.where(leaves, tau, alpha), leaves
 
 

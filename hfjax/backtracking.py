@@ -50,8 +50,9 @@ def early_stop(*, cases: int | None = None) -> Backtracking:
 
     Args:
       cases: how many of the evaluation cases (of each device's, under `axis_name`) to
-        compare the iterates on, evenly spaced ones; `None` is all (report, section
-        8.7: "only on a small subset").
+        compare the iterates on at least: every k-th, with the largest k for which
+        they are so many; `None` is all (report, section 8.7: "only on a small
+        subset").
 
     Returns:
       The rule of Martens' program (Martens 2010, section 4.6).

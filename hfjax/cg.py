@@ -156,8 +156,8 @@ def conjugate_gradient(
     """Solve for the direction by `solve`, started from the last update's solution.
 
     x₀ = `warm_start_decay` · (what was carried over). M may start above 0 there: then
-    no stopping rule ends the run before M < 0, and if `max_iterations` do, it is run
-    again from 0, where M(0) = 0 (report, section 8.5).
+    no rule on M's progress ends the run before M < 0, and if something else does, as
+    `max_iterations`, it is run again from 0, where M(0) = 0 (report, section 8.5).
 
     Args:
       max_iterations: of a run; a Python integer (Martens' program: 250).
@@ -217,7 +217,8 @@ def conjugate_gradient(
 
     def carry(result: CGResult, chosen: Tree) -> Tree:
         if warm_start_from == "best":
-            best = jnp.argmin(result.kept.values)
+            values = result.kept.values
+            best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
             return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
         return result.x if warm_start_from == "last" else chosen
 

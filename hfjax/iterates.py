@@ -156,7 +156,7 @@ def guarded(
     """Keep every c-th iterate with f there; end the run once f has got worse.
 
     It ends at iterate i = kc when f(xᵢ) > f(xᵢ₋c) + `tolerance` · (highest − lowest f
-    so far in the run), or f(xᵢ) is not finite: f is "significantly worse than its
+    so far in the run), for k > 1, or f(xᵢ) is not finite: f is "significantly worse than its
     value from some number of steps ago (e.g. 10)". Beware: how long runs are then
     depends on λ, and λ on how long they are (report, end of section 8.5).
 
@@ -203,7 +203,8 @@ def guarded(
             lowest = jnp.min(jnp.where(seen, kept.values, jnp.inf))
             highest = jnp.max(jnp.where(seen, kept.values, -jnp.inf))
             worse = ~(now <= before + tolerance * (highest - lowest))
-            return (i % interval == 0) & (slot > 0) & worse
+            worse = ((slot > 0) & worse) | ~jnp.isfinite(now)
+            return (i % interval == 0) & worse
 
         return Keeper(slots.init, update, stop)
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.optimize
 
-from hfjax import _options, _tree
+from hfjax import _bfgs, _options, _tree
 from hfjax._types import Matvec, Number, Preconditioner, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
@@ -198,7 +197,7 @@ def _minimise(
     rotated = rotation.T @ slope
 
     damping = largest * jnp.asarray((0.0, *_TIKHONOV), slope.dtype)
-    steps = rotated / (curvatures + damping[:, None])
+    steps = rotated[None] / (curvatures[None] + damping[:, None])
     values = jax.lax.map(lambda step: value(rotation @ step), steps)
     best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
 
@@ -214,11 +213,7 @@ def _minimise(
         return (value(to_weights(c)) - values[best]) / unit**2
 
     start = steps[best] * root / unit
-    found = jax.scipy.optimize.minimize(
-        scaled, start, method="BFGS", options={"maxiter": max_iterations}
-    )
-    better = jnp.all(jnp.isfinite(found.x)) & (found.fun <= 0)
-    return to_weights(jnp.where(better, found.x, start))
+    return to_weights(_bfgs.minimise(scaled, start, max_iterations))
 
 
 def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
@@ -250,8 +245,11 @@ def _coordinates(vectors: Tree, x: Tree) -> jax.Array:
 
 def _combination(weights: jax.Array, vectors: Tree) -> Tree:
     """Return V a."""
+    # Some devices multiply float32 in fewer digits, and the basis is not orthogonal then.
+    exact = jax.lax.Precision.HIGHEST
     return jax.tree.map(
-        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1), vectors
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=exact),
+        vectors,
     )
 
 

@@ -16,10 +16,12 @@ offers against it, and where it is here:
 """
 
 import math
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hfjax import _options
 from hfjax._types import Tree
@@ -59,9 +61,12 @@ def growing(
     _options.check_range("factor", factor, low=1.0, open_low=True)
 
     def size(count: int) -> int:
-        # Beyond some power a float is infinite, where `last` has long been reached.
-        power = min(int(count) // interval, 1000)
-        return int(min(last, first * min(factor**power, last)))
+        power = operator.index(count) // interval
+        # By logarithms: a power of floats may overflow.
+        if power * math.log(factor) >= math.log(last / first):
+            return last
+        # 100 · 1.15 is 115, which is not to be rounded below.
+        return min(last, int(first * factor**power * (1 + 1e-12)))
 
     return size
 
@@ -95,9 +100,10 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
     if size > total:
         msg = f"`size` must be at most the {total} cases of `data`, got {size}."
         raise ValueError(msg)
-    # (k · size) mod total without k · size, which would overflow.
+    # A table of (k · size) mod total, made in 64 bits: k · size itself may need them.
     cycle = total // math.gcd(total, size)
-    first = (jnp.asarray(count) % cycle) * size
+    starts = np.arange(cycle, dtype=np.int64) * size % total
+    first = jnp.asarray(starts, jnp.int32)[jnp.asarray(count) % cycle]
     return jax.tree.map(
         lambda leaf: jnp.take(leaf, (first + jnp.arange(size)) % total, axis=0), data
     )

@@ -304,7 +304,9 @@ def _update(
     value_on_batch = None if eval_batch is None else batch_value_fn
     change, predicted = reduction(trial, rule, system.penalty, value_on_batch)
     ratio = ratio_of(accepted, change, predicted, value, rule.expected)
-    adapted = parts.damping.update(damping, ratio, result.reason == Reason.BOUNDARY)
+    on_boundary = result.reason == Reason.BOUNDARY
+    on_boundary &= choice.iteration == result.num_iterations
+    adapted = parts.damping.update(damping, ratio, on_boundary)
     adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, damping, adapted)
 
     new_state = HessianFreeState(

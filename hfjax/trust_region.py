@@ -2,8 +2,8 @@
 
 Steihaug and Toint: run conjugate gradients from 0, whose iterates grow in norm, and
 where they leave the region, or meet a direction of negative curvature, go to the
-boundary and stop. What is found gains at least half of what the best point of the
-region would: M(x) ≤ ½ M(x*).
+boundary and stop. Where A is positive semi-definite, what is found gains at least half
+of what the best point of the region would: M(x) ≤ ½ M(x*).
 
     >>> import jax.numpy as jnp
     >>> d, b = jnp.array([1.0, 2.0]), jnp.ones(2)
@@ -61,7 +61,8 @@ def solve(
     """Minimise M(x) = ½xᵀA x − bᵀx over xᵀP x ≤ radius², nearly.
 
     A may be indefinite. With a preconditioner let `norm` be the P that it inverts: only
-    in that norm do the iterates grow, and only then does the bound of one half hold.
+    in that norm do the iterates grow, and only then does the bound of one half hold (for
+    positive semi-definite A).
     With another norm, as the Euclidean one, the run still ends where they first leave.
 
     Args:
@@ -131,7 +132,7 @@ def steihaug_toint(
 
     Raises:
       TypeError: if `max_iterations` is no Python integer.
-      ValueError: if it is less than 1.
+      ValueError: if it is less than 1, or if `keep` evaluates f.
     """
     _options.check_count("max_iterations", max_iterations, low=1)
     if keep.evaluates:

@@ -26,6 +26,7 @@ ROOMS = [
     "damping_matrices",
     "damping",
     "trust_region",
+    "_bfgs",
     "krylov",
     "preconditioners",
     "backtracking",

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hfjax
 from hfjax import backtracking
 from hfjax.iterates import Kept
 
@@ -88,3 +89,83 @@ def test_empty_slots_are_not_looked_at(rule):
     jax.effects_barrier()
     assert choice.iteration == 7
     assert set(evaluated) <= {0, 1}
+
+
+def scripted_solver(steps):
+    """Return a solver that keeps these iterates, whatever it is asked."""
+    steps = jnp.asarray(steps)
+    count = len(steps)
+    kept = Kept(
+        steps, jnp.arange(1, count + 1, dtype=jnp.int32), jnp.full(count, jnp.inf)
+    )
+    result = hfjax.cg.CGResult(
+        steps[-1],
+        jnp.int32(count),
+        -jnp.ones(count + 1),
+        kept,
+        jnp.int32(hfjax.cg.Reason.MAX_ITERATIONS),
+    )
+    return hfjax.cg.Solver(
+        lambda direction, count: None,
+        lambda subproblem, x0: result,
+        lambda result, chosen: chosen,
+    )
+
+
+@pytest.mark.parametrize(
+    ("cases", "stride"), [(None, 1), (10, 1), (6, 1), (5, 2), (4, 2), (3, 3), (1, 10)]
+)
+@pytest.mark.parametrize("rule", [backtracking.early_stop, backtracking.full_search])
+def test_a_part_of_the_cases_chooses_and_all_of_them_judge(rule, cases, stride):
+    # f of a step δ is the mean of ½(δ − tᵢ)² over ten cases; ten weights, none alike.
+    rng = np.random.default_rng(0)
+    t, weights = rng.uniform(1, 9, 10), rng.uniform(0.5, 2, 10)
+    steps = np.array([[0.5], [5.5], [4.9], [5.6], [4.0], [4.5], [7.0]])
+    objective = hfjax.Objective(lambda p, x: x * p[None], hfjax.losses.squared_error())
+    tx = hfjax.hessian_free(
+        objective,
+        solver=scripted_solver(steps),
+        preconditioner=None,
+        backtracking=rule(cases=cases),
+        line_search=None,
+    )
+    batch = (jnp.ones((10, 1)), jnp.asarray(t)[:, None], jnp.asarray(weights))
+    params = jnp.zeros(1)
+    updates, state = jax.jit(tx.update)(
+        -jnp.ones(1), tx.init(params), params, batch=batch
+    )
+
+    def value(step, chosen):
+        return np.average(0.5 * (step - t[chosen]) ** 2, weights=weights[chosen])
+
+    part = np.arange(0, 10, stride)
+    values = [value(step[0], part) for step in steps]
+    slot = len(steps) - 1
+    for k in range(len(steps) - 2, -1, -1):
+        if values[k] < values[slot]:
+            slot = k
+        elif rule is backtracking.early_stop:
+            break
+    assert state.info.chosen_iteration == slot + 1
+    np.testing.assert_allclose(updates, steps[slot])
+    everything = np.arange(10)
+    after = value(steps[slot][0], everything)
+    np.testing.assert_allclose(state.info.value_after, after, rtol=1e-12)
+    np.testing.assert_allclose(
+        state.info.value_before, value(0.0, everything), rtol=1e-12
+    )
+
+
+def test_the_part_and_the_whole_choose_differently_in_that_test():
+    rng = np.random.default_rng(0)
+    t, weights = rng.uniform(1, 9, 10), rng.uniform(0.5, 2, 10)
+    means = {np.average(t[::k], weights=weights[::k]).round(1) for k in (1, 2, 3, 10)}
+    assert len(means) == 4
+
+
+def test_bad_numbers_of_cases_are_refused():
+    for rule in (backtracking.early_stop, backtracking.full_search):
+        with pytest.raises(ValueError, match="`cases` must be at least 1"):
+            rule(cases=0)
+        with pytest.raises(TypeError, match="`cases` must be a Python integer"):
+            rule(cases=2.0)

@@ -514,3 +514,120 @@ def test_a_start_in_another_dtype_leaves_the_solution_that_of_b():
         result = cg.solve(lambda v: 2 * v, b, x0=jnp.ones(N, dtype), max_iterations=2)
         assert result.x.dtype == jnp.float32
         np.testing.assert_allclose(result.x, 0.5)
+
+
+@functools.partial(quick_jit, static_argnames="solver")
+def solve_by(solver, a, b, x0=None, count=0):
+    """Let a solver solve; f is Σx on the evaluation data, −Σx on the batch."""
+    subproblem = cg.Subproblem(
+        matvec=lambda v: a @ v,
+        b=b,
+        preconditioner=None,
+        damping=jnp.zeros(()),
+        count=count,
+        value_fn=jnp.sum,
+        batch_value_fn=lambda x: -jnp.sum(x),
+        value_and_grad_fn=jax.value_and_grad(jnp.sum),
+    )
+    result = solver.solve(subproblem, x0)
+    return result, solver.carry(result, jnp.zeros_like(b))
+
+
+def test_the_limit_is_read_in_every_update():
+    a, b, _, _ = system(0)
+    solver = cg.conjugate_gradient(
+        max_iterations=6, stopping=None, limit=lambda count: 7.9 - 2 * count
+    )
+    truth, _ = reference.pcg(a, b, iterations=6)
+    for count, last in ((0, 6), (1, 5), (2, 3)):
+        result, _ = solve_by(solver, a, b, count=jnp.int32(count))
+        assert result.num_iterations == last
+        assert reason(result) == Reason.MAX_ITERATIONS
+        np.testing.assert_allclose(result.x, truth[last], rtol=1e-9)
+        assert result.model_values.shape == (7,)
+    with pytest.raises(ValueError, match="`limit` must be at least 1"):
+        cg.conjugate_gradient(limit=0)
+
+
+@pytest.mark.parametrize("data", ["batch", "eval_batch"])
+def test_f_is_that_of_the_data_asked_for_and_its_best_is_carried_over(data):
+    a, b, _, _ = system(0)
+    truth, _ = reference.pcg(a, b, iterations=N)
+    sign = -1 if data == "batch" else 1
+    values = sign * np.sum(truth, axis=1)
+    solver = cg.conjugate_gradient(
+        max_iterations=N,
+        stopping=None,
+        keep=iterates.guarded(1, tolerance=1e9, data=data),
+        warm_start_from="best",
+    )
+    result, carried = solve_by(solver, a, b)
+    np.testing.assert_allclose(result.kept.values, values[1:], rtol=1e-8)
+    best = 1 + int(np.argmin(values[1:]))
+    np.testing.assert_allclose(carried, truth[best], rtol=1e-7)
+    if data == "eval_batch":
+        solver = cg.conjugate_gradient(
+            max_iterations=N,
+            stopping=None,
+            keep=iterates.best(interval=1),
+            warm_start_from="best",
+        )
+        np.testing.assert_allclose(solve_by(solver, a, b)[1], truth[best], rtol=1e-7)
+
+
+def test_above_zero_a_run_goes_on_beyond_the_stopping_rule():
+    # From a bad start M is above 0 for more iterations than the rule has patience.
+    a, b, _, _ = system(0, condition=100.0, n=80)
+    b = a @ b
+    x0 = 40 * system(1, n=80)[1]
+    _, values = reference.pcg(a, b, x0, iterations=60)
+    first = int(np.argmax(values < 0))
+    assert 12 < first < 60
+    stops = [
+        j
+        for j in range(first, 60)
+        if values[j - 10] < 0 and 1 - values[j - 10] / values[j] < 5e-3
+    ]
+    solver = cg.conjugate_gradient(max_iterations=60)
+    result, _ = solve_by(solver, a, b, x0)
+    assert reason(result) == Reason.STOPPING_RULE
+    assert result.num_iterations == stops[0]
+    np.testing.assert_allclose(
+        result.model_values[: stops[0]], values[: stops[0]], rtol=1e-4, atol=1e-6
+    )
+    # Where it may not go on for so long, it starts again from 0.
+    short = cg.conjugate_gradient(max_iterations=60, limit=float(first - 1))
+    result, _ = solve_by(short, a, b, x0)
+    cold, values = reference.pcg(a, b, iterations=first - 1)
+    n = int(result.num_iterations)
+    assert n <= first - 1
+    np.testing.assert_allclose(result.x, cold[n], rtol=1e-4, atol=1e-6)
+    assert result.model_values[-1] < 0
+
+
+@pytest.mark.parametrize("why", ["residual", "guard"])
+def test_a_run_that_anything_ends_above_zero_is_run_again_from_zero(why):
+    a, b, x0, _ = system(0)
+    x0 = 30 * x0
+    options = {
+        "residual": {"stopping": stopping.residual(1e9)},
+        "guard": {
+            "stopping": None,
+            # −Σx rises in the first of the two, and f of the batch with it.
+            "keep": iterates.guarded(1, tolerance=0.0),
+        },
+    }[why]
+    solver = cg.conjugate_gradient(max_iterations=N, **options)
+    result, _ = solve_by(solver, a, b, x0)
+    warm, values = reference.pcg(a, b, x0, iterations=2)
+    if why == "guard":
+        if np.sum(warm[2]) < np.sum(warm[1]):
+            assert values[2] > 0
+        else:
+            pytest.fail("this start is not what the test is about")
+    assert values[1] > 0
+    assert result.model_values[0] == 0
+    assert result.model_values[-1] < 0
+    n = int(result.num_iterations)
+    cold, _ = reference.pcg(a, b, iterations=n)
+    np.testing.assert_allclose(result.x, cold[n], rtol=1e-8)

@@ -265,3 +265,197 @@ def test_update_on_four_devices_equals_one(check_vma):
         jax.tree.leaves(result), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def hidden_model_fn(params, x):
+    hidden = jnp.tanh(x @ params["hidden"])
+    return hidden @ params["out"], hidden
+
+
+HIDDEN = hfjax.Objective(
+    hidden_model_fn,
+    hfjax.losses.squared_error(),
+    hidden_loss=hfjax.losses.squared_error(),
+)
+RADEMACHER = functools.partial(hfjax.diagonals.ggn_rademacher, num_probes=2)
+LEVENBERG_MARQUARDT = hfjax.damping.levenberg_marquardt
+
+CONFIGURATIONS = {
+    "trust_region": lambda objective: hfjax.hessian_free(
+        objective,
+        solver=hfjax.trust_region.steihaug_toint(max_iterations=8),
+        damping=hfjax.trust_region.radius(init=0.1),
+    ),
+    "krylov": lambda objective: hfjax.hessian_free(
+        objective,
+        solver=hfjax.krylov.subspace_descent(dimension=4, max_iterations=5),
+        damping=hfjax.damping.constant(0.0),
+        preconditioner=None,
+        backtracking=None,
+    ),
+    "curvature_guarded": lambda objective: hfjax.recipes.curvature_guarded(
+        objective, initial_damping=0.1, max_iterations=8, interval=2, evaluated_cases=5
+    ),
+    "momentum_like": lambda objective: hfjax.recipes.momentum_like(
+        objective, initial_damping=0.1, max_iterations=8
+    ),
+    "structural": lambda objective: hfjax.hessian_free(
+        HIDDEN,
+        solver=hfjax.cg.conjugate_gradient(max_iterations=8),
+        damping=LEVENBERG_MARQUARDT(init=0.1, structural=0.5),
+    ),
+    "curvature_diagonal": lambda objective: hfjax.hessian_free(
+        objective,
+        solver=hfjax.cg.conjugate_gradient(max_iterations=8),
+        damping=LEVENBERG_MARQUARDT(
+            init=0.1, matrix=hfjax.damping_matrices.diagonal(RADEMACHER)
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(RADEMACHER),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("trust_region", jnp.float32),
+        ("trust_region", jnp.bfloat16),
+        ("krylov", jnp.bfloat16),
+        ("curvature_guarded", jnp.float32),
+        ("momentum_like", jnp.bfloat16),
+        ("structural", jnp.bfloat16),
+        ("curvature_diagonal", jnp.bfloat16),
+    ],
+)
+def test_every_configuration_keeps_the_contract(name, dtype):
+    objective = HIDDEN if name == "structural" else OBJECTIVE
+    tx = CONFIGURATIONS[name](OBJECTIVE)
+    params, batch = make_params(dtype), make_batch(dtype)
+
+    @quick_jit
+    def step(params, state):
+        grads = objective.value_and_grad(params, batch)[1]
+        updates, state = tx.update(grads, state, params, batch=batch, unknown=1.0)
+        return optax.apply_updates(params, updates), updates, state
+
+    before = tx.init(params)
+    new_params, updates, after = step(params, before)
+    last_params, _, last = step(new_params, after)
+    assert step._cache_size() == 1
+    assert jax.tree.structure(before) == jax.tree.structure(last)
+    for old, new in zip(
+        jax.tree.leaves((params, before)),
+        jax.tree.leaves((last_params, last)),
+        strict=True,
+    ):
+        assert (old.dtype, old.shape) == (new.dtype, new.shape)
+        if not jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            assert old.weak_type == new.weak_type
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        assert (old.dtype, old.shape) == (new.dtype, new.shape)
+    assert after.info.accepted
+    assert last.info.value_after < after.info.value_before
+    assert optax.tree.get(last, "damping").dtype == jnp.float32
+    assert last.count == 2
+    for field in hfjax.HessianFreeInfo._fields:
+        optax.tree.get(last, field)  # Raises if a name occurs twice.
+    shapes = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(before)
+    if name == "curvature_diagonal":
+        assert jnp.any(jax.random.key_data(last.key) != jax.random.key_data(after.key))
+    else:
+        assert last.key is None
+
+
+def test_a_step_in_a_region_is_the_same_without_jit():
+    # The simplest one: without jit every loop is compiled by itself.
+    tx = hfjax.hessian_free(
+        OBJECTIVE,
+        solver=hfjax.trust_region.steihaug_toint(max_iterations=4),
+        damping=hfjax.trust_region.radius(init=0.1),
+        preconditioner=None,
+        backtracking=None,
+        line_search=None,
+    )
+    params, batch = make_params(jnp.float64), make_batch(jnp.float64)
+    grads, state = gradients(params, batch), tx.init(params)
+    eager = tx.update(grads, state, params, batch=batch)
+    compiled = quick_jit(tx.update)(grads, state, params, batch=batch)
+    for one, other in zip(
+        jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["shard_map", "vmap"])
+@pytest.mark.parametrize("name", ["trust_region", "krylov"])
+def test_two_devices_find_the_step_of_one(name, way):
+    params, (x, t) = make_params(jnp.float64), make_batch(jnp.float64)
+    expected, _ = jitted(configuration(name))(
+        params, configuration(name).init(params), (x, t)
+    )
+    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error(), axis_name="d")
+    tx = CONFIGURATIONS[name](objective)
+    # Uneven shards: six real cases, and four with two of padding.
+    order = jnp.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
+    batch = (x[order], t[order], jnp.array([1.0] * 10 + [0.0] * 2))
+
+    def step(batch):
+        state = tx.init(params)
+        grads = objective.value_and_grad(params, batch)[1]
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state.info.accepted
+
+    if way == "vmap":
+        folded = jax.tree.map(lambda leaf: leaf.reshape(2, 6, *leaf.shape[1:]), batch)
+        result, accepted = quick_jit(jax.vmap(step, axis_name="d"))(folded)
+        assert np.all(accepted)
+        for leaf in jax.tree.leaves(result):
+            np.testing.assert_array_equal(leaf[0], leaf[1])
+        result = jax.tree.map(lambda leaf: leaf[0], result)
+    else:
+        mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+        P = jax.sharding.PartitionSpec  # noqa: N806
+        result, accepted = quick_jit(
+            jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=P("d"),
+                out_specs=P(),
+                check_vma=True,  # The strict one; without, nothing is asked of types.
+            )
+        )(batch)
+        assert accepted
+    for one, other in zip(
+        jax.tree.leaves(result), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-7)
+
+
+@functools.cache
+def configuration(name):
+    return CONFIGURATIONS[name](OBJECTIVE)
+
+
+def test_an_injected_first_radius_is_adapted_from_there_on():
+    params, batch = make_params(), make_batch()
+
+    @optax.inject_hyperparams
+    def make(init):
+        return hfjax.hessian_free(
+            OBJECTIVE,
+            solver=hfjax.trust_region.steihaug_toint(max_iterations=4),
+            damping=hfjax.trust_region.radius(init=init),
+            preconditioner=None,
+            line_search=None,
+        )
+
+    tx = make(jnp.float32(0.01))
+    update = quick_jit(tx.update)
+    state = tx.init(params)
+    updates, state = update(gradients(params, batch), state, params, batch=batch)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.01, rtol=1e-5)
+    assert optax.tree.get(state, "damping") == pytest.approx(0.015)
+    # The state, not the option, holds the radius that has been adapted.
+    updates, _ = update(gradients(params, batch), state, params, batch=batch)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.015, rtol=1e-5)

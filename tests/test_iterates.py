@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from reference import quick_jit
 
 from hfjax import cg, iterates
@@ -164,3 +165,148 @@ def test_bad_spacings_are_refused(keep):
         keep(first=0)
     with pytest.raises(ValueError, match=r"`growth` must be above 1\.0"):
         keep(growth=1.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "maximum", "last", "numbers"),
+    [
+        (1, 4, 4, [1, 2, 3, 4]),
+        (3, 10, 10, [3, 6, 9, 10]),
+        (3, 9, 9, [3, 6, 9]),
+        (3, 10, 7, [3, 6, 7, -1]),
+        (3, 10, 6, [3, 6, -1, -1]),
+        (20, 10, 5, [5]),
+        (3, 10, 0, [0, -1, -1, -1]),
+    ],
+)
+def test_every_keeps_multiples_and_the_last(interval, maximum, last, numbers):
+    assert_kept(offer(iterates.every(interval), maximum, last), numbers)
+
+
+@pytest.mark.parametrize("last", [9, 11, 12])
+def test_best_at_an_interval_is_the_lowest_of_its_multiples_and_the_last(last):
+    for values in (np.arange(13.0), -np.arange(13.0), (np.arange(13.0) - 7) ** 2):
+        kept = offer(iterates.best(interval=4), 12, last, scripted(values))
+        numbers = [*range(4, last, 4), last]
+        number = min(reversed(numbers), key=lambda i, values=values: values[i])
+        assert_kept(kept, [number])
+        np.testing.assert_allclose(kept.values, [values[number]])
+
+
+# What `guarded` watches, on a run whose iterates NumPy knows.
+
+GUARD_N = 12
+GUARD_D = np.geomspace(0.05, 1, GUARD_N)
+GUARD_B = np.cos(np.arange(GUARD_N))
+GUARD_X, _ = reference.pcg(np.diag(GUARD_D), GUARD_B, iterations=GUARD_N)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 2))
+def guarded_run(keep, script, maximum=GUARD_N):
+    """Run; f is read from the script, by the length that iterates grow in."""
+    lengths = jnp.asarray(np.linalg.norm(GUARD_X, axis=1))
+
+    def value_fn(x):
+        near = jnp.argmin(jnp.abs(lengths - jnp.sqrt(jnp.sum(x**2))))
+        return script[near]
+
+    return cg.solve(
+        lambda v: GUARD_D * v,
+        jnp.asarray(GUARD_B),
+        max_iterations=maximum,
+        stopping=None,
+        keep=keep,
+        value_fn=value_fn,
+    )
+
+
+def guard_ends(script, interval, tolerance):
+    """Return where a run is to end, by the words of its docstring."""
+    for i in range(interval, GUARD_N, interval):
+        seen = [script[k] for k in range(interval, i + 1, interval)]
+        if not np.isfinite(script[i]):
+            return i
+        if i == interval:
+            continue
+        significant = tolerance * (max(seen) - min(seen))
+        if script[i] > script[i - interval] + significant:
+            return i
+    return GUARD_N
+
+
+NUMBERS = np.arange(GUARD_N + 1.0)
+GUARD_SCRIPTS = {
+    "falls": -NUMBERS,
+    "rises": NUMBERS,
+    "valley": (NUMBERS - 6) ** 2,
+    "slightly": np.where(NUMBERS < 6, -NUMBERS, -6 + 0.001 * NUMBERS),
+    "creeps": np.where(NUMBERS < 4, -2.5 * NUMBERS, 0.5 * NUMBERS - 12),
+    "between": np.where(
+        NUMBERS % 2 == 0, -NUMBERS, 100
+    ),  # Which an interval of 2 never sees.
+    "flat": 0 * NUMBERS,
+    "nan": np.where(NUMBERS == 8, np.nan, -NUMBERS),
+    "inf": np.where(NUMBERS == 8, np.inf, -NUMBERS),
+    "nan_at_once": np.where(NUMBERS == 2, np.nan, -NUMBERS),
+    "all_nan": np.nan * NUMBERS,
+}
+GUARDS = {
+    (interval, tolerance): iterates.guarded(interval, tolerance=tolerance)
+    for interval, tolerance in ((1, 0.01), (2, 0.01), (2, 0.3), (4, 0.0))
+}
+
+
+@pytest.mark.parametrize("script", GUARD_SCRIPTS)
+@pytest.mark.parametrize("guard", GUARDS, ids=str)
+def test_a_guarded_run_ends_once_f_is_significantly_worse(guard, script):
+    values = GUARD_SCRIPTS[script]
+    interval, tolerance = guard
+    run = guarded_run(GUARDS[guard], values)
+    end = guard_ends(values, interval, tolerance)
+    assert run.num_iterations == end
+    if end < GUARD_N:
+        assert run.reason == cg.Reason.OBJECTIVE_ROSE
+    numbers = [*range(interval, end, interval), end]
+    kept = np.asarray(run.kept.iterations)
+    np.testing.assert_array_equal(kept[: len(numbers)], numbers)
+    assert np.all(kept[len(numbers) :] == -1)
+    np.testing.assert_allclose(
+        run.kept.iterates[: len(numbers)], GUARD_X[numbers], rtol=1e-6, atol=1e-6
+    )
+    seen = np.asarray(run.kept.values)[: len(numbers)]
+    finite = np.isfinite(values[numbers])
+    np.testing.assert_allclose(seen[finite], values[numbers][finite])
+    # The next run starts at the lowest f; one that is no number is not low.
+    if np.any(finite):
+        carry = cg.conjugate_gradient(keep=GUARDS[guard], warm_start_from="best").carry
+        best = numbers[int(np.nanargmin(np.where(finite, values[numbers], np.nan)))]
+        carried = carry(run, jnp.zeros(GUARD_N))
+        np.testing.assert_allclose(carried, GUARD_X[best], rtol=1e-6, atol=1e-6)
+
+
+def test_a_guarded_run_asks_for_f_at_multiples_and_the_last_only():
+    asked = []
+
+    def value_fn(x):
+        jax.debug.callback(lambda number: asked.append(int(number)), x["a"][0])
+        return x["a"][0]
+
+    jax.block_until_ready(offer(iterates.guarded(3), 20, 11, value_fn))
+    jax.effects_barrier()
+    assert sorted(asked) == [3, 6, 9, 11]
+
+
+def test_bad_options_of_guarded_and_every_are_refused():
+    for keep in (iterates.every, iterates.guarded):
+        with pytest.raises(ValueError, match="`interval` must be at least 1"):
+            keep(0)
+        with pytest.raises(TypeError, match="`interval` must be a Python integer"):
+            keep(2.0)
+    with pytest.raises(ValueError, match="`interval` must be at least 1"):
+        iterates.best(interval=0)
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0"):
+        iterates.guarded(tolerance=-1.0)
+    with pytest.raises(ValueError, match="`data` must be one of 'batch', 'eval_batch'"):
+        iterates.guarded(data="all")
+    with pytest.raises(ValueError, match="needs `value_fn`"):
+        cg.solve(lambda v: v, jnp.ones(2), keep=iterates.guarded())

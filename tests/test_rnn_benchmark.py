@@ -1,11 +1,14 @@
 """The recurrent networks: the model, how it is trained, and what the command leaves."""
 
+import argparse
+import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import rnn, rnn_network, rnn_report
 from benchmarks import rnn_training as training
@@ -186,8 +189,8 @@ def test_a_table_is_left_goes_on_after_an_interrupt_and_does_nothing_twice(
     assert with_mu["rows"][0]["loss"] == without["rows"][0]["loss"]
     assert with_mu["rows"][1]["loss"] != without["rows"][1]["loss"]
     assert rival["rows"][0]["loss"] == with_mu["rows"][0]["loss"]
-    assert rival["rows"][-1]["seconds"] >= with_mu["rows"][-1]["seconds"]
     end = rival["rows"][-1]
+    assert end["seconds"] >= with_mu["rows"][-1]["seconds"]
     assert end["sequences"] == 100 * end["updates"] > 0
     printed = capsys.readouterr().out
 
@@ -262,8 +265,23 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path, capsys):
     assert main([*TINY, *options]) == 2
     message = capsys.readouterr().err
     assert "cases 7, not 12: choose another --out" in message
+    # Nor are those of another seed, which the table would put into the same line.
+    assert main([*TINY, *options, "--seed", "1"]) == 2
+    capsys.readouterr()
     write(tmp_path)
     assert main([*TINY, *options]) == 0
+
+
+def test_adam_gets_the_time_that_hf_took_where_none_is_given(tmp_path):
+    write(tmp_path, rows=[(0.0, 0, 0, 0, 1.0, 1.0), (12.5, 3, 15, 72, 1.0, 0.9)])
+    plan = Plan("addition", 30, 0, "adam", 1e-3)
+    first = tmp_path / plan._replace(family="hf", setting=0.03).file
+    args = argparse.Namespace(seconds=None, updates=3, stop=0.01)
+    assert rnn._limits(args, plan, first) == (12.5, None, 0.01)
+    args = argparse.Namespace(seconds=7.0, updates=3, stop=0.01)
+    assert rnn._limits(args, plan, first) == (7.0, None, 0.01)
+    hf = plan._replace(family="hf")
+    assert rnn._limits(args, hf, first) == (7.0, 3, 0.01)
 
 
 def test_a_file_that_holds_no_run_is_one_clear_error(tmp_path, capsys):
@@ -289,9 +307,20 @@ def test_the_table_has_medians_of_the_solved_runs():
     runs.append(ended(3, 0.001, 5))
     columns = cells(rnn_report.table(runs))
     row = [column[0] for column in columns]
-    assert row == [*("addition", "30", "hf", "3/4", "0.5%", "5", "500", "10,000", "50")]
+    assert row == ["addition 30", "hf", "3/4", "0.5%", "5", "500", "10,000", "50 s"]
     unsolved = cells(rnn_report.table([ended(0, 0.5, 8), ended(1, 0.9, 6)]))
-    assert [column[0] for column in unsolved][3:6] == ["0/2", "70.0%", "7"]
+    assert [column[0] for column in unsolved][2:5] == ["0/2", "70.0%", "7"]
+
+
+def test_the_widest_table_fits_into_80_columns():
+    plan = Plan("temporal-order-3", 1000, 0, "adam", 3e-4)
+    row = Row(36_000.0, 999_999, 999_999, 123_456_789, 0.1, 1.0)
+    console = Console(width=80, file=io.StringIO())
+    console.print(rnn_report.table([Ended(plan, {"stop": 0.01}, True, [row], False)]))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    for word in ("temporal-order-3 1000", "adam 0.0003", "999,999", "123.5M", "36000"):
+        assert word in printed
 
 
 def test_a_run_without_an_update_has_no_picture(tmp_path):

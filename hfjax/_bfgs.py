@@ -1,0 +1,83 @@
+"""BFGS in a few coordinates, for functions that may be infinite far from the start."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class _Descent(NamedTuple):
+    """A run of BFGS: the point, f and ∇f there, the inverse Hessian, whether to go on."""
+
+    i: jax.Array
+    x: jax.Array
+    value: jax.Array
+    gradient: jax.Array
+    inverse: jax.Array
+    going: jax.Array
+
+
+def minimise(
+    value: Callable[[jax.Array], jax.Array], start: jax.Array, max_iterations: int
+) -> jax.Array:
+    """Minimise by BFGS with Armijo's condition; f never rises, nor leaves the finite.
+
+    `jax.scipy.optimize` gives up where f is far from quadratic, and hands back the
+    point at which its line search failed, whatever f is there.
+
+    Args:
+      value: x ↦ f, differentiable in reverse; may be infinite.
+      start: shape `[n]`, in coordinates where the curvature is near I.
+      max_iterations: a gradient each, and an f for each step tried.
+
+    Returns:
+      The last point.
+
+    References:
+      Nocedal & Wright (2006), algorithms 3.1 and 6.1.
+    """
+    eye = jnp.eye(start.size, dtype=start.dtype)
+
+    def iterate(state: _Descent) -> _Descent:
+        i, x, now, gradient, inverse, _ = state
+        p = -inverse @ gradient
+        slope = gradient @ p
+
+        def unfinished(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+            alpha, after = carry
+            return ~(after <= now + 1e-4 * alpha * slope) & (alpha > 1e-9)
+
+        def shorter(carry: tuple[jax.Array, jax.Array]) -> tuple:
+            alpha = 0.5 * carry[0]
+            return alpha, value(x + alpha * p)
+
+        one = jnp.ones((), x.dtype)
+        alpha, after = jax.lax.while_loop(unfinished, shorter, (one, value(x + p)))
+        moved = (after < now) & jnp.isfinite(after)
+        x_new = jnp.where(moved, x + alpha * p, x)
+        gradient_new = jax.grad(value)(x_new)
+        s, y = x_new - x, gradient_new - gradient
+        sy = s @ y
+        curved = moved & (sy > 1e-10 * jnp.sqrt((s @ s) * (y @ y)))
+        rho = 1 / jnp.where(curved, sy, 1)
+        w = eye - rho * jnp.outer(s, y)
+        updated = w @ inverse @ w.T + rho * jnp.outer(s, s)
+        finite = jnp.all(jnp.isfinite(gradient_new))
+        going = moved & finite & (jnp.max(jnp.abs(gradient_new)) > 1e-6)
+        return _Descent(
+            i + 1,
+            x_new,
+            jnp.where(moved, after, now),
+            gradient_new,
+            jnp.where(curved, updated, inverse),
+            going,
+        )
+
+    first, gradient = jax.value_and_grad(value)(start)
+    going = jnp.isfinite(first) & jnp.all(jnp.isfinite(gradient))
+    state = _Descent(jnp.zeros((), jnp.int32), start, first, gradient, eye, going)
+    end = jax.lax.while_loop(
+        lambda state: state.going & (state.i < max_iterations), iterate, state
+    )
+    return end.x
