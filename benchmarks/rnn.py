@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         status = _INTERRUPTED
         console.print("Interrupted: the same command goes on from here.")
-    _report(plans, folder, console)
+    _report(folder, console)
     return status
 
 
@@ -170,16 +170,17 @@ def _check(args: argparse.Namespace, plans: Sequence[Plan], folder: Path) -> Non
             f"{args.gradient_cases} and {args.cases}"
         )
         raise ValueError(msg)
-    for plan in plans:
-        found, settings = rnn_history.read(folder / plan.file), _settings(args, plan)
-        if found is not None:
-            for name, value in settings.items():
-                if found.settings.get(name) != value:
-                    msg = (
-                        f"{folder / plan.file} is of a run with {name} "
-                        f"{found.settings.get(name)}, not {value}: choose another --out"
-                    )
-                    raise ValueError(msg)
+    lines = {plan._replace(seed=0) for plan in plans}
+    for found in rnn_history.read_all(folder):
+        if found.plan._replace(seed=0) not in lines:
+            continue
+        for name, value in _settings(args, found.plan).items():
+            if found.settings.get(name) != value:
+                msg = (
+                    f"{folder / found.plan.file} is of a run with {name} "
+                    f"{found.settings.get(name)}, not {value}: choose another --out"
+                )
+                raise ValueError(msg)
 
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -246,9 +247,9 @@ def _limits(args: argparse.Namespace, plan: Plan, first: Path) -> Limits:
     return Limits(args.seconds or (hf and hf.rows[-1].seconds), error=args.stop)
 
 
-def _report(plans: list[Plan], folder: Path, console: Console) -> None:
-    """Print the table, and draw the pictures."""
-    ended = rnn_history.read_all(folder / plan.file for plan in plans)
+def _report(folder: Path, console: Console) -> None:
+    """Print a table of all runs in the folder, and draw the pictures."""
+    ended = rnn_history.read_all(folder)
     if ended:
         console.print(rnn_report.table(ended))
         written = rnn_report.draw(ended, folder)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,13 +130,17 @@ def read(path: Path) -> Ended | None:
     return Ended(plan, settings, finished, rows, solved) if rows else None
 
 
-def read_all(paths: Iterable[Path]) -> list[Ended]:
+def read_all(folder: Path) -> list[Ended]:
     """Read the runs that there are.
 
     Args:
-      paths: of their files, some of which may be missing.
+      folder: with a file for each; it may be missing.
 
     Returns:
       The runs.
+
+    Raises:
+      ValueError: if one of its `.json` files holds something else.
     """
-    return [run for run in map(read, paths) if run is not None]
+    files = sorted(folder.glob("*.json"))
+    return [run for run in map(read, files) if run is not None]
