@@ -66,7 +66,7 @@ def diagonal(
       ValueError: if an option is out of range.
 
     Example:
-      >>> import hfjax
+      >>> import hfjax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> batch = (jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [-1.0]]))  # d = 2.5
       >>> rule = diagonal(exponent=0.5)
@@ -119,6 +119,7 @@ def custom(
       TypeError: if `build` is not callable.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> rule = custom(lambda objective, params, batch, damping: lambda r: r / damping)
       >>> print(rule.build(None, None, None, 2.0, None)(jnp.array([6.0])))
       [3.]

@@ -57,7 +57,8 @@ def hessian_free(
     - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`:
       what B, the preconditioner and ρ are taken on. Required.
     - `eval_batch`: on which iterates are chosen and the line search runs; `None` is
-      `batch`.
+      `batch`. Where batches are drawn anew in each update, let the gradient's hold both:
+      on data that it has not seen ρ is noise, and λ climbs.
 
     Other keyword arguments are ignored.
 
