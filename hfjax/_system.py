@@ -1,4 +1,4 @@
-"""The damped system of one update: A = B + λD + μS, and P that stands for it."""
+"""The subproblem of one update: A = B + λD + μS, P that stands for it, and f."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
-from hfjax._types import Matvec, Params, Preconditioner, Tree, ValueFn
+from hfjax._types import Matvec, Params, Tree, ValueFn
+from hfjax.cg import Subproblem
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, damped
 from hfjax.objective import Objective
@@ -34,37 +35,39 @@ class Point(NamedTuple):
     count: jax.Array
     keys: tuple[jax.Array | None, jax.Array | None]
 
+    def value_on(self, data: tuple) -> ValueFn:
+        """Return δ ↦ f(θ + δ) on some data."""
 
-class System(NamedTuple):
-    """What conjugate gradients work on.
+        def value_fn(step: Tree) -> jax.Array:
+            value = self.objective.value(_tree.add(self.params, step), data)
+            return value.astype(self.damping.dtype)
 
-    Attributes:
-      matvec: v ↦ A v.
-      precondition: r ↦ P⁻¹r, or `None`.
-      penalty: δ ↦ ½ δᵀ(A − B)δ.
-    """
+        return value_fn
 
-    matvec: Matvec
-    precondition: Preconditioner | None
-    penalty: ValueFn
+    def value_and_grad(self, step: Tree) -> tuple[jax.Array, Params]:
+        """Return f and ∇f at θ + δ on the evaluation data."""
+        at = _tree.add(self.params, step)
+        return self.objective.value_and_grad(at, self.eval_batch)
 
 
 def assemble(
     point: Point,
+    b: Tree,
     curvature: Curvature,
     rule: Damping,
     preconditioner: PreconditionerRule | None,
-) -> System:
+) -> tuple[Subproblem, ValueFn]:
     """Build A and P at a point; the model is linearised here.
 
     Args:
       point: where.
+      b: −∇f.
       curvature: makes B, and with structural damping B + μS.
       rule: has D and μ.
       preconditioner: makes P, or `None`.
 
     Returns:
-      The system.
+      What a solver is given, and δ ↦ ½ δᵀ(A − B)δ.
     """
     objective, params, batch, eval_batch, damping, count, keys = point
     mu = None if rule.structural is None else rule.structural.at(damping, count)
@@ -97,4 +100,14 @@ def assemble(
         terms = [0.5 * a * _tree.dot(step, product(step)) for a, product in penalties]
         return sum(terms, jnp.zeros((), damping.dtype))
 
-    return System(total, precondition, penalty)
+    subproblem = Subproblem(
+        matvec=total,
+        b=b,
+        preconditioner=precondition,
+        damping=damping,
+        count=count,
+        value_fn=point.value_on(eval_batch),
+        batch_value_fn=point.value_on(batch),
+        value_and_grad_fn=point.value_and_grad,
+    )
+    return subproblem, penalty

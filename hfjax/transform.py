@@ -10,7 +10,6 @@ Only this room knows all the others. One update, with `δ` the step, `A = B + λ
     θ + α δ     if f has fallen; else θ, λ raised, warm start dropped
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from hfjax._system import Point, assemble
 from hfjax._trial import Trial, judge, ratio_of, reduction, report
 from hfjax._types import NumberOrSchedule, Params, Tree, ValueFn
 from hfjax.backtracking import Backtracking, Choice, early_stop, finite_or_inf, last
-from hfjax.cg import CGResult, Reason, Solver, Subproblem, conjugate_gradient
+from hfjax.cg import CGResult, Reason, Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, levenberg_marquardt
 from hfjax.linesearch import LineSearch, StepSize, armijo, whole
@@ -256,43 +255,30 @@ def _update(
     key, preconditioner_key, matrix_key = (
         (None,) * 3 if state.key is None else jax.random.split(state.key, 3)
     )
-    objective = parts.objective.at(state.count)
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
-    damping = damping.astype(dtype)
-
-    def value_on(data: tuple) -> ValueFn:
-        def value_fn(step: Tree) -> jax.Array:
-            return objective.value(_tree.add(params, step), data).astype(dtype)
-
-        return value_fn
-
-    evaluated = batch if eval_batch is None else eval_batch
-    value_fn, batch_value_fn = value_on(evaluated), value_on(batch)
 
     # A = B + λD + μS, and P.
-    keys = (preconditioner_key, matrix_key)
-    point = Point(objective, params, batch, evaluated, damping, state.count, keys)
-    system = assemble(point, parts.curvature, parts.damping, parts.preconditioner)
+    point = Point(
+        objective=parts.objective.at(state.count),
+        params=params,
+        batch=batch,
+        eval_batch=batch if eval_batch is None else eval_batch,
+        damping=damping.astype(dtype),
+        count=state.count,
+        keys=(preconditioner_key, matrix_key),
+    )
+    subproblem, penalty = assemble(
+        point, b, parts.curvature, parts.damping, parts.preconditioner
+    )
 
     # A δ = −∇f, by conjugate gradients from ζ δ_before.
-    subproblem = Subproblem(
-        matvec=system.matvec,
-        b=b,
-        preconditioner=system.precondition,
-        damping=damping,
-        count=state.count,
-        value_fn=value_fn,
-        batch_value_fn=batch_value_fn,
-        value_and_grad_fn=lambda step: objective.value_and_grad(
-            _tree.add(params, step), evaluated
-        ),
-    )
     x0 = parts.solver.start(state.direction, state.count)
     result = parts.solver.solve(subproblem, x0)
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
+    value_fn = subproblem.value_fn
     value = value_fn(jax.tree.map(jnp.zeros_like, b))
-    choice = _choose(parts.backtracking, value_on, evaluated, result)
+    choice = _choose(parts.backtracking, point, result)
     slope = _tree.dot(gradient, choice.step)
     search = _search(parts, value_fn, value, choice, slope, state.count)
     trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
@@ -302,13 +288,13 @@ def _update(
 
     # ρ, and λ for the next update.
     rule = parts.damping.ratio
-    value_on_batch = None if eval_batch is None else batch_value_fn
-    change, predicted = reduction(trial, rule, system.penalty, value_on_batch)
+    value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
+    change, predicted = reduction(trial, rule, penalty, value_on_batch)
     ratio = ratio_of(accepted, change, predicted, value, rule.expected)
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
-    adapted = parts.damping.update(damping, ratio, on_boundary)
-    adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, damping, adapted)
+    adapted = parts.damping.update(point.damping, ratio, on_boundary)
+    adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, point.damping, adapted)
 
     new_state = HessianFreeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
@@ -320,18 +306,13 @@ def _update(
     return _tree.cast_like(step, params), new_state
 
 
-def _choose(
-    backtracking: Backtracking,
-    value_on: Callable[[tuple], ValueFn],
-    evaluated: tuple,
-    result: CGResult,
-) -> Choice:
+def _choose(backtracking: Backtracking, point: Point, result: CGResult) -> Choice:
     """Choose an iterate, on the evaluation data or on a part of them."""
+    value_fn = point.value_on(point.eval_batch)
     if backtracking.cases is None:
-        return backtracking.choose(value_on(evaluated), result.kept)
-    part = thinned(evaluated, backtracking.cases)
-    choice = backtracking.choose(value_on(part), result.kept)
-    value_fn = value_on(evaluated)
+        return backtracking.choose(value_fn, result.kept)
+    part = thinned(point.eval_batch, backtracking.cases)
+    choice = backtracking.choose(point.value_on(part), result.kept)
     return choice._replace(
         value=finite_or_inf(value_fn(choice.step)),
         last_value=finite_or_inf(value_fn(result.x)),
