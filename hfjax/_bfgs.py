@@ -1,5 +1,6 @@
 """BFGS in a few coordinates, for functions that may be infinite far from the start."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,11 +39,13 @@ def minimise(
       Nocedal & Wright (2006), algorithms 3.1 and 6.1.
     """
     eye = jnp.eye(start.size, dtype=start.dtype)
+    # In all digits, on devices that by default multiply in fewer.
+    times = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def iterate(state: _Descent) -> _Descent:
         i, x, now, gradient, inverse, _ = state
-        p = -inverse @ gradient
-        slope = gradient @ p
+        p = -times(inverse, gradient)
+        slope = times(gradient, p)
 
         def unfinished(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
             alpha, after = carry
@@ -58,11 +61,11 @@ def minimise(
         x_new = jnp.where(moved, x + alpha * p, x)
         gradient_new = jax.grad(value)(x_new)
         s, y = x_new - x, gradient_new - gradient
-        sy = s @ y
-        curved = moved & (sy > 1e-10 * jnp.sqrt((s @ s) * (y @ y)))
+        sy = times(s, y)
+        curved = moved & (sy > 1e-10 * jnp.sqrt(times(s, s) * times(y, y)))
         rho = 1 / jnp.where(curved, sy, 1)
         w = eye - rho * jnp.outer(s, y)
-        updated = w @ inverse @ w.T + rho * jnp.outer(s, s)
+        updated = times(times(w, inverse), w.T) + rho * jnp.outer(s, s)
         finite = jnp.all(jnp.isfinite(gradient_new))
         going = moved & finite & (jnp.max(jnp.abs(gradient_new)) > 1e-6)
         return _Descent(

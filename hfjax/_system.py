@@ -88,7 +88,7 @@ def assemble(
             diagonal = jax.tree.map(
                 lambda d: damping.astype(d.dtype) * d, matrix.diagonal
             )
-    if mu is not None:
+    if mu is not None and rule.ratio.model == "undamped":  # Else nobody asks.
         penalties.append((mu, ggn(objective.hidden_distance(), params, batch)))
 
     precondition = None

@@ -71,7 +71,7 @@ def reduction(
 
 
 def ratio_of(
-    accepted: jax.Array,
+    rejection: jax.Array,
     change: jax.Array,
     predicted: jax.Array,
     value: jax.Array,
@@ -79,12 +79,14 @@ def ratio_of(
 ) -> jax.Array:
     """Return ρ, relative to the share of M that is expected; −∞ for a rejected step.
 
-    But a step too small to be seen in f is no evidence against the model: λ, raised
-    for it, would only make the next one smaller.
+    But a step that is rejected as it is too small to be seen in f is no evidence against
+    the model: λ, raised for it, would only make the next one smaller.
     """
     visible = ~(jnp.abs(predicted) <= rounding_noise(value))
     ratio = measured_ratio(change, predicted, value) / expected
-    return jnp.where(accepted | ~visible, ratio, -jnp.inf)
+    counts = rejection == Rejection.NONE
+    counts |= (rejection == Rejection.NO_DECREASE) & ~visible
+    return jnp.where(counts, ratio, -jnp.inf)
 
 
 def report(

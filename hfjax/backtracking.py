@@ -58,7 +58,8 @@ def early_stop(*, cases: int | None = None) -> Backtracking:
       The rule of Martens' program (Martens 2010, section 4.6).
 
     Raises:
-      ValueError: if `cases` is less than 1.
+      TypeError: if `cases` is no Python integer.
+      ValueError: if it is less than 1.
     """
     return _backtracking(cases, full=False)
 
@@ -73,7 +74,8 @@ def full_search(*, cases: int | None = None) -> Backtracking:
       The rule (report, section 8.7).
 
     Raises:
-      ValueError: if `cases` is less than 1.
+      TypeError: if `cases` is no Python integer.
+      ValueError: if it is less than 1.
     """
     return _backtracking(cases, full=True)
 

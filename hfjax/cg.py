@@ -90,6 +90,7 @@ def solve(
     """
     _options.check_count("max_iterations", max_iterations, low=0)
     _options.check_count("min_iterations", min_iterations, low=0)
+    _options.check_range("limit", limit, low=0)
     if x0 is not None:
         x0 = _like("x0", x0, b)
     return run(
@@ -177,6 +178,7 @@ def conjugate_gradient(
       The solver.
 
     Raises:
+      TypeError: if a count is no Python integer.
       ValueError: if an option is out of range.
 
     References:

@@ -72,8 +72,8 @@ class Damping(NamedTuple):
       init: `() -> λ` before the first update.
       current: `(λ, count) -> λ` that this update uses, given the state's.
       update: `(λ, ρ, on_boundary) -> λ` afterwards; a rejected update hands in
-        ρ = −∞. `on_boundary` says whether a trust region held the step back; it may
-        be left out.
+        ρ = −∞, unless its step was only too small to be seen in f. `on_boundary` says
+        whether a trust region held the step back; the update always hands it in.
       ratio: what ρ is the ratio of.
       matrix: D; `None` is A = B + μS, where "λ" is read by the solver alone.
       structural: μ, or `None`.
@@ -108,7 +108,8 @@ def constant(
       The rule.
 
     Raises:
-      ValueError: if a plain number is negative.
+      TypeError: if `matrix` is nothing of the kind.
+      ValueError: if a plain number is negative, or a name is not known.
 
     References:
       Martens & Sutskever (2012), section 8.1 (Tikhonov damping).

@@ -190,8 +190,7 @@ def interpolate(
       scale: s, a tree like `diagonal`; `None` is 1 everywhere.
 
     Returns:
-      A tree like `diagonal`; 1 where the sum is not positive, as nothing is known of
-      that entry.
+      A tree like `diagonal`; what is negative counts as 0.
 
     References:
       Martens & Sutskever (2012), section 11.2.
@@ -200,8 +199,7 @@ def interpolate(
 
     def leaf(d: jax.Array, s: jax.Array) -> jax.Array:
         total = d + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
-        total = jnp.where(total > 0, total, 1)
-        return total ** jnp.asarray(exponent, d.dtype)
+        return jnp.maximum(total, 0) ** jnp.asarray(exponent, d.dtype)
 
     return jax.tree.map(leaf, diagonal, ones)
 

@@ -7,6 +7,7 @@ conjugate gradients from 0 reach, whatever λ (report, section 8.1; Vinyals & Po
 price is memory for K copies of the parameters, and some tens of gradients.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from hfjax import _bfgs, _options, _tree
 from hfjax._types import Matvec, Number, Preconditioner, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
+
+_EXACT = jax.lax.Precision.HIGHEST
+"""Some devices multiply float32 in fewer digits; a basis is not orthogonal then."""
 
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
 """λ that are tried first, relative to the largest curvature in the subspace; and 0."""
@@ -59,7 +63,8 @@ def basis(
       The basis.
 
     Raises:
-      ValueError: if `dimension` is less than 1.
+      TypeError: if `dimension` is no Python integer.
+      ValueError: if it is less than 1.
 
     Example:
       >>> d = jnp.array([1.0, 2.0, 4.0])
@@ -110,9 +115,10 @@ def subspace_descent(
         where it is negative, it counts as that (ibid.: 1e-4).
 
     Returns:
-      The solver.
+      The solver; the `cg_reason` of its updates is MAX_ITERATIONS, `cg_iterations` K.
 
     Raises:
+      TypeError: if a count is no Python integer.
       ValueError: if an option is out of range.
 
     References:
@@ -143,7 +149,8 @@ def subspace_descent(
             _within(subproblem, vectors), matrix, slope, floor, max_iterations
         )
         x = _combination(weights, vectors)
-        model = 0.5 * weights @ matrix @ weights - slope @ weights
+        curved = jnp.matmul(matrix, weights, precision=_EXACT)
+        model = jnp.sum(weights * (0.5 * curved - slope))
         return CGResult(
             x=x,
             num_iterations=jnp.asarray(dimension, jnp.int32),
@@ -194,11 +201,12 @@ def _minimise(
     largest = jnp.max(jnp.abs(curvatures))
     largest = jnp.where(largest > 0, largest, 1)
     curvatures = jnp.maximum(jnp.abs(curvatures), floor * largest)
-    rotated = rotation.T @ slope
+    rotate = functools.partial(jnp.matmul, rotation, precision=_EXACT)
+    rotated = jnp.matmul(rotation.T, slope, precision=_EXACT)
 
     damping = largest * jnp.asarray((0.0, *_TIKHONOV), slope.dtype)
     steps = rotated[None] / (curvatures[None] + damping[:, None])
-    values = jax.lax.map(lambda step: value(rotation @ step), steps)
+    values = jax.lax.map(lambda step: value(rotate(step)), steps)
     best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
 
     # Coordinates c in which the curvature is I and the first gradient 1 long.
@@ -207,7 +215,7 @@ def _minimise(
     unit = jnp.where(unit > 0, unit, 1)
 
     def to_weights(c: jax.Array) -> jax.Array:
-        return rotation @ (unit * c / root)
+        return rotate(unit * c / root)
 
     def scaled(c: jax.Array) -> jax.Array:
         return (value(to_weights(c)) - values[best]) / unit**2
@@ -245,10 +253,8 @@ def _coordinates(vectors: Tree, x: Tree) -> jax.Array:
 
 def _combination(weights: jax.Array, vectors: Tree) -> Tree:
     """Return V a."""
-    # Some devices multiply float32 in fewer digits, and the basis is not orthogonal then.
-    exact = jax.lax.Precision.HIGHEST
     return jax.tree.map(
-        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=exact),
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=_EXACT),
         vectors,
     )
 

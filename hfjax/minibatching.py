@@ -85,7 +85,9 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
       A tree like `data` with `size` cases.
 
     Raises:
-      ValueError: if `size` is not between 1 and the number of cases.
+      TypeError: if `size` is no Python integer.
+      ValueError: if `size` is not between 1 and the number of cases, or if the leaves
+        differ in it.
 
     Example:
       >>> cases = jnp.arange(5)
@@ -95,7 +97,11 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
     References:
       Martens (2010): his program takes the chunks of its data in turn.
     """
-    total = jax.tree.leaves(data)[0].shape[0]
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
+    if len(counts) != 1:
+        msg = f"The leaves of `data` must lead with as many cases, got {counts}."
+        raise ValueError(msg)
+    total = counts.pop()
     _options.check_count("size", size, low=1)
     if size > total:
         msg = f"`size` must be at most the {total} cases of `data`, got {size}."

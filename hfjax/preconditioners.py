@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hfjax import _options, diagonals
 from hfjax._types import Number, Params, Preconditioner, Tree
@@ -92,6 +93,8 @@ def diagonal(
         powers = diagonals.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
+        # Where nothing is known of a parameter's curvature (all zero), leave it be.
+        powers = jax.tree.map(lambda p: jnp.where(p > 0, p, 1), powers)
         return lambda r: jax.tree.map(
             lambda r, p: (r.astype(p.dtype) / p).astype(r.dtype), r, powers
         )

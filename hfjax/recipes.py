@@ -10,7 +10,7 @@ All take the Gauss-Newton matrix, warm starts, (diag + λ)^0.75 for a preconditi
 the Levenberg-Marquardt rule: "common elements to all successful approaches". Initialise
 well (`hfjax.initializers`), and consider a little weight decay that a schedule turns
 off near the end: `Objective(weight_decay=optax.piecewise_constant_schedule(2e-5, {500:
-0.0}))`.
+0.0}))`, with gradients of `objective.at(state.count)`.
 """
 
 import optax

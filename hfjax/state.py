@@ -72,11 +72,13 @@ class HessianFreeState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates so far.
-      damping: λ, a scalar in float32 or the parameters' widest dtype; read it with
+      damping: λ, or the radius of a trust region; a scalar in float32 or the
+        parameters' widest dtype; read it with
         `optax.tree.get(state, "damping")`, set it with `optax.tree.set`.
       direction: like the parameters, in float32 or wider: what conjugate gradients
         found last, for the warm start.
-      key: a typed key if the preconditioner draws random numbers, else `None`.
+      key: a typed key if preconditioner or damping matrix may draw random numbers,
+        else `None`.
       info: what the last update did.
     """
 

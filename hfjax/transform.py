@@ -290,7 +290,7 @@ def _update(
     rule = parts.damping.ratio
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
     change, predicted = reduction(trial, rule, penalty, value_on_batch)
-    ratio = ratio_of(accepted, change, predicted, value, rule.expected)
+    ratio = ratio_of(rejection, change, predicted, value, rule.expected)
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
     adapted = parts.damping.update(point.damping, ratio, on_boundary)

@@ -352,18 +352,6 @@ def test_sixteen_outputs_take_the_exact_diagonal():
     np.testing.assert_allclose(matrix, truth, rtol=1e-10)
 
 
-def test_an_entry_of_which_nothing_is_known_is_damped_as_by_the_identity():
-    objective = hfjax.Objective(lambda p, x: x * p["used"][None], SQUARED)
-    params = {"used": jnp.ones(1), "unused": jnp.ones(2)}
-    batch = (jnp.full((3, 1), 2.0), jnp.zeros((3, 1)))
-    matrix = damping_matrices.diagonal(exponent=0.5).build(
-        objective, params, batch, None, jax.random.key(0)
-    )
-    product = matrix.matvec({"used": jnp.full(1, 3.0), "unused": jnp.full(2, 3.0)})
-    np.testing.assert_allclose(product["used"], [6.0])
-    np.testing.assert_allclose(product["unused"], [3.0, 3.0])
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", MATRICES)
 def test_products_with_d_keep_the_dtype_of_the_vector(name, dtype):
@@ -461,3 +449,13 @@ def test_a_key_is_in_the_state_where_the_matrix_draws(name):
     assert (state.key is not None) == (
         name in {"curvature_diagonal", "reparameterization"}
     )
+
+
+def test_a_parameter_without_curvature_is_not_damped_by_the_diagonal():
+    objective = hfjax.Objective(lambda w, x: x @ w, hfjax.losses.squared_error())
+    batch = (jnp.asarray([[1.0, 0.0], [2.0, 0.0]]), jnp.zeros((2, 1)))
+    build = hfjax.damping_matrices.diagonal().build
+    w = jnp.zeros((2, 1))
+    matvec, diagonal = build(objective, w, batch, None, jax.random.key(0))
+    np.testing.assert_array_equal(diagonal[:, 0], [2.5, 0.0])
+    np.testing.assert_array_equal(matvec(jnp.ones((2, 1)))[:, 0], [2.5, 0.0])

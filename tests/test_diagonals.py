@@ -383,8 +383,7 @@ def test_interpolation_is_a_power_of_the_shifted_diagonal(exponent, kappa):
     d = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([4.0])}
     scale = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([3.0])}
     result = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
-    # Of the first entry nothing is known.
-    truth = np.array([1.0, 2.0 + kappa, 4.0 + 3 * kappa]) ** exponent
+    truth = np.array([0.0, 2.0 + kappa, 4.0 + 3 * kappa]) ** exponent
     np.testing.assert_allclose(flat(result), truth, rtol=1e-12)
 
 

@@ -139,3 +139,8 @@ def test_training_goes_on_as_batches_grow_and_compiles_once_a_size():
     assert seen == [6] * 4 + [12] * 4 + [24] * 4
     assert step._cache_size() == 3
     assert objective.value(params, data) < 1e-2 * first
+
+
+def test_leaves_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="must lead with as many cases"):
+        minibatching.in_turn((jnp.arange(5), jnp.arange(3)), 2, 1)

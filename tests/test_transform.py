@@ -463,3 +463,23 @@ def test_bad_arguments_are_named():
         tx.update(grads, tx.init(params), batch=batch)
     with pytest.raises(ValueError, match="`learning_rate` must be at least 0"):
         hfjax.hessian_free(OBJECTIVE, learning_rate=-1.0)
+
+
+@pytest.mark.parametrize("radius", [False, True])
+def test_a_product_that_is_not_finite_raises_the_damping(radius):
+    # From 0, where M is 0 too: that is no step too small to be seen.
+    params, batch = make_params(), make_batch()
+    rule = hfjax.preconditioners.custom(lambda *_: lambda r: optax.tree.scale(np.nan, r))
+    options = (
+        {
+            "damping": hfjax.trust_region.radius(1.0),
+            "solver": hfjax.trust_region.steihaug_toint(),
+        }
+        if radius
+        else {"damping": hfjax.damping.levenberg_marquardt(1.0)}
+    )
+    tx = hfjax.hessian_free(OBJECTIVE, preconditioner=rule, **options)
+    updates, state = one_update(tx, params, batch)
+    assert state.info.rejection == hfjax.Rejection.NONFINITE_PRODUCT
+    assert is_zero(updates)
+    np.testing.assert_allclose(state.damping, 2 / 3 if radius else 3 / 2)
