@@ -469,7 +469,9 @@ def test_bad_arguments_are_named():
 def test_a_product_that_is_not_finite_raises_the_damping(radius):
     # From 0, where M is 0 too: that is no step too small to be seen.
     params, batch = make_params(), make_batch()
-    rule = hfjax.preconditioners.custom(lambda *_: lambda r: optax.tree.scale(np.nan, r))
+    rule = hfjax.preconditioners.custom(
+        lambda *_: lambda r: optax.tree.scale(np.nan, r)
+    )
     options = (
         {
             "damping": hfjax.trust_region.radius(1.0),
