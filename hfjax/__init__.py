@@ -22,6 +22,7 @@ from hfjax import preconditioners as preconditioners
 from hfjax import recipes as recipes
 from hfjax import scan as scan
 from hfjax import stopping as stopping
+from hfjax import structural as structural
 from hfjax import trust_region as trust_region
 from hfjax import verify as verify
 from hfjax.objective import Objective as Objective

@@ -12,6 +12,7 @@ from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, damped
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule
+from hfjax.structural import hidden_distance, joined
 
 
 class Point(NamedTuple):
@@ -74,7 +75,7 @@ def assemble(
     if mu is None:
         curved, matvec = objective, curvature(objective, params, batch)
     else:
-        curved = objective.with_structural(mu)
+        curved = joined(objective, mu)
         matvec = curvature(objective, params, batch, structural=mu)
 
     penalties: list[tuple[jax.Array, Matvec]] = []
@@ -89,7 +90,7 @@ def assemble(
                 lambda d: damping.astype(d.dtype) * d, matrix.diagonal
             )
     if mu is not None and rule.ratio.model == "undamped":  # Else nobody asks.
-        penalties.append((mu, ggn(objective.hidden_distance(), params, batch)))
+        penalties.append((mu, ggn(hidden_distance(objective), params, batch)))
 
     precondition = None
     if preconditioner is not None:

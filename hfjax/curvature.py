@@ -23,8 +23,10 @@ import jax.numpy as jnp
 
 from hfjax import _options, _tree
 from hfjax._cases import Cases
+from hfjax._products import gauss_newton, linear_mean
 from hfjax._types import Matvec, Number, Params, Tree
 from hfjax.objective import Objective
+from hfjax.structural import hidden_distance, joined
 
 Curvature: TypeAlias = Callable[..., Matvec]
 """`(objective, params, batch) -> (v -> B v)`; called once per update. With structural
@@ -79,11 +81,11 @@ def ggn(
         def hessian(outputs: Tree) -> Matvec:
             return objective.loss.hessian(outputs, cases.targets)
 
-        return _gauss_newton(
+        return gauss_newton(
             lambda params: objective.forward(params, cases), hessian, params, cases
         )
 
-    return objective.linear_mean(term, params, batch)
+    return linear_mean(term, objective, params, batch)
 
 
 def hessian(
@@ -134,7 +136,7 @@ def hessian(
 
         return jax.linearize(gradient, params)[1]
 
-    return objective.linear_mean(term, params, batch)
+    return linear_mean(term, objective, params, batch)
 
 
 def finite_difference_hessian(
@@ -250,19 +252,19 @@ def empirical_fisher(
     """
 
     def term(objective: Objective, params: Params, cases: Cases) -> Matvec:
-        return _gauss_newton(
+        return gauss_newton(
             lambda params: objective.losses_of(params, cases),
             lambda values: lambda v: v,
             params,
             cases,
         )
 
-    fisher = objective.linear_mean(term, params, batch)
+    fisher = linear_mean(term, objective, params, batch)
     return _plus_distance(structural, objective, params, batch, fisher)
 
 
 def _with(structural: Number | None, objective: Objective) -> Objective:
-    return objective if structural is None else objective.with_structural(structural)
+    return objective if structural is None else joined(objective, structural)
 
 
 def _plus_distance(
@@ -275,30 +277,5 @@ def _plus_distance(
     """Add the hidden states' distance by a product of its own."""
     if structural is None:
         return matvec
-    distance = ggn(objective.hidden_distance(), params, batch)
+    distance = ggn(hidden_distance(objective), params, batch)
     return lambda v: _tree.axpy(jnp.asarray(structural), distance(v), matvec(v))
-
-
-def _gauss_newton(
-    forward: Callable[[Params], Tree],
-    hessian: Callable[[Tree], Matvec],
-    params: Params,
-    cases: Cases,
-) -> Matvec:
-    """Build v ↦ Σᵢ wᵢ Jᵢᵀ Hᵢ Jᵢ v, linearised here."""
-    outputs, tangent = jax.linearize(forward, params)
-    transpose = jax.linear_transpose(tangent, params)
-    curved = hessian(outputs)
-
-    def product(v: Tree) -> Tree:
-        weighted = _weighted(cases.weights, curved(tangent(v)))
-        return transpose(_tree.cast_like(weighted, outputs))[0]
-
-    return product
-
-
-def _weighted(weights: jax.Array, tree: Tree) -> Tree:
-    """Multiply each case by its weight."""
-    return jax.tree.map(
-        lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree
-    )

@@ -9,7 +9,7 @@
 each plus `weight_decay`. All are means over cases of squares of per-case quantities
 (ERRATA: a mean, so that they stand on the scale of G and λ); the square of the mean
 gradient is another thing. The Gauss-Newton estimates know of structural damping, where
-the objective is `objective.with_structural(μ)`; the Fisher's cannot, as the hidden
+the objective is `structural.joined(objective, μ)`; the Fisher's cannot, as the hidden
 states' distance has no gradient.
 
 Where what is squared is an outer product of layer input and back-propagated error

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _structural, _tree, losses
+from hfjax import _options, _tree, losses
 from hfjax._cases import Cases, as_cases, check_outputs, split, unfold
 from hfjax._means import AxisName, Means
-from hfjax._types import Matvec, Number, NumberOrSchedule, Params, Tree
+from hfjax._types import NumberOrSchedule, Params, Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -96,10 +96,10 @@ class Objective:
         if microbatch_size is not None:
             _options.check_count("microbatch_size", microbatch_size, low=1)
         if hidden_loss is not None:
-            hidden_loss = _as_loss("hidden_loss", hidden_loss)
+            hidden_loss = losses.as_loss("hidden_loss", hidden_loss)
         for name, option in (
             ("model_fn", model_fn),
-            ("loss", _as_loss("loss", loss)),
+            ("loss", losses.as_loss("loss", loss)),
             ("weight_decay", weight_decay),
             ("microbatch_size", microbatch_size),
             ("linearize_once", linearize_once),
@@ -144,45 +144,27 @@ class Objective:
         """
         if self.hidden_loss is None:
             return self.model_fn(params, inputs)
-        return self._outputs_and_hidden(params, inputs)[0]
+        return self.outputs_and_hidden(params, inputs)[0]
 
-    def with_structural(self, strength: Number) -> "Objective":
-        """Join the hidden states' distance to the loss: L + μ d(h; h(θ)).
-
-        For curvature and its diagonals; the gradient is that of f, and its outputs are
-        pairs `(outputs, hidden)` (report, section 8.4).
+    def outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
+        """Run a model with hidden states.
 
         Args:
-          strength: μ, on the scale of the mean loss.
+          params: θ.
+          inputs: x of some cases.
 
         Returns:
-          The objective, without a `hidden_loss` of its own.
+          F(θ, x), and h(θ, x).
 
         Raises:
-          ValueError: if there is no `hidden_loss`.
+          ValueError: if `model_fn` does not return a pair.
         """
-        hidden_loss = self._needed_hidden_loss()
-        return dataclasses.replace(
-            self,
-            model_fn=self._outputs_and_hidden,
-            loss=_structural.paired(self.loss, hidden_loss, strength),
-            hidden_loss=None,
-        )
-
-    def hidden_distance(self) -> "Objective":
-        """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay.
-
-        Raises:
-          ValueError: if there is no `hidden_loss`.
-        """
-        hidden_loss = self._needed_hidden_loss()
-        return dataclasses.replace(
-            self,
-            model_fn=lambda params, inputs: self._outputs_and_hidden(params, inputs)[1],
-            loss=_structural.distance(hidden_loss),
-            weight_decay=0.0,
-            hidden_loss=None,
-        )
+        pair = self.model_fn(params, inputs)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
+            msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
+            raise ValueError(msg)
+        return pair
 
     def value(self, params: Params, batch: tuple) -> jax.Array:
         """Compute f(θ) on `batch`.
@@ -215,7 +197,7 @@ class Objective:
         value, gradient = self.mean(
             lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases), batch
         )
-        gradient = self._decayed(gradient, params)
+        gradient = self.decayed(gradient, params)
         return value + self._penalty(params), _tree.cast_like(gradient, params)
 
     def case_values(self, params: Params, batch: tuple) -> jax.Array:
@@ -252,48 +234,6 @@ class Objective:
           The mean, in float32 or wider; 0 where all weights are 0.
         """
         return self.means.mean(sum_over_cases, batch)
-
-    def linear_mean(
-        self,
-        term: Callable[["Objective", Params, Cases], Matvec],
-        params: Params,
-        batch: tuple,
-    ) -> Matvec:
-        """Build v ↦ Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v for symmetric Bᵢ of each case.
-
-        Args:
-          term: `(objective, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, to be made of the
-            objective it is handed. Without microbatches, or to linearise once, it is
-            called once, here: what it computes outside the product is computed once.
-            Else it is called inside the product, on each microbatch.
-          params: θ.
-          batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-
-        Returns:
-          The product, with the dtypes of `v`.
-        """
-        cases = as_cases(batch)
-        parts = split(cases, self.microbatch_size)
-        objective, local = self, self.local(params)
-        if self.linearize_once and parts.count > 1:
-            # By wide parameters, narrowed in each microbatch: the transpose of a loop
-            # sums in the dtype of what it is taken by.
-            objective, local = self._narrowed_to(params), _tree.widen(local)
-        once = parts.count == 1 or self.linearize_once
-        whole = term(objective, local, cases) if once else None
-
-        def matvec(v: Tree) -> Tree:
-            tangent = self.local(_tree.cast_like(v, params))
-            if whole is not None:
-                sums = _tree.widen(whole(_tree.cast_like(tangent, local)))
-            else:
-                sums = self.means.accumulate(
-                    lambda part: term(self, local, part)(tangent), parts
-                )
-            mean = self.means.divide(sums, cases.weights)
-            return _tree.cast_like(self._decayed(mean, v), v)
-
-        return matvec
 
     def accumulate(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
         """Sum over the microbatches of these cases, in float32 or wider.
@@ -368,31 +308,6 @@ class Objective:
         values = self.losses_of(params, cases)
         return jnp.sum(cases.weights.astype(values.dtype) * values)
 
-    def _outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
-        pair = self.model_fn(params, inputs)
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
-            msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
-            raise ValueError(msg)
-        return pair
-
-    def _narrowed_to(self, params: Params) -> "Objective":
-        """Return this objective for wide parameters, run in the dtypes of `params`."""
-
-        def model_fn(wide: Params, inputs: Tree) -> Tree:
-            return self.model_fn(_tree.cast_like(wide, params), inputs)
-
-        return dataclasses.replace(self, model_fn=model_fn)
-
-    def _needed_hidden_loss(self) -> losses.Loss:
-        if self.hidden_loss is None:
-            msg = (
-                "Structural damping needs hidden states: give `Objective` a "
-                "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
-            )
-            raise ValueError(msg)
-        return self.hidden_loss
-
     @property
     def means(self) -> Means:
         """How a batch is summed."""
@@ -416,21 +331,7 @@ class Objective:
             return jnp.zeros((), _tree.scalar_dtype(params))
         return 0.5 * decay * _tree.dot(params, params)
 
-    def _decayed(self, tree: Tree, v: Tree) -> Tree:
+    def decayed(self, tree: Tree, v: Tree) -> Tree:
         """Return `tree` + weight_decay · v."""
         decay = self.decay
         return tree if decay is None else _tree.axpy(decay, v, tree)
-
-
-def _as_loss(
-    name: str, loss: losses.Loss | Callable[[Tree, Tree], jax.Array]
-) -> losses.Loss:
-    if isinstance(loss, losses.Loss):
-        return loss
-    if not callable(loss):
-        msg = (
-            f"`{name}` must be an `hfjax.losses.Loss` or a callable (outputs, "
-            f"targets) -> values per case, got {type(loss).__name__}."
-        )
-        raise TypeError(msg)
-    return losses.from_function(loss)

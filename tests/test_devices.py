@@ -142,7 +142,7 @@ MU = 0.7
 
 def structural_quantities(objective, params, batch, v):
     """Return products and diagonals with structural damping, and a random diagonal."""
-    damped = objective.with_structural(MU)
+    damped = hfjax.structural.joined(objective, MU)
     makers = (curvature.ggn, curvature.hessian, curvature.empirical_fisher)
     products = {
         make.__name__: make(objective, params, batch, structural=MU)(v)

@@ -106,7 +106,7 @@ def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural
     rule = preconditioners.diagonal(
         estimate, exponent=0.6, kappa=0.2, scale=unravel(scale)
     )
-    objective = problem.objective().with_structural(structural)
+    objective = hfjax.structural.joined(problem.objective(), structural)
 
     @quick_jit
     def apply(r, key):

@@ -84,7 +84,7 @@ def test_the_distance_of_hidden_states_adds_nothing_to_f_or_its_gradient(problem
 
     @quick_jit
     def both(params, batch):
-        damped = objective.with_structural(3.0)
+        damped = hfjax.structural.joined(objective, 3.0)
         return (
             objective.value_and_grad(params, batch),
             damped.value_and_grad(params, batch)[1],
@@ -215,7 +215,7 @@ def test_exact_diagonal_contains_structural_damping(problem):
     @quick_jit
     def diagonal(mu):
         return diagonals.ggn_exact(
-            objective.with_structural(mu), problem.params, problem.batch
+            hfjax.structural.joined(objective, mu), problem.params, problem.batch
         )
 
     for mu in (0.0, 2.0):
@@ -231,7 +231,7 @@ def test_random_diagonal_contains_structural_damping():
 
     @quick_jit
     def mean(keys):
-        damped = objective.with_structural(mu)
+        damped = hfjax.structural.joined(objective, mu)
         draw = jax.vmap(
             lambda key: diagonals.ggn_rademacher(
                 damped, problem.params, problem.batch, key=key
