@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hfjax import _tree
 from hfjax._types import Tree
@@ -85,43 +86,72 @@ def unfold(stacked: jax.Array, total: int) -> jax.Array:
     return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
 
 
-def as_cases(batch: tuple) -> Cases:
-    """Check a user's batch and give it weights."""
+def as_cases(batch: tuple, name: str = "batch") -> Cases:
+    """Check a user's batch and give it weights; `name` is for the error."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         came = f"{type(batch).__name__}"
         came += f" of {len(batch)} parts" if isinstance(batch, tuple | list) else ""
-        msg = f"`batch` must be (inputs, targets) or (inputs, targets, weights), got {came}."
+        msg = f"`{name}` must be (inputs, targets) or (inputs, targets, weights), got {came}."
         raise ValueError(msg)
     inputs, targets, *rest = batch
-    sizes = {
-        f"{part}{jax.tree_util.keystr(path)}": jnp.shape(leaf)[:1]
-        for part, tree in (("inputs", inputs), ("targets", targets))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    sizes = {}
+    for part, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            where = f"{part}{jax.tree_util.keystr(path)}"
+            if not _is_array(leaf):
+                came = getattr(leaf, "dtype", type(leaf).__name__)
+                msg = (
+                    f"Every leaf of `{name}` must be an array of numbers, got {came} "
+                    f"at {where}: use `jnp.asarray`."
+                )
+                raise TypeError(msg)
+            sizes[where] = jnp.shape(leaf)[:1]
     if not sizes or len(set(sizes.values())) > 1 or () in sizes.values():
         msg = (
-            "Every leaf of `batch` must lead with the same number of cases, got "
-            f"leading axes { ({name: list(size) for name, size in sizes.items()}) }."
+            f"Every leaf of `{name}` must lead with the same number of cases, got "
+            f"leading axes { ({where: list(size) for where, size in sizes.items()}) }."
         )
         raise ValueError(msg)
     (cases,) = next(iter(sizes.values()))
     if cases == 0:
-        msg = "`batch` holds no cases: a mean over none is not defined."
+        msg = f"`{name}` holds no cases: a mean over none is not defined."
         raise ValueError(msg)
     weights = jnp.asarray(rest[0]) if rest and rest[0] is not None else None
     weights = jnp.ones(cases, jnp.float32) if weights is None else weights
     if weights.shape != (cases,):
-        msg = f"`batch` weights must have shape ({cases},), got {weights.shape}."
+        msg = f"`{name}` weights must have shape ({cases},), got {weights.shape}."
+        raise ValueError(msg)
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        msg = f"`{name}` weights must be real, got {weights.dtype}."
         raise ValueError(msg)
     return Cases(inputs, targets, weights.astype(_tree.wide(weights.dtype)))
 
 
+def _is_array(leaf: object) -> bool:
+    if isinstance(leaf, jax.Array):  # Of typed keys, too.
+        return True
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSU"
+
+
 def check_outputs(outputs: Tree, cases: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+    """Raise unless a model's outputs are real floats, with the case axis first."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    if not leaves:
+        msg = f"`model_fn` must return arrays, got {outputs!r}: is a `return` missing?"
+        raise TypeError(msg)
+    for path, leaf in leaves:
+        where = f"outputs{jax.tree_util.keystr(path)}"
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            msg = (
+                "`model_fn` must return arrays of real floats, and nothing that the "
+                f"loss does not read, got {dtype or type(leaf).__name__} at {where}."
+            )
+            raise TypeError(msg)
         if leaf.shape[:1] != (cases,):
-            where = f"outputs{jax.tree_util.keystr(path)}"
             msg = (
                 "`model_fn` must keep the case axis first: got "
-                f"{where} of shape {leaf.shape} for {cases} cases."
+                f"{where} of shape {leaf.shape} for {cases} cases (it is run on other "
+                "numbers of them, too)."
             )
             raise ValueError(msg)

@@ -30,14 +30,28 @@ _CASES = 64
 _TINY = float(np.finfo(np.float64).tiny)
 
 
+def bad_targets(setup: Setup) -> Iterator[str]:
+    """Whether the targets are such as the loss is for."""
+    objective, (inputs, targets, _) = setup.objective, setup.batch
+    meant = objective.loss.targets
+    if meant is None:
+        return
+    outputs = objective.outputs(setup.params, inputs)
+    bad = np.flatnonzero(~np.asarray(meant.allowed(outputs, targets)))
+    if len(bad):
+        yield (
+            f"The targets of {_listed(bad)} are not {meant.words}: the loss is meant "
+            "for no others."
+        )
+
+
 def not_finite(setup: Setup) -> Iterator[str]:
     """Whether every loss is a number."""
     bad = np.flatnonzero(~np.isfinite(setup.case_values()))
     if len(bad):
-        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
         yield (
-            f"The loss of {len(bad)} of the cases is NaN or infinite (case {some}); a "
-            "case of weight 0 must be finite too."
+            f"The loss of {_listed(bad)} is NaN or infinite; a case of weight 0 must be "
+            "finite too."
         )
 
 
@@ -253,6 +267,11 @@ def bad_transformation(
         yield (
             f"`tx` rejects its first update: {rejection.name}, see `hfjax.Rejection`."
         )
+
+
+def _listed(cases: np.ndarray) -> str:
+    some = ", ".join(map(str, cases[:5])) + (", …" if len(cases) > 5 else "")
+    return f"{len(cases)} of the cases (case {some})"
 
 
 def _data_gradient(setup: Setup, params: Params) -> Params:

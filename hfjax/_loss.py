@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,18 @@ import jax.numpy as jnp
 from hfjax._types import Tree
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
+
+
+class Targets(NamedTuple):
+    """What the targets of a loss are meant to be; looked at by `hfjax.verify` alone.
+
+    Attributes:
+      words: for people.
+      allowed: `(outputs, targets) -> [cases]`, whether each case's are such.
+    """
+
+    words: str
+    allowed: Callable[[Tree, Tree], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,12 +36,14 @@ class Loss:
         outputs.
       predict: outputs to predictions, the matching link (identity, logistic,
         softmax).
+      targets: what they are meant to be, `None` if anything goes.
     """
 
     value: Callable[[Tree, Tree], jax.Array]
     hessian: Callable[[Tree, Tree], LinearMap]
     factor: Callable[[Tree, Tree], LinearMap]
     predict: Callable[[Tree], Tree]
+    targets: Targets | None = None
 
 
 def by_leaf(
@@ -39,6 +53,7 @@ def by_leaf(
     predict: Callable[[jax.Array], jax.Array],
     *,
     label_axes: int = 0,
+    targets: Targets | None = None,
 ) -> Loss:
     """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf.
 
@@ -46,16 +61,10 @@ def by_leaf(
     """
 
     def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
-        shape = z.shape[: z.ndim - label_axes]
-        if jnp.shape(t) != shape:
-            msg = (
-                f"Targets for outputs of shape {z.shape} must have shape {shape}, got "
-                f"shape {jnp.shape(t)}: they would be broadcast."
-            )
-            raise ValueError(msg)
         return sum_to_cases(value(z, t), z, "the loss")
 
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
+        _check_targets(outputs, targets, label_axes)
         values = jax.tree.map(leaf_value, outputs, targets)
         return jax.tree.reduce(jnp.add, values)
 
@@ -63,6 +72,7 @@ def by_leaf(
         build: Callable[[jax.Array, jax.Array], LinearMap],
     ) -> Callable[[Tree, Tree], LinearMap]:
         def by_leaf(outputs: Tree, targets: Tree) -> LinearMap:
+            _check_targets(outputs, targets, label_axes)
             structure = jax.tree.structure(outputs)
             maps = [
                 build(z, t)
@@ -86,7 +96,38 @@ def by_leaf(
     def predictions(outputs: Tree) -> Tree:
         return jax.tree.map(predict, outputs)
 
-    return Loss(summed, lift(hessian), lift(factor), predictions)
+    meant = None if targets is None else _on_trees(targets)
+    return Loss(summed, lift(hessian), lift(factor), predictions, meant)
+
+
+def _on_trees(targets: Targets) -> Targets:
+    def leaf(z: jax.Array, t: jax.Array) -> jax.Array:
+        fits = targets.allowed(z, t)
+        return jnp.all(fits, axis=range(1, fits.ndim))
+
+    def allowed(outputs: Tree, targets: Tree) -> jax.Array:
+        return jax.tree.reduce(jnp.logical_and, jax.tree.map(leaf, outputs, targets))
+
+    return Targets(targets.words, allowed)
+
+
+def _check_targets(outputs: Tree, targets: Tree, label_axes: int) -> None:
+    ours, theirs = jax.tree.structure(outputs), jax.tree.structure(targets)
+    if ours != theirs:
+        msg = (
+            "`targets` must be a tree like what `model_fn` returns, got "
+            f"{theirs} for outputs {ours}."
+        )
+        raise ValueError(msg)
+    for z, t in zip(jax.tree.leaves(outputs), jax.tree.leaves(targets), strict=True):
+        shape = z.shape[: z.ndim - label_axes]
+        if jnp.shape(t) != shape:
+            msg = (
+                f"`targets` must have shape {list(shape[1:])} a case, for outputs of "
+                f"shape {list(z.shape[1:])} a case, got {list(jnp.shape(t)[1:])}: they "
+                "would be broadcast."
+            )
+            raise ValueError(msg)
 
 
 def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:

@@ -120,7 +120,7 @@ def run(
     # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
     magnitude = _tree.magnitude(b)
     size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
-    scaled = _tree.scale(1 / size, b)
+    scaled = _tree.unfactored(_tree.scale(1 / size, b))
     precondition, p_size = _of_unit_size(preconditioner, scaled)
     if region is not None:
         stretch = jnp.sqrt(p_size) if region.norm is None else 1
@@ -196,7 +196,9 @@ def _step(problem: Problem, state: State) -> State:
     beta = ry / jnp.where(state.ry > 0, state.ry, 1)
     p = _tree.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
 
-    gain = jnp.where(moves, alpha * state.ry - 0.5 * alpha**2 * curvature, 0)
+    # Not α²: of curvature 1e-30 or 1e30 it is no float32.
+    gain = alpha * (state.ry - 0.5 * (alpha * curvature))
+    gain = jnp.where(moves, gain, 0)
     model = state.model_values[state.i] - gain
     later = jnp.arange(problem.max_iterations + 1) >= i
     model_values = jnp.where(later, model, state.model_values)
@@ -211,7 +213,7 @@ def _step(problem: Problem, state: State) -> State:
     reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
     xx, xp, pp = state.lengths
     lengths = (
-        xx + 2 * alpha * xp + alpha**2 * pp,
+        xx + alpha * (2 * xp + alpha * pp),
         beta * (xp + alpha * pp),
         ry + beta**2 * pp,
     )

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import jax
 
 from hfjax import _tree
+from hfjax._arguments import as_params
 from hfjax._cases import Cases, as_cases, split
 from hfjax._types import Matvec, Params, Tree
 from hfjax.objective import Objective
@@ -34,7 +35,7 @@ def linear_mean(
     Returns:
       The product, with the dtypes of `v`.
     """
-    cases = as_cases(batch)
+    params, cases = as_params(params), as_cases(batch)
     parts = split(cases, objective.microbatch_size)
     source, local = objective, objective.local(params)
     if objective.linearize_once and parts.count > 1:

@@ -37,11 +37,13 @@ class Point(NamedTuple):
     keys: tuple[jax.Array | None, jax.Array | None]
 
     def value_on(self, data: tuple) -> ValueFn:
-        """Return δ ↦ f(θ + δ) on some data."""
+        """Return δ ↦ f(θ + δ) on some data; +∞ where θ + δ is beyond the floats."""
 
         def value_fn(step: Tree) -> jax.Array:
-            value = self.objective.value(_tree.add(self.params, step), data)
-            return value.astype(self.damping.dtype)
+            at = _tree.add(self.params, step)
+            value = self.objective.value(at, data).astype(self.damping.dtype)
+            # A saturated model has a value even there.
+            return jnp.where(_overflows(at, self.params), jnp.inf, value)
 
         return value_fn
 
@@ -112,3 +114,11 @@ def assemble(
         value_and_grad_fn=point.value_and_grad,
     )
     return subproblem, penalty
+
+
+def _overflows(after: Tree, before: Tree) -> jax.Array:
+    """Return whether a step took a finite entry out of the range of its dtype."""
+    over = jax.tree.map(
+        lambda x, y: jnp.any(~jnp.isfinite(x) & jnp.isfinite(y)), after, before
+    )
+    return jax.tree.reduce(jnp.logical_or, over, jnp.zeros((), bool))

@@ -107,8 +107,17 @@ def magnitude(tree: Tree) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), power, largest)
 
 
+def unfactored(scaled: Tree) -> Tree:
+    """Return a tree that XLA may not take factors out of.
+
+    Of Σ (s x)² with a leaf x that it knows, as the zero gradient of what the model does
+    not read, XLA makes s² Σ x²: ∞ · 0 where s was to keep the squares in range.
+    """
+    return jax.lax.optimization_barrier(scaled)
+
+
 def norm(tree: Tree) -> jax.Array:
     """Return ‖x‖₂ without overflow or underflow; NaN or inf if some entry is."""
     size = magnitude(tree)
-    scaled = scale(1 / size, widen(tree))
+    scaled = unfactored(scale(1 / size, widen(tree)))
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)

@@ -5,13 +5,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
-from hfjax._types import Number, Tree, ValueFn
-from hfjax.backtracking import Choice
+from hfjax import _options, _tree
+from hfjax._cases import thinned
+from hfjax._system import Point
+from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
+from hfjax.backtracking import Backtracking, Choice, finite_or_inf
 from hfjax.cg import CGResult, Reason
-from hfjax.damping import ReductionRatio, measured_ratio, rounding_noise
-from hfjax.linesearch import StepSize
+from hfjax.damping import Damping, ReductionRatio, measured_ratio, rounding_noise
+from hfjax.linesearch import LineSearch, StepSize
 from hfjax.state import HessianFreeInfo, Rejection, no_info
+
+_PART = 0.3
+"""Of √|M| that damping must make up to have a part in the step; it is √½ where λ is all
+that matters (heuristic)."""
 
 
 class Trial(NamedTuple):
@@ -23,6 +29,50 @@ class Trial(NamedTuple):
     choice: Choice
     slope: jax.Array  # ∇fᵀδ
     search: StepSize
+
+
+def choose(backtracking: Backtracking, point: Point, result: CGResult) -> Choice:
+    """Choose an iterate, on the evaluation data or on a part of them."""
+    value_fn = point.value_on(point.eval_batch)
+    if backtracking.cases is None:
+        return backtracking.choose(value_fn, result.kept)
+    part = thinned(point.eval_batch, backtracking.cases)
+    choice = backtracking.choose(point.value_on(part), result.kept)
+    return choice._replace(
+        value=finite_or_inf(value_fn(choice.step)),
+        last_value=finite_or_inf(value_fn(result.x)),
+    )
+
+
+def go_along(
+    line_search: LineSearch,
+    rate: NumberOrSchedule,
+    point: Point,
+    value: jax.Array,
+    choice: Choice,
+    slope: jax.Array,
+) -> StepSize:
+    """Search along the chosen step, from the learning rate down."""
+    value_fn = point.value_on(point.eval_batch)
+    # Backtracking has evaluated α = 1 already.
+    known = _options.is_plain_number(rate) and rate == 1
+    return line_search.search(
+        lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
+        value,
+        slope,
+        _options.read(rate, point.count).astype(value.dtype),
+        choice.value if known else None,
+    )
+
+
+def slope_along(gradient: Tree, step: Tree) -> jax.Array:
+    """Return ∇fᵀδ, with its sign even where it is smaller or larger than any float."""
+    sizes = _tree.magnitude(gradient), _tree.magnitude(step)
+    scaled = _tree.scale(1 / sizes[0], gradient), _tree.scale(1 / sizes[1], step)
+    slope = _tree.dot(*_tree.unfactored(scaled))
+    limits = jnp.finfo(slope.dtype)
+    length = jnp.abs(slope) * (sizes[0] * sizes[1])
+    return jnp.sign(slope) * jnp.clip(length, limits.tiny, limits.max)
 
 
 def judge(trial: Trial) -> jax.Array:
@@ -70,23 +120,67 @@ def reduction(
     return after - value, predicted
 
 
+def noise_of(value: jax.Array, gradient: Tree, params: Tree) -> jax.Array:
+    """Return how much of f(θ + δ) − f(θ) may be rounding: of f, and of θ + δ.
+
+    The entries of θ + δ are rounded independently, each by ε θᵢ / 2 at most: f moves by
+    ε ‖∇f ∘ θ‖ in 3.5 standard deviations. Where f is the square of a difference, this
+    is far more than the rounding of f itself.
+    """
+
+    def leaf(g: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.finfo(x.dtype).eps * (g * x.astype(g.dtype))
+
+    of_params = _tree.norm(jax.tree.map(leaf, gradient, params))
+    # Where it is no number, the update is rejected for other reasons.
+    return rounding_noise(value) + jnp.where(jnp.isfinite(of_params), of_params, 0)
+
+
 def ratio_of(
     rejection: jax.Array,
     change: jax.Array,
     predicted: jax.Array,
-    value: jax.Array,
+    noise: jax.Array,
     expected: Number,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Return ρ, relative to the share of M that is expected; −∞ for a rejected step.
 
-    But a step that is rejected as it is too small to be seen in f is no evidence against
-    the model: λ, raised for it, would only make the next one smaller.
+    But a step too small to be seen in f, taken or not, is no evidence against the
+    model, ρ = 1: λ, raised for it, would only make the next one smaller, and λ kept
+    would make the next update the same as this one, for ever. Whether it can be seen is
+    returned too.
     """
-    visible = ~(jnp.abs(predicted) <= rounding_noise(value))
-    ratio = measured_ratio(change, predicted, value) / expected
-    counts = rejection == Rejection.NONE
-    counts |= (rejection == Rejection.NO_DECREASE) & ~visible
-    return jnp.where(counts, ratio, -jnp.inf)
+    unseen = (jnp.abs(predicted) <= noise) & (change <= noise)
+    judged = rejection == Rejection.NONE
+    unseen &= judged | (rejection == Rejection.NO_DECREASE)
+    ratio = jnp.where(judged, measured_ratio(change, predicted, noise), -jnp.inf)
+    return jnp.where(unseen, 1, ratio / expected), ~unseen
+
+
+def adapt(
+    rule: Damping,
+    damping: jax.Array,
+    trial: Trial,
+    ratio: jax.Array,
+    seen: jax.Array,
+    penalty: ValueFn,
+) -> jax.Array:
+    """Return λ, or the radius, for the next update.
+
+    It stays where f shows nothing of a step that it has no part in either: at a minimum
+    λ would fall for ever, and be no use to the next data.
+    """
+    _, result, _, choice, _, _ = trial
+    on_boundary = result.reason == Reason.BOUNDARY
+    on_boundary &= choice.iteration == result.num_iterations
+    # As roots, and of a step scaled to 1: where λ is all that matters, ‖δ‖² may be no
+    # float.
+    size = _tree.magnitude(choice.step)
+    model = jnp.sqrt(jnp.abs(result.model_values[choice.iteration])) / size
+    part = jnp.sqrt(penalty(_tree.scale(1 / size, choice.step)))
+    has_part = on_boundary | (part >= _PART * model)
+    adapted = rule.update(damping, ratio, on_boundary)
+    return jnp.where(seen | has_part, adapted, damping)
 
 
 def report(

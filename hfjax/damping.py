@@ -24,7 +24,9 @@ from hfjax._types import Matvec, Number, NumberOrSchedule, Tree
 from hfjax.damping_matrices import Builder, DampingMatrix, identity
 
 _LARGEST = 1e18
-"""λ goes no higher: 1/λ is then below the rounding of any step, and λ‖δ‖² finite."""
+"""λ is raised no higher: 1/λ is then below the rounding of steps of any usual scale."""
+_HIGHEST = 1e30
+"""What a caller may set λ to, for a loss of such a scale: λ‖p‖² is finite in float32."""
 
 
 class ReductionRatio(NamedTuple):
@@ -197,13 +199,20 @@ def levenberg_marquardt(
         adapted = jnp.where(ratio > upper, damping * decrease, grown)
         # Zero would never rise again.
         tiny = jnp.finfo(damping.dtype).tiny
-        return jnp.clip(adapted, jnp.maximum(minimum, tiny), _LARGEST).astype(
+        highest = jnp.maximum(damping, _LARGEST)  # Where a caller has set it higher.
+        return jnp.clip(adapted, jnp.maximum(minimum, tiny), highest).astype(
             damping.dtype
         )
 
+    def current(damping: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        # A caller may have set it to anything, and NaN would stay for ever.
+        known = jnp.where(jnp.isfinite(damping), damping, init).astype(damping.dtype)
+        return jnp.clip(known, 0, _HIGHEST)
+
     return Damping(
         init=lambda: jnp.asarray(init),
-        current=lambda state, count: state,
+        current=current,
         update=update,
         ratio=ratio,
         matrix=damping_matrices.as_matrix(matrix),
@@ -230,24 +239,23 @@ def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> 
 
 
 def measured_ratio(
-    change: jax.Array, predicted: jax.Array, value: jax.Array
+    change: jax.Array, predicted: jax.Array, noise: jax.Array
 ) -> jax.Array:
     """Compute ρ = change / predicted, guarded where both are below the noise of f.
 
     A step so small that f cannot show its gain would read as a bad one, and λ, once
-    too high, would rise for ever. So η = 10 ε |f| (ε the rounding of f's dtype) of
-    decrease is added to both, and ρ tends to 1 for such steps (Conn, Gould & Toint
-    2000, section 17.4.2). Changes much larger than η are not affected.
+    too high, would rise for ever. So η, the noise, of decrease is added to both, and ρ
+    tends to 1 for such steps (Conn, Gould & Toint 2000, section 17.4.2). Changes much
+    larger than η are not affected.
 
     Args:
       change: f(θ + δ) − f(θ).
       predicted: M(δ).
-      value: f(θ).
+      noise: η, how much of `change` may be rounding.
 
     Returns:
       ρ, or −∞ if anything is not finite.
     """
-    noise = rounding_noise(value)
     denominator = predicted - noise
     ratio = (change - noise) / jnp.where(denominator == 0, 1, denominator)
     sound = jnp.isfinite(change) & jnp.isfinite(predicted) & (denominator != 0)
@@ -260,5 +268,6 @@ def _structural(strength: NumberOrSchedule | None, tied: bool) -> Structural | N
 
 
 def rounding_noise(value: jax.Array) -> jax.Array:
-    """Return how much of f(θ) may be rounding: 10 ε |f|."""
-    return 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float."""
+    limits = jnp.finfo(value.dtype)
+    return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)

@@ -87,8 +87,9 @@ def armijo(
     def enough(
         alpha: jax.Array, at: jax.Array, value: jax.Array, slope: jax.Array
     ) -> jax.Array:
-        # False for NaN.
-        return at <= value + sufficient_decrease * alpha * slope
+        # False for NaN. Up a slope no α will do.
+        sufficient = at <= value + sufficient_decrease * alpha * slope
+        return sufficient & (slope < 0) & jnp.isfinite(at)
 
     def search(
         along: Callable[[jax.Array], jax.Array],
@@ -97,26 +98,18 @@ def armijo(
         first: jax.Array,
         first_value: jax.Array | None,
     ) -> StepSize:
-        def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            tries, alpha, at = carry
-            # Up a slope, or along one that is not a number, nothing need be tried.
-            return (slope < 0) & (tries < max_tries) & ~enough(alpha, at, value, slope)
+        def shorter(tried: _Tried) -> _Tried:
+            alpha = jnp.where(tried.count == 0, first, tried.alpha * shrink)
+            at = along(alpha).astype(value.dtype)
+            return _Tried(tried.count + 1, alpha, at, enough(alpha, at, value, slope))
 
-        def shorter(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
-            tries, alpha, _ = carry
-            alpha = jnp.where(tries == 0, first, alpha * shrink)
-            return tries + 1, alpha, along(alpha).astype(value.dtype)
-
-        known = first_value is not None
-        start = (
-            jnp.full((), 1 if known else 0, jnp.int32),
-            jnp.asarray(first, value.dtype),
-            first_value if known else jnp.full_like(value, jnp.inf),
+        start = _start(value, first, first_value)
+        if first_value is not None:
+            good = enough(first, first_value, value, slope)
+            start = start._replace(good=good)
+        return _search(
+            lambda tried: (slope < 0) & (tried.count < max_tries), shorter, start
         )
-        _, alpha, at = jax.lax.while_loop(unfinished, shorter, start)
-        success = (slope < 0) & enough(alpha, at, value, slope) & jnp.isfinite(at)
-        at = jnp.where(jnp.isfinite(at), at, jnp.inf)
-        return StepSize(jnp.where(success, alpha, 0), at, success)
 
     return LineSearch(search)
 
@@ -137,8 +130,46 @@ def whole() -> LineSearch:
     ) -> StepSize:
         del slope
         at = along(first) if first_value is None else first_value
-        success = (at <= value) & jnp.isfinite(at)
-        at = jnp.where(jnp.isfinite(at), at, jnp.inf)
-        return StepSize(jnp.where(success, first, 0), at, success)
+
+        def judge(tried: _Tried) -> _Tried:
+            good = (at <= value) & jnp.isfinite(at)
+            return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
+
+        start = _start(value, first, None)
+        return _search(
+            lambda tried: jnp.isfinite(value) & (tried.count == 0), judge, start
+        )
 
     return LineSearch(search)
+
+
+class _Tried(NamedTuple):
+    count: jax.Array
+    alpha: jax.Array  # The last.
+    at: jax.Array  # f there.
+    good: jax.Array
+
+
+def _start(value: jax.Array, first: jax.Array, first_value: jax.Array | None) -> _Tried:
+    known = first_value is not None
+    return _Tried(
+        jnp.full((), 1 if known else 0, jnp.int32),
+        jnp.asarray(first, value.dtype),
+        first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf),
+        jnp.zeros((), bool),
+    )
+
+
+def _search(
+    unfinished: Callable[[_Tried], jax.Array],
+    next_try: Callable[[_Tried], _Tried],
+    start: _Tried,
+) -> StepSize:
+    # What a loop hands out is kept. Outside of one, XLA computes a comparison anew for
+    # each of its users, rounded differently, and an update that counts as accepted
+    # could be zero.
+    tried = jax.lax.while_loop(
+        lambda tried: ~tried.good & unfinished(tried), next_try, start
+    )
+    at = jnp.where(jnp.isfinite(tried.at), tried.at, jnp.inf)
+    return StepSize(jnp.where(tried.good, tried.alpha, 0), at, tried.good)

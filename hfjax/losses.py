@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hfjax import _options, _repair
-from hfjax._loss import LinearMap, by_leaf, sum_to_cases
+from hfjax._loss import LinearMap, Targets, by_leaf, sum_to_cases
 from hfjax._loss import Loss as Loss
 from hfjax._types import Tree
 
@@ -86,7 +86,8 @@ def sigmoid_cross_entropy() -> Loss:
         deviation = jnp.sqrt(jax.nn.sigmoid(z)) * jnp.sqrt(jax.nn.sigmoid(-z))
         return lambda v: deviation * v
 
-    return by_leaf(value, hessian, factor, jax.nn.sigmoid)
+    between = Targets("between 0 and 1", lambda z, t: (t >= 0) & (t <= 1))
+    return by_leaf(value, hessian, factor, jax.nn.sigmoid, targets=between)
 
 
 def softmax_cross_entropy() -> Loss:
@@ -114,7 +115,9 @@ def softmax_cross_entropy() -> Loss:
     def mass(t: jax.Array) -> jax.Array:
         return jnp.sum(t, axis=-1, keepdims=True)
 
-    return by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax)
+    positive = Targets("probabilities, none negative", lambda z, t: t >= 0)
+    curvature = _softmax_curvature(mass)
+    return by_leaf(value, *curvature, jax.nn.softmax, targets=positive)
 
 
 def softmax_cross_entropy_with_integer_labels() -> Loss:
@@ -123,7 +126,11 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
     The curvature is that of `softmax_cross_entropy` with one-hot targets.
 
     Returns:
-      The loss, in nats.
+      The loss, in nats; NaN where a label is not one of the classes, negative ones
+      included: give cases without a label the weight 0, and any label.
+
+    Raises:
+      TypeError: when it is called, if the targets are not integers.
 
     Example:
       >>> loss = softmax_cross_entropy_with_integer_labels()
@@ -132,15 +139,34 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
       True
     """
 
+    def exists(z: jax.Array, t: jax.Array) -> jax.Array:
+        label = t.astype(jnp.int32)
+        return (label >= 0) & (label < z.shape[-1])
+
     def value(z: jax.Array, t: jax.Array) -> jax.Array:
-        log_probabilities = jax.nn.log_softmax(z)
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            msg = (
+                f"`targets` must be integer labels, got {t.dtype}; for probabilities "
+                "take `softmax_cross_entropy`."
+            )
+            raise TypeError(msg)
+        # A label that there is not makes NaN, of the gradient too, and so a rejected
+        # update: indexing would wrap it round, or leave it out of the gradient.
+        known = jnp.where(exists(z, t), 1, jnp.nan).astype(z.dtype)[..., None]
+        log_probabilities = jax.nn.log_softmax(known * z)
         return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)
 
     def mass(t: jax.Array) -> float:
         del t
         return 1.0
 
-    return by_leaf(value, *_softmax_curvature(mass), jax.nn.softmax, label_axes=1)
+    return by_leaf(
+        value,
+        *_softmax_curvature(mass),
+        jax.nn.softmax,
+        label_axes=1,
+        targets=Targets("labels of the classes there are, from 0", exists),
+    )
 
 
 def from_function(

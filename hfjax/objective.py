@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree, losses
+from hfjax._arguments import as_params, told
 from hfjax._cases import Cases, as_cases, check_outputs, split, unfold
 from hfjax._means import AxisName, Means
 from hfjax._types import NumberOrSchedule, Params, Tree
@@ -143,7 +144,7 @@ class Objective:
           What the loss compares with the targets.
         """
         if self.hidden_loss is None:
-            return self.model_fn(params, inputs)
+            return self._model(params, inputs)
         return self.outputs_and_hidden(params, inputs)[0]
 
     def outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
@@ -159,7 +160,7 @@ class Objective:
         Raises:
           ValueError: if `model_fn` does not return a pair.
         """
-        pair = self.model_fn(params, inputs)
+        pair = self._model(params, inputs)
         if not isinstance(pair, tuple) or len(pair) != 2:
             came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
             msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
@@ -176,6 +177,7 @@ class Objective:
         Returns:
           A scalar in float32 or wider.
         """
+        params = as_params(params)
         mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
         return mean + self._penalty(params)
 
@@ -193,6 +195,7 @@ class Objective:
         Returns:
           The value, and the gradient with the structure and dtypes of `params`.
         """
+        params = as_params(params)
         local = self.local(params)
         value, gradient = self.mean(
             lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases), batch
@@ -211,7 +214,7 @@ class Objective:
           Shape `[cases]`, in the order of the batch; under `axis_name`, of this
           device's cases.
         """
-        cases = as_cases(batch)
+        params, cases = as_params(params), as_cases(batch)
         parts = split(cases, self.microbatch_size)
         if parts.count == 1:
             return self.losses_of(params, cases)
@@ -300,13 +303,19 @@ class Objective:
 
     def losses_of(self, params: Params, cases: Cases) -> jax.Array:
         """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
-        values = self.loss.value(self.forward(params, cases), cases.targets)
+        outputs = self.forward(params, cases)
+        with told("`loss(outputs, targets)`", outputs=outputs, targets=cases.targets):
+            values = self.loss.value(outputs, cases.targets)
         return values.astype(_tree.wide(values.dtype))
 
     def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
         """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases."""
         values = self.losses_of(params, cases)
         return jnp.sum(cases.weights.astype(values.dtype) * values)
+
+    def _model(self, params: Params, inputs: Tree) -> Tree:
+        with told("`model_fn(params, inputs)`", params=params, inputs=inputs):
+            return self.model_fn(params, inputs)
 
     @property
     def means(self) -> Means:

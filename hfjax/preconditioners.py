@@ -89,7 +89,7 @@ def diagonal(
         key: jax.Array | None,
     ) -> Preconditioner:
         options = {"key": key} if random else {}
-        entries = estimate(objective, params, batch, **options)
+        entries = _within_range(estimate(objective, params, batch, **options))
         powers = diagonals.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
@@ -144,6 +144,11 @@ def custom(
         return build(objective, params, batch, damping)
 
     return PreconditionerRule(without_key)
+
+
+def _within_range(entries: Tree) -> Tree:
+    """Put the largest float for infinity: squares of gradients overflow before these."""
+    return jax.tree.map(lambda d: jnp.minimum(d, jnp.finfo(d.dtype).max), entries)
 
 
 def _plus(entries: Tree, damping: Tree) -> Tree:

@@ -5,11 +5,12 @@ back.
 """
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hfjax._arguments import check_like
 from hfjax._types import Params
 from hfjax.cg import Reason
 
@@ -115,3 +116,31 @@ def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
         gradient_norm=zero(),
         update_norm=zero(),
     )
+
+
+def check_state(state: Any, params: Params, *, needs_key: bool) -> None:
+    """Raise unless `state` is of this optimizer and these parameters.
+
+    Args:
+      state: what came.
+      params: θ.
+      needs_key: whether the optimizer draws random numbers.
+
+    Raises:
+      TypeError: if it is no `HessianFreeState`.
+      ValueError: if it is of other parameters, or lacks a key.
+    """
+    if not isinstance(state, HessianFreeState):
+        msg = (
+            "`state` must be a `HessianFreeState`, as `tx.init(params)` makes, got "
+            f"{type(state).__name__}. (To restore one from a checkpoint, hand the "
+            "checkpointer a template.)"
+        )
+        raise TypeError(msg)
+    check_like("state.direction", state.direction, params, "Is it of other parameters?")
+    if needs_key and state.key is None:
+        msg = (
+            "`state` has no key, which a random preconditioner or damping matrix "
+            "needs: it is of an optimizer without one. Start from `tx.init(params)`."
+        )
+        raise ValueError(msg)

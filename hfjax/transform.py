@@ -17,18 +17,30 @@ import jax.numpy as jnp
 import optax
 
 from hfjax import _options, _tree
-from hfjax._cases import thinned
+from hfjax._arguments import as_params, check_gradient
+from hfjax._cases import as_cases
 from hfjax._system import Point, assemble
-from hfjax._trial import Trial, judge, ratio_of, reduction, report
-from hfjax._types import NumberOrSchedule, Params, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, early_stop, finite_or_inf, last
-from hfjax.cg import CGResult, Reason, Solver, conjugate_gradient
+from hfjax._trial import (
+    Trial,
+    adapt,
+    choose,
+    go_along,
+    judge,
+    noise_of,
+    ratio_of,
+    reduction,
+    report,
+    slope_along,
+)
+from hfjax._types import NumberOrSchedule, Params, Tree
+from hfjax.backtracking import Backtracking, early_stop, last
+from hfjax.cg import Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, levenberg_marquardt
-from hfjax.linesearch import LineSearch, StepSize, armijo, whole
+from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
-from hfjax.state import HessianFreeState, Rejection, no_info
+from hfjax.state import HessianFreeState, Rejection, check_state, no_info
 
 
 def hessian_free(
@@ -133,6 +145,7 @@ def hessian_free(
     )
 
     def init(params: Params) -> Any:
+        params = as_params(params)
         dtype = _tree.scalar_dtype(params)
         return HessianFreeState(
             count=jnp.zeros((), jnp.int32),
@@ -160,6 +173,11 @@ def hessian_free(
                 "`batch` on; call `tx.update` yourself.)"
             )
             raise TypeError(msg)
+        params = as_params(params)
+        check_gradient(updates, params)
+        check_state(state, params, needs_key=needs_key)
+        if eval_batch is not None:
+            as_cases(eval_batch, "eval_batch")
         return _update(parts, updates, state, params, batch, eval_batch)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -278,9 +296,10 @@ def _update(
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value_fn = subproblem.value_fn
     value = value_fn(jax.tree.map(jnp.zeros_like, b))
-    choice = _choose(parts.backtracking, point, result)
-    slope = _tree.dot(gradient, choice.step)
-    search = _search(parts, value_fn, value, choice, slope, state.count)
+    choice = choose(parts.backtracking, point, result)
+    slope = slope_along(gradient, choice.step)
+    rate = parts.learning_rate
+    search = go_along(parts.line_search, rate, point, value, choice, slope)
     trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
     rejection = judge(trial)
     accepted = rejection == Rejection.NONE
@@ -290,54 +309,21 @@ def _update(
     rule = parts.damping.ratio
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
     change, predicted = reduction(trial, rule, penalty, value_on_batch)
-    ratio = ratio_of(rejection, change, predicted, value, rule.expected)
-    on_boundary = result.reason == Reason.BOUNDARY
-    on_boundary &= choice.iteration == result.num_iterations
-    adapted = parts.damping.update(point.damping, ratio, on_boundary)
-    adapted = jnp.where(rejection == Rejection.ZERO_GRADIENT, point.damping, adapted)
+    noise = noise_of(value, gradient, params)
+    ratio, seen = ratio_of(rejection, change, predicted, noise, rule.expected)
+    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, penalty)
+    stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
+    adapted = jnp.where(stays, point.damping, adapted)
 
+    carried = parts.solver.carry(result, choice.step)
     new_state = HessianFreeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         damping=adapted.astype(dtype),
-        direction=_or_zero(accepted, parts.solver.carry(result, choice.step)),
+        direction=_or_zero(accepted & jnp.isfinite(_tree.magnitude(carried)), carried),
         key=key,
         info=report(trial, rejection, ratio, predicted, step, dtype),
     )
     return _tree.cast_like(step, params), new_state
-
-
-def _choose(backtracking: Backtracking, point: Point, result: CGResult) -> Choice:
-    """Choose an iterate, on the evaluation data or on a part of them."""
-    value_fn = point.value_on(point.eval_batch)
-    if backtracking.cases is None:
-        return backtracking.choose(value_fn, result.kept)
-    part = thinned(point.eval_batch, backtracking.cases)
-    choice = backtracking.choose(point.value_on(part), result.kept)
-    return choice._replace(
-        value=finite_or_inf(value_fn(choice.step)),
-        last_value=finite_or_inf(value_fn(result.x)),
-    )
-
-
-def _search(
-    parts: _Parts,
-    value_fn: ValueFn,
-    value: jax.Array,
-    choice: Choice,
-    slope: jax.Array,
-    count: jax.Array,
-) -> StepSize:
-    """Search along the chosen step, from the learning rate down."""
-    rate = parts.learning_rate
-    # Backtracking has evaluated α = 1 already.
-    known = _options.is_plain_number(rate) and rate == 1
-    return parts.line_search.search(
-        lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
-        value,
-        slope,
-        _options.read(rate, count).astype(value.dtype),
-        choice.value if known else None,
-    )
 
 
 def _or_zero(accepted: jax.Array, tree: Tree) -> Tree:

@@ -158,6 +158,10 @@ def steihaug_toint(
     )
 
 
+_SMALLEST = 1e-30
+"""Of a radius: its reciprocal, which the rule adapts, is a float32."""
+
+
 def radius(
     init: Number = 1.0,
     *,
@@ -222,9 +226,15 @@ def radius(
         adapted = 1 / reciprocal.update(1 / radius, ratio)
         return jnp.where(on_boundary, adapted, jnp.minimum(adapted, radius))
 
+    def current(radius: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        # A caller may have set it to anything, and NaN would stay for ever.
+        known = jnp.where(jnp.isfinite(radius), radius, init).astype(radius.dtype)
+        return jnp.clip(known, _SMALLEST, maximum)
+
     return Damping(
         init=lambda: jnp.asarray(init),
-        current=lambda state, count: state,
+        current=current,
         update=update,
         ratio=ratio,
         matrix=None,

@@ -154,7 +154,7 @@ def check(
     What it looks for, deepest cause first:
 
     - `grads` unlike `params`; numbers that are not finite; weights that are negative
-      or all zero;
+      or all zero; targets that the loss is not meant for;
     - a model that gives other values when called again, or cases that depend on one
       another or on their place: batch normalisation in training mode, dropout without
       a key of each case;
@@ -207,6 +207,7 @@ def check(
     given = Setup.of(objective, params, batch)
     setup = given.in_float64_if_it_runs()
     for find in (
+        _faults.bad_targets,
         _faults.not_finite,
         _faults.random,
         _faults.dependent,

@@ -60,26 +60,32 @@ def test_scheduled_damping_is_read_at_the_count_and_a_number_from_the_state():
 
 def test_ratio_is_change_over_prediction_when_both_stand_out():
     ratio = damping.measured_ratio(
-        jnp.float64(-0.3), jnp.float64(-0.4), jnp.float64(50)
+        jnp.float64(-0.3), jnp.float64(-0.4), jnp.float64(1e-13)
     )
     np.testing.assert_allclose(ratio, 0.75, rtol=1e-11)
-    rose = damping.measured_ratio(jnp.float32(0.2), jnp.float32(-0.4), jnp.float32(1))
+    rose = damping.measured_ratio(
+        jnp.float32(0.2), jnp.float32(-0.4), jnp.float32(1e-7)
+    )
     np.testing.assert_allclose(rose, -0.5, rtol=1e-5)
 
 
 def test_ratio_of_changes_below_the_rounding_of_f_is_near_one():
-    value = jnp.float32(50.0)
+    noise = damping.rounding_noise(jnp.float32(50.0))
     ulp = np.spacing(np.float32(50))
     for change in (-ulp, 0.0, ulp):
-        ratio = damping.measured_ratio(jnp.float32(change), jnp.float32(-1e-12), value)
+        ratio = damping.measured_ratio(jnp.float32(change), jnp.float32(-1e-12), noise)
         assert 0.75 < ratio < 1.25
 
 
 @pytest.mark.parametrize("change", [np.nan, np.inf, -np.inf])
 def test_ratio_of_a_value_that_is_not_finite_is_minus_infinity(change):
-    ratio = damping.measured_ratio(jnp.float32(change), jnp.float32(-1), jnp.float32(1))
+    ratio = damping.measured_ratio(
+        jnp.float32(change), jnp.float32(-1), jnp.float32(1e-7)
+    )
     assert ratio == -np.inf
-    ratio = damping.measured_ratio(jnp.float32(-1), jnp.float32(change), jnp.float32(1))
+    ratio = damping.measured_ratio(
+        jnp.float32(-1), jnp.float32(change), jnp.float32(1e-7)
+    )
     assert ratio == -np.inf
 
 

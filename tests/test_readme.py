@@ -41,9 +41,9 @@ def test_example_trains_to_what_the_text_promises_and_parts_swap():
 
 def test_versions_named_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "Python 3.11 or newer, jax 0.10 or newer" in README
+    assert "Python 3.11 or newer, jax 0.10.1 or newer" in README
     assert project["requires-python"] == ">=3.11"
-    assert "jax>=0.10" in project["dependencies"]
+    assert "jax>=0.10.1" in project["dependencies"]
 
 
 def test_every_room_is_in_the_table():
@@ -58,3 +58,18 @@ def test_every_room_is_in_the_table():
 def test_every_make_target_named_exists():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\$ make (\w+)", README)) <= targets
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    page = (ROOT / "docs" / "faults.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 30
+    assert named <= set(re.findall(r"def (test_\w+)\(", written))
+
+
+def test_every_fault_that_is_tested_is_in_the_table():
+    page = (ROOT / "docs" / "faults.md").read_text()
+    for name in ("test_faults.py", "test_static_faults.py"):
+        tests = re.findall(r"def (test_\w+)\(", (ROOT / "tests" / name).read_text())
+        assert not [test for test in tests if f"`{test}`" not in page]
