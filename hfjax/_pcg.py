@@ -15,6 +15,9 @@ from hfjax._types import Matvec, Preconditioner, Tree
 from hfjax.iterates import Keeper, Kept
 from hfjax.stopping import Progress, StoppingRule
 
+_SHORTEST = 1e-30
+"""Radius, in units of b and of P⁻¹b, below which nothing but b matters."""
+
 
 class Reason(enum.IntEnum):
     """Why a run of conjugate gradients ended."""
@@ -88,7 +91,9 @@ class State(NamedTuple):
     """What changes, named as in algorithm 2: x, r, p and rᵀy with y = P⁻¹r.
 
     `lengths` are xᵀPx, xᵀPp and pᵀPp by their recurrences, as P itself is not at hand
-    (Conn, Gould & Toint 2000, section 7.5.1); from x₀ = 0.
+    (Conn, Gould & Toint 2000, section 7.5.1); from x₀ = 0. In a region x is in units of
+    its radius there, whose square may be no float. `steepest` is the largest pᵀAp / pᵀPp
+    so far.
     """
 
     i: jax.Array
@@ -100,6 +105,7 @@ class State(NamedTuple):
     kept: Kept
     reason: jax.Array
     lengths: tuple[jax.Array, jax.Array, jax.Array]
+    steepest: jax.Array
 
 
 def run(
@@ -122,16 +128,20 @@ def run(
     size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
     scaled = _tree.unfactored(_tree.scale(1 / size, b))
     precondition, p_size = _of_unit_size(preconditioner, scaled)
+    x_size = size
     if region is not None:
         stretch = jnp.sqrt(p_size) if region.norm is None else 1
-        radius = jnp.asarray(region.radius, size.dtype) * stretch / size
+        given = jnp.asarray(region.radius, size.dtype) * stretch
+        radius = jnp.clip(given / size, _SHORTEST, 1 / _SHORTEST)
         region = region._replace(radius=radius)
+        # Beside one as short as that there is no curvature: the step is b, cut short.
+        x_size = jnp.where(given / size < _SHORTEST, given / _SHORTEST, size)
     problem = Problem(
         matvec=matvec,
         precondition=precondition,
         b=scaled,
         rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
-        size=size,
+        size=x_size,
         max_iterations=max_iterations,
         limit=limit,
         min_iterations=min_iterations,
@@ -145,9 +155,9 @@ def run(
         _start(problem, None if x0 is None else _tree.scale(1 / size, x0)),
     )
     return CGResult(
-        x=_tree.scale(size, end.x),
+        x=_tree.scale(x_size, end.x),
         num_iterations=end.i,
-        model_values=size * (size * end.model_values),  # size² may not be a float.
+        model_values=size * (x_size * end.model_values),  # size² may be no float.
         kept=end.kept,
         reason=end.reason,
     )
@@ -168,10 +178,12 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     model_values = jnp.full(problem.max_iterations + 1, model)
     reason = _judge(problem, i, r, model_values)
     reason = jnp.where(jnp.isfinite(ry) & jnp.isfinite(model), reason, Reason.NONFINITE)
+    model_values = jnp.where(jnp.isnan(model_values), jnp.inf, model_values)
     kept = problem.keeper.init(_tree.scale(problem.size, x))
     p = jax.tree.map(jnp.negative, y)
     lengths = (jnp.zeros_like(ry), jnp.zeros_like(ry), ry)
-    return State(i, x, r, p, ry, model_values, kept, reason, lengths)
+    steepest = jnp.zeros_like(ry)
+    return State(i, x, r, p, ry, model_values, kept, reason, lengths, steepest)
 
 
 def _step(problem: Problem, state: State) -> State:
@@ -179,17 +191,27 @@ def _step(problem: Problem, state: State) -> State:
     curvature = _tree.dot(state.p, product)
     positive = (curvature > 0) & (state.ry > 0)
     alpha = jnp.where(positive, state.ry / jnp.where(positive, curvature, 1), 1)
-    finite = jnp.isfinite(curvature) & jnp.isfinite(state.ry) & jnp.isfinite(alpha)
+    finite = jnp.isfinite(curvature) & jnp.isfinite(state.ry)
+    # None, too, is curvature so small that α is no float, or that the rounding of p has
+    # it: down the null space of A, where b is not of its range.
+    pp = state.lengths[2]
+    steepest = jnp.maximum(state.steepest, curvature / jnp.where(pp > 0, pp, 1))
+    rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
+    positive &= jnp.isfinite(alpha) & (curvature > rounding * steepest * pp)
+    alpha = jnp.where(positive, alpha, 1)
     moves = finite & (positive | ((state.i == 0) & (state.ry > 0)))
     leaves = jnp.zeros((), bool)
     if problem.region is not None:
         # Down a direction of negative curvature, too, the boundary is the best point.
         moves = finite & (state.ry > 0)
         alpha, leaves = _within(problem.region, state, alpha, positive)
+    beyond = _tree.axpy(alpha, state.p, state.x)
+    finite &= _tree.is_finite(_tree.scale(problem.size, beyond))
+    moves &= finite
     i = state.i + moves
 
     # `select`, not alpha = 0: what is not finite must not touch x.
-    x = _tree.select(moves, _tree.axpy(alpha, state.p, state.x), state.x)
+    x = _tree.select(moves, beyond, state.x)
     r = _tree.axpy(alpha, product, state.r)
     y = problem.precondition(r)
     ry = _tree.dot(r, y)
@@ -212,12 +234,13 @@ def _step(problem: Problem, state: State) -> State:
     worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
     reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
     xx, xp, pp = state.lengths
+    ahead = alpha if problem.region is None else alpha / problem.region.radius
     lengths = (
-        xx + alpha * (2 * xp + alpha * pp),
-        beta * (xp + alpha * pp),
+        xx + ahead * (2 * xp + ahead * pp),
+        beta * (xp + ahead * pp),
         ry + beta**2 * pp,
     )
-    return State(i, x, r, p, ry, model_values, kept, reason, lengths)
+    return State(i, x, r, p, ry, model_values, kept, reason, lengths, steepest)
 
 
 def _judge(
@@ -245,16 +268,18 @@ def _within(
     """
     xx, xp, pp = state.lengths
     if region.norm is not None:
+        x = _tree.scale(1 / region.radius, state.x)
         norm_p = region.norm(state.p)
-        pp, xp = _tree.dot(state.p, norm_p), _tree.dot(state.x, norm_p)
-        xx = _tree.dot(state.x, region.norm(state.x))
+        pp, xp = _tree.dot(state.p, norm_p), _tree.dot(x, norm_p)
+        xx = _tree.dot(x, region.norm(x))
     # In units of the radius and of ‖p‖, whose squares may leave float32.
-    unit = region.radius / jnp.sqrt(jnp.where(pp > 0, pp, 1))
-    cosine = xp / jnp.where(pp > 0, pp, 1) / unit
-    room = jnp.maximum(1 - jnp.square(jnp.sqrt(xx) / region.radius), 0)
+    length = jnp.sqrt(jnp.where(pp > 0, pp, 1))
+    cosine = xp / length
+    room = jnp.maximum(1 - xx, 0)
     root = jnp.sqrt(cosine**2 + room)
     # Of the two forms of the root, the one that subtracts nothing.
-    tau = unit * jnp.where(cosine > 0, room / (cosine + root), root - cosine)
+    tau = jnp.where(cosine > 0, room / (cosine + root), root - cosine)
+    tau = region.radius * (tau / length)
     leaves = (~positive | (alpha >= tau)) & (state.ry > 0)
     return jnp.where(leaves, tau, alpha), leaves
 

@@ -85,6 +85,12 @@ def select(predicate: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), on_true, on_false)
 
 
+def is_finite(tree: Tree) -> jax.Array:
+    """Return whether every entry is finite."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves, jnp.ones((), bool))
+
+
 def magnitude(tree: Tree) -> jax.Array:
     """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
 
@@ -100,8 +106,9 @@ def magnitude(tree: Tree) -> jax.Array:
         jnp.zeros((), dtype),
     )
     _, exponent = jnp.frexp(largest)
-    # Its reciprocal must be finite and normal too.
-    limit = jnp.finfo(dtype).maxexp - 2
+    # Its reciprocal must be finite and normal too, in the dtype of every leaf.
+    widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
+    limit = min(widest, default=jnp.finfo(dtype).maxexp) - 2
     power = jnp.ldexp(jnp.ones((), dtype), jnp.clip(exponent, -limit, limit))
     power = jnp.where(largest == 0, jnp.ones((), dtype), power)
     return jnp.where(jnp.isfinite(largest), power, largest)
