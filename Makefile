@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help test demo lint types format clean
+.PHONY: help test demo notebooks lint types format clean
 
 help:
 	@echo "make test   run the tests and doctests"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
+	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
 	@echo "make lint   ruff; make types: pyright; make format: ruff format"
 
 $(BIN)/installed: pyproject.toml
@@ -21,6 +22,9 @@ test: $(BIN)/installed
 
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks autoencoder
+
+notebooks: $(BIN)/installed
+	$(BIN)/python notebooks/build.py
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

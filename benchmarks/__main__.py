@@ -9,6 +9,7 @@ from benchmarks import (
     precision,
     preconditioners,
     product,
+    restart,
     rnn,
 )
 from benchmarks.options import Parser
@@ -20,6 +21,7 @@ _COMMANDS = {
     "preconditioners": preconditioners,
     "memory": memory,
     "rnn": rnn,
+    "restart": restart,
 }
 
 

@@ -5,29 +5,34 @@ r"""A race on a deep autoencoder: Hessian-free, Adam and L-BFGS.
         --optimizers hf --updates 100
     python -m benchmarks autoencoder --data mnist --data-dir data --seconds 3600
 
-Writes `history.json` into the folder `--out` as it goes, and pictures at the end.
+Writes `history.json` into the folder `--out` as it goes, and pictures at the end. The
+same command goes on where it was killed, or interrupted, from its checkpoints there.
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from benchmarks import milestones, options, problem, racers, report
+from benchmarks import checkpoint, milestones, options, problem, racers, report
+from benchmarks.checkpoint import Checkpoints, NotWholeError
 from benchmarks.history import ImageHistory, Row, Run, write_json
 from benchmarks.live import Live
-from benchmarks.problem import Problem
-from benchmarks.race import Limits, measurer, race
+from benchmarks.problem import Problem, machine
+from benchmarks.race import Limits, measurer, race_on
 from benchmarks.racers import Racer
 
 SECONDS = 34.0
 """For each run of the demo: its five stay under four minutes, compiling included."""
 
 _INTERRUPTED = 130
+_CHECKPOINTS = "checkpoints"
+"""Their folder: there as long as the race is unfinished."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,10 +88,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Live(console) as live:
             _race_all(args, given, limits, history, live)
+    except NotWholeError as error:
+        return options.refuse("autoencoder", error)
     except KeyboardInterrupt:
         status = _INTERRUPTED
-        console.print("Interrupted: this is what there is.")
+        console.print(
+            "Interrupted: this is what there is. The same command goes on from here."
+        )
     _report(history, given, folder, console)
+    if not status:
+        checkpoint.remove(folder / _CHECKPOINTS)
     return status
 
 
@@ -104,6 +115,7 @@ def _history(args: argparse.Namespace, given: Problem, folder: Path) -> ImageHis
     """Begin the history, on disk too: better to fail now than after the race."""
     settings = {
         **given.document(),
+        "optimizers": list(args.optimizers),
         "seconds": args.seconds,
         "updates": args.updates,
         "until_error": args.until_error,
@@ -114,8 +126,17 @@ def _history(args: argparse.Namespace, given: Problem, folder: Path) -> ImageHis
     path = folder / "history.json"
     history = ImageHistory(path, settings, entropy_floor=floor)
     folder.mkdir(parents=True, exist_ok=True)
-    history.save()
+    unfinished = list((folder / _CHECKPOINTS).glob("*"))
+    for checkpoints in unfinished:
+        checkpoint.check(checkpoints, _lasting(settings))
+    if not unfinished:  # Else the runs so far are in the file.
+        history.save()
     return history
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the machine: a run may go on on another."""
+    return {name: settings[name] for name in settings.keys() - machine().keys()}
 
 
 def _race_all(
@@ -128,20 +149,22 @@ def _race_all(
     """Race one after another: HF first, as the others may get the time it took."""
     train, test = jnp.asarray(given.images.train), jnp.asarray(given.images.test)
     measure = measurer(given.objective, train, test, given.params)
+    settings = _lasting(history.settings)
     for name, build in _builders(args, given, train):
         live.begin(name, limits)
-        racer = build()
-        run = Run[Row](name, racer.family, racer.compile_seconds)
+        run = Run[Row](name, name.split()[0], 0.0)
+        folder = history.path.parent / _CHECKPOINTS / name.replace(" ", "-")
         history.runs.append(run)
 
         def watch(seconds: float, run: Run[Row] = run) -> None:
             live.show(run, seconds)
             history.keep()
 
-        race(racer, given.params, measure, limits, run, watch)
+        with Checkpoints(folder, settings, Row) as checkpoints:
+            race_on(build, given.params, measure, limits, run, watch, checkpoints)
         live.show(run, run.last.seconds, last=True)
         history.save()
-        if racer.family == "hf":
+        if run.family == "hf":
             seconds = limits.seconds or run.last.seconds
             limits = Limits(seconds, updates=None, error=limits.error)
 

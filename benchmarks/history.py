@@ -99,6 +99,7 @@ class Run(Generic[R]):
       rows: measurements, the first before the first update.
       scalars: what each update did, if the racer says.
       params: the parameters that it has come to.
+      seconds: of training so far; the last row may be of a moment before.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Run(Generic[R]):
     rows: list[R] = dataclasses.field(default_factory=list)
     scalars: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     params: Any = None
+    seconds: float = 0.0
 
     @property
     def last(self) -> R:

@@ -1,5 +1,6 @@
 """A race against the clock: steps of one racer, with measurements between them."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 import hfjax
+from benchmarks.checkpoint import Checkpoints
 from benchmarks.history import Measured, Moment, Row, Run
 from benchmarks.network import Layers
-from benchmarks.racers import Racer, compile_ahead
+from benchmarks.racers import Carry, Racer, compile_ahead, zero_updates
 
 _PAUSE = 1.0
 """Seconds of training between measurements, where updates are small."""
@@ -74,7 +76,10 @@ def race(
     limits: Limits,
     run: Run[R],
     watch: Callable[[float], None],
-) -> None:
+    *,
+    resumed: Carry | None = None,
+    keep: Callable[[Carry], None] = lambda carry: None,
+) -> Carry:
     """Let one racer run to its limit, or until the loss is no number any more.
 
     `run` is filled in as it goes: an exception, `KeyboardInterrupt` above all,
@@ -88,30 +93,88 @@ def race(
       limits: when the run ends.
       run: to fill in.
       watch: called with the seconds of training after each step.
+      resumed: where the racer stood when it was killed, `run` having its history.
+      keep: called after each step, to save a checkpoint if it is time.
+
+    Returns:
+      Where the racer stands at the end.
     """
-    carry, seconds = racer.init(params), 0.0
-    run.params = params
-    run.rows.append(measure(Moment(0.0, 0, 0), params))
-    watch(seconds)
-    while not _over(run, seconds, limits):
+    carry = racer.init(params) if resumed is None else resumed
+    run.params = carry.params
+    if not run.rows:
+        run.rows.append(measure(Moment(0.0, 0, 0), params))
+    watch(run.seconds)
+    while not _over(run, limits):
         start = time.perf_counter()
         carry = jax.block_until_ready(racer.step(carry))
-        seconds += time.perf_counter() - start
+        run.seconds += time.perf_counter() - start
         run.params, scalars = carry.params, racer.read(carry)
         if scalars:
             run.scalars.append(scalars)
-        last = limits.seconds is not None and seconds >= limits.seconds
-        if scalars or last or seconds - run.last.seconds >= _PAUSE:
-            moment = Moment(seconds, int(carry.updates), run.cg_iterations)
+        last = limits.seconds is not None and run.seconds >= limits.seconds
+        if scalars or last or run.seconds - run.last.seconds >= _PAUSE:
+            moment = Moment(run.seconds, int(carry.updates), run.cg_iterations)
             run.rows.append(measure(moment, carry.params))
-        watch(seconds)
+        watch(run.seconds)
+        keep(carry)
+    return carry
 
 
-def _over(run: Run, seconds: float, limits: Limits) -> bool:
+def race_on(
+    build: Callable[[], Racer],
+    params: Any,
+    measure: Measure[R],
+    limits: Limits,
+    run: Run[R],
+    watch: Callable[[float], None],
+    checkpoints: Checkpoints[R],
+) -> None:
+    """Let a racer run as in `race`, from its newest checkpoint on.
+
+    Args:
+      build: compiles the racer; not called if the run had come to its end.
+      params: where it starts.
+      measure: as in `race`.
+      limits: as in `race`.
+      run: to fill in, with what the checkpoint holds first.
+      watch: as in `race`.
+      checkpoints: of the run; one is saved at the end in any case.
+
+    Raises:
+      NotWholeError: if there are checkpoints, and none of them is whole.
+    """
+    racer = functools.cache(build)
+
+    def like(finished: bool) -> Carry:
+        return _ended(params, zero_updates()) if finished else racer().init(params)
+
+    restored = checkpoints.restore(like, run)
+    if restored is not None and restored.finished:
+        return
+    run.compile_seconds = racer().compile_seconds
+    carry = race(
+        racer(),
+        params,
+        measure,
+        limits,
+        run,
+        watch,
+        resumed=restored and restored.carry,
+        keep=lambda carry: checkpoints.keep(carry, run),
+    )
+    checkpoints.save(_ended(carry.params, carry.updates), run, finished=True)
+
+
+def _ended(params: Any, updates: jax.Array) -> Carry:
+    """Return what is needed of a racer that has come to its end."""
+    return Carry(params, None, updates)
+
+
+def _over(run: Run, limits: Limits) -> bool:
     """Return whether a run has come to a limit, or to nothing."""
     row = run.last
     return (
-        (limits.seconds is not None and seconds >= limits.seconds)
+        (limits.seconds is not None and run.seconds >= limits.seconds)
         or (limits.updates is not None and row.updates >= limits.updates)
         or (limits.error is not None and row.error < limits.error)
         or not math.isfinite(row.loss)

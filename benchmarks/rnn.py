@@ -5,24 +5,27 @@ r"""Recurrent networks on sequences that ask for a long memory: Hessian-free and
         --seeds 3 --seconds 120
 
 Every run has a file in the folder `--out`, kept as it goes. The same command goes on
-where it was interrupted: what is finished is not run again.
+where it was killed, or interrupted, from its checkpoints there: what is finished is not
+run again.
 """
 
 import argparse
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import options, rnn_history, rnn_report, sequences
+from benchmarks import checkpoint, options, rnn_history, rnn_report, sequences
 from benchmarks import rnn_training as training
+from benchmarks.checkpoint import Checkpoints, NotWholeError
 from benchmarks.history import Run
 from benchmarks.live import Live
 from benchmarks.problem import machine
-from benchmarks.race import Limits, race
+from benchmarks.race import Limits, race_on
+from benchmarks.racers import Racer
 from benchmarks.rnn_history import Plan, Row, RunFile
 from benchmarks.rnn_tasks import TASKS
 from benchmarks.rnn_training import Sizes
@@ -136,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         for _, group in groupby(plans, key=lambda plan: plan[:3]):
             _run_group(args, list(group), folder, console)
+    except NotWholeError as error:
+        return options.refuse("rnn", error)
     except KeyboardInterrupt:
         status = _INTERRUPTED
         console.print("Interrupted: the same command goes on from here.")
@@ -170,6 +175,8 @@ def _check(args: argparse.Namespace, plans: Sequence[Plan], folder: Path) -> Non
             f"{args.gradient_cases} and {args.cases}"
         )
         raise ValueError(msg)
+    for plan in plans:
+        checkpoint.check(_checkpoints(folder, plan), _settings(args, plan))
     lines = {plan._replace(seed=0) for plan in plans}
     for found in rnn_history.read_all(folder):
         if found.plan._replace(seed=0) not in lines:
@@ -210,28 +217,47 @@ def _run_group(
         for plan in left:
             limits = _limits(args, plan, folder / plans[0].file)
             live.begin(plan.racer, limits)
-            if plan.family == "hf":
-                racer = training.hf(
-                    problem,
-                    sizes=sizes,
-                    structural=plan.setting,
-                    max_iterations=args.max_iterations,
-                )
-            else:
-                racer = adam()(plan.setting)
-            its = Run[Row](plan.racer, racer.family, racer.compile_seconds)
-            settings = {**_settings(args, plan), **machine()}
-            file = RunFile(folder / plan.file, settings, [its], plan=plan)
+            build = functools.partial(_racer, args, plan, problem, sizes, adam)
+            its = Run[Row](plan.racer, plan.family, 0.0)
+            settings = _settings(args, plan)
+            file = RunFile(folder / plan.file, settings | machine(), [its], plan=plan)
 
             def watch(seconds: float, file: RunFile = file) -> None:
                 live.show(file.runs[0], seconds)
                 file.keep()
 
-            drawn = training.sequences_of(problem, plan.family, sizes)
-            race(racer, problem.params, measure(drawn), limits, its, watch)
+            its_measure = measure(training.sequences_of(problem, plan.family, sizes))
+            place = _checkpoints(folder, plan)
+            with Checkpoints(place, settings, Row) as checkpoints:
+                race_on(
+                    build, problem.params, its_measure, limits, its, watch, checkpoints
+                )
             live.show(its, its.last.seconds, last=True)
             file.finished = True
             file.save()
+            checkpoint.remove(place)
+
+
+def _racer(
+    args: argparse.Namespace,
+    plan: Plan,
+    problem: training.Problem,
+    sizes: Sizes,
+    adam: Callable[[], Callable[[float], Racer]],
+) -> Racer:
+    """Compile who runs; Adam for all its rates at once."""
+    if plan.family != "hf":
+        return adam()(plan.setting)
+    return training.hf(
+        problem,
+        sizes=sizes,
+        structural=plan.setting,
+        max_iterations=args.max_iterations,
+    )
+
+
+def _checkpoints(folder: Path, plan: Plan) -> Path:
+    return folder / "checkpoints" / Path(plan.file).stem
 
 
 def _finished(path: Path) -> bool:

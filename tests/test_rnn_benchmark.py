@@ -13,6 +13,7 @@ from rich.console import Console
 from benchmarks import rnn, rnn_network, rnn_report
 from benchmarks import rnn_training as training
 from benchmarks.__main__ import main
+from benchmarks.checkpoint import Checkpoints
 from benchmarks.history import Moment
 from benchmarks.rnn_history import Ended, Plan, Row
 from benchmarks.rnn_tasks import TASKS
@@ -150,15 +151,18 @@ def test_a_table_is_left_goes_on_after_an_interrupt_and_does_nothing_twice(
     first, second, adam = (
         f"addition-30-{racer}-0.json" for racer in ("hf-0.03", "hf-0", "adam-0.001")
     )
-    options = ("--structural", "0.03,0", "--updates", "2", "--rates", "1e-3")
+    options = ("--structural", "0.03,0", "--updates", "3", "--rates", "1e-3")
     command = [*TINY, *options, "--out", str(tmp_path)]
-    show = rnn.Live.show
+    show, begun = rnn.Live.show, []
 
     def interrupted(self, run, seconds, **options):
         show(self, run, seconds, **options)
-        if run.name == "hf" and run.last.updates == 1:
+        if run.name == "hf" and run.last.updates == 2:
+            begun.extend(row._asdict() for row in run.rows)
             raise KeyboardInterrupt
 
+    # A checkpoint after every update; the one after the last that is shown is missing.
+    monkeypatch.setattr(Checkpoints, "_is_time", lambda self: True)
     with monkeypatch.context() as patch:
         patch.setattr(rnn.Live, "show", interrupted)
         assert main(command) == 130
@@ -180,11 +184,13 @@ def test_a_table_is_left_goes_on_after_an_interrupt_and_does_nothing_twice(
     assert (tmp_path / "addition-30.png").stat().st_size > 5000
     with_mu, without, rival = (files[name]["runs"][0] for name in (first, second, adam))
     assert with_mu == before
+    assert without["rows"][:2] == begun[:2]  # Seconds too: it went on.
+    assert not (tmp_path / "checkpoints" / second.removesuffix(".json")).exists()
     for run in (with_mu, without):
-        assert [row["updates"] for row in run["rows"]] == [0, 1, 2]
-        assert [row["sequences"] for row in run["rows"]] == [0, 24, 48]
-        assert len(run["updates"]) == 2
-        assert 0 < run["rows"][-1]["cg_iterations"] <= 10
+        assert [row["updates"] for row in run["rows"]] == [0, 1, 2, 3]
+        assert [row["sequences"] for row in run["rows"]] == [0, 24, 48, 72]
+        assert len(run["updates"]) == 3
+        assert 0 < run["rows"][-1]["cg_iterations"] <= 15
     # The same start, but another way; and as long as HF took.
     assert with_mu["rows"][0]["loss"] == without["rows"][0]["loss"]
     assert with_mu["rows"][1]["loss"] != without["rows"][1]["loss"]
@@ -197,7 +203,7 @@ def test_a_table_is_left_goes_on_after_an_interrupt_and_does_nothing_twice(
     def must_not_run(*_):
         pytest.fail("what is finished ran again")
 
-    monkeypatch.setattr(rnn, "race", must_not_run)
+    monkeypatch.setattr(rnn, "race_on", must_not_run)
     assert main(command) == 0
     again = capsys.readouterr().out
     for word in ("addition", "hf μ 0.03", "adam 0.001", "0/1"):

@@ -1,0 +1,273 @@
+"""Checkpoints of a run, by Orbax: the same command goes on where a run was killed.
+
+A checkpoint holds all that the next update needs, and the history so far. Batches are
+functions of the number of updates and of what the checkpoint holds, so that a run that
+was killed ends as one that was not, bit for bit, on the same machine and versions.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from benchmarks.history import Measured, Run, write_json
+from benchmarks.racers import Carry
+
+COST = 0.015
+"""Fraction of the time that goes into writing checkpoints, at most, but for the one at
+the end of a run: one that took 0.1 s is followed by the next after 7 s."""
+
+_KEPT = 2
+_GUESS = 0.1  # seconds that one takes, as long as none has been written
+
+R = TypeVar("R", bound=Measured)
+
+
+class NotWholeError(ValueError):
+    """There are checkpoints, and none of them is whole."""
+
+
+class Restored(NamedTuple):
+    """Where a run stood.
+
+    Attributes:
+      carry: of its racer.
+      finished: whether the run had come to its end.
+    """
+
+    carry: Carry
+    finished: bool
+
+
+class Checkpoints(Generic[R]):
+    """The checkpoints of one run: the newest two, in a folder of their own.
+
+    A context manager. Orbax writes beside, and renames when all is written: a kill in
+    the middle leaves the one before. A digest finds what a disk has spoiled.
+
+    Attributes:
+      folder: for them.
+      row: kind of the run's rows, made again by `row(**fields)`.
+      cost: fraction of the time that `keep` may take.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        row: Callable[..., R],
+        *,
+        cost: float = COST,
+    ) -> None:
+        check(folder, settings)
+        self.folder, self.row, self.cost = folder, row, cost
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(_settings_file(folder), settings)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=_KEPT,
+            cleanup_tmp_directories=True,
+            # In the background it would take time from the run, unseen.
+            enable_async_checkpointing=False,
+        )
+        with _quiet():  # A kill may have left one that was half deleted.
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._opened = self._ended = time.monotonic()
+        self._spent, self._took = 0.0, _GUESS
+
+    def __enter__(self) -> "Checkpoints[R]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def keep(self, carry: Carry, run: Run[R]) -> None:
+        """Save, if it is time: see `cost`.
+
+        Args:
+          carry: where the racer stands.
+          run: its history so far.
+        """
+        if self._is_time():
+            self.save(carry, run)
+
+    def save(self, carry: Carry, run: Run[R], *, finished: bool = False) -> None:
+        """Save now: whole or not at all, whenever the process may be killed.
+
+        Args:
+          carry: where the racer stands.
+          run: its history so far.
+          finished: whether it has come to its end.
+        """
+        begun = time.monotonic()
+        document = {
+            "finished": finished,
+            "seconds": run.seconds,
+            "compile_seconds": run.compile_seconds,
+            "rows": [row._asdict() for row in run.rows],
+            "scalars": run.scalars,
+        }
+        document["digest"] = digest(carry, document)
+        items = ocp.args.Composite(
+            carry=ocp.args.StandardSave(carry), run=ocp.args.JsonSave(document)
+        )
+        # Numbered as they come: a spoiled one is never in the way.
+        latest = self._manager.latest_step() or 0
+        self._manager.save(latest + 1, args=items, force=True)
+        self._ended = time.monotonic()
+        self._took = self._ended - begun
+        self._spent += self._took
+
+    def restore(self, like: Callable[[bool], Carry], run: Run[R]) -> Restored | None:
+        """Restore the newest that is whole; warn of those that are not.
+
+        Args:
+          like: given whether the run was finished, a carry of the same structure,
+            shapes and devices, whose numbers do not matter.
+          run: whose history to fill in.
+
+        Returns:
+          Where the run stood; `None` if there is no checkpoint.
+
+        Raises:
+          NotWholeError: if there are some, and none is whole.
+        """
+        spoiled = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found = self._attempt(step, like)
+            if isinstance(found, str):
+                spoiled.append(f"{self.folder / str(step)} is not whole: {found}")
+                continue
+            carry, document = found
+            for words in spoiled:
+                print(
+                    f"Warning: {words}; going on from the one before", file=sys.stderr
+                )
+            run.rows = [self.row(**row) for row in document["rows"]]
+            run.scalars, run.seconds = document["scalars"], document["seconds"]
+            run.compile_seconds = document["compile_seconds"]
+            run.params = carry.params
+            return Restored(carry, document["finished"])
+        if spoiled:
+            msg = f"{'; '.join(spoiled)}: remove {self.folder} to start anew"
+            raise NotWholeError(msg)
+        return None
+
+    def _is_time(self) -> bool:
+        """Return whether another costs no more than its share, so far and of late."""
+        now = time.monotonic()
+        lately = now - self._ended >= self._took / self.cost
+        return lately and (now - self._opened) * self.cost >= self._spent + self._took
+
+    def _attempt(
+        self, step: int, like: Callable[[bool], Carry]
+    ) -> tuple[Carry, dict[str, Any]] | str:
+        """Read one; return in words why it cannot be."""
+        with _quiet():
+            try:
+                return self._read(step, like)
+            except Exception as error:  # Orbax raises of many kinds.
+                first = (str(error).splitlines() or [""])[0]
+                words = f"{type(error).__name__}: {first[:100]}"
+            gc.collect()  # Else what it was reading complains later, and loudly.
+        return words
+
+    def _read(
+        self, step: int, like: Callable[[bool], Carry]
+    ) -> tuple[Carry, dict[str, Any]]:
+        """Read one, and see that it is what was written."""
+        item = ocp.args.Composite(run=ocp.args.JsonRestore())
+        document = self._manager.restore(step, args=item)["run"]
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            like(document["finished"]),
+        )
+        item = ocp.args.Composite(carry=ocp.args.StandardRestore(abstract))
+        carry = self._manager.restore(step, args=item)["carry"]
+        if document.pop("digest") != digest(carry, document):
+            msg = "its digest is another"
+            raise ValueError(msg)
+        return carry, document
+
+
+def check(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse checkpoints of a run with other settings.
+
+    Args:
+      folder: for the checkpoints; it may be missing.
+      settings: of the run that would go on, in JSON's types.
+
+    Raises:
+      ValueError: if they are not those that the folder was made for.
+    """
+    path = _settings_file(folder)
+    if not path.exists():
+        return
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        msg = f"{path} does not hold settings: {error}. Remove {folder}."
+        raise ValueError(msg) from error
+    for name, value in json.loads(json.dumps(settings)).items():
+        if found.get(name) != value:
+            msg = (
+                f"{folder} is of an unfinished run with {name} {found.get(name)}, not "
+                f"{value}: choose another --out, or remove it"
+            )
+            raise ValueError(msg)
+
+
+def digest(tree: Any, document: dict[str, Any] | None = None) -> str:
+    """Digest every bit: Orbax alone would not notice one that has flipped.
+
+    Args:
+      tree: of arrays and typed keys.
+      document: of JSON's types, digested with it.
+
+    Returns:
+      SHA-256, in hexadecimal digits.
+    """
+    found = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(tree):
+        typed_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if typed_key else leaf)
+        found.update(f"{leaf.dtype}{leaf.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def remove(folder: Path) -> None:
+    """Remove checkpoints that nobody needs any more.
+
+    Args:
+      folder: of a run, or of several; it may be missing.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settings_file(folder: Path) -> Path:
+    return folder / "settings.json"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Orbax says of spoiled files besides raising: pages of it."""
+    hook, level = sys.unraisablehook, logging.getLogger("absl").level
+    sys.unraisablehook = lambda _: None
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logging.getLogger("absl").setLevel(level)

@@ -1,0 +1,35 @@
+"""Execute the scripts beside this one into notebooks: `python notebooks/build.py`."""
+
+import argparse
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Write a notebook for every script, with what its cells print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for them")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in sorted(HERE.glob("*.py")):
+        if script == Path(__file__):
+            continue
+        notebook = jupytext.read(script)
+        client = nbclient.NotebookClient(
+            notebook, kernel_name="python3", record_timing=False, coalesce_streams=True
+        )
+        client.execute(cwd=str(HERE.parent))
+        # Only what the script and its output decide: else every build is a change.
+        notebook.metadata.pop("language_info", None)
+        for number, cell in enumerate(notebook.cells):
+            cell.id, cell.metadata = f"cell-{number}", {}
+        nbformat.write(notebook, folder / f"{script.stem}.ipynb")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Never a lost run
+#
+# A process that trains may be killed at any moment. Here it saves a checkpoint with
+# [Orbax](https://orbax.readthedocs.io) every few updates; started again, it goes on from
+# the newest, and ends with the same numbers, bit for bit.
+#
+# Everything that the next update needs is in two trees: the parameters, and the state
+# of the optimizer (λ, the warm start, the number of updates, and a key if anything is
+# random). Batches are a function of the number of updates, so their order is kept too.
+
+# %%
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+import hfjax
+
+folder = Path(os.environ.get("CHECKPOINT_FOLDER") or tempfile.mkdtemp()).absolute()
+
+# %% [markdown]
+# ## A problem
+#
+# A function of two variables, learned by a small network of Flax from 600 points, 200
+# of them in turn for each update. The preconditioner draws random signs, which puts a
+# key into the state.
+
+# %%
+x = jax.random.uniform(jax.random.key(0), (600, 2))
+data = (x, jnp.sin(6 * x[:, :1]) * x[:, 1:])
+
+model = nnx.Sequential(
+    nnx.Linear(2, 24, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(24, 1, rngs=nnx.Rngs(1))
+)
+graph, params = nnx.split(model, nnx.Param)
+
+objective = hfjax.Objective(
+    lambda params, x: nnx.merge(graph, params)(x), hfjax.losses.squared_error()
+)
+tx = hfjax.hessian_free(
+    objective,
+    preconditioner=hfjax.preconditioners.diagonal(hfjax.diagonals.ggn_rademacher),
+)
+
+
+@jax.jit
+def train_step(run):
+    params, state = run["params"], run["state"]
+    batch = hfjax.minibatching.in_turn(data, 200, state.count)
+    _, grads = objective.value_and_grad(params, batch)
+    updates, state = tx.update(grads, state, params, batch=batch)
+    params = optax.apply_updates(params, updates)
+    return {"params": params, "state": state}, objective.value(params, data)
+
+
+# %% [markdown]
+# ## The loop
+#
+# This is what to copy. Orbax writes a checkpoint beside its final place and renames it
+# when it is whole, so a kill in the middle of a write leaves the one before. It writes
+# in the background: what it is given must not change, so it gets a copy of the list.
+# The restored trees take structure, types and devices from those that are handed in.
+
+
+# %%
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def train(folder, updates, killed_at=None):
+    run, losses = {"params": params, "state": tx.init(params)}, []
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        newest = manager.latest_step()
+        if newest is not None:
+            like = ocp.args.Composite(
+                run=ocp.args.StandardRestore(run), losses=ocp.args.JsonRestore()
+            )
+            restored = manager.restore(newest, args=like)
+            run, losses = restored["run"], restored["losses"]
+        print(f"update {len(losses)}: starting here")
+        while (count := int(run["state"].count)) < updates:
+            if count == killed_at:
+                raise Killed
+            run, loss = train_step(run)
+            losses.append(float(loss))
+            if (count + 1) % 5 == 0:
+                items = ocp.args.Composite(
+                    run=ocp.args.StandardSave(run),
+                    losses=ocp.args.JsonSave(list(losses)),
+                )
+                manager.save(count + 1, args=items)
+                print(f"update {count + 1}: f = {loss:.2e}")
+    return run, losses
+
+
+# %% [markdown]
+# ## Undisturbed, and killed
+#
+# One run goes through. Another ends after 23 updates, three after its last checkpoint,
+# and is started again.
+
+# %%
+undisturbed, losses = train(folder / "undisturbed", 60)
+
+# %%
+try:
+    train(folder / "killed", 60, killed_at=23)
+except Killed:
+    print("gone")
+
+# %%
+resumed, resumed_losses = train(folder / "killed", 60)
+
+
+# %% [markdown]
+# ## The same, bit for bit
+
+
+# %%
+def digest(run):
+    """Hash every bit of parameters and state."""
+    bits = hashlib.sha256()
+    for leaf in jax.tree.leaves(run):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        bits.update(jax.device_get(leaf).tobytes())
+    return bits.hexdigest()
+
+
+assert digest(resumed) == digest(undisturbed)
+assert resumed_losses == losses
+print("identical:", digest(resumed)[:16])
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+counts = range(1, len(losses) + 1)
+axes.semilogy(counts, losses, color="0.75", linewidth=5, label="undisturbed")
+axes.semilogy(
+    counts, resumed_losses, color="C0", linewidth=1.2, label="killed, resumed"
+)
+for count, word, color, side in [
+    (20, "resumed here", "C2", "right"),
+    (23, "killed", "C3", "left"),
+]:
+    axes.axvline(count, color=color, linestyle=":")
+    offset = (-4 if side == "right" else 4, 0)
+    axes.annotate(
+        word,
+        (count, min(losses)),
+        offset,
+        textcoords="offset points",
+        color=color,
+        ha=side,
+    )
+axes.set_xlabel("updates")
+axes.set_ylabel("f on all data")
+axes.legend(frameon=False)
+axes.spines[["top", "right"]].set_visible(False)
