@@ -18,7 +18,7 @@ $(BIN)/installed: pyproject.toml
 	touch $@
 
 test: $(BIN)/installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks autoencoder

@@ -1,8 +1,9 @@
 """Checkpoints of a run, by Orbax: the same command goes on where a run was killed.
 
 A checkpoint holds all that the next update needs, and the history so far. Batches are
-functions of the number of updates and of what the checkpoint holds, so that a run that
-was killed ends as one that was not, bit for bit, on the same machine and versions.
+functions of the number of updates and of what the checkpoint holds, so that the updates
+of a run that was killed are those of one that was not, bit for bit, on the same machine
+and versions. Where the clock ends a run, it decides how many there are.
 """
 
 import contextlib
@@ -145,11 +146,14 @@ class Checkpoints(Generic[R]):
         """
         spoiled = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found = self._attempt(step, like)
-            if isinstance(found, str):
-                spoiled.append(f"{self.folder / str(step)} is not whole: {found}")
+            try:
+                document = _attempt(self._document, step)
+                # No attempt: it may compile, and if that fails the checkpoint is whole.
+                model = like(document["finished"])
+                carry = _attempt(self._carry, step, document, model)
+            except _SpoiledError as error:
+                spoiled.append(f"{self.folder / str(step)} is not whole: {error}")
                 continue
-            carry, document = found
             for words in spoiled:
                 print(
                     f"Warning: {words}; going on from the one before", file=sys.stderr
@@ -170,35 +174,39 @@ class Checkpoints(Generic[R]):
         lately = now - self._ended >= self._took / self.cost
         return lately and (now - self._opened) * self.cost >= self._spent + self._took
 
-    def _attempt(
-        self, step: int, like: Callable[[bool], Carry]
-    ) -> tuple[Carry, dict[str, Any]] | str:
-        """Read one; return in words why it cannot be."""
-        with _quiet():
-            try:
-                return self._read(step, like)
-            except Exception as error:  # Orbax raises of many kinds.
-                first = (str(error).splitlines() or [""])[0]
-                words = f"{type(error).__name__}: {first[:100]}"
-            gc.collect()  # Else what it was reading complains later, and loudly.
-        return words
-
-    def _read(
-        self, step: int, like: Callable[[bool], Carry]
-    ) -> tuple[Carry, dict[str, Any]]:
-        """Read one, and see that it is what was written."""
+    def _document(self, step: int) -> dict[str, Any]:
+        """Read the history of one."""
         item = ocp.args.Composite(run=ocp.args.JsonRestore())
-        document = self._manager.restore(step, args=item)["run"]
+        return self._manager.restore(step, args=item)["run"]
+
+    def _carry(self, step: int, document: dict[str, Any], like: Carry) -> Carry:
+        """Read the carry of one, and see that all is what was written."""
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            like(document["finished"]),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         item = ocp.args.Composite(carry=ocp.args.StandardRestore(abstract))
         carry = self._manager.restore(step, args=item)["carry"]
-        if document.pop("digest") != digest(carry, document):
+        rest = {name: x for name, x in document.items() if name != "digest"}
+        if document["digest"] != digest(carry, rest):
             msg = "its digest is another"
             raise ValueError(msg)
-        return carry, document
+        return carry
+
+
+class _SpoiledError(Exception):
+    """A checkpoint cannot be read."""
+
+
+def _attempt(read: Callable[..., Any], *args: Any) -> Any:
+    """Read something of a checkpoint that may be spoiled."""
+    with _quiet():
+        try:
+            return read(*args)
+        except Exception as error:  # Orbax raises of many kinds.
+            first = (str(error).splitlines() or [""])[0]
+            words = f"{type(error).__name__}: {first[:100]}"
+        gc.collect()  # Else what it was reading complains later, and loudly.
+    raise _SpoiledError(words)
 
 
 def check(folder: Path, settings: dict[str, Any]) -> None:

@@ -205,6 +205,8 @@ def _run_group(
 ) -> None:
     """Do the runs on one problem: HF first, as Adam may get the time it took."""
     left = [plan for plan in plans if not _finished(folder / plan.file)]
+    for plan in set(plans) - set(left):  # Killed between its end and this.
+        checkpoint.remove(_checkpoints(folder, plan))
     if not left:
         return
     task, length, seed = plans[0][:3]

@@ -104,8 +104,8 @@ def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
 
 
 @contextlib.contextmanager
-def told(call: str, **trees: Tree) -> Iterator[None]:
-    """Tell whoever reads an error of a user's function what it was called with.
+def noting_call(call: str, **trees: Tree) -> Iterator[None]:
+    """Note in an error of a user's function what it was called with.
 
     The error stays what it is; a note is added.
 
@@ -128,11 +128,11 @@ def describe(tree: Tree) -> str:
       tree: of anything.
 
     Returns:
-      As in `['b'] float32[2], ['w'] float32[3,2]`.
+      As in `dict(['b'] float32[2], ['w'] float32[3,2])`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
     if jax.tree_util.all_leaves([tree]):
         return _kind(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     words = [
         f"{jax.tree_util.keystr(path)} {_kind(leaf)}" for path, leaf in leaves[:_SHOWN]
     ]

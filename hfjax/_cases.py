@@ -123,7 +123,7 @@ def as_cases(batch: tuple, name: str = "batch") -> Cases:
         raise ValueError(msg)
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         msg = f"`{name}` weights must be real, got {weights.dtype}."
-        raise ValueError(msg)
+        raise TypeError(msg)
     return Cases(inputs, targets, weights.astype(_tree.wide(weights.dtype)))
 
 
@@ -144,8 +144,9 @@ def check_outputs(outputs: Tree, cases: int) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             msg = (
-                "`model_fn` must return arrays of real floats, and nothing that the "
-                f"loss does not read, got {dtype or type(leaf).__name__} at {where}."
+                "`model_fn` must return arrays of real floats and nothing else, got "
+                f"{dtype or type(leaf).__name__} at {where}. (What the loss reads "
+                "besides, as lengths or masks, belongs to the targets.)"
             )
             raise TypeError(msg)
         if leaf.shape[:1] != (cases,):

@@ -31,9 +31,10 @@ class Reason(enum.IntEnum):
     MAX_ITERATIONS = 2
     """The limit was reached."""
     NONPOSITIVE_CURVATURE = 3
-    """pᵀA p ≤ 0: A is not positive definite; the iterate is kept."""
+    """pᵀA p ≤ 0, or so small that rounding has it; the iterate is kept."""
     NONFINITE = 4
-    """b, a product or the preconditioner is not finite; the last iterate that was."""
+    """b, a product, the preconditioner or the next iterate is not finite; the last that
+    was."""
     BOUNDARY = 5
     """The iterates left the trust region; x lies on its boundary."""
     OBJECTIVE_ROSE = 6
@@ -78,7 +79,7 @@ class Problem(NamedTuple):
     precondition: Preconditioner
     b: Tree
     rhs_norm: jax.Array
-    size: jax.Array
+    x_size: jax.Array  # x is in units of it.
     max_iterations: int  # Sizes the history of M.
     limit: jax.Array | int  # At most that; may be traced.
     min_iterations: int
@@ -141,7 +142,7 @@ def run(
         precondition=precondition,
         b=scaled,
         rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
-        size=x_size,
+        x_size=x_size,
         max_iterations=max_iterations,
         limit=limit,
         min_iterations=min_iterations,
@@ -167,7 +168,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     b = problem.b
     if x0 is None:
         x, r = jax.tree.map(jnp.zeros_like, b), jax.tree.map(jnp.negative, b)
-        model = jnp.zeros((), problem.size.dtype)
+        model = jnp.zeros((), problem.x_size.dtype)
     else:
         x, product = x0, problem.matvec(x0)
         r = jax.tree.map(jnp.subtract, product, b)
@@ -179,7 +180,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     reason = _judge(problem, i, r, model_values)
     reason = jnp.where(jnp.isfinite(ry) & jnp.isfinite(model), reason, Reason.NONFINITE)
     model_values = jnp.where(jnp.isnan(model_values), jnp.inf, model_values)
-    kept = problem.keeper.init(_tree.scale(problem.size, x))
+    kept = problem.keeper.init(_tree.scale(problem.x_size, x))
     p = jax.tree.map(jnp.negative, y)
     lengths = (jnp.zeros_like(ry), jnp.zeros_like(ry), ry)
     steepest = jnp.zeros_like(ry)
@@ -206,7 +207,7 @@ def _step(problem: Problem, state: State) -> State:
         moves = finite & (state.ry > 0)
         alpha, leaves = _within(problem.region, state, alpha, positive)
     beyond = _tree.axpy(alpha, state.p, state.x)
-    finite &= _tree.is_finite(_tree.scale(problem.size, beyond))
+    finite &= ~moves | _tree.is_finite(_tree.scale(problem.x_size, beyond))
     moves &= finite
     i = state.i + moves
 
@@ -230,7 +231,7 @@ def _step(problem: Problem, state: State) -> State:
     reason = jnp.where(leaves, Reason.BOUNDARY, reason)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
     is_last = reason != Reason.RUNNING
-    kept = problem.keeper.update(state.kept, i, _tree.scale(problem.size, x), is_last)
+    kept = problem.keeper.update(state.kept, i, _tree.scale(problem.x_size, x), is_last)
     worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
     reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
     xx, xp, pp = state.lengths

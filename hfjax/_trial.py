@@ -15,9 +15,9 @@ from hfjax.damping import Damping, ReductionRatio, measured_ratio, rounding_nois
 from hfjax.linesearch import LineSearch, StepSize
 from hfjax.state import HessianFreeInfo, Rejection, no_info
 
-_PART = 0.3
-"""Of √|M| that damping must make up to have a part in the step; it is √½ where λ is all
-that matters (heuristic)."""
+_PART = 0.1
+"""Of |M| that damping must make up to have a part in the step; it is as much as |M| where
+λ is all that matters (heuristic)."""
 
 
 class Trial(NamedTuple):
@@ -94,12 +94,14 @@ def reduction(
     trial: Trial,
     ratio: ReductionRatio,
     penalty: ValueFn,
+    part: jax.Array,
     value_on_batch: ValueFn | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the change of f and M(δ), of the step and data that ρ is to judge.
 
-    `penalty` is δ ↦ ½ δᵀ(A − B)δ, what damping adds to M; `value_on_batch` is f on the
-    curvature data, `None` where the evaluation data are the same.
+    `penalty` is δ ↦ ½ δᵀ(A − B)δ, what damping adds to M, and `part` that of the chosen
+    step; `value_on_batch` is f on the curvature data, `None` where the evaluation data
+    are the same.
     """
     _, result, value, choice, slope, search = trial
     is_last = ratio.step == "last"
@@ -108,7 +110,8 @@ def reduction(
     index = result.num_iterations if is_last else choice.iteration
     predicted = result.model_values[index]
     if ratio.model == "undamped":
-        predicted -= penalty(step)
+        # It may cost a product.
+        predicted -= penalty(step) if is_last else part
     if ratio.step == "taken":
         # M(αδ) = α ∇fᵀδ + ½α² δᵀBδ, and ½δᵀBδ = M(δ) − ∇fᵀδ.
         alpha = search.step_size
@@ -129,10 +132,10 @@ def noise_of(value: jax.Array, gradient: Tree, params: Tree) -> jax.Array:
     """
 
     def leaf(g: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.finfo(x.dtype).eps * (g * x.astype(g.dtype))
+        return jnp.finfo(x.dtype).eps * g * x.astype(g.dtype)
 
     of_params = _tree.norm(jax.tree.map(leaf, gradient, params))
-    # Where it is no number, the update is rejected for other reasons.
+    # Beyond the floats it counts for nothing: f is there, too.
     return rounding_noise(value) + jnp.where(jnp.isfinite(of_params), of_params, 0)
 
 
@@ -163,22 +166,21 @@ def adapt(
     trial: Trial,
     ratio: jax.Array,
     seen: jax.Array,
-    penalty: ValueFn,
+    part: jax.Array,
 ) -> jax.Array:
     """Return λ, or the radius, for the next update.
 
     It stays where f shows nothing of a step that it has no part in either: at a minimum
-    λ would fall for ever, and be no use to the next data.
+    λ would fall for ever, and be no use to the next data. `part` is what damping adds to
+    M of the chosen step.
     """
     _, result, _, choice, _, _ = trial
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
-    # As roots, and of a step scaled to 1: where λ is all that matters, ‖δ‖² may be no
-    # float.
-    size = _tree.magnitude(choice.step)
-    model = jnp.sqrt(jnp.abs(result.model_values[choice.iteration])) / size
-    part = jnp.sqrt(penalty(_tree.scale(1 / size, choice.step)))
-    has_part = on_boundary | (part >= _PART * model)
+    model = jnp.abs(result.model_values[choice.iteration])
+    # Where λ is all that matters, ‖δ‖² may be too small to be a float.
+    vanished = (part == 0) & (model <= jnp.finfo(model.dtype).tiny / _PART)
+    has_part = on_boundary | vanished | (part >= _PART * model)
     adapted = rule.update(damping, ratio, on_boundary)
     return jnp.where(seen | has_part, adapted, damping)
 

@@ -23,9 +23,9 @@ from hfjax import _options, _tree, damping_matrices
 from hfjax._types import Matvec, Number, NumberOrSchedule, Tree
 from hfjax.damping_matrices import Builder, DampingMatrix, identity
 
-_LARGEST = 1e18
+_RAISED_TO = 1e18
 """λ is raised no higher: 1/λ is then below the rounding of steps of any usual scale."""
-_HIGHEST = 1e30
+_SET_TO = 1e30
 """What a caller may set λ to, for a loss of such a scale: λ‖p‖² is finite in float32."""
 
 
@@ -119,9 +119,16 @@ def constant(
     _options.check_range("value", value, low=0.0)
     settable = _options.is_plain_number(value)
     zero = jnp.zeros((), jnp.int32)
+
+    def current(state: jax.Array, count: jax.Array) -> jax.Array:
+        if not settable:
+            return _options.read(value, count)
+        # A caller may have set it to anything, and NaN would stay for ever.
+        return jnp.where(jnp.isfinite(state), state, _options.read(value, zero))
+
     return Damping(
         init=lambda: _options.read(value, zero),
-        current=lambda state, count: state if settable else _options.read(value, count),
+        current=current,
         update=lambda state, ratio, on_boundary=None: state,
         ratio=ReductionRatio(),
         matrix=damping_matrices.as_matrix(matrix),
@@ -145,7 +152,11 @@ def levenberg_marquardt(
     """Adapt λ in A = B + λD + μS to how well the model predicts.
 
     λ ← `decrease` · λ if ρ > `upper`; λ ← `increase` · λ if ρ < `lower`, or if ρ is
-    NaN or the update was rejected. At the thresholds λ stays.
+    NaN or the update was rejected. At the thresholds λ stays. It is raised to 1e18 at
+    most; a caller may set it to 1e30.
+
+    Of a step too small to be seen in f, ρ is 1, rejected or not; and λ stays where it has
+    no part in such a step.
 
     Args:
       init: first λ > 0, on the scale of the mean objective's curvature. 1 is a
@@ -199,7 +210,7 @@ def levenberg_marquardt(
         adapted = jnp.where(ratio > upper, damping * decrease, grown)
         # Zero would never rise again.
         tiny = jnp.finfo(damping.dtype).tiny
-        highest = jnp.maximum(damping, _LARGEST)  # Where a caller has set it higher.
+        highest = jnp.maximum(damping, _RAISED_TO)  # Where a caller has set it higher.
         return jnp.clip(adapted, jnp.maximum(minimum, tiny), highest).astype(
             damping.dtype
         )
@@ -208,7 +219,7 @@ def levenberg_marquardt(
         del count
         # A caller may have set it to anything, and NaN would stay for ever.
         known = jnp.where(jnp.isfinite(damping), damping, init).astype(damping.dtype)
-        return jnp.clip(known, 0, _HIGHEST)
+        return jnp.clip(known, 0, _SET_TO)
 
     return Damping(
         init=lambda: jnp.asarray(init),

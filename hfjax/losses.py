@@ -115,7 +115,7 @@ def softmax_cross_entropy() -> Loss:
     def mass(t: jax.Array) -> jax.Array:
         return jnp.sum(t, axis=-1, keepdims=True)
 
-    positive = Targets("probabilities, none negative", lambda z, t: t >= 0)
+    positive = Targets("0 or more", lambda z, t: t >= 0)
     curvature = _softmax_curvature(mass)
     return by_leaf(value, *curvature, jax.nn.softmax, targets=positive)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree, losses
-from hfjax._arguments import as_params, told
+from hfjax._arguments import as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, unfold
 from hfjax._means import AxisName, Means
 from hfjax._types import NumberOrSchedule, Params, Tree
@@ -304,7 +304,9 @@ class Objective:
     def losses_of(self, params: Params, cases: Cases) -> jax.Array:
         """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
         outputs = self.forward(params, cases)
-        with told("`loss(outputs, targets)`", outputs=outputs, targets=cases.targets):
+        with noting_call(
+            "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
+        ):
             values = self.loss.value(outputs, cases.targets)
         return values.astype(_tree.wide(values.dtype))
 
@@ -314,7 +316,7 @@ class Objective:
         return jnp.sum(cases.weights.astype(values.dtype) * values)
 
     def _model(self, params: Params, inputs: Tree) -> Tree:
-        with told("`model_fn(params, inputs)`", params=params, inputs=inputs):
+        with noting_call("`model_fn(params, inputs)`", params=params, inputs=inputs):
             return self.model_fn(params, inputs)
 
     @property

@@ -25,7 +25,7 @@ class Rejection(enum.IntEnum):
     ZERO_GRADIENT = 2
     """The gradient is zero: there is nothing to do; λ stays."""
     NONFINITE_PRODUCT = 3
-    """A curvature product, the preconditioner or the model became NaN or infinite."""
+    """A curvature product, the preconditioner, M or the step became NaN or infinite."""
     NONFINITE_VALUE = 4
     """f at the parameters, or at every candidate, is NaN or infinite."""
     NO_DESCENT = 5

@@ -7,7 +7,7 @@ Only this room knows all the others. One update, with `δ` the step, `A = B + λ
     δ           the kept iterate that backtracking on f chooses
     ρ, λ        how well M predicted the change of f; λ for the next update
     α           line search along δ
-    θ + α δ     if f has fallen; else θ, λ raised, warm start dropped
+    θ + α δ     if f has fallen; else θ, and the warm start dropped
 """
 
 from typing import Any, NamedTuple
@@ -308,10 +308,11 @@ def _update(
     # ρ, and λ for the next update.
     rule = parts.damping.ratio
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
-    change, predicted = reduction(trial, rule, penalty, value_on_batch)
+    part = penalty(choice.step)
+    change, predicted = reduction(trial, rule, penalty, part, value_on_batch)
     noise = noise_of(value, gradient, params)
     ratio, seen = ratio_of(rejection, change, predicted, noise, rule.expected)
-    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, penalty)
+    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, part)
     stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
     adapted = jnp.where(stays, point.damping, adapted)
 

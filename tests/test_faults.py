@@ -294,7 +294,7 @@ BAD_TARGETS = {
     "softmax": (
         losses.softmax_cross_entropy(),
         jnp.full((8, 2), 0.5, F32).at[0, 1].set(-0.5),
-        "1 of the cases (case 0) are not probabilities",
+        "1 of the cases (case 0) are not 0 or more",
     ),
     "labels": (
         losses.softmax_cross_entropy_with_integer_labels(),

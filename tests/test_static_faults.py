@@ -117,7 +117,7 @@ def test_a_state_without_a_key_is_refused_where_one_is_needed():
         ((X, T[:3]), ValueError, "must lead with the same number of cases"),
         ((X[:0], T[:0]), ValueError, "holds no cases"),
         ((X, T, jnp.ones((4, 1))), ValueError, r"weights must have shape \(4,\)"),
-        ((X, T, jnp.ones(4) * 1j), ValueError, "be real, got complex"),
+        ((X, T, jnp.ones(4) * 1j), TypeError, "be real, got complex"),
         (
             ([[1.0] * 3] * 4, T),
             TypeError,

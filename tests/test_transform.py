@@ -195,13 +195,14 @@ def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model):
     )
     value, slope = value_fn(zero), -jnp.sum(chosen)
     trial = Trial(jnp.float64(1), result, value, choice, slope, search)
+
+    def penalty(x):
+        return 0.5 * damping * jnp.dot(x, x)
+
     for data in ("batch", "eval_batch"):
         ratio = hfjax.damping.ReductionRatio(model, step, data)
         change, predicted = reduction(
-            trial,
-            ratio,
-            lambda x: 0.5 * damping * jnp.dot(x, x),
-            lambda x: 2 * value_fn(x),
+            trial, ratio, penalty, penalty(chosen), lambda x: 2 * value_fn(x)
         )
         judged = {"chosen": chosen, "last": last, "taken": alpha * chosen}[step]
         expected = damped_model(judged)
