@@ -179,7 +179,8 @@ def adapt(
     on_boundary &= choice.iteration == result.num_iterations
     model = jnp.abs(result.model_values[choice.iteration])
     # Where λ is all that matters, ‖δ‖² may be too small to be a float.
-    vanished = (part == 0) & (model <= jnp.finfo(model.dtype).tiny / _PART)
+    shortest = 8 * jnp.sqrt(jnp.finfo(part.dtype).tiny)
+    vanished = (part == 0) & (_tree.magnitude(choice.step) <= shortest)
     has_part = on_boundary | vanished | (part >= _PART * model)
     adapted = rule.update(damping, ratio, on_boundary)
     return jnp.where(seen | has_part, adapted, damping)

@@ -128,7 +128,9 @@ def train(params, batches, weight_decay=0.0, model_fn=network):
         if update + 1 == SETTLED:
             settled = memory()
     arrays, size, blocks, process = memory()
-    assert (arrays, size) == settled[:2]
+    # What leaks in each update would be 1,500 arrays; some constants come late.
+    assert arrays <= settled[0] + 100
+    assert size <= settled[1] + 10_000
     assert blocks <= settled[2] + BLOCKS
     assert process <= settled[3] + HEAP
     assert state.count == UPDATES

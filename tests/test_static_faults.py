@@ -139,7 +139,7 @@ OUTPUTS = {
     "integers": (
         lambda p, x: (x @ p["w"]).astype(jnp.int32),
         TypeError,
-        "real floats, .* got int32 at outputs",
+        "real floats.* got int32 at outputs",
     ),
     "complex": (lambda p, x: 1j * (x @ p["w"]), TypeError, "got complex"),
     "a sum": (lambda p, x: jnp.sum(x @ p["w"]), ValueError, "keep the case axis first"),
