@@ -22,7 +22,7 @@ if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:  # Else Hypothesis writes h
     atexit.register(storage.cleanup)
 settings.register_profile(
     "quick",
-    max_examples=25,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,  # The first example compiles.
@@ -31,7 +31,7 @@ settings.register_profile(
 settings.register_profile(
     "long",
     settings.get_profile("quick"),
-    max_examples=500,
+    max_examples=800,
     derandomize=False,
     print_blob=True,
 )
