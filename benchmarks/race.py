@@ -79,6 +79,7 @@ def race(
     *,
     resumed: Carry | None = None,
     keep: Callable[[Carry], None] = lambda carry: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Carry:
     """Let one racer run to its limit, or until the loss is no number any more.
 
@@ -95,6 +96,8 @@ def race(
       watch: called with the seconds of training after each step.
       resumed: where the racer stood when it was killed, `run` having its history.
       keep: called after each step, to save a checkpoint if it is time.
+      clock: tells the seconds of training. `time.process_time` counts those of all
+        threads, and does not count what other programs take of the machine.
 
     Returns:
       Where the racer stands at the end.
@@ -105,9 +108,9 @@ def race(
         run.rows.append(measure(Moment(0.0, 0, 0), params))
     watch(run.seconds)
     while not _over(run, limits):
-        start = time.perf_counter()
+        start = clock()
         carry = jax.block_until_ready(racer.step(carry))
-        run.seconds += time.perf_counter() - start
+        run.seconds += clock() - start
         run.params, scalars = carry.params, racer.read(carry)
         if scalars:
             run.scalars.append(scalars)
@@ -128,6 +131,7 @@ def race_on(
     run: Run[R],
     watch: Callable[[float], None],
     checkpoints: Checkpoints[R],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Let a racer run as in `race`, from its newest checkpoint on.
 
@@ -139,6 +143,7 @@ def race_on(
       run: to fill in, with what the checkpoint holds first.
       watch: as in `race`.
       checkpoints: of the run; one is saved at the end in any case.
+      clock: as in `race`.
 
     Raises:
       NotWholeError: if there are checkpoints, and none of them is whole.
@@ -161,6 +166,7 @@ def race_on(
         watch,
         resumed=restored and restored.carry,
         keep=lambda carry: checkpoints.keep(carry, run),
+        clock=clock,
     )
     checkpoints.save(_ended(carry.params, carry.updates), run, finished=True)
 

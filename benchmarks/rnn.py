@@ -11,6 +11,7 @@ run again.
 
 import argparse
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +33,7 @@ from benchmarks.rnn_training import Sizes
 
 SECONDS = 240.0
 _OPTIMIZERS = ("hf", "adam")
+_CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _INTERRUPTED = 130
 
 
@@ -84,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         help=f"training time of each run; default: {SECONDS:g}; if --updates is given, "
         "no limit for HF, and for Adam what HF took",
+    )
+    add(
+        "--clock",
+        choices=tuple(_CLOCKS),
+        default="wall",
+        help="what --seconds are: of the clock on the wall, or of processor time, all "
+        "threads together, which other work on the machine moves little; default: wall",
     )
     add("--updates", type=options.count, help="stop HF after so many")
     add(
@@ -193,6 +202,7 @@ def _check(args: argparse.Namespace, plans: Sequence[Plan], folder: Path) -> Non
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """Describe what a run depends on, besides its plan."""
     settings = {"seconds": args.seconds, "updates": args.updates, "stop": args.stop}
+    settings["clock"] = args.clock
     if plan.family == "hf":
         settings["cases"] = args.cases
         settings["gradient_cases"] = args.gradient_cases
@@ -232,7 +242,14 @@ def _run_group(
             place = _checkpoints(folder, plan)
             with Checkpoints(place, settings, Row) as checkpoints:
                 race_on(
-                    build, problem.params, its_measure, limits, its, watch, checkpoints
+                    build,
+                    problem.params,
+                    its_measure,
+                    limits,
+                    its,
+                    watch,
+                    checkpoints,
+                    _CLOCKS[args.clock],
                 )
             live.show(its, its.last.seconds, last=True)
             file.finished = True

@@ -93,6 +93,30 @@ def go(racer, params, updates, folder, carries):
     return run
 
 
+def test_seconds_are_those_of_the_clock_that_is_given():
+    ticks = iter(range(100))
+    racer = racers.Racer(
+        "racer",
+        "hf",
+        init=lambda params: racers.Carry(params, None, racers.zero_updates()),
+        step=lambda carry: carry._replace(updates=carry.updates + 1),
+        read=lambda carry: {"cg_iterations": 0},
+        compile_seconds=0.0,
+    )
+    run = Run("racer", "hf", 0.0)
+    # Two readings a step, one apart: a second each.
+    race.race(
+        racer,
+        {"w": jnp.ones(2)},
+        measure,
+        Limits(seconds=3.0),
+        run,
+        lambda seconds: None,
+        clock=lambda: float(next(ticks)),
+    )
+    assert [row.seconds for row in run.rows] == [0.0, 1.0, 2.0, 3.0]
+
+
 class Stopped(BaseException):
     """What a kill is to a process."""
 

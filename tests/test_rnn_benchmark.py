@@ -250,6 +250,7 @@ def write(path, *, settings=None, rows=((0.0, 0, 0, 0, 1.0, 1.0),)):
         "seconds": 240.0,
         "updates": None,
         "stop": 0.01,
+        "clock": "wall",
         "cases": 12,
         "gradient_cases": 24,
         "max_iterations": 5,
@@ -271,6 +272,9 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path, capsys):
     assert main([*TINY, *options]) == 2
     message = capsys.readouterr().err
     assert "cases 7, not 12: choose another --out" in message
+    # Seconds of another clock are other seconds.
+    assert main([*TINY, *options, "--cases", "7", "--clock", "processor"]) == 2
+    assert "clock wall, not processor" in capsys.readouterr().err
     # Nor are those of another seed, which the table would put into the same line.
     assert main([*TINY, *options, "--seed", "1"]) == 2
     capsys.readouterr()
