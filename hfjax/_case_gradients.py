@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from hfjax import _tree
+from hfjax import _sharding, _tree
 from hfjax._types import Params, Tree
 
 _NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
@@ -63,7 +63,7 @@ def held_entries(case_gradient: Callable[[Tree], Params], data: Tree) -> int:
         outputs, _ = _gradients(case_gradient, one)
         held = sum(leaf.size for leaf in outputs if not isinstance(leaf, _Outer))
 
-    jax.eval_shape(count, jax.tree.map(lambda leaf: leaf[:1], data))
+    jax.eval_shape(count, _sharding.first_case(data))
     return held
 
 
@@ -98,13 +98,15 @@ class _Outer:
 def _square_and_sum(leaf: "_Outer | jax.Array", weights: jax.Array) -> jax.Array:
     if not isinstance(leaf, _Outer):
         squares = jnp.square(leaf.astype(_tree.wide(leaf.dtype)))
-        return jnp.tensordot(weights.astype(squares.dtype), squares, axes=1)
+        return _sharding.contracted(
+            weights.astype(squares.dtype), squares, ((0,), (0,))
+        )
     left = jnp.square(leaf.left.astype(_tree.wide(leaf.left.dtype)))
     right = jnp.square(leaf.right.astype(_tree.wide(leaf.right.dtype)))
     left = left * weights.reshape(-1, *[1] * (left.ndim - 1)).astype(left.dtype)
     left_axes, right_axes = leaf.contracted
-    contracted = ((0, *left_axes), (0, *right_axes))
-    product = jax.lax.dot_general(left, right, (contracted, ((), ())))
+    axes = ((0, *left_axes), (0, *right_axes))
+    product = _sharding.contracted(left, right, axes)
     return product.transpose([axis - 1 for axis in leaf.axes[1:]])
 
 

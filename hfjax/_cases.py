@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hfjax import _tree
+from hfjax import _sharding, _tree
 from hfjax._types import Tree
 
 
@@ -48,8 +48,10 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     total = cases.weights.shape[0]
     if microbatch_size is None or microbatch_size >= total:
         return Microbatches(1, cases)
-    count = -(-total // microbatch_size)
-    rounds = -(-total // count)
+    # Of cases sharded by type, each device gets as many of every microbatch.
+    shards = _sharding.shards_of_cases(cases)
+    count = -(-total // max(shards, microbatch_size // shards * shards))
+    rounds = -(-total // (count * shards)) * shards
     missing = rounds * count - total
 
     def fold(leaf: jax.Array) -> jax.Array:
@@ -69,7 +71,11 @@ def thinned(batch: tuple, cases: int) -> tuple:
 
     Every k-th, so that each device still holds its share of sharded cases.
     """
-    every = max(1, as_cases(batch).weights.shape[0] // cases)
+    given = as_cases(batch)
+    total, shards = given.weights.shape[0], _sharding.shards_of_cases(given)
+    every = max(1, total // cases)
+    while -(-total // every) % shards:
+        every -= 1
     return jax.tree.map(lambda leaf: leaf[::every], tuple(batch))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _sharding, _tree
 from hfjax._cases import Cases, Microbatches, as_cases, split
 from hfjax._types import Params, Tree
 
@@ -47,10 +47,8 @@ class Means(NamedTuple):
             return jax.tree.map(jnp.add, total, part), None
 
         shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
-        zeros = jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, _tree.wide(shape.dtype)), shapes
-        )
-        return jax.lax.scan(step, self.local(zeros), jnp.arange(parts.count))[0]
+        zeros = self.local(_tree.widen(_sharding.zeros(shapes)))
+        return jax.lax.scan(step, zeros, jnp.arange(parts.count))[0]
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Divide the sum over all devices by that of their weights."""
@@ -77,12 +75,4 @@ class Means(NamedTuple):
         names = (
             self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         )
-        # Under `vmap(axis_name=…)` there is no such mesh axis, and nothing to mark.
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-
-        def leaf(x: jax.Array) -> jax.Array:
-            varying = jax.typeof(x).manual_axis_type.varying
-            missing = tuple(n for n in names if n in manual and n not in varying)
-            return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-        return jax.tree.map(leaf, tree)
+        return _sharding.vary(tree, names)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree
+from hfjax import _options, _sharding, _tree
 from hfjax._pcg import CGResult as CGResult
 from hfjax._pcg import Reason as Reason
 from hfjax._pcg import run
@@ -249,9 +249,7 @@ def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
     A loop of one or two rounds, so that the run is compiled once.
     """
     zero = jax.tree.map(jnp.zeros_like, x0)
-    unknown = jax.tree.map(
-        lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(run, x0)
-    )
+    unknown = _sharding.zeros(jax.eval_shape(run, x0))
 
     def unfinished(carry: tuple[jax.Array, Tree, CGResult]) -> jax.Array:
         rounds, _, result = carry

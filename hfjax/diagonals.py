@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax import _case_gradients, _options
+from hfjax import _case_gradients, _options, _sharding
 from hfjax._cases import Cases, as_cases
 from hfjax._types import Number, Params, Tree
 from hfjax.objective import Objective
@@ -232,7 +232,7 @@ def needs_key(estimate: Estimate) -> bool:
 
 def outputs_per_case(objective: Objective, params: Params, batch: tuple) -> int:
     """Count the outputs of a case: units, times steps, over all leaves."""
-    inputs = jax.tree.map(lambda leaf: leaf[:1], as_cases(batch).inputs)
+    inputs = _sharding.first_case(as_cases(batch).inputs)
     shapes = jax.eval_shape(objective.outputs, params, inputs)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -267,7 +267,8 @@ def _mean_of_squares(
       probes: how many squares a case has.
       share: of each.
     """
-    local = objective.local(params)
+    cases, zero = as_cases(batch), jnp.zeros((), jnp.int32)
+    local = objective.local(_sharding.gathered(params, cases))
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
         def gradient(data: tuple) -> Params:
@@ -285,9 +286,7 @@ def _mean_of_squares(
 
         if probes == 1:
             return one(zero)
-        total = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, zero)
-        )
+        total = _sharding.zeros(jax.eval_shape(one, zero))
         return jax.lax.fori_loop(
             0,
             probes,
@@ -295,11 +294,10 @@ def _mean_of_squares(
             objective.local(total),
         )
 
-    cases, zero = as_cases(batch), jnp.zeros((), jnp.int32)
     held = _case_gradients.held_entries(
         gradient_of(zero), (cases.inputs, cases.targets)
     )
     bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
-    mean = bounded.mean(sum_of_squares, batch)
+    mean = _sharding.like(bounded.mean(sum_of_squares, batch), params)
     decay = jnp.zeros(()) if objective.decay is None else objective.decay
     return jax.tree.map(lambda x: share * x + decay.astype(x.dtype), mean)

@@ -269,10 +269,11 @@ def _write(
     kept: Kept, slot: jax.Array, i: jax.Array, x: Tree, value: jax.Array
 ) -> Kept:
     write = jax.lax.dynamic_update_index_in_dim
+    here = jnp.arange(len(kept.iterations)) == slot
     return Kept(
         jax.tree.map(
             lambda buffer, leaf: write(buffer, leaf, slot, 0), kept.iterates, x
         ),
-        write(kept.iterations, i, slot, 0),
-        write(kept.values, value, slot, 0),
+        jnp.where(here, i, kept.iterations),
+        jnp.where(here, value, kept.values),
     )

@@ -9,6 +9,7 @@ ROOMS = [
     "_types",
     "_options",
     "_tree",
+    "_sharding",
     "_arguments",
     "_repair",
     "_loss",
