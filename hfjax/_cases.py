@@ -76,7 +76,9 @@ def thinned(batch: tuple, cases: int) -> tuple:
     every = max(1, total // cases)
     while -(-total // every) % shards:
         every -= 1
-    return jax.tree.map(lambda leaf: leaf[::every], tuple(batch))
+    return jax.tree.map(
+        lambda leaf: jax.lax.slice_in_dim(leaf, 0, total, every), tuple(batch)
+    )
 
 
 def unfold(stacked: jax.Array, total: int) -> jax.Array:

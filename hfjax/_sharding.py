@@ -71,6 +71,21 @@ def shards_of_cases(tree: Tree) -> int:
     return max(counts)
 
 
+def alike(data: Tree) -> Tree:
+    """Lay all leaves' case axes as one of them has it, for `jax.vmap` over the cases."""
+    specs = [(s, s.spec[0]) for leaf in jax.tree.leaves(data) if (s := _typed(leaf))]
+    specs = [(sharding, cases) for sharding, cases in specs if cases is not None]
+    if not specs:
+        return data
+    sharding, cases = specs[0]
+
+    def leaf(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(cases, *jax.typeof(x).sharding.spec[1:])
+        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(leaf, data)
+
+
 def gathered(tree: Tree, data: Tree) -> Tree:
     """Gather a tree over the axes that the cases of `data` lie over, by type.
 

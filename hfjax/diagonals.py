@@ -267,7 +267,7 @@ def _mean_of_squares(
       probes: how many squares a case has.
       share: of each.
     """
-    cases, zero = as_cases(batch), jnp.zeros((), jnp.int32)
+    cases, zero = _sharding.alike(as_cases(batch)), jnp.zeros((), jnp.int32)
     local = objective.local(_sharding.gathered(params, cases))
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
@@ -298,6 +298,6 @@ def _mean_of_squares(
         gradient_of(zero), (cases.inputs, cases.targets)
     )
     bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
-    mean = _sharding.like(bounded.mean(sum_of_squares, batch), params)
+    mean = _sharding.like(bounded.mean(sum_of_squares, tuple(cases)), params)
     decay = jnp.zeros(()) if objective.decay is None else objective.decay
     return jax.tree.map(lambda x: share * x + decay.astype(x.dtype), mean)

@@ -75,12 +75,18 @@ def basis(
     _options.check_count("dimension", dimension, low=1)
     dtype = _tree.scalar_dtype(b)
     precondition = (lambda r: r) if preconditioner is None else preconditioner
-    vectors = jax.tree.map(lambda x: jnp.zeros((dimension, *x.shape), x.dtype), b)
+    vectors = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.zeros_like(x)[None], (dimension, *x.shape)), b
+    )
 
     def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
         (vectors, matrix), candidate = carry
         v = _orthonormal(candidate, vectors)
-        vectors = jax.tree.map(lambda all_, x: all_.at[k].set(x), vectors, v)
+        vectors = jax.tree.map(
+            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, k, 0),
+            vectors,
+            v,
+        )
         product = matvec(v)
         matrix = matrix.at[:, k].set(_coordinates(vectors, product))
         following = precondition(product)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -77,6 +78,23 @@ def test_dense_layers_are_not_formed_case_by_case():
         return jax.lax.dot_general(hidden, out, (((1,), (0,)), ((), ())))
 
     assert held(hfjax.Objective(einsum, SQUARED), params, batch) == 70
+    # Nor where layers are checkpointed.
+    assert held(hfjax.Objective(recomputed, SQUARED), params, batch) == 70
+
+
+def recomputed(params, x):
+    """Run `mlp`, every hidden layer for itself recomputed on the way back."""
+    *hidden, last = params
+    for layer in hidden:
+        x = jax.checkpoint(lambda layer, x: jnp.tanh(mlp([layer], x)))(layer, x)
+    return mlp([last], x)
+
+
+def test_the_diagonal_of_checkpointed_layers_equals_dense():
+    problem = named("mlp_squared_error")
+    found = fisher(dataclasses.replace(problem, model_fn=recomputed))
+    truth = reference.empirical_fisher(problem)
+    np.testing.assert_allclose(flat(found), truth, rtol=1e-10, atol=1e-20)
 
 
 def test_no_array_of_cases_by_weights_is_in_the_program():

@@ -1,0 +1,84 @@
+"""Every part takes arrays whose sharding is part of their type; traced, not compiled."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mapped import mesh, needs_devices
+from test_sharded_params import PROBLEM, whole
+
+import hfjax
+from hfjax import backtracking, cg, curvature, damping, diagonals, iterates
+
+pytestmark = needs_devices
+
+
+def with_hidden(params, x):
+    outputs = PROBLEM.model_fn(params, x)
+    return outputs, jnp.tanh(x @ whole(params[0][0]))
+
+
+CONFIGURATIONS = {
+    "martens2010": hfjax.recipes.martens2010,
+    "curvature_guarded": hfjax.recipes.curvature_guarded,
+    "momentum_like": hfjax.recipes.momentum_like,
+    "hessian": {"curvature": curvature.hessian},
+    "finite_differences": {"curvature": curvature.finite_difference_hessian},
+    "fisher": {"curvature": curvature.empirical_fisher},
+    "rademacher": {
+        "preconditioner": hfjax.preconditioners.diagonal(
+            functools.partial(diagonals.ggn_rademacher, num_probes=2)
+        )
+    },
+    "exact": {"preconditioner": hfjax.preconditioners.diagonal(diagonals.ggn_exact)},
+    "curvature_diagonal": {"damping": damping.constant(0.1, matrix="curvature_diagonal")},
+    "curvature": {"damping": damping.constant(0.1, matrix="curvature")},
+    "structural": {
+        "damping": damping.levenberg_marquardt(init=0.1, structural=0.3),
+        "preconditioner": None,
+    },
+    "trust_region": {
+        "solver": hfjax.trust_region.steihaug_toint(),
+        "damping": hfjax.trust_region.radius(init=0.1),
+    },
+    "krylov": {"solver": hfjax.krylov.subspace_descent(dimension=5)},
+    "best": {
+        "solver": cg.conjugate_gradient(keep=iterates.best()),
+        "backtracking": backtracking.full_search(cases=20),
+    },
+}
+
+
+def placed(kind, *, sharded):
+    here = mesh(kind)
+    cases = NamedSharding(here, PartitionSpec("cases"))
+    layout = cases if sharded else NamedSharding(here, PartitionSpec())
+    return jax.device_put(PROBLEM.params, layout), jax.device_put(PROBLEM.batch, cases)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_part_takes_arrays_that_are_laid_out_by_type(name, sharded):
+    params, batch = placed(AxisType.Explicit, sharded=sharded)
+    given = CONFIGURATIONS[name]
+    objective = PROBLEM.objective(microbatch_size=16)
+    if name == "structural":
+        objective = hfjax.Objective(
+            with_hidden, objective.loss, hidden_loss=hfjax.losses.squared_error()
+        )
+    make = given if callable(given) else functools.partial(hfjax.hessian_free, **given)
+    tx = make(objective)
+    state = tx.init(params)
+
+    def step(params, state):
+        _, grads = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    after = jax.eval_shape(step, params, state)
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+    assert jax.tree.map(lambda x: x.sharding.spec, after[0]) == layouts
+    assert jax.tree.map(lambda x: x.sharding.spec, after[1].direction) == layouts

@@ -1,0 +1,184 @@
+"""Parameters sharded over the devices: the same updates, and no more sent than must be.
+
+Read from the compiled program. The model runs under the name `model`, which is in the
+name of every operation that comes of differentiating it; what it sends is its own.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mapped import DEVICES, mesh, needs_devices
+from problems import Problem, layers, mlp, normal
+from reference import quick_jit
+
+import hfjax
+from benchmarks import collectives
+
+pytestmark = needs_devices
+UPDATES = 10
+CASES = 64  # So many that it takes less to send the weights than what units hold.
+
+
+def model_fn(params, x):
+    with jax.named_scope("model"):
+        return mlp(jax.tree.map(whole, params), x)
+
+
+def whole(leaf):
+    """Gather a leaf whose sharding is part of its type, as a model must ask for then."""
+    sharding = jax.typeof(leaf).sharding
+    if not any(sharding.spec):
+        return leaf
+    return jax.sharding.reshard(leaf, sharding.update(spec=PartitionSpec()))
+
+
+def problem():
+    rng = np.random.default_rng(3)
+    weights = jnp.linspace(0.2, 2, CASES).at[16:32].set(0)  # A device's whole share.
+    batch = (normal(rng, CASES, 4), normal(rng, CASES, 4), weights)
+    params = layers(rng, 4, 8, 12, 4)
+    return Problem("sharded", params, model_fn, "squared_error", batch, 0.01)
+
+
+PROBLEM = problem()
+SIZE = sum(leaf.size for leaf in jax.tree.leaves(PROBLEM.params))
+TX_OPTIONS = {
+    "damping": hfjax.damping.levenberg_marquardt(init=1.0),
+    "solver": hfjax.cg.conjugate_gradient(
+        max_iterations=8,
+        stopping=hfjax.stopping.martens_sutskever2012(1e-2, minimum_window=2),
+    ),
+}
+
+
+def step_of(objective):
+    tx = hfjax.hessian_free(objective, **TX_OPTIONS)
+
+    def step(params, state, batch):
+        _, grads = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    return tx, step
+
+
+def train(tx, step, params, batch):
+    state, told = tx.init(params), []
+    for _ in range(UPDATES):
+        params, state = step(params, state, batch)
+        told.append((state.info.value_after, state.damping, state.info.cg_iterations))
+    return params, state, np.asarray(told)
+
+
+@functools.cache
+def on_one_device():
+    tx, step = step_of(PROBLEM.objective())
+    params, _, told = train(tx, quick_jit(step), PROBLEM.params, PROBLEM.batch)
+    return ravel_pytree(params)[0], told
+
+
+LAYOUTS = [
+    (kind, sharded)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for sharded in (False, True)
+]
+every_layout = pytest.mark.parametrize(
+    ("kind", "sharded"),
+    LAYOUTS,
+    ids=[f"{kind.name}-{'sharded' if s else 'replicated'}" for kind, s in LAYOUTS],
+)
+
+
+@functools.cache
+def trained(kind, sharded):
+    """Compile one update; train with it. Return parameters, state, course, program."""
+    here = mesh(kind)
+    cases = NamedSharding(here, PartitionSpec("cases"))
+    layout = cases if sharded else NamedSharding(here, PartitionSpec())
+    params = jax.device_put(PROBLEM.params, layout)
+    batch = jax.device_put(PROBLEM.batch, cases)
+    tx, step = step_of(PROBLEM.objective())
+    compiled = quick_jit(step).lower(params, tx.init(params), batch).compile()
+    return *train(tx, compiled, params, batch), compiled.as_text()
+
+
+@every_layout
+def test_ten_updates_are_those_of_one_device(kind, sharded):
+    params, _, told, _ = trained(kind, sharded)
+    right_params, right = on_one_device()
+    np.testing.assert_allclose(told, right, rtol=1e-12)
+    np.testing.assert_allclose(
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)]),
+        right_params,
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+@every_layout
+def test_parameters_and_state_stay_as_they_were_laid_out(kind, sharded):
+    params, state, _, _ = trained(kind, sharded)
+    for leaf in jax.tree.leaves((params, state.direction)):
+        share = leaf.addressable_shards[0].data.size * (DEVICES if sharded else 1)
+        assert share == leaf.size
+
+
+def read(kind, sharded):
+    """Return the collectives of the update, and those of an iteration of CG."""
+    text = trained(kind, sharded)[-1]
+    sent = collectives.read(text)
+    # CG is the only loop within a loop: it runs once more, if need be, from zero.
+    (inner,) = [body for body, loop in collectives.loops(text).items() if loop.parent]
+    return sent, [one for one in sent if one.loop == inner]
+
+
+def entries(sent, *kinds):
+    """Return how many entries of arrays are sent, and how many scalars."""
+    shapes = [dims for one in sent if one.kind in kinds for _, dims in one.shapes]
+    arrays = [math.prod(dims) for dims in shapes if dims]
+    return sum(arrays), len(shapes) - len(arrays)
+
+
+def sums(sent):
+    return entries(sent, "all-reduce", "reduce-scatter")
+
+
+@every_layout
+def test_a_product_sums_one_vector_over_the_devices(kind, sharded):
+    _, iteration = read(kind, sharded)
+    vectors, scalars = sums(iteration)
+    assert vectors == SIZE
+    # Sums of each leaf (pᵀAp, rᵀy and ‖r‖², whether x is finite) where leaves are cut.
+    assert scalars <= (4 * len(jax.tree.leaves(PROBLEM.params)) if sharded else 0)
+
+
+@every_layout
+def test_an_update_sums_gradient_diagonal_and_products_only(kind, sharded):
+    sent, iteration = read(kind, sharded)
+    outside = [one for one in sent if one not in iteration]
+    # Of the gradient, the Fisher's diagonal, and the product with the start x₀.
+    assert sums(outside)[0] == 3 * SIZE
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_nothing_is_gathered_where_parameters_are_replicated(kind):
+    sent, _ = read(kind, sharded=False)
+    assert {one.kind for one in sent} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_are_gathered_by_the_model_alone(kind):
+    sent, iteration = read(kind, sharded=True)
+    assert {one.kind for one in sent} == {"all-reduce", "all-gather"}
+    for one in sent:
+        if one.kind == "all-gather":
+            assert "model" in one.name, one
+    # A product gathers its v, once: θ was gathered when the model was linearised.
+    assert entries(iteration, "all-gather") == (SIZE, 0)
