@@ -14,11 +14,15 @@ def main() -> None:
     """Write a notebook for every script, with what its cells print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for them")
-    folder = parser.parse_args().out
+    known = sorted({path.stem for path in HERE.glob("*.py")} - {Path(__file__).stem})
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}; default: all")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))} among {known}")
+    folder = args.out
     folder.mkdir(parents=True, exist_ok=True)
-    for script in sorted(HERE.glob("*.py")):
-        if script == Path(__file__):
-            continue
+    for name in args.names or known:
+        script = HERE / f"{name}.py"
         notebook = jupytext.read(script)
         client = nbclient.NotebookClient(
             notebook, kernel_name="python3", record_timing=False, coalesce_streams=True
@@ -28,7 +32,7 @@ def main() -> None:
         notebook.metadata.pop("language_info", None)
         for number, cell in enumerate(notebook.cells):
             cell.id, cell.metadata = f"cell-{number}", {}
-        nbformat.write(notebook, folder / f"{script.stem}.ipynb")
+        nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

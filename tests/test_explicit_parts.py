@@ -34,7 +34,9 @@ CONFIGURATIONS = {
         )
     },
     "exact": {"preconditioner": hfjax.preconditioners.diagonal(diagonals.ggn_exact)},
-    "curvature_diagonal": {"damping": damping.constant(0.1, matrix="curvature_diagonal")},
+    "curvature_diagonal": {
+        "damping": damping.constant(0.1, matrix="curvature_diagonal")
+    },
     "curvature": {"damping": damping.constant(0.1, matrix="curvature")},
     "structural": {
         "damping": damping.levenberg_marquardt(init=0.1, structural=0.3),

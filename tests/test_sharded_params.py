@@ -100,9 +100,12 @@ every_layout = pytest.mark.parametrize(
 def trained(kind, sharded):
     """Compile one update; train with it. Return parameters, state, course, program."""
     here = mesh(kind)
+    return trained_on(here, PartitionSpec("cases") if sharded else PartitionSpec())
+
+
+def trained_on(here, spec):
+    params = jax.device_put(PROBLEM.params, NamedSharding(here, spec))
     cases = NamedSharding(here, PartitionSpec("cases"))
-    layout = cases if sharded else NamedSharding(here, PartitionSpec())
-    params = jax.device_put(PROBLEM.params, layout)
     batch = jax.device_put(PROBLEM.batch, cases)
     tx, step = step_of(PROBLEM.objective())
     compiled = quick_jit(step).lower(params, tx.init(params), batch).compile()
@@ -120,6 +123,15 @@ def test_ten_updates_are_those_of_one_device(kind, sharded):
         rtol=1e-12,
         atol=1e-12,
     )
+
+
+def test_each_vector_may_lie_over_some_of_the_devices():
+    # Two devices hold a vector, and two such pairs half of the cases each.
+    here = mesh(axes=("cases", "model"), shape=(2, 2))
+    params, state, told, _ = trained_on(here, PartitionSpec("model"))
+    np.testing.assert_allclose(told, on_one_device()[1], rtol=1e-12)
+    for leaf in jax.tree.leaves((params, state.direction)):
+        assert 2 * leaf.addressable_shards[0].data.size == leaf.size
 
 
 @every_layout
