@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _sharding, _tree
 from hfjax._types import Matvec, Preconditioner, Tree
 from hfjax.iterates import Keeper, Kept
 from hfjax.stopping import Progress, StoppingRule
@@ -167,7 +167,7 @@ def run(
 def _start(problem: Problem, x0: Tree | None) -> State:
     b = problem.b
     if x0 is None:
-        x, r = jax.tree.map(jnp.zeros_like, b), jax.tree.map(jnp.negative, b)
+        x, r = _sharding.zeros_like(b), jax.tree.map(jnp.negative, b)
         model = jnp.zeros((), problem.x_size.dtype)
     else:
         x, product = x0, problem.matvec(x0)

@@ -33,6 +33,16 @@ def vary(tree: Tree, names: tuple[Any, ...]) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
+def zeros_like(tree: Tree) -> Tree:
+    """Return zeros, laid out as a tree is.
+
+    `jnp.zeros_like` is compiled apart and, in jax 0.12, forgets the layout at times.
+    """
+    return jax.tree.map(
+        lambda x: jnp.where(jnp.zeros((), bool), x, jnp.zeros((), x.dtype)), tree
+    )
+
+
 def zeros(shapes: Tree) -> Tree:
     """Return zeros, laid out as `jax.eval_shape` says.
 

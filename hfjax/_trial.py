@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree
+from hfjax import _options, _sharding, _tree
 from hfjax._cases import thinned
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
@@ -118,7 +118,7 @@ def reduction(
         predicted = alpha * slope + alpha**2 * (predicted - slope)
         step, after = _tree.scale(alpha, step), search.value
     if value_on_batch is not None and ratio.data == "batch":
-        value = value_on_batch(jax.tree.map(jnp.zeros_like, step))
+        value = value_on_batch(_sharding.zeros_like(step))
         after = value_on_batch(step)
     return after - value, predicted
 

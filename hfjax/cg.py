@@ -248,7 +248,7 @@ def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
 
     A loop of one or two rounds, so that the run is compiled once.
     """
-    zero = jax.tree.map(jnp.zeros_like, x0)
+    zero = _sharding.zeros_like(x0)
     unknown = _sharding.zeros(jax.eval_shape(run, x0))
 
     def unfinished(carry: tuple[jax.Array, Tree, CGResult]) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _bfgs, _options, _tree
+from hfjax import _bfgs, _options, _sharding, _tree
 from hfjax._types import Matvec, Number, Preconditioner, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
@@ -76,7 +76,8 @@ def basis(
     dtype = _tree.scalar_dtype(b)
     precondition = (lambda r: r) if preconditioner is None else preconditioner
     vectors = jax.tree.map(
-        lambda x: jnp.broadcast_to(jnp.zeros_like(x)[None], (dimension, *x.shape)), b
+        lambda x: jnp.broadcast_to(x[None], (dimension, *x.shape)),
+        _sharding.zeros_like(b),
     )
 
     def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
@@ -149,7 +150,9 @@ def subspace_descent(
         finite = jnp.all(jnp.isfinite(built.matrix)) & jnp.all(jnp.isfinite(slope))
         matrix = jnp.where(finite, built.matrix, jnp.eye(dimension, dtype=slope.dtype))
         slope = size * jnp.where(finite, slope, 0)
-        vectors = _tree.select(finite, built.vectors, _zeros(built.vectors))
+        vectors = _tree.select(
+            finite, built.vectors, _sharding.zeros_like(built.vectors)
+        )
 
         weights = _minimise(
             _within(subproblem, vectors), matrix, slope, floor, max_iterations
@@ -263,7 +266,3 @@ def _combination(weights: jax.Array, vectors: Tree) -> Tree:
         lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=_EXACT),
         vectors,
     )
-
-
-def _zeros(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, tree)

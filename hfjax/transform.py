@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax import _options, _tree
+from hfjax import _options, _sharding, _tree
 from hfjax._arguments import as_params, check_gradient
 from hfjax._cases import as_cases
 from hfjax._system import Point, assemble
@@ -295,7 +295,7 @@ def _update(
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value_fn = subproblem.value_fn
-    value = value_fn(jax.tree.map(jnp.zeros_like, b))
+    value = value_fn(_sharding.zeros_like(b))
     choice = choose(parts.backtracking, point, result)
     slope = slope_along(gradient, choice.step)
     rate = parts.learning_rate
