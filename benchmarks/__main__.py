@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from benchmarks import (
     autoencoder,
     memory,
+    multihost,
     precision,
     preconditioners,
     product,
     restart,
     rnn,
+    scaling,
 )
 from benchmarks.options import Parser
 
@@ -22,6 +24,8 @@ _COMMANDS = {
     "memory": memory,
     "rnn": rnn,
     "restart": restart,
+    "multihost": multihost,
+    "scaling": scaling,
 }
 
 

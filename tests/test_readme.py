@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_example_trains_to_what_the_text_promises_and_parts_swap():
     pytest.importorskip("flax.nnx")
-    example, swap, recurrent = BLOCKS
+    example, swap, recurrent, devices = BLOCKS
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -30,6 +30,11 @@ def test_example_trains_to_what_the_text_promises_and_parts_swap():
     names["state"] = state
     _, state = names["train_step"](names["params"], state, names["batch"])
     assert state.info.accepted
+    if 500 % jax.device_count() == 0:
+        exec(devices, names)
+        assert len(names["batch"][0].sharding.device_set) == jax.device_count()
+        params, state = names["train_step"](names["params"], state, names["batch"])
+        assert state.info.accepted
     exec(recurrent, names)
     objective, params, tx = (names[name] for name in ("objective", "params", "tx"))
     batch = (jnp.ones((4, 6, 2)), jnp.ones((4, 1)))
