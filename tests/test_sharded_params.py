@@ -103,7 +103,11 @@ def trained(kind, sharded):
 
 
 def trained_on(here, spec):
-    params = jax.device_put(PROBLEM.params, NamedSharding(here, spec))
+    layout = jax.tree.map(
+        lambda leaf: NamedSharding(here, PartitionSpec(*spec[: leaf.ndim])),
+        PROBLEM.params,
+    )
+    params = jax.device_put(PROBLEM.params, layout)
     cases = NamedSharding(here, PartitionSpec("cases"))
     batch = jax.device_put(PROBLEM.batch, cases)
     tx, step = step_of(PROBLEM.objective())
@@ -124,13 +128,20 @@ def test_ten_updates_are_those_of_one_device(kind, sharded):
     )
 
 
-def test_each_vector_may_lie_over_some_of_the_devices():
-    # Two devices hold a vector, and two such pairs half of the cases each.
+@functools.cache
+def trained_in_a_square(*spec):
     here = mesh(axes=("cases", "model"), shape=(2, 2))
-    params, state, told, _ = trained_on(here, PartitionSpec("model"))
+    return trained_on(here, PartitionSpec(*spec))
+
+
+@pytest.mark.parametrize("spec", [("model",), ("cases", "model")])
+def test_vectors_may_lie_over_some_of_the_devices_or_be_cut_both_ways(spec):
+    # Two pairs of devices have half of the cases each.
+    params, state, told, _ = trained_in_a_square(*spec)
     np.testing.assert_allclose(told, on_one_device()[1], rtol=1e-12)
     for leaf in jax.tree.leaves((params, state.direction)):
-        assert 2 * leaf.addressable_shards[0].data.size == leaf.size
+        parts = 2 ** len(spec[: leaf.ndim])
+        assert parts * leaf.addressable_shards[0].data.size == leaf.size
 
 
 @every_layout
@@ -197,3 +208,15 @@ def test_sharded_parameters_are_gathered_by_the_model_alone(kind):
         assert entries(inside, "all-gather") == (SIZE, 0)
     before = [one for one in sent if one.loop is None]
     assert entries(before, "all-gather")[0] <= 4 * SIZE
+
+
+def test_dots_do_not_gather_leaves_that_are_cut_both_ways():
+    # As `jnp.vdot` would, which ravels; the model gathers each leaf, or what units hold.
+    text = trained_in_a_square("cases", "model")[-1]
+    (inner,) = [body for body, loop in collectives.loops(text).items() if loop.parent]
+    gathers = [
+        one
+        for one in collectives.read(text)
+        if one.loop == inner and one.kind == "all-gather"
+    ]
+    assert 0 < len(gathers) <= len(jax.tree.leaves(PROBLEM.params))
