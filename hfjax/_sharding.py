@@ -6,6 +6,7 @@ product, loops that start from zeros of another layout, gradients with respect t
 is the same on all devices. Everywhere else these functions change nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -61,13 +62,18 @@ def like(tree: Tree, other: Tree) -> Tree:
 
 
 def first_case(tree: Tree) -> Tree:
-    """Return the shapes of a tree of one case, for `jax.eval_shape`.
+    """Return one case of a tree, or its shapes, for `jax.eval_shape`.
 
-    Not a slice: of an axis that is sharded by type, one row is none.
+    Of an axis that is sharded by type no row can be taken; else a slice keeps what
+    `shard_map` has in the type.
     """
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), tree
-    )
+
+    def leaf(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
+        if _typed(x) is None:
+            return x[:1]
+        return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
 def shards_of_cases(tree: Tree) -> int:
@@ -76,22 +82,20 @@ def shards_of_cases(tree: Tree) -> int:
     for leaf in jax.tree.leaves(tree):
         sharding = _typed(leaf)
         if sharding is not None:
-            sizes = [sharding.mesh.shape[name] for name in _axes(sharding.spec[:1])]
-            counts.append(_product(sizes))
+            names = _axes(sharding.spec[:1])
+            counts.append(math.prod(sharding.mesh.shape[name] for name in names))
     return max(counts)
 
 
 def alike(data: Tree) -> Tree:
     """Lay all leaves' case axes as one of them has it, for `jax.vmap` over the cases."""
-    specs = [(s, s.spec[0]) for leaf in jax.tree.leaves(data) if (s := _typed(leaf))]
-    specs = [(sharding, cases) for sharding, cases in specs if cases is not None]
-    if not specs:
+    typed = [s for leaf in jax.tree.leaves(data) if (s := _typed(leaf)) and s.spec[0]]
+    if not typed:
         return data
-    sharding, cases = specs[0]
 
     def leaf(x: jax.Array) -> jax.Array:
-        spec = PartitionSpec(cases, *jax.typeof(x).sharding.spec[1:])
-        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+        spec = PartitionSpec(typed[0].spec[0], *jax.typeof(x).sharding.spec[1:])
+        return jax.sharding.reshard(x, NamedSharding(typed[0].mesh, spec))
 
     return jax.tree.map(leaf, data)
 
@@ -154,10 +158,3 @@ def _axes(spec: Any) -> list[Any]:
     """Return the mesh axes that a part of a spec names."""
     parts = [part if isinstance(part, tuple) else (part,) for part in spec]
     return [name for part in parts for name in part if name is not None]
-
-
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

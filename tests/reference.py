@@ -22,10 +22,15 @@ class Dense(NamedTuple):
     ggns: np.ndarray
 
 
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # Else XLA has no other way to write a kernel.
+    # One MLIR context for each fusion is two thirds of what compiling costs.
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
 def quick_jit(fn, **options):
     """Compile without optimising: a test runs its program once."""
-    unoptimised = {"xla_backend_optimization_level": 0}
-    return jax.jit(fn, compiler_options=unoptimised, **options)
+    return jax.jit(fn, compiler_options=QUICK, **options)
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def test_state_is_made_from_shapes_alone():
 def test_whole_training_runs_inside_scan_with_donated_state():
     params, batch = make_params(), make_batch()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(quick_jit, donate_argnums=(0, 1))
     def train(params, state):
         def step(carry, _):
             params, state = train_step(TX, *carry, batch)

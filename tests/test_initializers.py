@@ -7,35 +7,40 @@ from reference import quick_jit
 from hfjax import initializers
 
 
+def drawn(init, seed, shape, dtype=jnp.float32):
+    draw = quick_jit(init, static_argnums=(1, 2))
+    return draw(jax.random.key(seed), shape, dtype)
+
+
 def test_sparse_gives_each_unit_its_number_of_incoming_weights():
-    kernel = initializers.sparse(15, replace=False)(jax.random.key(0), (200, 50))
+    kernel = drawn(initializers.sparse(15, replace=False), 0, (200, 50))
     np.testing.assert_array_equal(np.count_nonzero(kernel, axis=0), 15)
-    drawn = initializers.sparse(15)(jax.random.key(0), (200, 50))
-    counts = np.count_nonzero(drawn, axis=0)
+    with_repetition = initializers.sparse(15)(jax.random.key(0), (200, 50))
+    counts = np.count_nonzero(with_repetition, axis=0)
     assert counts.max() <= 15
     assert counts.min() >= 10  # Two draws of one input are rare among 200.
 
 
 def test_sparse_weights_are_standard_normal_times_the_scale():
-    kernel = initializers.sparse(15, scale=0.5)(jax.random.key(1), (400, 2000))
+    kernel = drawn(initializers.sparse(15, scale=0.5), 1, (400, 2000))
     weights = np.asarray(kernel)[np.asarray(kernel) != 0]
     assert abs(weights.mean()) < 0.02
     assert abs(weights.std() - 0.5) < 0.02
 
 
 def test_sparse_draws_each_layer_of_a_stack_anew():
-    kernel = initializers.sparse(3)(jax.random.key(2), (4, 20, 7))
+    kernel = drawn(initializers.sparse(3), 2, (4, 20, 7))
     assert kernel.shape == (4, 20, 7)
     assert len({layer.tobytes() for layer in np.asarray(kernel)}) == 4
 
 
 def test_sparse_of_few_inputs_connects_them_all():
-    kernel = initializers.sparse(15, replace=False)(jax.random.key(3), (6, 25))
+    kernel = drawn(initializers.sparse(15, replace=False), 3, (6, 25))
     assert np.all(kernel != 0)
 
 
 def test_sparse_keeps_the_dtype():
-    kernel = initializers.sparse()(jax.random.key(4), (20, 5), jnp.bfloat16)
+    kernel = drawn(initializers.sparse(), 4, (20, 5), jnp.bfloat16)
     assert kernel.dtype == jnp.bfloat16
 
 
@@ -49,10 +54,8 @@ def test_sparse_refuses_biases_and_bad_options():
 @pytest.mark.parametrize("sides", [0, 1, 2])
 def test_sparse_halves_the_weights_for_each_tanh_side(sides):
     options = {"connections": 7, "scale": 3.0}
-    logistic = initializers.sparse(**options)(jax.random.key(5), (20, 9))
-    kernel = initializers.sparse(**options, tanh_sides=sides)(
-        jax.random.key(5), (20, 9)
-    )
+    logistic = drawn(initializers.sparse(**options), 5, (20, 9))
+    kernel = drawn(initializers.sparse(**options, tanh_sides=sides), 5, (20, 9))
     np.testing.assert_array_equal(kernel, logistic * [1, 0.5, 0.25][sides])
     with pytest.raises(ValueError, match="`tanh_sides` must be at least 0 and at most"):
         initializers.sparse(tanh_sides=3)
@@ -130,8 +133,8 @@ def test_spectral_radius_takes_any_base_and_keeps_its_pattern():
     normal = jax.nn.initializers.normal()
     args = jax.random.key(0), (8, 8), jnp.float32
     kernel = initializers.spectral_radius(0.9, base=normal)(*args)
-    drawn = normal(*args)
-    assert np.ptp(kernel / drawn) < 1e-4 * np.max(kernel / drawn)
+    factor = kernel / normal(*args)
+    assert np.ptp(factor) < 1e-4 * np.max(factor)
     np.testing.assert_allclose(true_radius(kernel), 0.9, rtol=1e-5)
     sparse = initializers.spectral_radius()(jax.random.key(0), (90, 90))
     assert np.count_nonzero(sparse, axis=0).max() <= 15
