@@ -36,7 +36,8 @@ class Objective:
         section 13: on at first, off near the end) is read by `at`.
       microbatch_size: most cases that are run through the model at once, or `None`
         for all. Bounds activation memory; costs one more forward pass in each
-        curvature product, which is then linearised anew for each microbatch.
+        curvature product, which is then linearised anew for each microbatch. On a mesh
+        of `Explicit` axes it has a case of every device, at least.
       linearize_once: keep every microbatch's linearisation instead (report, section
         7.1, activity caching): products cost no forward pass, and hold the
         activations of the whole batch, but the intermediate results of one
