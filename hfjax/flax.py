@@ -1,282 +1,232 @@
-"""Basic recurrent networks with a learned first state, for Flax (report, section 3).
+"""At home in Flax: a `model_fn` of an nnx module, a train state, recurrent networks.
 
-    hₜ = s(W_xh xₜ + W_hh hₜ₋₁ + b)        zₜ = W_hz hₜ + c
+    model_fn = hfjax.flax.nnx_model_fn(model)            # nnx
+    params = nnx.state(model, nnx.Param)
 
-with h₀ a parameter. `LinenRecurrentNetwork` and `RecurrentNetwork` (nnx) are the same
-function of the same arrays, under the same names. Needs the extra `flax`, and is not
-imported with `hfjax`.
+    model_fn = lambda params, x: module.apply({"params": params}, x)       # linen
+
+Needs the extra `flax`, and is not imported with `hfjax`.
+
+**Modules with a training mode.** The objective must be one function of the parameters, a
+mean over cases. Batch normalisation that takes its statistics from the batch is none:
+switch it to the running ones (`model.eval()`, `use_running_average=True`). Dropout is
+one if each case brings its own key: `nnx_model_fn(model, per_case_keys=True)`; in linen
+
+    def model_fn(params, inputs):
+        def case(x, key):
+            return module.apply({"params": params}, x[None], rngs={"dropout": key})[0]
+        return jax.vmap(case)(*inputs)
+
+with `inputs = (x, jax.random.split(key, cases))`, and another `key` for each batch:
+every evaluation within an update then sees the same noise.
 """
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-from flax import linen
+import optax
+from flax.training import train_state
 
-from hfjax import initializers, scan
-from hfjax.initializers import Initializer
+from hfjax._recurrent import LinenRecurrentNetwork as LinenRecurrentNetwork
+from hfjax._recurrent import nnx, nnx_error
+from hfjax._types import Params, Tree
 
-_nnx_error: Exception | None = None
+if TYPE_CHECKING or nnx is not None:
+    from hfjax._recurrent import RecurrentNetwork as RecurrentNetwork
 
-if TYPE_CHECKING:
-    from flax import nnx
-else:
-    try:
-        from flax import nnx
-    except (ImportError, AttributeError) as error:  # Some mixes of flax and JAX.
-        nnx, _nnx_error = None, error
+    def nnx_model_fn(
+        model: nnx.Module,
+        wrt: Any = nnx.Param,
+        *,
+        call: Callable[[Any, Any], Any] | None = None,
+        per_case_keys: bool = False,
+    ) -> Callable[[Params, Any], Any]:
+        """Make the `model_fn` of an nnx module, for `hfjax.Objective`.
 
-Activation: TypeAlias = Callable[[jax.Array], jax.Array]
-
-Chunk: TypeAlias = int | Literal["sqrt"] | None
-"""Steps between the hidden states that are kept; `"sqrt"` is ⌈√T⌉, `None` keeps all."""
-
-_KERNEL = initializers.sparse(scale=15**-0.5, replace=False)
-_INPUT_KERNEL = initializers.sparse(scale=0.25 * 15**-0.5, replace=False)
-_ZEROS = jax.nn.initializers.zeros
-
-
-class _Weights(NamedTuple):
-    """All parameters, kernels as `(inputs, units)`; a bias may be `None`."""
-
-    input_kernel: jax.Array
-    recurrent_kernel: jax.Array
-    output_kernel: jax.Array
-    initial_hidden: jax.Array
-    hidden_bias: jax.Array | None
-    output_bias: jax.Array | None
-
-
-class LinenRecurrentNetwork(linen.Module):
-    """A basic recurrent network, as a Flax linen module.
-
-    Called with inputs `[cases, time, features]` it returns outputs
-    `[cases, time, outputs]`, before the loss's nonlinearity; with
-    `return_hidden=True` the pair of them and the hidden states h₁ … h_T,
-    `[cases, time, units]`, which is what a `model_fn` gives out for structural damping.
-
-    Attributes:
-      units: hidden units.
-      outputs: output units.
-      activation: s, on arrays of any shape.
-      input_init: of W_xh. 15 connections for each unit, from N(0, 1/15), divided by
-        4, so that inputs do not drown the state (Sutskever's program, 2011).
-      recurrent_init: of W_hh. The same, not divided (ibid.);
-        `hfjax.initializers.spectral_radius` is the other choice.
-      output_init: of W_hz. As W_hh (ibid.).
-      hidden_init: of h₀. Zeros (heuristic; ibid.: normal, of variance 1/15).
-      bias_init: of both biases. Zeros (Martens 2010, section 5).
-      use_bias: whether there are biases; the report has none.
-      chunk: keep the state of few steps in derivatives, as `hfjax.scan.checkpointed`
-        does: steps between those, `"sqrt"`, or `None` for a plain scan, faster.
-        Hidden states that are returned are kept in any case.
-      param_dtype: of the parameters.
-
-    Raises:
-      ValueError: when called, if `inputs` has not three axes.
-
-    Example:
-      >>> import hfjax, jax, jax.numpy as jnp
-      >>> network = LinenRecurrentNetwork(units=4, outputs=1, chunk="sqrt")
-      >>> x, t = jnp.ones((3, 7, 2)), jnp.zeros((3, 7, 1))
-      >>> params = network.init(jax.random.key(0), x)
-      >>> print(params["params"]["initial_hidden"])  # h₀ is learned
-      [0. 0. 0. 0.]
-      >>> outputs, hidden = network.apply(params, x, return_hidden=True)
-      >>> print(outputs.shape, hidden.shape)
-      (3, 7, 1) (3, 7, 4)
-      >>> f = hfjax.Objective(network.apply, hfjax.losses.squared_error())
-      >>> print(jnp.allclose(f.value(params, (x, t)), (outputs**2).sum() / 2 / 3))
-      True
-
-    References:
-      Martens & Sutskever (2012), section 3; 7.1 (`chunk`), 8.4 (hidden states).
-    """
-
-    units: int
-    outputs: int
-    activation: Activation = jnp.tanh
-    input_init: Initializer = _INPUT_KERNEL
-    recurrent_init: Initializer = _KERNEL
-    output_init: Initializer = _KERNEL
-    hidden_init: Initializer = _ZEROS
-    bias_init: Initializer = _ZEROS
-    use_bias: bool = True
-    chunk: Chunk = None
-    param_dtype: jax.typing.DTypeLike = jnp.float32
-
-    @linen.compact
-    def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-        """Run over time.
+        model_fn(params, inputs) is `call(model, inputs)` with `params` in the place of
+        `nnx.state(model, wrt)`. All else in the module is frozen, as it is when this
+        is called (and a constant of the compiled program: hundreds of megabytes of it
+        compile slowly). The module itself is not changed.
 
         Args:
-          inputs: shape `[cases, time, features]`.
-          return_hidden: whether to return the hidden states too.
+          model: the module, in the mode that it is to be called in.
+          wrt: which variables are trained, as in `nnx.Optimizer(model, tx, wrt=wrt)`:
+            a type of variable or any nnx filter.
+          call: `(model, inputs) -> outputs`; `None` is `model(inputs)`. For structural
+            damping, `lambda model, x: model(x, return_hidden=True)`.
+          per_case_keys: let `inputs` be `(inputs, keys)`, with a typed key for each
+            case, shape `[cases]`, and call the module case by case (by `vmap`, on a
+            batch of one), its random streams started from the case's key. For dropout.
 
         Returns:
-          Outputs `[cases, time, outputs]`, or the pair of them and the hidden states
-          `[cases, time, units]`.
-        """
-        _check(inputs)
+          `(params, inputs) -> outputs`. `params` may be the state, or the pure tree
+          that `nnx.Optimizer` hands on.
 
-        def param(name: str, init: Initializer, *shape: int) -> Any:
-            return self.param(name, init, shape, self.param_dtype)
-
-        units, outputs, biased = self.units, self.outputs, self.use_bias
-        weights = _Weights(
-            param("input_kernel", self.input_init, inputs.shape[-1], units),
-            param("recurrent_kernel", self.recurrent_init, units, units),
-            param("output_kernel", self.output_init, units, outputs),
-            param("initial_hidden", self.hidden_init, units),
-            param("hidden_bias", self.bias_init, units) if biased else None,
-            param("output_bias", self.bias_init, outputs) if biased else None,
-        )
-        return _run(weights, inputs, self.activation, self.chunk, return_hidden)
-
-
-if nnx is not None:
-
-    class RecurrentNetwork(nnx.Module):
-        """A basic recurrent network, as a Flax nnx module.
-
-        As `LinenRecurrentNetwork`, which says what the options are, and where the
-        defaults come from; the size of the inputs comes first.
-
-        Args:
-          features: inputs at each step.
-          units: hidden units.
-          outputs: output units.
-          activation: s, on arrays of any shape.
-          input_init: of W_xh.
-          recurrent_init: of W_hh.
-          output_init: of W_hz.
-          hidden_init: of h₀.
-          bias_init: of both biases.
-          use_bias: whether there are biases.
-          chunk: steps between the states that are kept in derivatives.
-          param_dtype: of the parameters.
-          rngs: gives the keys, of the stream `params`.
+        Raises:
+          TypeError: if `model` is no nnx module, or is one of linen.
+          ValueError: when the function is traced, if calling the module changes
+            variables that are not trained (batch normalisation in training mode), or
+            if it draws a dropout mask for all cases together without
+            `per_case_keys`.
 
         Example:
-          >>> import hfjax, jax.numpy as jnp
+          Train the last layer alone:
+
+          >>> import hfjax, jax, jax.numpy as jnp, optax
           >>> from flax import nnx
-          >>> network = RecurrentNetwork(2, 4, 1, chunk="sqrt", rngs=nnx.Rngs(0))
-          >>> graph, params = nnx.split(network, nnx.Param)
-          >>> f = hfjax.Objective(
-          ...     lambda params, x: nnx.merge(graph, params)(x),
-          ...     hfjax.losses.squared_error(),
+          >>> rngs = nnx.Rngs(0)
+          >>> model = nnx.Sequential(
+          ...     nnx.Linear(2, 9, rngs=rngs), nnx.tanh, nnx.Linear(9, 1, rngs=rngs)
           ... )
-          >>> x, t = jnp.ones((3, 7, 2)), jnp.zeros((3, 7, 1))
-          >>> _, gradient = f.value_and_grad(params, (x, t))
-          >>> print(gradient["initial_hidden"][...].shape)  # h₀ is learned
-          (4,)
-          >>> outputs, hidden = network(x, return_hidden=True)
-          >>> print(outputs.shape, hidden.shape)
-          (3, 7, 1) (3, 7, 4)
+          >>> last = nnx.All(nnx.Param, nnx.PathContains(2))
+          >>> objective = hfjax.Objective(
+          ...     nnx_model_fn(model, last), hfjax.losses.squared_error()
+          ... )
+          >>> optimizer = nnx.Optimizer(model, hfjax.hessian_free(objective), wrt=last)
+          >>> x = jax.random.normal(jax.random.key(0), (20, 2))
+          >>> batch = (x, jnp.tanh(x[:, :1]))
+          >>> @nnx.jit
+          ... def train_step(model, optimizer):
+          ...     params = nnx.state(model, last)
+          ...     value, grads = objective.value_and_grad(params, batch)
+          ...     optimizer.update(model, grads, batch=batch)
+          ...     return value
+          >>> before, after = (train_step(model, optimizer) for _ in range(2))
+          >>> bool(after < before)
+          True
         """
+        if not isinstance(model, nnx.Module):
+            msg = (
+                f"`model` must be an nnx module, got {type(model).__name__}. (Of a linen "
+                'module: `lambda params, x: module.apply({"params": params}, x)`.)'
+            )
+            raise TypeError(msg)
+        graph, _, rest = nnx.split(model, wrt, ...)
+        frozen = jax.tree.map(lambda x: x, rest)  # The model's own change in place.
+        tags = _streams(model) if per_case_keys else ()
+        run = call or (lambda model, inputs: model(inputs))
 
-        def __init__(
-            self,
-            features: int,
-            units: int,
-            outputs: int,
-            *,
-            activation: Activation = jnp.tanh,
-            input_init: Initializer = _INPUT_KERNEL,
-            recurrent_init: Initializer = _KERNEL,
-            output_init: Initializer = _KERNEL,
-            hidden_init: Initializer = _ZEROS,
-            bias_init: Initializer = _ZEROS,
-            use_bias: bool = True,
-            chunk: Chunk = None,
-            param_dtype: jax.typing.DTypeLike = jnp.float32,
-            rngs: nnx.Rngs,
-        ) -> None:
-            def param(init: Initializer, *shape: int) -> nnx.Param:
-                return nnx.Param(init(rngs.params(), shape, param_dtype))
+        def apply(params: Params, inputs: Any, key: jax.Array | None) -> Any:
+            # A copy: a module that counts its random draws would change `frozen`.
+            module = nnx.merge(graph, params, frozen, copy=True)
+            if key is not None:
+                keys = jax.random.split(key, len(tags))
+                nnx.reseed(module, **dict(zip(tags, keys, strict=True)))
+            outputs = run(module, inputs)
+            _check_unchanged(module, wrt, frozen, keyed=per_case_keys)
+            return outputs
 
-            self.activation = activation
-            self.chunk: Chunk = chunk
-            self.input_kernel = param(input_init, features, units)
-            self.recurrent_kernel = param(recurrent_init, units, units)
-            self.output_kernel = param(output_init, units, outputs)
-            self.initial_hidden = param(hidden_init, units)
-            self.hidden_bias = param(bias_init, units) if use_bias else None
-            self.output_bias = param(bias_init, outputs) if use_bias else None
+        def model_fn(params: Params, inputs: Any) -> Any:
+            if not per_case_keys:
+                return apply(params, inputs, None)
 
-        def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-            """Run over time.
+            def case(inputs: Tree, key: jax.Array) -> Any:
+                alone = jax.tree.map(lambda x: x[None], inputs)
+                return jax.tree.map(lambda z: z[0], apply(params, alone, key))
 
-            Args:
-              inputs: shape `[cases, time, features]`.
-              return_hidden: whether to return the hidden states too.
+            return jax.vmap(case)(*inputs)
 
-            Returns:
-              Outputs `[cases, time, outputs]`, or the pair of them and the hidden
-              states `[cases, time, units]`.
-            """
-            _check(inputs)
-            params = [getattr(self, name) for name in _Weights._fields]
-            arrays: Any = [None if param is None else param[...] for param in params]
-            weights = _Weights(*arrays)
-            return _run(weights, inputs, self.activation, self.chunk, return_hidden)
+        return model_fn
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState`, whose `apply_gradients` hands the batches on.
+
+        state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+        state = state.apply_gradients(grads=grads, batch=batch)
+
+    Example:
+      >>> import hfjax, jax.numpy as jnp
+      >>> objective = hfjax.Objective(
+      ...     lambda params, x: x * params["w"], hfjax.losses.squared_error()
+      ... )
+      >>> tx = hfjax.hessian_free(objective, damping=hfjax.damping.constant(0.0))
+      >>> params = {"w": jnp.zeros(1)}
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=tx)
+      >>> batch = (jnp.ones((3, 1)), jnp.full((3, 1), 2.0))
+      >>> _, grads = objective.value_and_grad(state.params, batch)
+      >>> state = state.apply_gradients(grads=grads, batch=batch)
+      >>> print(state.params["w"], state.step)
+      [2.] 1
+    """
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        batch: tuple | None = None,
+        eval_batch: tuple | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Update `step`, `params` and `opt_state`.
+
+        Args:
+          grads: ∇f, like `params`.
+          batch: the curvature data, as `tx.update` takes it.
+          eval_batch: the evaluation data; `None` is `batch`.
+          **kwargs: other fields to replace, as in Flax.
+
+        Returns:
+          The new train state.
+
+        Raises:
+          TypeError: of `tx`, if it needs `batch` and there is none.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+        update = functools.partial(tx.update, batch=batch, eval_batch=eval_batch)
+        handing_on = self.replace(tx=tx._replace(update=update))
+        new = train_state.TrainState.apply_gradients(handing_on, grads=grads, **kwargs)
+        return new.replace(tx=self.tx)
 
 
 def __getattr__(name: str) -> Any:
-    """Say why there is no nnx module."""
-    if name == "RecurrentNetwork":
-        msg = "`flax.nnx` fails to import here; `LinenRecurrentNetwork` does without."
-        raise ImportError(msg) from _nnx_error
+    """Say why nothing of nnx is here."""
+    if name in ("RecurrentNetwork", "nnx_model_fn"):
+        msg = "`flax.nnx` fails to import here; linen does without."
+        raise ImportError(msg) from nnx_error
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
 
 
-def _check(inputs: jax.Array) -> None:
-    if inputs.ndim != 3:
-        msg = f"`inputs` must be [cases, time, features], got shape {inputs.shape}."
+def _streams(model: Any) -> tuple[str, ...]:
+    """Return the names of a module's random streams."""
+    found = (part for _, part in nnx.iter_graph(model))
+    return tuple(sorted({p.key.tag for p in found if isinstance(p, nnx.RngStream)}))
+
+
+def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> None:
+    """Raise if a call changed what must stay, or drew one mask for all cases."""
+    _, _, rest = nnx.split(module, wrt, ...)
+    now = dict(jax.tree_util.tree_leaves_with_path(rest))
+    changed = [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+        if now.get(path, leaf) is not leaf
+    ]
+    random = dict(jax.tree_util.tree_leaves_with_path(nnx.state(module, nnx.RngState)))
+    statistics = [path for path in changed if path not in random]
+    if statistics:
+        msg = (
+            "Calling the model changes variables that are not trained, as "
+            f"{jax.tree_util.keystr(statistics[0])}: its outputs may depend on all "
+            "cases of the batch together. Call `model.eval()` first: batch "
+            "normalisation then uses its running statistics."
+        )
         raise ValueError(msg)
-
-
-def _run(
-    weights: _Weights,
-    inputs: jax.Array,
-    activation: Activation,
-    chunk: Chunk,
-    return_hidden: bool,
-) -> Any:
-    dtype = jnp.result_type(inputs, *jax.tree.leaves(weights))
-    weights, inputs = jax.tree.map(lambda x: x.astype(dtype), (weights, inputs))
-
-    def drive(x: jax.Array) -> jax.Array:
-        return _affine(x, weights.input_kernel, weights.hidden_bias)
-
-    def advance(hidden: jax.Array, drive: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = activation(drive + hidden @ weights.recurrent_kernel)
-        return hidden, hidden
-
-    def read_out(hidden: jax.Array) -> jax.Array:
-        return _affine(hidden, weights.output_kernel, weights.output_bias)
-
-    first = jnp.broadcast_to(
-        weights.initial_hidden, (inputs.shape[0], *weights.initial_hidden.shape)
-    )
-    xs = inputs.swapaxes(0, 1)
-    if chunk is None:
-        _, hidden = jax.lax.scan(advance, first, drive(xs))
-        outputs = read_out(hidden)
-    else:
-        # One step at a time: what is computed for all steps is kept for all.
-        def step(hidden: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
-            hidden, _ = advance(hidden, drive(x))
-            return hidden, (read_out(hidden), hidden if return_hidden else None)
-
-        steps = None if chunk == "sqrt" else chunk
-        _, (outputs, hidden) = scan.checkpointed(step, first, xs, chunk=steps)
-    outputs = outputs.swapaxes(0, 1)
-    return (outputs, hidden.swapaxes(0, 1)) if return_hidden else outputs
-
-
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = x @ kernel
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+    masks = {
+        tuple(str(part) for part in path)
+        for path, part in nnx.iter_graph(module)
+        if isinstance(part, nnx.Dropout)
+    }
+    for path in changed:
+        names = tuple(str(getattr(part, "key", part)) for part in path)
+        if not keyed and any(names[: len(mask)] == mask for mask in masks):
+            msg = (
+                "The model draws a dropout mask, the same in every update. Call "
+                "`model.eval()` first, or let each case bring its key: "
+                "`nnx_model_fn(model, per_case_keys=True)`, with `(inputs, keys)` for "
+                "inputs."
+            )
+            raise ValueError(msg)

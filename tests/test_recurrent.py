@@ -235,6 +235,8 @@ def test_inputs_of_other_ranks_are_refused():
 def test_linen_does_without_nnx(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax.nnx", None)  # An import of it fails.
     monkeypatch.delattr(flax, "nnx")
+    monkeypatch.delitem(sys.modules, "hfjax._recurrent")
+    monkeypatch.delattr(hfjax, "_recurrent")
     spec = importlib.util.spec_from_file_location("without_nnx", networks.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
