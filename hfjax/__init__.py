@@ -21,6 +21,7 @@ from hfjax import objective as objective
 from hfjax import preconditioners as preconditioners
 from hfjax import recipes as recipes
 from hfjax import scan as scan
+from hfjax import spectrum as spectrum
 from hfjax import stopping as stopping
 from hfjax import structural as structural
 from hfjax import trust_region as trust_region

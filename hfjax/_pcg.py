@@ -51,6 +51,10 @@ class CGResult(NamedTuple):
         entries past the last repeat it.
       kept: the kept iterates.
       reason: int32 scalar, a `Reason`.
+      coefficients: shape `[max_iterations, 2]`, like `model_values`: α and β of each
+        iteration, which make the tridiagonal matrix of Lanczos
+        (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
+        `None` of solvers that have none.
     """
 
     x: Tree
@@ -58,6 +62,19 @@ class CGResult(NamedTuple):
     model_values: jax.Array
     kept: Kept
     reason: jax.Array
+    coefficients: jax.Array | None = None
+
+
+class Record(NamedTuple):
+    """What a state keeps of the last run, where its solver is told to `record`.
+
+    Attributes:
+      model_values: as in `CGResult`; 0 where one is not finite.
+      coefficients: as in `CGResult`, for `hfjax.spectrum.ritz_values`.
+    """
+
+    model_values: jax.Array
+    coefficients: jax.Array
 
 
 class Region(NamedTuple):
@@ -107,6 +124,7 @@ class State(NamedTuple):
     reason: jax.Array
     lengths: tuple[jax.Array, jax.Array, jax.Array]
     steepest: jax.Array
+    coefficients: jax.Array
 
 
 def run(
@@ -161,6 +179,8 @@ def run(
         model_values=size * (x_size * end.model_values),  # size² may be no float.
         kept=end.kept,
         reason=end.reason,
+        # With P⁻¹ / p_size in place of P⁻¹, α is p_size times as large.
+        coefficients=end.coefficients.at[:, 0].divide(p_size),
     )
 
 
@@ -184,7 +204,10 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     p = jax.tree.map(jnp.negative, y)
     lengths = (jnp.zeros_like(ry), jnp.zeros_like(ry), ry)
     steepest = jnp.zeros_like(ry)
-    return State(i, x, r, p, ry, model_values, kept, reason, lengths, steepest)
+    coefficients = jnp.full((problem.max_iterations, 2), jnp.zeros_like(model))
+    return State(
+        i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients
+    )
 
 
 def _step(problem: Problem, state: State) -> State:
@@ -200,6 +223,7 @@ def _step(problem: Problem, state: State) -> State:
     rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
     positive &= jnp.isfinite(alpha) & (curvature > rounding * steepest * pp)
     alpha = jnp.where(positive, alpha, 1)
+    lanczos = jnp.where(positive & finite, alpha, 0)
     moves = finite & (positive | ((state.i == 0) & (state.ry > 0)))
     leaves = jnp.zeros((), bool)
     if problem.region is not None:
@@ -241,7 +265,12 @@ def _step(problem: Problem, state: State) -> State:
         beta * (xp + ahead * pp),
         ry + beta**2 * pp,
     )
-    return State(i, x, r, p, ry, model_values, kept, reason, lengths, steepest)
+    found = jnp.stack([lanczos, jnp.where(lanczos > 0, beta, 0)])
+    here = jnp.arange(problem.max_iterations)[:, None] == state.i
+    coefficients = jnp.where(here, found[None], state.coefficients)
+    return State(
+        i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients
+    )
 
 
 def _judge(

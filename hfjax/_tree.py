@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from hfjax._types import Tree
 
+EXACT = jax.lax.Precision.HIGHEST
+"""Some devices multiply float32 in fewer digits; a basis is not orthogonal then."""
+
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Return the dtype that sums of `dtype` accumulate in: float32 or wider."""
@@ -128,3 +131,24 @@ def norm(tree: Tree) -> jax.Array:
     size = magnitude(tree)
     scaled = unfactored(scale(1 / size, widen(tree)))
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
+
+
+def coordinates(vectors: Tree, x: Tree) -> jax.Array:
+    """Return Vᵀx, shape `[K]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
+        dtype = wide(v.dtype)
+        axes = tuple(range(1, v.ndim))
+        return jnp.sum(v.astype(dtype) * x.astype(dtype)[None], axis=axes)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
+    dtype = scalar_dtype(x)
+    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
+
+
+def combination(weights: jax.Array, vectors: Tree) -> Tree:
+    """Return V a; of rows of coefficients, one such for each."""
+    return jax.tree.map(
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
+        vectors,
+    )

@@ -1,10 +1,20 @@
-"""Reading `info`: scalars for any logger, a table of updates, a picture of a run.
+"""Seeing a run: scalars for any logger, a live line, tables, pictures.
 
-    history = []
-    ...
-    history.append(hfjax.diagnostics.scalars(state))   # after each update
+    history = hfjax.diagnostics.History()
+    bar = tqdm.auto.tqdm(range(50))          # of a terminal or a notebook
+    for _ in bar:
+        params, state = train_step(params, state, batch)
+        row = history.record(state)          # numbers, for a logger as well
+        bar.set_postfix_str(hfjax.diagnostics.line(row))
     print(hfjax.diagnostics.table(history))
     hfjax.diagnostics.plot(history).savefig("run.png")
+
+| picture | shows |
+|---|---|
+| `plot` | f, λ, ρ, CG iterations and α, by update |
+| `plot_progress` | f, and an error of yours, against time and CG iterations |
+| `plot_cg_run` | f and M along one run of conjugate gradients, by `cg_run` |
+| `plot_spectrum` | Ritz values of a run, or any eigenvalues |
 
 How to read them: ρ near 1 and λ falling is a model that predicts well; λ that
 climbs for long, or ρ below ¼ again and again, is a gradient of something else
@@ -15,19 +25,22 @@ preconditioner.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import jax
 import optax
 
+from hfjax._cg_run import CGRun as CGRun
+from hfjax._cg_run import cg_run as cg_run
+from hfjax._figures import Scalars as Scalars
+from hfjax._figures import plot as plot
+from hfjax._figures import plot_cg_run as plot_cg_run
+from hfjax._figures import plot_progress as plot_progress
+from hfjax._figures import plot_spectrum as plot_spectrum
 from hfjax.cg import Reason
 from hfjax.state import HessianFreeInfo, Rejection
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Scalars = Mapping[str, float | int | bool | str]
 
 
 def scalars(state: optax.OptState) -> dict[str, float | int | bool | str]:
@@ -66,6 +79,77 @@ def scalars(state: optax.OptState) -> dict[str, float | int | bool | str]:
     values["cg_reason"] = _word(Reason, values["cg_reason"])
     values["rejection"] = _word(Rejection, values["rejection"])
     return {"count": count.item(), "damping": damping.item(), **values}
+
+
+def line(row: Scalars | optax.OptState) -> str:
+    """Say in one line what the last update did, for a bar or a log.
+
+    Args:
+      row: what `scalars` returned, or an optimizer state.
+
+    Returns:
+      f after it, λ, ρ, CG iterations (chosen / run), α, and why it was rejected.
+
+    Raises:
+      KeyError: as `scalars`, of a state.
+
+    Example:
+      With `rich`, `bar.update(task, advance=1, description=line(state))`; with tqdm,
+      `bar.set_postfix_str(line(state))`.
+
+      >>> import hfjax, jax.numpy as jnp
+      >>> objective = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> line(hfjax.hessian_free(objective).init(jnp.zeros(1)))
+      'f 0  λ 1  ρ 0.00  CG 0/0  α 0.00'
+    """
+    is_row = isinstance(row, Mapping) and "value_after" in row
+    row = cast("Scalars", row) if is_row else scalars(cast("Any", row))
+    rejected = row["rejection"] != "none"
+    return (
+        f"f {row['value_after']:.5g}  λ {row['damping']:.2g}  "
+        f"ρ {max(float(row['reduction_ratio']), -99):.2f}  "
+        f"CG {row['chosen_iteration']}/{row['cg_iterations']}  "
+        f"α {row['step_size']:.2f}" + rejected * f"  rejected: {row['rejection']}"
+    )
+
+
+class History(list[dict[str, Any]]):
+    """A list of what each update did, and when.
+
+    Example:
+      >>> import hfjax, jax.numpy as jnp
+      >>> objective = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> history = History()
+      >>> _ = history.record(
+      ...     hfjax.hessian_free(objective).init(jnp.zeros(1)), error=0.5
+      ... )
+      >>> history[0]["count"], history[0]["error"], history[0]["seconds"] < 60
+      (0, 0.5, True)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = time.perf_counter()
+
+    def record(self, state: optax.OptState, **measured: float) -> dict[str, Any]:
+        """Append what the last update did, once it is computed.
+
+        Args:
+          state: as for `scalars`.
+          **measured: your own numbers of this update, as `error`, which
+            `plot_progress` draws.
+
+        Returns:
+          The row: `scalars(state)`, `seconds` since the history was made (compiling
+          counts), and what was measured.
+
+        Raises:
+          KeyError: as `scalars`.
+        """
+        row = scalars(state)
+        seconds = time.perf_counter() - self._start
+        self.append({**row, "seconds": seconds, **measured})
+        return self[-1]
 
 
 def table(history: Sequence[Scalars]) -> str:
@@ -107,69 +191,6 @@ def table(history: Sequence[Scalars]) -> str:
             + ", ".join(remarks)
         )
     return "\n".join(lines)
-
-
-def plot(history: Sequence[Scalars]) -> Figure:
-    """Draw a run: f, λ, ρ, CG iterations and α by update; rejected updates marked.
-
-    Needs matplotlib (`pip install hfjax[plot]`).
-
-    Args:
-      history: what `scalars` returned after each update.
-
-    Returns:
-      A matplotlib figure that no window shows.
-
-    Raises:
-      ValueError: if `history` is empty.
-    """
-    if not history:
-        msg = "`history` is empty: append `scalars(state)` after each update."
-        raise ValueError(msg)
-    from matplotlib.figure import Figure
-
-    update = [row["count"] for row in history]
-    rejected = [row["count"] for row in history if not row["accepted"]]
-
-    def column(name: str) -> list[float]:
-        return [float(row[name]) for row in history]
-
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True)
-    axes[0].plot(update, column("value_after"), color="black")
-    axes[0].set(ylabel="objective f", yscale="log")
-    axes[1].plot(update, column("damping"), color="tab:red")
-    axes[1].set(ylabel="damping λ", yscale="log")
-    axes[2].plot(
-        update,
-        [max(min(r, 2), -1) for r in column("reduction_ratio")],
-        ".-",
-        color="tab:blue",
-        ms=3,
-        lw=0.8,
-    )
-    axes[2].set(ylabel="reduction ratio ρ\n(clipped to −1…2)", ylim=(-1.1, 2.1))
-    for threshold in (0.25, 0.75):
-        axes[2].axhline(threshold, color="gray", lw=0.6, ls="--")
-    axes[3].plot(update, column("cg_iterations"), color="tab:gray", lw=2.5, label="run")
-    axes[3].plot(update, column("chosen_iteration"), color="tab:green", label="chosen")
-    axes[3].set(ylabel="CG iterations")
-    axes[3].set_ylim(bottom=0)
-    axes[3].legend(
-        loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=2, borderpad=0
-    )
-    axes[4].plot(update, column("step_size"), ".-", color="tab:purple", ms=3, lw=0.8)
-    axes[4].set(ylabel="step size α", ylim=(-0.05, 1.1), xlabel="update")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        for count in rejected:
-            axis.axvline(count, color="tab:red", alpha=0.25, lw=1)
-    if rejected:
-        figure.suptitle(
-            "red lines: rejected updates", fontsize="small", color="tab:red"
-        )
-    return figure
 
 
 def _is_state(part: object) -> bool:

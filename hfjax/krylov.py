@@ -19,9 +19,6 @@ from hfjax._types import Matvec, Number, Preconditioner, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
 
-_EXACT = jax.lax.Precision.HIGHEST
-"""Some devices multiply float32 in fewer digits; a basis is not orthogonal then."""
-
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
 """λ that are tried first, relative to the largest curvature in the subspace; and 0."""
 
@@ -46,6 +43,7 @@ def basis(
     *,
     preconditioner: Preconditioner | None = None,
     direction: Tree | None = None,
+    fill: Callable[[jax.Array], Tree] | None = None,
 ) -> Basis:
     """Build an orthonormal basis of the Krylov space, and A in it.
 
@@ -58,6 +56,8 @@ def basis(
       dimension: K, a Python integer.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
       direction: one more vector, the last of the basis; `None` is one more of Krylov's.
+      fill: `k -> v`, where to go on once the space is exhausted before the k-th vector;
+        `None` fills up with zeros.
 
     Returns:
       The basis.
@@ -83,13 +83,18 @@ def basis(
     def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
         (vectors, matrix), candidate = carry
         v = _orthonormal(candidate, vectors)
+        if fill is not None:
+            go_on = fill
+            v = jax.lax.cond(
+                _tree.norm(v) > 0, lambda: v, lambda: _orthonormal(go_on(k), vectors)
+            )
         vectors = jax.tree.map(
             lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, k, 0),
             vectors,
             v,
         )
         product = matvec(v)
-        matrix = matrix.at[:, k].set(_coordinates(vectors, product))
+        matrix = matrix.at[:, k].set(_tree.coordinates(vectors, product))
         following = precondition(product)
         if direction is not None:
             following = _tree.select(k == dimension - 2, direction, following)
@@ -146,7 +151,7 @@ def subspace_descent(
             preconditioner=subproblem.preconditioner,
             direction=_tree.cast_like(direction, b),
         )
-        slope = _coordinates(built.vectors, b)
+        slope = _tree.coordinates(built.vectors, b)
         finite = jnp.all(jnp.isfinite(built.matrix)) & jnp.all(jnp.isfinite(slope))
         matrix = jnp.where(finite, built.matrix, jnp.eye(dimension, dtype=slope.dtype))
         slope = size * jnp.where(finite, slope, 0)
@@ -157,8 +162,8 @@ def subspace_descent(
         weights = _minimise(
             _within(subproblem, vectors), matrix, slope, floor, max_iterations
         )
-        x = _combination(weights, vectors)
-        curved = jnp.matmul(matrix, weights, precision=_EXACT)
+        x = _tree.combination(weights, vectors)
+        curved = jnp.matmul(matrix, weights, precision=_tree.EXACT)
         model = jnp.sum(weights * (0.5 * curved - slope))
         return CGResult(
             x=x,
@@ -186,13 +191,13 @@ def _within(subproblem: Subproblem, vectors: Tree) -> Callable[[jax.Array], jax.
 
     @jax.custom_vjp
     def value(weights: jax.Array) -> jax.Array:
-        f = subproblem.value_fn(_combination(weights, vectors))
+        f = subproblem.value_fn(_tree.combination(weights, vectors))
         return jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
 
     def forward(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        f, gradient = subproblem.value_and_grad_fn(_combination(weights, vectors))
+        f, gradient = subproblem.value_and_grad_fn(_tree.combination(weights, vectors))
         f = jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
-        return f, _coordinates(vectors, gradient).astype(weights.dtype)
+        return f, _tree.coordinates(vectors, gradient).astype(weights.dtype)
 
     value.defvjp(forward, lambda gradient, cotangent: (cotangent * gradient,))
     return value
@@ -210,8 +215,8 @@ def _minimise(
     largest = jnp.max(jnp.abs(curvatures))
     largest = jnp.where(largest > 0, largest, 1)
     curvatures = jnp.maximum(jnp.abs(curvatures), floor * largest)
-    rotate = functools.partial(jnp.matmul, rotation, precision=_EXACT)
-    rotated = jnp.matmul(rotation.T, slope, precision=_EXACT)
+    rotate = functools.partial(jnp.matmul, rotation, precision=_tree.EXACT)
+    rotated = jnp.matmul(rotation.T, slope, precision=_tree.EXACT)
 
     damping = largest * jnp.asarray((0.0, *_TIKHONOV), slope.dtype)
     steps = rotated[None] / (curvatures[None] + damping[:, None])
@@ -239,30 +244,9 @@ def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
     v = _tree.scale(1 / jnp.where(before > 0, before, 1), candidate)
     for _ in range(2):  # "Twice is enough" (Kahan; Parlett 1998, section 6.9).
         v = _tree.axpy(
-            -jnp.ones(()), _combination(_coordinates(vectors, v), vectors), v
+            -jnp.ones(()), _tree.combination(_tree.coordinates(vectors, v), vectors), v
         )
     after = _tree.norm(v)
     # What is left is noise where it is of the size of the rounding.
     new = after > 100 * jnp.finfo(after.dtype).eps
     return _tree.scale(jnp.where(new, 1 / jnp.where(new, after, 1), 0), v)
-
-
-def _coordinates(vectors: Tree, x: Tree) -> jax.Array:
-    """Return Vᵀx, shape `[K]`, summed in float32 or wider, nothing ravelled."""
-
-    def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
-        dtype = _tree.wide(v.dtype)
-        axes = tuple(range(1, v.ndim))
-        return jnp.sum(v.astype(dtype) * x.astype(dtype)[None], axis=axes)
-
-    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
-    dtype = _tree.scalar_dtype(x)
-    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
-
-
-def _combination(weights: jax.Array, vectors: Tree) -> Tree:
-    """Return V a."""
-    return jax.tree.map(
-        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=_EXACT),
-        vectors,
-    )

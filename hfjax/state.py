@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hfjax._arguments import check_like
 from hfjax._types import Params
-from hfjax.cg import Reason
+from hfjax.cg import CGResult, Reason, Record
 
 
 class Rejection(enum.IntEnum):
@@ -80,6 +80,8 @@ class HessianFreeState(NamedTuple):
         found last, for the warm start.
       key: a typed key if preconditioner or damping matrix may draw random numbers,
         else `None`.
+      record: of the last run of conjugate gradients if the solver is told to `record`,
+        else `None`; for people, as `info`.
       info: what the last update did.
     """
 
@@ -87,6 +89,7 @@ class HessianFreeState(NamedTuple):
     damping: jax.Array
     direction: Params
     key: jax.Array | None
+    record: Record | None
     info: HessianFreeInfo
 
 
@@ -116,6 +119,28 @@ def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
         gradient_norm=zero(),
         update_norm=zero(),
     )
+
+
+def record_of(
+    result: CGResult | None, length: int, dtype: jax.typing.DTypeLike
+) -> Record | None:
+    """Return what the state keeps of a run.
+
+    Args:
+      result: of the run; `None` before the first.
+      length: iterations that a record has room for; 0 for no record.
+      dtype: of the numbers.
+
+    Returns:
+      The record, of finite numbers.
+    """
+    if not length:
+        return None
+    if result is None or result.coefficients is None:
+        return Record(jnp.zeros(length + 1, dtype), jnp.zeros((length, 2), dtype))
+    values = result.model_values
+    values = jnp.where(jnp.isfinite(values), values, 0)
+    return Record(values.astype(dtype), result.coefficients.astype(dtype))
 
 
 def check_state(state: Any, params: Params, *, needs_key: bool) -> None:

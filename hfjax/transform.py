@@ -40,7 +40,13 @@ from hfjax.damping import Damping, levenberg_marquardt
 from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
-from hfjax.state import HessianFreeState, Rejection, check_state, no_info
+from hfjax.state import (
+    HessianFreeState,
+    Rejection,
+    check_state,
+    no_info,
+    record_of,
+)
 
 
 def hessian_free(
@@ -152,6 +158,7 @@ def hessian_free(
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(_tree.widen(params)),
             key=jax.random.key(seed) if needs_key else None,
+            record=record_of(None, solver.recorded, dtype),
             info=no_info(dtype),
         )
 
@@ -322,6 +329,7 @@ def _update(
         damping=adapted.astype(dtype),
         direction=_or_zero(accepted & jnp.isfinite(_tree.magnitude(carried)), carried),
         key=key,
+        record=record_of(result, parts.solver.recorded, dtype),
         info=report(trial, rejection, ratio, predicted, step, dtype),
     )
     return _tree.cast_like(step, params), new_state

@@ -113,6 +113,7 @@ def steihaug_toint(
     stopping: StoppingRule | None = martens2010(),
     keep: Keep = grid(),
     elliptical: bool = True,
+    record: bool = False,
 ) -> Solver:
     """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
 
@@ -126,6 +127,7 @@ def steihaug_toint(
       keep: which iterates backtracking may choose among.
       elliptical: whether the region is ‖x‖_P ≤ radius, P the preconditioner, in whose
         norm the iterates grow; else the Euclidean ball. Alike where there is none.
+      record: as in `conjugate_gradient`.
 
     Returns:
       The solver.
@@ -154,7 +156,10 @@ def steihaug_toint(
         )
 
     return Solver(
-        lambda direction, count: None, solve_within, lambda result, chosen: chosen
+        lambda direction, count: None,
+        solve_within,
+        lambda result, chosen: chosen,
+        max_iterations if record else 0,
     )
 
 

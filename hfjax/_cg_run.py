@@ -1,0 +1,128 @@
+"""One run of conjugate gradients looked at; `hfjax.diagnostics` is the room to use."""
+
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _options, _sharding, _tree, cg, iterates
+from hfjax._system import Point, assemble
+from hfjax._types import Number, Params, Tree
+from hfjax.curvature import Curvature, ggn
+from hfjax.damping import Damping, levenberg_marquardt
+from hfjax.objective import Objective
+from hfjax.preconditioners import PreconditionerRule, diagonal
+
+
+class CGRun(NamedTuple):
+    """f and M along one run of conjugate gradients.
+
+    Attributes:
+      num_iterations: int32 scalar.
+      model_values: M at x₀, x₁, …, shape `[max_iterations + 1]`, the last repeated.
+      iterations: int32, shape `[kept + 1]`, where f was evaluated, first at x₀; −1 where
+        it was not.
+      objective_changes: f(θ + x) − f(θ) there, shape `[kept + 1]`.
+      coefficients: for `hfjax.spectrum.ritz_values`.
+    """
+
+    num_iterations: jax.Array
+    model_values: jax.Array
+    iterations: jax.Array
+    objective_changes: jax.Array
+    coefficients: jax.Array
+
+
+def cg_run(
+    objective: Objective,
+    params: Params,
+    batch: tuple,
+    /,
+    *,
+    damping: Number,
+    rule: Damping = levenberg_marquardt(),
+    preconditioner: PreconditionerRule | None = diagonal(),
+    curvature: Curvature = ggn,
+    x0: Tree | None = None,
+    eval_batch: tuple | None = None,
+    max_iterations: int = 100,
+    interval: int = 1,
+    seed: int = 0,
+) -> CGRun:
+    """Run the conjugate gradients of an update, and evaluate f as they go.
+
+    For looking at: where f turns while M still falls, iterations are wasted, λ is too
+    small, or the batch is. It takes no stopping rule, and a value of f for each kept
+    iterate, all of which are in memory at once.
+
+    Args:
+      objective: f, with its weight decay.
+      params: θ.
+      batch: what gradient and curvature are taken on.
+      damping: λ, as `state.damping`.
+      rule: whose D and μ to take; its rule for λ does not matter.
+      preconditioner: of `hfjax.preconditioners`; `None` is the identity.
+      curvature: of `hfjax.curvature`.
+      x0: where to start, as 0.95 · `state.direction`; `None` is 0.
+      eval_batch: on which f is evaluated; `None` is `batch`. Data that the run has not
+        seen show how far it overfits.
+      max_iterations: a Python integer.
+      interval: evaluate f at every so many iterations.
+      seed: for a preconditioner or damping matrix that draws random numbers.
+
+    Returns:
+      The run.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if an option is out of range.
+
+    Example:
+      Where f is quadratic, M without damping is f's change:
+
+      >>> import hfjax, jax.numpy as jnp
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
+      >>> batch = (x, x @ jnp.array([1.0, -1.0]))
+      >>> objective = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> run = cg_run(objective, jnp.zeros(2), batch, damping=0.0, preconditioner=None)
+      >>> last = run.iterations[run.iterations >= 0].argmax()
+      >>> print(jnp.allclose(run.objective_changes[last], run.model_values[-1]))
+      True
+
+    References:
+      Martens & Sutskever (2012), figure 4 and section 8.7.
+    """
+    _options.check_range("damping", damping, low=0.0)
+    dtype = _tree.scalar_dtype(params)
+    keys = jax.random.split(jax.random.key(seed))
+    point = Point(
+        objective=objective,
+        params=params,
+        batch=batch,
+        eval_batch=batch if eval_batch is None else eval_batch,
+        damping=jnp.asarray(damping, dtype),
+        count=jnp.zeros((), jnp.int32),
+        keys=(keys[0], keys[1]),
+    )
+    _, gradient = objective.value_and_grad(params, batch)
+    b = jax.tree.map(jnp.negative, _tree.widen(gradient))
+    subproblem, _ = assemble(point, b, curvature, rule, preconditioner)
+    result = cg.solve(
+        subproblem.matvec,
+        b,
+        x0=x0,
+        preconditioner=subproblem.preconditioner,
+        max_iterations=max_iterations,
+        stopping=None,
+        keep=iterates.every(interval),
+    )
+    before = subproblem.value_fn(_sharding.zeros_like(b))
+    at_start = before if x0 is None else subproblem.value_fn(_tree.cast_like(x0, b))
+    after = jax.lax.map(subproblem.value_fn, result.kept.iterates)
+    return CGRun(
+        num_iterations=result.num_iterations,
+        model_values=result.model_values,
+        iterations=jnp.append(0, result.kept.iterations),
+        objective_changes=jnp.append(at_start, after) - before,
+        coefficients=cast("jax.Array", result.coefficients),
+    )

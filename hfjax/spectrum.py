@@ -1,0 +1,295 @@
+"""What a curvature matrix is like: eigenvalues, their density, the trace.
+
+For any `Matvec`, of `hfjax.curvature` or your own; no matrix is formed.
+
+| function | gives | products |
+|---|---|---|
+| `eigenvalues` | a few, largest or smallest, with vectors and residuals | K + `num` |
+| `density` | all of them, smeared out; traces of functions of A | K for each probe |
+| `trace` | Σᵢ Aᵢᵢ, with its standard error | 1 for each probe |
+| `ritz_values` | what the last run of conjugate gradients saw of P⁻¹A | none |
+
+(A + λI)⁻¹v is `hfjax.cg.inverse`; diagonals are `hfjax.diagonals`. Nothing here is
+compiled: wrap calls in `jax.jit` as you like. Memory is that of K vectors.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from hfjax import _options, _tree
+from hfjax._types import Matvec, Number, Tree
+from hfjax.krylov import basis
+
+
+class Eigenpairs(NamedTuple):
+    """A few eigenvalues.
+
+    Attributes:
+      values: θ, shape `[num]`, in the order asked for.
+      vectors: of length 1, a tree with a leading axis of `num`.
+      residuals: ‖A v − θ v‖, shape `[num]`: within that of θ lies an eigenvalue.
+    """
+
+    values: jax.Array
+    vectors: Tree
+    residuals: jax.Array
+
+
+def eigenvalues(
+    matvec: Matvec,
+    like: Tree,
+    /,
+    *,
+    key: jax.Array,
+    num: int = 1,
+    which: str = "largest",
+    num_iterations: int | None = None,
+) -> Eigenpairs:
+    """Find a few eigenvalues at an end of the spectrum, by Lanczos' method.
+
+    θ and v are the best that the space of K products has (Rayleigh & Ritz), from a
+    random start, every vector orthogonalised against all before it. The ends of the
+    spectrum come first, the more so where they stand apart; `residuals` says how far
+    they have come. Of a multiple eigenvalue all copies are found only once the space is
+    exhausted and another random vector joins it.
+
+    Args:
+      matvec: `v -> A v`, symmetric.
+      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
+      key: of the random start.
+      num: how many; a Python integer.
+      which: `"largest"`, `"smallest"` (algebraically: negative curvature first) or
+        `"magnitude"`.
+      num_iterations: K; `None` is 2 `num` + 20 (as ARPACK's default subspace, which
+        starts anew where this does not), at most the number of parameters.
+
+    Returns:
+      The eigenpairs, in the dtype of `like`, float32 or wider.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if `num` is larger than K, or `which` is another word.
+
+    Example:
+      >>> d = jnp.array([1.0, 5.0, 3.0, 5.0])
+      >>> found = eigenvalues(lambda v: d * v, d, key=jax.random.key(0), num=3)
+      >>> print(found.values.round(4))
+      [5. 5. 3.]
+
+    References:
+      Parlett (1998), chapter 13; Lehoucq, Sorensen & Yang (1998), ARPACK.
+    """
+    _options.check_count("num", num, low=1)
+    _options.check_choice("which", which, ("largest", "smallest", "magnitude"))
+    size = optax.tree.size(like)
+    dimension = 2 * num + 20 if num_iterations is None else num_iterations
+    _options.check_count("num_iterations", dimension, low=1)
+    dimension = min(dimension, size)
+    if num > dimension:
+        msg = (
+            f"`num` must be at most `num_iterations` and the number of parameters, "
+            f"{dimension} here, got {num}."
+        )
+        raise ValueError(msg)
+
+    first, later = jax.random.split(key)
+    built = basis(
+        matvec,
+        _random(first, like),
+        dimension,
+        fill=lambda k: _random(jax.random.fold_in(later, k), like),
+    )
+    values, weights = jnp.linalg.eigh(built.matrix)
+    order = {"largest": -values, "smallest": values, "magnitude": -jnp.abs(values)}
+    chosen = jnp.argsort(order[which])[:num]
+    values, weights = values[chosen], weights[:, chosen]
+    vectors = _tree.combination(weights.T, built.vectors)
+
+    def residual(pair: tuple[jax.Array, Tree]) -> jax.Array:
+        value, v = pair
+        return _tree.norm(_tree.axpy(-value, v, matvec(v)))
+
+    return Eigenpairs(values, vectors, jax.lax.map(residual, (values, vectors)))
+
+
+class Density(NamedTuple):
+    """A spectral density, as Gauss quadratures that random probes gave.
+
+    For a function h, (1/n) tr h(A) is about the mean over probes of Σⱼ `weights` ·
+    h(`nodes`); each probe's share is exact for polynomials of degree 2K − 1.
+
+    Attributes:
+      nodes: shape `[num_probes, K]`.
+      weights: the same shape; they sum to 1 in each probe.
+    """
+
+    nodes: jax.Array
+    weights: jax.Array
+
+    def at(self, points: ArrayLike, width: Number) -> jax.Array:
+        """Return the density near some points, smeared by a Gaussian.
+
+        Args:
+          points: of the axis of eigenvalues, shape `[points]`.
+          width: standard deviation of the Gaussian, in the unit of eigenvalues.
+
+        Returns:
+          Shape `[points]`; it integrates to 1.
+        """
+        distance = (jnp.asarray(points)[:, None] - self.nodes.reshape(1, -1)) / width
+        bell = jnp.exp(-0.5 * jnp.square(distance)) / (width * np.sqrt(2 * np.pi))
+        return bell @ self.weights.reshape(-1) / len(self.nodes)
+
+
+def density(
+    matvec: Matvec,
+    like: Tree,
+    /,
+    *,
+    key: jax.Array,
+    num_probes: int = 4,
+    num_iterations: int = 40,
+) -> Density:
+    """Estimate the density of all eigenvalues, by stochastic Lanczos quadrature.
+
+    Args:
+      matvec: `v -> A v`, symmetric.
+      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
+      key: of the random probes.
+      num_probes: random starts; more make it less noisy (heuristic: 4).
+      num_iterations: K, products for each; more resolve finer (heuristic: 40), at most
+        the number of parameters.
+
+    Returns:
+      The density.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if a count is less than 1.
+
+    Example:
+      The log-determinant of A + I, as in a Laplace approximation:
+
+      >>> d = jnp.array([1.0, 3.0, 7.0])
+      >>> found = density(lambda v: d * v, d, key=jax.random.key(0), num_probes=1)
+      >>> logs = jnp.sum(found.weights * jnp.log1p(found.nodes), axis=1)
+      >>> print((3 * logs.mean()).round(3), jnp.log1p(d).sum().round(3))
+      4.159 4.159
+
+    References:
+      Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019).
+    """
+    _options.check_count("num_probes", num_probes, low=1)
+    _options.check_count("num_iterations", num_iterations, low=1)
+    dimension = min(num_iterations, optax.tree.size(like))
+
+    def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Signs: the share of a diagonal matrix is then exact.
+        matrix = basis(matvec, _signs(key, like), dimension).matrix
+        nodes, weights = jnp.linalg.eigh(matrix)
+        return nodes, jnp.square(weights[0])
+
+    return Density(*jax.lax.map(probe, jax.random.split(key, num_probes)))
+
+
+class Estimate(NamedTuple):
+    """A random estimate.
+
+    Attributes:
+      value: a scalar; its expectation is what is estimated.
+      standard_error: of `value`, a scalar.
+    """
+
+    value: jax.Array
+    standard_error: jax.Array
+
+
+def trace(
+    matvec: Matvec, like: Tree, /, *, key: jax.Array, num_probes: int = 32
+) -> Estimate:
+    """Estimate tr A as the mean of vᵀA v over random signs v.
+
+    Args:
+      matvec: `v -> A v`.
+      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
+      key: of the random signs.
+      num_probes: a product each, at least 2 (heuristic: 32).
+
+    Returns:
+      The estimate; exact for a diagonal A.
+
+    Raises:
+      TypeError: if `num_probes` is no Python integer.
+      ValueError: if it is less than 2.
+
+    Example:
+      >>> a = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+      >>> found = trace(lambda v: a @ v, jnp.ones(2), key=jax.random.key(0))
+      >>> print(bool(abs(found.value - 5) < 3 * found.standard_error))
+      True
+
+    References:
+      Hutchinson (1990).
+    """
+    _options.check_count("num_probes", num_probes, low=2)
+
+    def probe(key: jax.Array) -> jax.Array:
+        v = _signs(key, like)
+        return _tree.dot(v, matvec(v))
+
+    shares = jax.lax.map(probe, jax.random.split(key, num_probes))
+    spread = jnp.std(shares, ddof=1)
+    return Estimate(jnp.mean(shares), spread / np.sqrt(num_probes).astype(spread.dtype))
+
+
+def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarray:
+    """Read eigenvalues of P⁻¹A off a run of conjugate gradients.
+
+    α and β of k iterations make the tridiagonal matrix of Lanczos: 1/αⱼ + βⱼ₋₁/αⱼ₋₁ on
+    its diagonal and √βⱼ/αⱼ beside it, whose eigenvalues lie within the spectrum of
+    P⁻¹A and spread to its ends. A holds the damping: those of B alone are about λ less
+    where D and P are identities. Conjugate gradients see an eigenvalue once, however
+    often it occurs; copies that rounding makes are merged. Not for `jit`: how many there
+    are depends on the numbers.
+
+    Args:
+      coefficients: shape `[max_iterations, 2]`, of a `CGResult`, or of `state.record`
+        where the solver is told to `record`.
+      tolerance: values that agree to it, relatively, count as one (heuristic: 1e-3).
+
+    Returns:
+      The Ritz values, descending, float64; empty if there was no iteration.
+
+    Example:
+      >>> import hfjax
+      >>> d = jnp.array([1.0, 2.0, 4.0])
+      >>> run = hfjax.cg.solve(lambda v: d * v, jnp.ones(3), stopping=None)
+      >>> print(ritz_values(run.coefficients).round(4))
+      [4. 2. 1.]
+
+    References:
+      Golub & Van Loan (2013), section 11.3.
+    """
+    alpha, beta = np.asarray(coefficients, np.float64).T
+    length = int(np.argmin(np.append(alpha, 0) > 0))
+    alpha, beta = alpha[:length], beta[:length]
+    diagonal = 1 / alpha
+    diagonal[1:] += beta[:-1] / alpha[:-1]
+    beside = np.sqrt(beta[:-1]) / alpha[:-1]
+    matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    values = np.linalg.eigvalsh(matrix)[::-1]
+    gaps = np.append(np.inf, values[:-1] - values[1:])
+    return values[gaps > tolerance * np.abs(values)]
+
+
+def _random(key: jax.Array, like: Tree) -> Tree:
+    return optax.tree.random_like(key, _tree.widen(like), jax.random.normal)
+
+
+def _signs(key: jax.Array, like: Tree) -> Tree:
+    return optax.tree.random_like(key, _tree.widen(like), jax.random.rademacher)
