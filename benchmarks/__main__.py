@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     autoencoder,
+    imports,
     memory,
     multihost,
     precision,
@@ -26,6 +27,7 @@ _COMMANDS = {
     "restart": restart,
     "multihost": multihost,
     "scaling": scaling,
+    "imports": imports,
 }
 
 

@@ -92,6 +92,10 @@ def test_nnx_optimizer_hands_the_batch_on():
     values = [step(model, optimizer) for _ in range(3)]
     assert values[2] < values[1] < values[0]
     np.testing.assert_allclose(values[1], expected, rtol=1e-5)
+    # The state inside is read as any other.
+    read = hfjax.diagnostics.scalars(optimizer.opt_state)
+    assert read["count"] == 3
+    assert read["value_before"] == pytest.approx(float(values[2]))
 
 
 def test_batch_normalisation_trains_on_its_running_statistics():

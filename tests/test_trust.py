@@ -16,7 +16,7 @@ import hfjax
 from benchmarks import mnist
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = sorted((ROOT / "hfjax").glob("**/*.py"))
+FILES = sorted(pathlib.Path(hfjax.__file__).parent.glob("**/*.py"))
 TEXT = (ROOT / "SECURITY.md").read_text()
 
 UNPICKLING = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
