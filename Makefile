@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help test demo notebooks lint types format clean
+.PHONY: help test demo notebooks docs lint types format clean
 
 help:
 	@echo "make test   run the tests and doctests"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
 	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
+	@echo "make docs   build the documentation site in docs/_build/html, offline"
 	@echo "make lint   ruff; make types: pyright; make format: ruff format"
 
 $(BIN)/installed: pyproject.toml
@@ -26,16 +27,21 @@ demo: $(BIN)/installed
 notebooks: $(BIN)/installed
 	$(BIN)/python notebooks/build.py
 
+docs: $(BIN)/installed
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d docs/_build/doctrees . \
+	  docs/_build/html
+
 lint: $(BIN)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(BIN)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes hfjax --ignoreexternal
 
 format: $(BIN)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist docs/_build

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hfjax import _sharding, _tree
-from hfjax._types import Tree
+from hfjax._types import Batch, Tree
 
 
 class Cases(NamedTuple):
@@ -66,7 +66,7 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     )
 
 
-def thinned(batch: tuple, cases: int) -> tuple:
+def thinned(batch: Batch, cases: int) -> Batch:
     """Return evenly spaced cases of a batch, at least so many, or all of them.
 
     Every k-th, so that each device still holds its share of sharded cases.
@@ -94,7 +94,7 @@ def unfold(stacked: jax.Array, total: int) -> jax.Array:
     return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
 
 
-def as_cases(batch: tuple, name: str = "batch") -> Cases:
+def as_cases(batch: Batch, name: str = "batch") -> Cases:
     """Check a user's batch and give it weights; `name` is for the error."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         came = f"{type(batch).__name__}"

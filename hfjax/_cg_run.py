@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from hfjax import _options, _sharding, _tree, cg, iterates
 from hfjax._system import Point, assemble
-from hfjax._types import Number, Params, Tree
+from hfjax._types import Batch, Number, Params, Tree
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, levenberg_marquardt
 from hfjax.objective import Objective
@@ -36,7 +36,7 @@ class CGRun(NamedTuple):
 def cg_run(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     /,
     *,
     damping: Number,
@@ -44,7 +44,7 @@ def cg_run(
     preconditioner: PreconditionerRule | None = diagonal(),
     curvature: Curvature = ggn,
     x0: Tree | None = None,
-    eval_batch: tuple | None = None,
+    eval_batch: Batch | None = None,
     max_iterations: int = 100,
     interval: int = 1,
     seed: int = 0,
@@ -66,7 +66,7 @@ def cg_run(
       x0: where to start, as 0.95 · `state.direction`; `None` is 0.
       eval_batch: on which f is evaluated; `None` is `batch`. Data that the run has not
         seen show how far it overfits.
-      max_iterations: a Python integer.
+      max_iterations: a Python integer; heuristic.
       interval: evaluate f at every so many iterations.
       seed: for a preconditioner or damping matrix that draws random numbers.
 

@@ -16,7 +16,7 @@ from hfjax import _tree
 from hfjax._gradient_faults import Facts, explain
 from hfjax._setup import Setup, flat, walk, waves
 from hfjax._spectrum import extreme_curvature
-from hfjax._types import Params
+from hfjax._types import Batch, Params
 from hfjax.curvature import ggn
 from hfjax.damping import rounding_noise
 from hfjax.state import Rejection
@@ -221,7 +221,7 @@ def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
 
 
 def bad_transformation(
-    tx: Any, given: Setup, batch: tuple, grads: Params, *, judge: bool
+    tx: Any, given: Setup, batch: Batch, grads: Params, *, judge: bool
 ) -> Iterator[str]:
     """Whether `tx` is Hessian-free, and if to be judged: of this f, and takes a step."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):

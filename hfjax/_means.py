@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
 from hfjax._cases import Cases, Microbatches, as_cases, split
-from hfjax._types import Params, Tree
+from hfjax._types import Batch, Params, Tree
 
 AxisName: TypeAlias = Any
 """A mesh axis name, or a tuple of them."""
@@ -29,7 +29,7 @@ class Means(NamedTuple):
     microbatch_size: int | None
     axis_name: AxisName
 
-    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: tuple) -> Tree:
+    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: Batch) -> Tree:
         """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0."""
         cases = as_cases(batch)
         parts = split(cases, self.microbatch_size)

@@ -12,7 +12,7 @@ import jax
 from hfjax import _tree
 from hfjax._arguments import as_params
 from hfjax._cases import Cases, as_cases, split
-from hfjax._types import Matvec, Params, Tree
+from hfjax._types import Batch, Matvec, Params, Tree
 from hfjax.objective import Objective
 
 Term: TypeAlias = Callable[[Objective, Params, Cases], Matvec]
@@ -20,7 +20,7 @@ Term: TypeAlias = Callable[[Objective, Params, Cases], Matvec]
 
 
 def linear_mean(
-    term: Term, objective: Objective, params: Params, batch: tuple
+    term: Term, objective: Objective, params: Params, batch: Batch
 ) -> Matvec:
     """Build v ↦ Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v for symmetric Bᵢ of each case.
 

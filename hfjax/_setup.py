@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _tree
 from hfjax._cases import as_cases
-from hfjax._types import Params, Tree
+from hfjax._types import Batch, Params, Tree
 from hfjax.objective import Objective
 
 
@@ -29,12 +29,12 @@ class Setup(NamedTuple):
 
     objective: Objective
     params: Params
-    batch: tuple
+    batch: Batch
     rounding: float
     wide: bool
 
     @classmethod
-    def of(cls, objective: Objective, params: Params, batch: tuple) -> "Setup":
+    def of(cls, objective: Objective, params: Params, batch: Batch) -> "Setup":
         """Look at an objective as it is at its first update."""
         objective = dataclasses.replace(objective.at(0), axis_name=None)
         params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
@@ -109,7 +109,7 @@ def unlike(params: Params, grads: Params) -> Iterator[str]:
             return
 
 
-def unusable(params: Params, batch: tuple) -> Iterator[str]:
+def unusable(params: Params, batch: Batch) -> Iterator[str]:
     """Whether parameters and data are numbers, and weights are weights."""
     inputs, targets, weights = as_cases(batch)
     named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}

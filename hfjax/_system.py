@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
-from hfjax._types import Matvec, Params, Tree, ValueFn
+from hfjax._types import Batch, Matvec, Params, Tree, ValueFn
 from hfjax.cg import Subproblem
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, damped
@@ -30,13 +30,13 @@ class Point(NamedTuple):
 
     objective: Objective
     params: Params
-    batch: tuple
-    eval_batch: tuple
+    batch: Batch
+    eval_batch: Batch
     damping: jax.Array
     count: jax.Array
     keys: tuple[jax.Array | None, jax.Array | None]
 
-    def value_on(self, data: tuple) -> ValueFn:
+    def value_on(self, data: Batch) -> ValueFn:
         """Return δ ↦ f(θ + δ) on some data; +∞ where θ + δ is beyond the floats."""
 
         def value_fn(step: Tree) -> jax.Array:

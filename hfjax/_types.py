@@ -14,6 +14,10 @@ Tree: TypeAlias = Any
 """A pytree of arrays; `Params` where it has the structure of the parameters."""
 
 Params: TypeAlias = Any
+"""A pytree of the structure of the parameters: θ, a gradient, a step."""
+
+Batch: TypeAlias = tuple[Any, ...]
+"""`(inputs, targets)` or `(inputs, targets, weights)`; every leaf leads with the cases."""
 
 Matvec: TypeAlias = Callable[[Tree], Tree]
 """`v -> A v` for a symmetric `A`; keeps the structure, shapes and dtypes of `v`."""
@@ -31,4 +35,7 @@ Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 """Step count to number, as in Optax."""
 
 Number: TypeAlias = ArrayLike
+"""A Python number, or a scalar array, which may be traced."""
+
 NumberOrSchedule: TypeAlias = ArrayLike | Schedule
+"""A `Number`, or a `Schedule` that is read anew in each update."""

@@ -129,7 +129,7 @@ def inverse(
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
       tolerance: ‖(A + λI) x − v‖ ≤ `tolerance` · ‖v‖ (1e-5, that of
         `jax.scipy.sparse.linalg.cg`).
-      max_iterations: a Python integer.
+      max_iterations: a Python integer (250: as `solve`).
 
     Returns:
       The product with the inverse, on trees as `matvec` takes.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from hfjax import _options, _tree
 from hfjax._cases import Cases
 from hfjax._products import gauss_newton, linear_mean
-from hfjax._types import Matvec, Number, Params, Tree
+from hfjax._types import Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 from hfjax.structural import hidden_distance, joined
 
@@ -36,7 +36,7 @@ damping it is given `structural=μ` too."""
 def ggn(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     structural: Number | None = None,
 ) -> Matvec:
@@ -91,7 +91,7 @@ def ggn(
 def hessian(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     structural: Number | None = None,
 ) -> Matvec:
@@ -142,7 +142,7 @@ def hessian(
 def finite_difference_hessian(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     epsilon: Number | None = None,
     central: bool = True,
@@ -219,7 +219,7 @@ def finite_difference_hessian(
 def empirical_fisher(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     structural: Number | None = None,
 ) -> Matvec:
@@ -273,7 +273,7 @@ def _plus_distance(
     structural: Number | None,
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     matvec: Matvec,
 ) -> Matvec:
     """Add the hidden states' distance by a product of its own."""

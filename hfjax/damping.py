@@ -62,7 +62,15 @@ class Structural(NamedTuple):
     tied: bool
 
     def at(self, damping: jax.Array, count: jax.Array) -> jax.Array:
-        """Return μ of an update, given its λ."""
+        """Return μ of an update.
+
+        Args:
+          damping: its λ.
+          count: updates so far.
+
+        Returns:
+          μ, a scalar.
+        """
         strength = _options.read(self.strength, count).astype(damping.dtype)
         return strength * damping if self.tied else strength
 
@@ -279,6 +287,13 @@ def _structural(strength: NumberOrSchedule | None, tied: bool) -> Structural | N
 
 
 def rounding_noise(value: jax.Array) -> jax.Array:
-    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float."""
+    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float.
+
+    Args:
+      value: f(θ).
+
+    Returns:
+      A scalar above 0; the 10 is a heuristic.
+    """
     limits = jnp.finfo(value.dtype)
     return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)

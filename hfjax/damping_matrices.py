@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, diagonals
-from hfjax._types import Matvec, Number, Params, Tree
+from hfjax._types import Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 
 _FEW_OUTPUTS = 16
@@ -53,7 +53,7 @@ class DampingMatrix(NamedTuple):
     needs_key: bool = False
 
 
-Builder: TypeAlias = Callable[[Objective, Params, tuple], tuple[Matvec, Tree]]
+Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
 """`(objective, params, batch) -> (v -> D v, its diagonal)`."""
 
 
@@ -102,7 +102,7 @@ def diagonal(
         `hfjax.diagonals` (with `key` or without) or the caller's. `None` is diag(G),
         exact for up to 16 outputs a case, else by one random sign an output. The
         Fisher's diagonal grows as f², so it is not invariant to rescaling f.
-      exponent: ξ; 1 is the diagonal (Levenberg-Marquardt), 0 the identity.
+      exponent: ξ in [0, 1]; 1 is the diagonal (Levenberg-Marquardt), 0 the identity.
       kappa: κ ≥ 0, towards the identity (report, section 13: about 1e-2 of the mean
         entry may be needed).
       scale: s, a tree like the parameters; `None` is 1 everywhere.
@@ -122,7 +122,7 @@ def diagonal(
     def build(
         objective: Objective,
         params: Params,
-        batch: tuple,
+        batch: Batch,
         curvature: Matvec,
         key: jax.Array | None,
     ) -> Matrix:
@@ -172,7 +172,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
     def build(
         objective: Objective,
         params: Params,
-        batch: tuple,
+        batch: Batch,
         curvature: Matvec,
         key: jax.Array | None,
     ) -> Matrix:
@@ -222,7 +222,7 @@ def custom(build: Builder) -> DampingMatrix:
         raise TypeError(msg)
 
     def checked(
-        objective: Objective, params: Params, batch: tuple, curvature: Matvec
+        objective: Objective, params: Params, batch: Batch, curvature: Matvec
     ) -> Matrix:
         del curvature
         pair = build(objective, params, batch)
@@ -238,7 +238,7 @@ def custom(build: Builder) -> DampingMatrix:
     return _without_key(checked)
 
 
-NAMED = {
+NAMED: dict[str, Callable[[], DampingMatrix]] = {
     "identity": identity,
     "curvature_diagonal": diagonal,
     "curvature": curvature,
@@ -275,7 +275,7 @@ def _without_key(build: Callable[..., Matrix]) -> DampingMatrix:
     def keyless(
         objective: Objective,
         params: Params,
-        batch: tuple,
+        batch: Batch,
         curvature: Matvec,
         key: jax.Array | None,
     ) -> Matrix:
@@ -289,7 +289,7 @@ def _estimate(
     estimate: diagonals.Estimate | None,
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     key: jax.Array | None,
 ) -> Tree:
     if estimate is None:

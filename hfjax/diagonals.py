@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from hfjax import _case_gradients, _options, _sharding
 from hfjax._cases import Cases, as_cases
-from hfjax._types import Number, Params, Tree
+from hfjax._types import Batch, Number, Params, Tree
 from hfjax.objective import Objective
 
 Estimate: TypeAlias = Callable[..., Tree]
@@ -37,7 +37,7 @@ _HELD_ENTRIES = 2**24
 """Entries of per-case gradients held at once: 64 MiB in float32; heuristic."""
 
 
-def empirical_fisher(objective: Objective, params: Params, batch: tuple) -> Params:
+def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
     Args:
@@ -71,7 +71,7 @@ def empirical_fisher(objective: Objective, params: Params, batch: tuple) -> Para
 def ggn_rademacher(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     key: jax.Array,
     num_probes: int = 1,
@@ -139,7 +139,7 @@ def ggn_rademacher(
     )
 
 
-def ggn_exact(objective: Objective, params: Params, batch: tuple) -> Params:
+def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute diag(G) exactly: Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k of a case, averaged.
 
     One back-propagation for each output of a case, units and time steps alike: for
@@ -230,8 +230,17 @@ def needs_key(estimate: Estimate) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-def outputs_per_case(objective: Objective, params: Params, batch: tuple) -> int:
-    """Count the outputs of a case: units, times steps, over all leaves."""
+def outputs_per_case(objective: Objective, params: Params, batch: Batch) -> int:
+    """Count the outputs of a case: units, times steps, over all leaves.
+
+    Args:
+      objective: whose model it is.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+
+    Returns:
+      A Python integer; the model is traced, and not run.
+    """
     inputs = _sharding.first_case(as_cases(batch).inputs)
     shapes = jax.eval_shape(objective.outputs, params, inputs)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -251,7 +260,7 @@ def _factored(
 def _mean_of_squares(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     case_gradient: Callable[[Params, Any, Any], Params],
     *,
     probes: int = 1,
@@ -271,7 +280,7 @@ def _mean_of_squares(
     local = objective.local(_sharding.gathered(params, cases))
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
-        def gradient(data: tuple) -> Params:
+        def gradient(data: Batch) -> Params:
             inputs, targets = jax.tree.map(lambda leaf: leaf[None], data)
             return case_gradient(local, Cases(inputs, targets, jnp.ones(1)), probe)
 

@@ -31,7 +31,7 @@ from flax.training import train_state
 
 from hfjax._recurrent import LinenRecurrentNetwork as LinenRecurrentNetwork
 from hfjax._recurrent import nnx, nnx_error
-from hfjax._types import Params, Tree
+from hfjax._types import Batch, Params, Tree
 
 if TYPE_CHECKING or nnx is not None:
     from hfjax._recurrent import RecurrentNetwork as RecurrentNetwork
@@ -156,8 +156,8 @@ class TrainState(train_state.TrainState):
         self,
         *,
         grads: Any,
-        batch: tuple | None = None,
-        eval_batch: tuple | None = None,
+        batch: Batch | None = None,
+        eval_batch: Batch | None = None,
         **kwargs: Any,
     ) -> Any:
         """Update `step`, `params` and `opt_state`.

@@ -18,7 +18,7 @@ from hfjax import _options, _tree, losses
 from hfjax._arguments import as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, unfold
 from hfjax._means import AxisName, Means
-from hfjax._types import NumberOrSchedule, Params, Tree
+from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -168,7 +168,7 @@ class Objective:
             raise ValueError(msg)
         return pair
 
-    def value(self, params: Params, batch: tuple) -> jax.Array:
+    def value(self, params: Params, batch: Batch) -> jax.Array:
         """Compute f(θ) on `batch`.
 
         Args:
@@ -182,7 +182,7 @@ class Objective:
         mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
         return mean + self._penalty(params)
 
-    def value_and_grad(self, params: Params, batch: tuple) -> tuple[jax.Array, Params]:
+    def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         """Compute f(θ) and ∇f(θ) on `batch`.
 
         Under `shard_map` use this rather than `jax.grad`: with `check_vma=True` a
@@ -204,7 +204,7 @@ class Objective:
         gradient = self.decayed(gradient, params)
         return value + self._penalty(params), _tree.cast_like(gradient, params)
 
-    def case_values(self, params: Params, batch: tuple) -> jax.Array:
+    def case_values(self, params: Params, batch: Batch) -> jax.Array:
         """Compute L(F(θ, xᵢ), tᵢ) for each case: no weights, no weight decay.
 
         Args:
@@ -226,7 +226,7 @@ class Objective:
         )
         return unfold(values, cases.weights.shape[0])
 
-    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: tuple) -> Tree:
+    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: Batch) -> Tree:
         """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ over microbatches and devices.
 
         Args:
@@ -303,7 +303,15 @@ class Objective:
         return dataclasses.replace(self, microbatch_size=size)
 
     def losses_of(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
+        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases.
+
+        Args:
+          params: θ.
+          cases: a batch, or a microbatch.
+
+        Returns:
+          Shape `[cases]`, in float32 or wider.
+        """
         outputs = self.forward(params, cases)
         with noting_call(
             "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
@@ -312,7 +320,15 @@ class Objective:
         return values.astype(_tree.wide(values.dtype))
 
     def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases."""
+        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases.
+
+        Args:
+          params: θ.
+          cases: a batch, or a microbatch.
+
+        Returns:
+          A scalar, of this device.
+        """
         values = self.losses_of(params, cases)
         return jnp.sum(cases.weights.astype(values.dtype) * values)
 
@@ -344,6 +360,14 @@ class Objective:
         return 0.5 * decay * _tree.dot(params, params)
 
     def decayed(self, tree: Tree, v: Tree) -> Tree:
-        """Return `tree` + weight_decay · v."""
+        """Add the weight decay's part: `tree` + `weight_decay` · v.
+
+        Args:
+          tree: a product with v, or the gradient, without weight decay.
+          v: like `tree`: the vector, or θ.
+
+        Returns:
+          The sum; `tree` itself where there is no weight decay.
+        """
         decay = self.decay
         return tree if decay is None else _tree.axpy(decay, v, tree)

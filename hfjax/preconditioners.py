@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, diagonals
-from hfjax._types import Number, Params, Preconditioner, Tree
+from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
 
@@ -84,7 +84,7 @@ def diagonal(
     def build(
         objective: Objective,
         params: Params,
-        batch: tuple,
+        batch: Batch,
         damping: Tree,
         key: jax.Array | None,
     ) -> Preconditioner:
@@ -136,7 +136,7 @@ def custom(
     def without_key(
         objective: Objective,
         params: Params,
-        batch: tuple,
+        batch: Batch,
         damping: Tree,
         key: None,
     ) -> Preconditioner:

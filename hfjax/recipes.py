@@ -46,12 +46,18 @@ def martens2010(
     Args:
       objective: f, with its weight decay.
       initial_damping: λ before the first update, on the scale of the mean curvature.
-        45 is for losses summed over 784 outputs.
-      max_iterations: of conjugate gradients in an update. 250 is for deep
-        autoencoders from a random start.
+        45, of his program, is for losses summed over 784 outputs.
+      max_iterations: of conjugate gradients in an update. 250, of his program, is for
+        deep autoencoders from a random start.
 
     Returns:
       The transformation, as `hessian_free` returns it.
+
+    Example:
+      >>> import hfjax, jax.numpy as jnp
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> print(martens2010(f).init(jnp.zeros(1)).damping)
+      45.0
 
     References:
       Martens (2010); the program published with it, and its log on CURVES.

@@ -254,8 +254,8 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     its diagonal and √βⱼ/αⱼ beside it, whose eigenvalues lie within the spectrum of
     P⁻¹A and spread to its ends. A holds the damping: those of B alone are about λ less
     where D and P are identities. Conjugate gradients see an eigenvalue once, however
-    often it occurs; copies that rounding makes are merged. Not for `jit`: how many there
-    are depends on the numbers.
+    often it occurs; copies that rounding makes of it are merged once they agree. Not
+    for `jit`: how many there are depends on the numbers.
 
     Args:
       coefficients: shape `[max_iterations, 2]`, of a `CGResult`, or of `state.record`

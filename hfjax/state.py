@@ -83,6 +83,16 @@ class HessianFreeState(NamedTuple):
       record: of the last run of conjugate gradients if the solver is told to `record`,
         else `None`; for people, as `info`.
       info: what the last update did.
+
+    Example:
+      Set λ, and read it:
+
+      >>> import hfjax, optax
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> state = hfjax.hessian_free(f).init(jnp.zeros(1))
+      >>> state = optax.tree.set(state, damping=jnp.float32(0.5))
+      >>> print(optax.tree.get(state, "damping"), Rejection(int(state.info.rejection)))
+      0.5 0
     """
 
     count: jax.Array
@@ -97,6 +107,12 @@ def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
     """Return the `info` before the first update.
 
     Every field is an array of its own: a donated state may not hold one twice.
+
+    Args:
+      dtype: of the numbers that are no counts.
+
+    Returns:
+      Zeros, and the reason that CG has not run.
     """
 
     def zero() -> jax.Array:

@@ -61,6 +61,15 @@ def martens2010(
 
     Returns:
       The rule.
+
+    Example:
+      Where M = −j / (j + 1), the last 10 of 60 iterations gained 0.0033 of it: less than
+      10 · 5e-4, where Martens' program stops, and more than 1e-4, where the report does:
+
+      >>> j = jnp.arange(61)
+      >>> here = Progress(j[-1], -j / (j + 1.0), jnp.ones(()), jnp.ones(()))
+      >>> print(martens2010()(here), martens_sutskever2012()(here))
+      True False
     """
     return _relative_progress(tolerance, fraction, minimum_window, per_iteration=True)
 

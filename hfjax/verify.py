@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _faults, _finite_differences
 from hfjax._setup import Setup, rows, unlike, unrows, unusable
-from hfjax._types import Params
+from hfjax._types import Batch, Params
 from hfjax.curvature import ggn
 from hfjax.objective import Objective
 
@@ -48,7 +48,7 @@ class ProductErrors(NamedTuple):
 def products(
     objective: Objective,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     *,
     epsilon: float = 1e-4,
     key: jax.Array,
@@ -73,7 +73,7 @@ def products(
       objective: whose model, loss, weights and weight decay are tried.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`; a few cases.
-      epsilon: ε > 0, with v, u and w of unit length.
+      epsilon: ε > 0 (1e-4: report, section 7.2), with v, u and w of unit length.
       key: for v, u, w and the choice of columns.
       columns: how many eⱼ to try, at random; `None` is all. G is then compared in these
         rows and columns alone.
@@ -146,7 +146,7 @@ def check(
     objective: Objective,
     tx: Any,
     params: Params,
-    batch: tuple,
+    batch: Batch,
     grads: Params,
 ) -> list[str]:
     """Say what is wrong with a set-up, one sentence a fault; `[]` if nothing is found.

@@ -159,6 +159,21 @@ def test_ritz_values_of_a_short_run_are_those_of_its_krylov_space():
     assert run.coefficients.shape == (5, 2)
 
 
+def test_copies_that_rounding_makes_of_a_ritz_value_are_merged():
+    d = 1000 * 0.7 ** np.arange(30)
+    scale = jnp.asarray(d, jnp.float32)
+    run = quick_jit(
+        lambda b: hfjax.cg.solve(
+            lambda v: scale * v, b, stopping=None, max_iterations=60
+        )
+    )(jnp.ones(30, jnp.float32))
+    everything = spectrum.ritz_values(run.coefficients, tolerance=0.0)
+    assert np.sum(np.abs(everything - 1000) < 1) > 1  # Orthogonality is lost.
+    found = spectrum.ritz_values(run.coefficients)
+    np.testing.assert_allclose(found[:5], d[:5], rtol=1e-5)
+    assert len(found) < len(everything)
+
+
 @pytest.mark.parametrize("radius", [None, 0.05])
 def test_ritz_values_end_where_the_run_meets_negative_curvature(radius):
     values = np.linspace(-1, 9, SIZE)
