@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hfjax._types import Params, Tree
 
@@ -28,8 +29,17 @@ def as_params(params: Params) -> Params:
       The same tree, of arrays.
 
     Raises:
-      TypeError: naming the first leaf that is something else.
+      TypeError: naming the first leaf that is something else, or is masked.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hole):
+        if _is_hole(leaf):
+            msg = (
+                f"params{jax.tree_util.keystr(path)} is masked, as `optax.masked` and "
+                "`optax.partition` do, and `model_fn` needs it. Hand only what is "
+                "trained, and let `model_fn` close over the rest (Flax: "
+                "`hfjax.flax.nnx_model_fn(model, wrt)`; Equinox: `eqx.partition`)."
+            )
+            raise TypeError(msg)
 
     def leaf(path: tuple, x: Any) -> jax.Array:
         x = jnp.asarray(x) if isinstance(x, float | np.ndarray) else x
@@ -48,6 +58,22 @@ def as_params(params: Params) -> Params:
         raise TypeError(msg)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def missing(name: str) -> TypeError:
+    """Return the error for an update without one of its arguments.
+
+    Args:
+      name: `"params"` or `"batch"`.
+    """
+    call = f"`{name}` is missing: call `tx.update(grads, state, params, batch=batch)`."
+    droppers = (
+        " These wrappers drop it: Flax's `TrainState` (take `hfjax.flax.TrainState`), "
+        "`MultiSteps(...).gradient_transformation()` (take "
+        "`Objective(microbatch_size=...)`), `optax.lookahead`, `optax.contrib.sam` and "
+        "`optax.contrib.split_real_and_imaginary` (leave them out)."
+    )
+    return TypeError(call + droppers * (name == "batch"))
 
 
 def check_gradient(grads: Any, params: Params) -> None:
@@ -117,7 +143,10 @@ def noting_call(call: str, **trees: Tree) -> Iterator[None]:
         yield
     except Exception as error:
         came = ", ".join(f"{name} {describe(tree)}" for name, tree in trees.items())
-        error.add_note(f"hfjax called {call} with {came}.")
+        params: Any = trees.get("params")
+        vector = _is_real(params) and jnp.ndim(params) == 1
+        flat = " If `optax.flatten` made one vector of `params`, leave it out."
+        error.add_note(f"hfjax called {call} with {came}.{flat * vector}")
         raise
 
 
@@ -138,6 +167,10 @@ def describe(tree: Tree) -> str:
     ]
     more = [f"… of {len(leaves)} leaves"] if len(leaves) > _SHOWN else []
     return f"{type(tree).__name__}({', '.join(words + more)})"
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _is_real(x: Any) -> bool:

@@ -4,7 +4,8 @@ A `Loss` compares a model's outputs `z` with targets `t`, case by case. The
 generalised Gauss-Newton matrix needs its Hessian `L″` in `z` (report, section
 6), the unbiased diagonal estimate a factor `S` with `S Sᵀ = L″` (section 11.4).
 The four matching losses have both in closed form (section 6.2, table 2); any
-other callable, Optax's per-example losses among them, is differentiated.
+other callable, Optax's per-example losses among them, is differentiated:
+`docs/losses.md` has how each of them fares.
 
     >>> import jax.numpy as jnp
     >>> loss = sigmoid_cross_entropy()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from hfjax import _options, _sharding, _tree
-from hfjax._arguments import as_params, check_gradient
+from hfjax._arguments import as_params, check_gradient, missing
 from hfjax._cases import as_cases
 from hfjax._system import Point, assemble
 from hfjax._trial import (
@@ -32,7 +32,7 @@ from hfjax._trial import (
     report,
     slope_along,
 )
-from hfjax._types import NumberOrSchedule, Params, Tree
+from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 from hfjax.backtracking import Backtracking, early_stop, last
 from hfjax.cg import Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
@@ -77,7 +77,8 @@ def hessian_free(
       `batch`. Where batches are drawn anew in each update, let the gradient's hold both:
       on data that it has not seen ρ is noise, and λ climbs.
 
-    Other keyword arguments are ignored.
+    Other keyword arguments are ignored. `docs/faults.md` has the wrappers of Optax and
+    Flax that hand them on, and those that do not.
 
     Args:
       objective: f, with its weight decay.
@@ -90,8 +91,9 @@ def hessian_free(
       line_search: of `hfjax.linesearch`; `None` takes the learning rate, unless f
         rises.
       curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`; it
-        is given `structural=μ` too if `damping` has one. Under `optax.inject_hyperparams` list it in `static_args`: Optax takes every
-        callable for a schedule.
+        is given `structural=μ` too if `damping` has one. Under
+        `optax.inject_hyperparams` list it in `static_args`, even if it is left out:
+        Optax takes every callable for a schedule.
       seed: for a preconditioner or damping matrix that draws random numbers.
 
     Returns:
@@ -167,19 +169,13 @@ def hessian_free(
         state: Any,
         params: Params | None = None,
         *,
-        batch: tuple | None = None,
-        eval_batch: tuple | None = None,
+        batch: Batch | None = None,
+        eval_batch: Batch | None = None,
         **extra_args: Any,
     ) -> tuple[Params, Any]:
         del extra_args  # The contract of Optax: what is not needed is ignored.
         if params is None or batch is None:
-            missing = "params" if params is None else "batch"
-            msg = (
-                f"`{missing}` is missing: call `tx.update(grads, state, params, "
-                "batch=batch)`. (Flax's `TrainState.apply_gradients` does not hand "
-                "`batch` on; call `tx.update` yourself.)"
-            )
-            raise TypeError(msg)
+            raise missing("params" if params is None else "batch")
         params = as_params(params)
         check_gradient(updates, params)
         check_state(state, params, needs_key=needs_key)
@@ -203,9 +199,10 @@ def scale_by_hessian_free(
     """Build the direction alone, to chain with other transformations.
 
     Returns −δ, with the sign of a gradient as all of Optax's `scale_by_*`: chain it
-    with `optax.scale_by_learning_rate`. No line search and no learning rate; λ
-    adapts, and a direction along which f would rise becomes zero, as in
-    `hessian_free`, whose options and arguments these are.
+    with `optax.scale_by_learning_rate`, or with `optax.scale(-1.0)` and a line search
+    of Optax's, which wants `value_fn=objective.value`. No line search and no learning
+    rate of its own; λ adapts, and a direction along which f would rise becomes zero, as
+    in `hessian_free`, whose options and arguments these are.
 
     Args:
       objective: f, with its weight decay.
@@ -270,8 +267,8 @@ def _update(
     grads: Params,
     state: HessianFreeState,
     params: Params,
-    batch: tuple,
-    eval_batch: tuple | None,
+    batch: Batch,
+    eval_batch: Batch | None,
 ) -> tuple[Params, HessianFreeState]:
     """Do one update: algorithm 3, line by line."""
     dtype = _tree.scalar_dtype(params)

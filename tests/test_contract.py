@@ -1,4 +1,4 @@
-"""The contract with Optax and JAX: wrappers, dtypes, tracing, compilation."""
+"""The contract with Optax and JAX: dtypes, tracing, compilation, devices."""
 
 import functools
 
@@ -83,18 +83,6 @@ def test_second_call_does_not_recompile_and_dtypes_never_change(dtype):
     assert after.damping.dtype == wide
 
 
-def test_damping_can_be_read_and_set_by_name():
-    params, batch = make_params(), make_batch()
-    state = TX.init(params)
-    assert optax.tree.get(state, "damping") == 1.0
-    for name in hfjax.HessianFreeInfo._fields:
-        optax.tree.get(state, name)  # Raises if a name occurs twice.
-    high = optax.tree.set(state, damping=jnp.float32(1e4))
-    updates, _ = jitted_update()(gradients(params, batch), high, params, batch=batch)
-    low, _ = jitted_update()(gradients(params, batch), state, params, batch=batch)
-    assert optax.tree.norm(updates) < 1e-2 * optax.tree.norm(low)
-
-
 @functools.cache
 def jitted_update():
     return quick_jit(TX.update)
@@ -111,104 +99,6 @@ def test_unknown_extra_arguments_are_ignored():
     extra, _ = jitted_update()(grads, state, params, batch=batch, value=jnp.ones(()))
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(extra), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-SMALL = functools.partial(
-    hfjax.hessian_free,
-    OBJECTIVE,
-    preconditioner=None,
-    solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
-)
-
-WRAPPERS = {
-    "chain": lambda tx: optax.chain(tx, optax.scale(0.5)),
-    "named_chain": lambda tx: optax.named_chain(("hf", tx), ("half", optax.scale(0.5))),
-    "apply_if_finite": lambda tx: optax.chain(
-        optax.apply_if_finite(tx, 3), optax.scale(0.5)
-    ),
-    "partition": lambda tx: optax.chain(
-        optax.partition({"all": tx}, lambda tree: jax.tree.map(lambda _: "all", tree)),
-        optax.scale(0.5),
-    ),
-    "masked": lambda tx: optax.chain(optax.masked(tx, True), optax.scale(0.5)),
-    "conditionally_transform": lambda tx: optax.chain(
-        optax.conditionally_transform(tx, lambda count: count >= 0), optax.scale(0.5)
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def half_step():
-    params, batch = make_params(), make_batch()
-    tx = SMALL()
-    updates, _ = quick_jit(tx.update)(
-        gradients(params, batch), tx.init(params), params, batch=batch
-    )
-    return jax.tree.map(lambda x: 0.5 * x, updates)
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrapper_forwards_the_batch_and_the_step(wrapper, half_step):
-    params, batch = make_params(), make_batch()
-    tx = WRAPPERS[wrapper](SMALL())
-    updates, state = quick_jit(tx.update)(
-        gradients(params, batch), tx.init(params), params, batch=batch
-    )
-    for one, other in zip(
-        jax.tree.leaves(updates), jax.tree.leaves(half_step), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-    assert hfjax.diagnostics.scalars(state)["accepted"]
-
-
-def test_injected_learning_rate_follows_its_schedule(half_step):
-    params, batch = make_params(), make_batch()
-    factory = optax.inject_hyperparams(
-        hfjax.hessian_free, static_args=("curvature",), hyperparam_dtype=jnp.float32
-    )
-    tx = factory(
-        OBJECTIVE,
-        learning_rate=optax.linear_schedule(0.5, 0.0, 2),
-        preconditioner=None,
-        solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
-    )
-    update = quick_jit(tx.update)
-    grads = gradients(params, batch)
-    updates, state = update(grads, tx.init(params), params, batch=batch)
-    for one, other in zip(
-        jax.tree.leaves(updates), jax.tree.leaves(half_step), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-    _, state = update(grads, state, params, batch=batch)
-    assert state.hyperparams["learning_rate"] == 0.25
-    state.hyperparams["learning_rate"] = jnp.float32(0.125)
-    assert update._cache_size() == 1
-
-
-def test_injected_constant_damping_is_read_in_every_update():
-    params, batch = make_params(), make_batch()
-
-    @optax.inject_hyperparams
-    def make(damping):
-        return SMALL(damping=hfjax.damping.constant(damping))
-
-    tx = make(optax.linear_schedule(1.0, 100.0, 1))
-    update = quick_jit(tx.update)
-    grads = gradients(params, batch)
-    loose, state = update(grads, tx.init(params), params, batch=batch)
-    tight, _ = update(grads, state, params, batch=batch)
-    assert optax.tree.norm(tight) < 0.1 * optax.tree.norm(loose)
-
-
-def test_multi_steps_forwards_the_batch():
-    params, batch = make_params(), make_batch()
-    tx = optax.MultiSteps(SMALL(), 2)
-    grads = gradients(params, batch)
-    update = quick_jit(tx.update)
-    first, state = update(grads, tx.init(params), params, batch=batch)
-    second, _ = update(grads, state, params, batch=batch)
-    assert optax.tree.norm(first) == 0
-    assert optax.tree.norm(second) > 0
 
 
 def test_state_is_made_from_shapes_alone():
@@ -435,27 +325,3 @@ def test_two_devices_find_the_step_of_one(name, way):
 @functools.cache
 def configuration(name):
     return CONFIGURATIONS[name](OBJECTIVE)
-
-
-def test_an_injected_first_radius_is_adapted_from_there_on():
-    params, batch = make_params(), make_batch()
-
-    @optax.inject_hyperparams
-    def make(init):
-        return hfjax.hessian_free(
-            OBJECTIVE,
-            solver=hfjax.trust_region.steihaug_toint(max_iterations=4),
-            damping=hfjax.trust_region.radius(init=init),
-            preconditioner=None,
-            line_search=None,
-        )
-
-    tx = make(jnp.float32(0.01))
-    update = quick_jit(tx.update)
-    state = tx.init(params)
-    updates, state = update(gradients(params, batch), state, params, batch=batch)
-    np.testing.assert_allclose(optax.tree.norm(updates), 0.01, rtol=1e-5)
-    assert optax.tree.get(state, "damping") == pytest.approx(0.015)
-    # The state, not the option, holds the radius that has been adapted.
-    updates, _ = update(gradients(params, batch), state, params, batch=batch)
-    np.testing.assert_allclose(optax.tree.norm(updates), 0.015, rtol=1e-5)
