@@ -12,13 +12,13 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-if "XLA_FLAGS" not in os.environ:  # Where a user's own flags may set the devices.
+# A third of what compiling costs (see `reference`); workers of xdist inherit it.
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+if os.environ.get("XLA_FLAGS", QUICK_FLAGS) == QUICK_FLAGS:
+    # Else a user's own flags may set the devices.
     jax.config.update("jax_num_cpu_devices", 4)
-    if jax.__version_info__ < (
-        0,
-        11,
-    ):  # A third of what compiling costs; see reference.
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    if jax.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] = QUICK_FLAGS
 jax.config.update("jax_enable_x64", True)
 
 if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:  # Else Hypothesis writes here.
