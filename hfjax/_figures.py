@@ -157,7 +157,7 @@ def plot_cg_run(run: Any) -> Figure:
         axis.annotate(
             f"least f: iterate {places[best]}",
             (places[best], changes[best]),
-            xytext=(0, 12),
+            xytext=(0, -16),
             textcoords="offset points",
             ha="center",
             fontsize="small",

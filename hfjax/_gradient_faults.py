@@ -50,7 +50,7 @@ def explain(grads: np.ndarray, facts: Facts) -> str | None:
     return (
         "`grads` is not the gradient of this objective at these parameters on this "
         f"batch: cosine {cosine:.4f}, relative error {wrong / max(size, _TINY):.2g}. If "
-        "it comes from another, larger batch, that is fine."
+        "it comes from a larger batch that holds this one, that is fine; else λ climbs."
     )
 
 

@@ -1,7 +1,7 @@
 """Seeing a run: scalars for any logger, a live line, tables, pictures.
 
     history = hfjax.diagnostics.History()
-    bar = tqdm.auto.tqdm(range(50))          # of a terminal or a notebook
+    bar = tqdm.tqdm(range(50))               # tqdm.auto: a notebook's, with ipywidgets
     for _ in bar:
         params, state = train_step(params, state, batch)
         row = history.record(state)          # numbers, for a logger as well
@@ -15,6 +15,8 @@
 | `plot_progress` | f, and an error of yours, against time and CG iterations |
 | `plot_cg_run` | f and M along one run of conjugate gradients, by `cg_run` |
 | `plot_spectrum` | Ritz values of a run, or any eigenvalues |
+
+In a notebook they are shown once `matplotlib.pyplot.show()` has been called there.
 
 How to read them: ρ near 1 and λ falling is a model that predicts well; λ that
 climbs for long, or ρ below ¼ again and again, is a gradient of something else
@@ -100,7 +102,7 @@ def line(row: Scalars | optax.OptState) -> str:
       >>> import hfjax, jax.numpy as jnp
       >>> objective = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> line(hfjax.hessian_free(objective).init(jnp.zeros(1)))
-      'f 0  λ 1  ρ 0.00  CG 0/0  α 0.00'
+      'f 0  λ 1  ρ 0.00  CG 0/0  α 0'
     """
     is_row = isinstance(row, Mapping) and "value_after" in row
     row = cast("Scalars", row) if is_row else scalars(cast("Any", row))
@@ -109,7 +111,7 @@ def line(row: Scalars | optax.OptState) -> str:
         f"f {row['value_after']:.5g}  λ {row['damping']:.2g}  "
         f"ρ {max(float(row['reduction_ratio']), -99):.2f}  "
         f"CG {row['chosen_iteration']}/{row['cg_iterations']}  "
-        f"α {row['step_size']:.2f}" + rejected * f"  rejected: {row['rejection']}"
+        f"α {row['step_size']:.2g}" + rejected * f"  rejected: {row['rejection']}"
     )
 
 

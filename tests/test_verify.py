@@ -141,6 +141,21 @@ def test_nothing_is_found_with_one_key_for_each_case():
     assert check(modelled(noisy), batch=(inputs, T)) == []
 
 
+def test_masks_that_a_key_draws_otherwise_in_float64_are_no_rounding():
+    def dropping_out(params, inputs):
+        x, keys = inputs
+        draw = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (3,)))
+        return mlp(params, x * draw(keys))
+
+    with jax.enable_x64(False):
+        params, batch = single((PROBLEM.params, PROBLEM.batch))
+        keys = jax.random.split(jax.random.key(0), CASES)
+        faults = check(
+            modelled(dropping_out), params=params, batch=((batch[0], keys), batch[1])
+        )
+    assert faults == []
+
+
 def test_nothing_is_found_at_an_optimum():
     # Where ∇f is rounding, or zero, and so is f.
     objective = modelled(lambda p, x: x @ p)
@@ -206,7 +221,7 @@ def test_a_gradient_from_elsewhere_is_told_with_its_cosine():
         for tree in (other, gradient(OBJECTIVE))
     )
     cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
-    only(check(grads=other), f"cosine {cosine:.4f}", "larger batch, that is fine")
+    only(check(grads=other), f"cosine {cosine:.4f}", "larger batch that holds this one")
 
 
 def test_a_gradient_of_another_shape_is_named():

@@ -1,0 +1,419 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A run that does not learn
+#
+# Six ways to spoil a run: what each looks like in the diagnostics, what
+# `hfjax.verify.check` says of it, and the cure. First a healthy run, to compare with.
+#
+# In short: call `check` once, before anything else. It finds what is wrong with the
+# set-up. What is wrong with the settings, or with the data of an update, is seen in λ, ρ
+# and the iterations of conjugate gradients.
+
+# %%
+import itertools
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+
+import hfjax
+from hfjax.flax import nnx_model_fn
+
+plt.rcParams["figure.dpi"] = 58
+
+# %% [markdown]
+# ## Healthy
+#
+# A function of two variables, at 400 points, each with a weight of 1; the weights are
+# there so that a smaller batch, below, needs no other program.
+
+# %%
+cases, units = 400, 16
+x = jax.random.uniform(jax.random.key(0), (cases, 2))
+data = (x, jnp.sin(6 * x[:, :1]) * x[:, 1:], jnp.ones(cases))
+
+keys = jax.random.split(jax.random.key(1))
+params = {
+    "in": jnp.pad(2 * jax.random.normal(keys[0], (2, units)), ((0, 1), (0, 0))),
+    "out": jnp.pad(jax.random.normal(keys[1], (units, 1)) / 4, ((0, 1), (0, 0))),
+}
+
+
+def with_one(x):
+    """Append a 1 to each case: the last row of a matrix is then the bias."""
+    return jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)
+
+
+def model_fn(params, x):
+    hidden = jnp.tanh(with_one(x) @ params["in"])
+    return with_one(hidden) @ params["out"]
+
+
+def optimizer(objective, **parts):
+    """Return the optimizer with its update compiled, once for all runs below."""
+    tx = hfjax.hessian_free(objective, **parts)
+    return tx._replace(update=jax.jit(tx.update))
+
+
+loss = hfjax.losses.squared_error()
+objective = hfjax.Objective(model_fn, loss)
+tx = optimizer(objective)
+value = jax.jit(objective.value)
+gradient = jax.jit(lambda params, batch: objective.value_and_grad(params, batch)[1])
+
+
+def train(grads_of, *, tx=tx, batch_of=lambda count: data, params=params, updates=50):
+    """Train with the gradients and batches of these functions."""
+    state, history = tx.init(params), hfjax.diagnostics.History()
+    for count in range(updates):
+        grads, batch = grads_of(params, count), batch_of(count)
+        steps, state = tx.update(grads, state, params, batch=batch)
+        params = optax.apply_updates(params, steps)
+        history.record(state, all_cases=float(value(params, data)))
+    return history
+
+
+def say(*arguments):
+    """Print what `hfjax.verify.check` says."""
+    for sentence in hfjax.verify.check(*arguments) or ["[]: nothing is found."]:
+        print(textwrap.fill(sentence, 88))
+
+
+healthy = train(lambda params, count: gradient(params, data))
+say(objective, tx, params, data, gradient(params, data))
+
+# %%
+plt.show()  # A notebook shows pictures of matplotlib once this has been called.
+hfjax.diagnostics.plot(healthy)
+
+# %% [markdown]
+# f falls all the time; λ falls and finds its level; ρ is near 1 at first, and between
+# the dashed lines later; runs of conjugate gradients grow longer; α is 1 mostly. Single
+# updates that are none of this are no fault.
+
+
+# %%
+def compare(**runs):
+    """Draw f on all cases, λ and ρ beside the healthy run's, and print the last line."""
+    axes = plt.subplots(1, 3, figsize=(8.2, 2.3), layout="constrained")[1]
+    runs = {"healthy": healthy, **runs}
+    colours = ["black", "tab:orange", "tab:blue", "tab:green"][: len(runs)]
+    for (name, run), colour in zip(runs.items(), colours, strict=True):
+        count = [row["count"] for row in run]
+        label = name.replace("_", " ")
+        style = {"color": colour, "lw": 1.2, "label": label}
+        axes[0].plot(count, [row["all_cases"] for row in run], **style)
+        axes[1].plot(count, [row["damping"] for row in run], **style)
+        ratios = np.clip([row["reduction_ratio"] for row in run], -1, 2)
+        axes[2].plot(count, ratios, **style)
+        rejected = sum(not row["accepted"] for row in run)
+        last = hfjax.diagnostics.line(run[-1])
+        print(f"{label:22s}{rejected:3d} rejected   {last}")
+    axes[0].set(title="f on all cases", yscale="log")
+    axes[1].set(title="λ", yscale="log")
+    axes[2].set(title="ρ (clipped to −1…2)", ylim=(-1.1, 2.1))
+    axes[0].legend(frameon=False, fontsize="small")
+    for axis in axes:
+        axis.set(xlabel="update")
+        axis.spines[["top", "right"]].set_visible(False)
+    plt.show()
+
+
+# %% [markdown]
+# ## 1. A gradient of something else
+#
+# f is a mean over the cases. A loss of your own that sums them has another gradient, 400
+# times as large; and a gradient that was clipped, as is usual with other optimizers, is
+# none of f either. The quadratic model is then wrong from the first order on.
+
+# %%
+summed = jax.jit(lambda grads: jax.tree.map(lambda g: cases * g, grads))
+clip = optax.clip_by_global_norm(0.01)
+clipped = jax.jit(lambda grads: clip.update(grads, clip.init(params))[0])
+
+compare(
+    summed=train(lambda params, count: summed(gradient(params, data))),
+    clipped=train(lambda params, count: clipped(gradient(params, data))),
+)
+say(objective, tx, params, data, summed(gradient(params, data)))
+say(objective, tx, params, data, clipped(gradient(params, data)))
+
+# %% [markdown]
+# Too long a gradient: every step is far too long, update after update is rejected, and λ
+# climbs until a step is so short that it passes, and leads nowhere. Too short a one: f
+# falls more than M promised, hundreds of times over, and so ρ is; λ falls and falls, which
+# cannot help, as steps are short for another reason. **ρ is a number near 1, and not far
+# above it, or something is wrong.**
+#
+# Cure: hand in `grads` as `objective.value_and_grad` returns them. That is the healthy run.
+#
+# ## 2. Weight decay beside the objective
+#
+# Added to the gradient, as `optax.add_decayed_weights` does, it is in the gradient and in
+# nothing else: not in the f that steps are checked by, and not in the curvature.
+
+# %%
+decay = 1e-2
+decayed = jax.jit(
+    lambda grads, params: jax.tree.map(lambda g, p: g + decay * p, grads, params)
+)
+compare(
+    decay_outside=train(
+        lambda params, count: decayed(gradient(params, data), params),
+    ),
+)
+say(objective, tx, params, data, decayed(gradient(params, data), params))
+
+# %% [markdown]
+# No update is rejected. But what decay pulls at is paid for in f: ρ stays low, λ climbs, f
+# stands still. A smaller decay does the same, later. Cure: put it into the objective, and
+# there alone.
+
+# %%
+with_decay = hfjax.Objective(model_fn, loss, weight_decay=decay)
+_, grads = jax.jit(with_decay.value_and_grad)(params, data)
+print("In the objective, and its gradient handed in:")
+say(with_decay, None, params, data, grads)
+print("In the objective, and added to its gradient once more:")
+say(with_decay, None, params, data, decayed(grads, params))
+
+# %% [markdown]
+# ## 3. λ climbs: a batch that the gradient has not seen
+#
+# Curvature from 40 cases drawn anew in each update, and the gradient from 40 others. The
+# step is then judged, by f on the one batch, for what it does about the other.
+
+
+# %%
+def drawn(count, seed):
+    """Return the data with weight 1 for forty cases, and 0 for all others."""
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    chosen = jax.random.permutation(key, cases) < 40
+    return (*data[:2], chosen.astype(jnp.float32))
+
+
+def batch_of(count):
+    return drawn(count, seed=7)
+
+
+compare(
+    other_cases=train(
+        lambda params, count: gradient(params, drawn(count, seed=8)), batch_of=batch_of
+    ),
+    the_same_40=train(
+        lambda params, count: gradient(params, batch_of(count)), batch_of=batch_of
+    ),
+    all_400=train(lambda params, count: gradient(params, data), batch_of=batch_of),
+)
+say(objective, tx, params, batch_of(0), gradient(params, drawn(0, seed=8)))
+
+# %% [markdown]
+# `check` sees that the gradient is of other data, and cannot know which: from a larger
+# batch that holds this one it would be fine. λ tells: it climbs, and f stands still. Cure:
+# let the gradient's cases hold the batch, as the same 40 do, and all 400. With so few
+# cases for curvature and for the check of a step f still jumps about: larger batches, or
+# an `eval_batch` of its own, see [how to choose](../docs/choosing.md).
+#
+# ## 4. Conjugate gradients always end by their limit
+#
+# At most ten iterations, and no preconditioner, on data of unlike units: the second
+# variable is in units a hundred times larger, so its weights are a hundred times larger.
+
+# %%
+scale = jnp.array([1.0, 0.01, 1.0])  # Of both variables, and of the bias.
+scaled_data = (x * scale[:2], *data[1:])
+scaled_params = {**params, "in": params["in"] / scale[:, None]}
+short = optimizer(
+    objective,
+    solver=hfjax.cg.conjugate_gradient(max_iterations=10),
+    preconditioner=None,
+)
+
+
+def train_scaled(tx):
+    return train(
+        lambda params, count: gradient(params, scaled_data),
+        tx=tx,
+        batch_of=lambda count: scaled_data,
+        params=scaled_params,
+    )
+
+
+runs = {"short, P = I": train_scaled(short), "default": train_scaled(tx)}
+figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
+for (name, run), colour in zip(runs.items(), ["tab:orange", "tab:blue"], strict=True):
+    ends = np.mean([row["cg_reason"] == "max iterations" for row in run])
+    print(f"{name:14s}{ends:4.0%} by the limit   {hfjax.diagnostics.line(run[-1])}")
+    count = [row["count"] for row in run]
+    left.plot(count, [row["value_after"] for row in run], color=colour, label=name)
+    right.plot(count, [row["cg_iterations"] for row in run], color=colour)
+left.set(title="f", xlabel="update", yscale="log")
+left.legend(frameon=False, fontsize="small")
+right.set(title="iterations of conjugate gradients", xlabel="update", ylim=(0, None))
+for axis in (left, right):
+    axis.spines[["top", "right"]].set_visible(False)
+plt.show()
+say(objective, short, scaled_params, scaled_data, gradient(scaled_params, scaled_data))
+
+# %% [markdown]
+# Nothing is wrong with this set-up, and `check` says so: these are settings. What tells is
+# `cg_reason`, and iterations that are the same in every update. Cure: the limit higher, a
+# preconditioner; inputs of about the same scale.
+#
+# ## 5. A model that is another function in every call
+#
+# Dropout whose key is drawn in the call. An update evaluates the model several times, and
+# each time it is another function. (f below is without dropout.)
+
+# %%
+noise_keys = (jax.random.key(number) for number in itertools.count())
+
+
+def dropping_out(params, x, mask):
+    hidden = mask * jnp.tanh(with_one(x) @ params["in"]) / 0.9
+    return with_one(hidden) @ params["out"]
+
+
+def random_model_fn(params, x):
+    mask = jax.random.bernoulli(next(noise_keys), 0.9, (len(x), units))
+    return dropping_out(params, x, mask)
+
+
+random_objective = hfjax.Objective(random_model_fn, loss)
+random_gradient = jax.jit(
+    lambda params, batch: random_objective.value_and_grad(params, batch)[1]
+)
+random_tx = optimizer(random_objective)
+compare(
+    random=train(lambda params, count: random_gradient(params, data), tx=random_tx),
+)
+say(random_objective, random_tx, params, data, random_gradient(params, data))
+
+# %% [markdown]
+# Nothing breaks, and the pictures do not say much: ρ wanders off early, as gradient,
+# curvature and f each have a mask of their own, compiled in and the same in every update.
+# It takes `check` to tell. Cure: a key for each case, in the inputs, and new ones for each
+# batch; within an update all evaluations then see the same.
+
+
+# %%
+def keyed_model_fn(params, inputs):
+    x, keys = inputs
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, 0.9, (units,)))
+    return dropping_out(params, x, draw(keys))
+
+
+keyed_objective = hfjax.Objective(keyed_model_fn, loss)
+keyed = ((x, jax.random.split(jax.random.key(0), cases)), *data[1:])
+_, grads = jax.jit(keyed_objective.value_and_grad)(params, keyed)
+say(keyed_objective, None, params, keyed, grads)
+
+# %% [markdown]
+# Of a Flax module, `nnx_model_fn(model, per_case_keys=True)` does that. And it refuses what
+# it can see: batch normalisation that takes its statistics from the batch, where a case's
+# loss depends on all the others.
+
+# %%
+rngs = nnx.Rngs(0)
+model = nnx.Sequential(
+    nnx.Linear(2, 16, rngs=rngs),
+    nnx.BatchNorm(16, rngs=rngs),
+    nnx.tanh,
+    nnx.Linear(16, 1, rngs=rngs),
+)
+try:
+    hfjax.Objective(nnx_model_fn(model), loss).value(nnx.state(model, nnx.Param), data)
+except ValueError as error:
+    print(textwrap.fill(str(error), 88))
+
+model.eval()
+f = hfjax.Objective(nnx_model_fn(model), loss).value(nnx.state(model, nnx.Param), data)
+print(f"After model.eval(): f is {f:.3f}.")
+
+# %% [markdown]
+# ## 6. Rounding
+#
+# Targets of 100,000 ± 1, as a pressure in pascals, and the last bias started there. In
+# float32 such numbers are 0.008 apart. That is felt late: f stands still, and a step that
+# is still taken is one of α near 0.
+
+# %%
+offset = 100_000
+
+
+def far(data, params):
+    """Return targets and last bias, moved by the offset."""
+    moved = {**params, "out": params["out"].at[-1].add(offset)}
+    return (data[0], data[1] + offset, data[2]), moved
+
+
+def train_far(data, params):
+    state, values = tx.init(params), []
+    for _ in range(50):
+        steps, state = tx.update(gradient(params, data), state, params, batch=data)
+        params = optax.apply_updates(params, steps)
+        values.append(float(state.info.value_after))
+    return values, params, state
+
+
+far_data, far_params = far(data, params)
+float32, last, state = train_far(far_data, far_params)
+print("float32:", hfjax.diagnostics.line(state))
+say(objective, tx, last, far_data, gradient(last, far_data))
+with jax.enable_x64(True):  # In a program: jax.config.update("jax_enable_x64", True).
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (data, params))
+    float64, _, state = train_far(*far(*wide))
+    print("float64:", hfjax.diagnostics.line(state))
+
+figure, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
+axis.plot(float32, color="tab:orange", label="float32")
+axis.plot(float64, color="tab:blue", label="float64")
+axis.plot(
+    [row["value_after"] for row in healthy],
+    "k--",
+    lw=1,
+    label="float32, without the 100,000",
+)
+axis.set(xlabel="update", ylabel="f", yscale="log")
+axis.legend(frameon=False, fontsize="small")
+axis.spines[["top", "right"]].set_visible(False)
+plt.show()
+
+# %% [markdown]
+# Cure: float64, set before anything else. Or, cheaper, take off the targets what makes them
+# large, their mean: that is the healthy run.
+#
+# ## What to look for
+#
+# | symptom | likely cause | cure | test |
+# |---|---|---|---|
+# | every update rejected from the first, λ climbs | gradient of a sum, or of the wrong sign | `objective.value_and_grad` | `test_what_was_done_to_the_gradient_is_named` |
+# | ρ far above 1, λ falls to nothing, f hardly | gradient clipped or scaled down | hand it in as it is | the same |
+# | ρ low and steady, λ climbs, f stands still, nothing rejected | weight decay outside the objective | `Objective(weight_decay=…)` | `test_weight_decay_that_the_objective_lacks_is_named` |
+# | ρ is noise, λ climbs | gradient of other cases than the batch's, or few cases | let the gradient's hold the batch; larger batches | `test_a_gradient_from_elsewhere_is_told_with_its_cosine` |
+# | `cg_reason` is always "max iterations" | limit too low, or ill-conditioned | higher `max_iterations`, a preconditioner, scaled inputs | `test_cg.py` |
+# | ρ is noise from the first update on | a model that is random | a key for each case | `test_a_random_model_is_named` |
+# | an error that names `model.eval()` | batch normalisation, dropout in training mode | `model.eval()`, `per_case_keys=True` | `test_batch_normalisation_in_training_mode_is_refused` |
+# | f stands still at the end, ρ about 1 or wild | rounding | float64, or smaller numbers | `test_a_gradient_that_is_rounding_is_named` |
+# | rejected: nonfinite … | NaN or infinity in data, gradient, f | mend the data | the first table of [faults](../docs/faults.md) |
+# | rejected: zero gradient | the optimum, or a dead network | another start | `test_all_zero_parameters_of_a_network_are_a_zero_gradient` |
+#
+# [`docs/faults.md`](../docs/faults.md) has all faults that are tried, what you see of each,
+# and the tests: those of `check` are in `tests/test_verify.py`, those of Flax in
+# `tests/test_flax.py`.
