@@ -139,15 +139,21 @@ def inverse(
       ValueError: if an option is out of range.
 
     Example:
-      How the prediction at x would change if case i counted ε more, by influence
-      functions: ε/n · g(x)ᵀ (H + λI)⁻¹ ∇f_i.
+      An influence function: how the parameters move as the first case counts more,
+      −(H + λI)⁻¹ ∇L₀ / n, beside the derivative of the fit itself.
 
       >>> import hfjax
       >>> x, t = jnp.array([[1.0, 0.0], [1.0, 2.0], [0.0, 1.0]]), jnp.arange(3.0)
+      >>> def fit(weights):
+      ...     h = x.T @ (weights[:, None] * x) / 3 + 0.5 * jnp.eye(2)
+      ...     return jnp.linalg.solve(h, x.T @ (weights * t) / 3)
       >>> objective = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
-      >>> product = hfjax.curvature.ggn(objective, jnp.zeros(2), (x, t))
-      >>> solved = inverse(product, damping=0.5)(jnp.array([1.0, 2.0]))
-      >>> print(jnp.allclose(product(solved) + 0.5 * solved, jnp.array([1.0, 2.0])))
+      >>> theta = fit(jnp.ones(3))
+      >>> product = hfjax.curvature.ggn(objective, theta, (x, t))
+      >>> gradient = (x[0] @ theta - t[0]) * x[0]
+      >>> moved = inverse(product, damping=0.5)(-gradient / 3)
+      >>> truth = jax.jacobian(fit)(jnp.ones(3))[:, 0]
+      >>> print(jnp.allclose(moved, truth, rtol=1e-4))
       True
 
     References:
