@@ -37,7 +37,7 @@ lint: $(BIN)/installed
 
 types: $(BIN)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes hfjax --ignoreexternal
+	cd $(BIN) && ./pyright --pythonpath ./python --verifytypes hfjax --ignoreexternal
 
 format: $(BIN)/installed
 	$(BIN)/ruff check --fix .
