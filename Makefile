@@ -37,7 +37,7 @@ lint: $(BIN)/installed
 
 types: $(BIN)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	cd $(BIN) && ./pyright --pythonpath ./python --verifytypes hfjax --ignoreexternal
+	PATH="$(abspath $(BIN)):$$PATH" pyright --verifytypes hfjax --ignoreexternal
 
 format: $(BIN)/installed
 	$(BIN)/ruff check --fix .
