@@ -15,13 +15,15 @@ the hidden states' mean distance (section 8.4): the first two to the same produc
 its price, the others as a second one.
 """
 
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ParamSpec, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree
+from hfjax._arguments import describe
 from hfjax._cases import Cases
 from hfjax._products import gauss_newton, linear_mean
 from hfjax._types import Batch, Matvec, Number, Params, Tree
@@ -33,6 +35,29 @@ Curvature: TypeAlias = Callable[..., Matvec]
 damping it is given `structural=μ` too."""
 
 
+_Arguments = ParamSpec("_Arguments")
+
+
+def _of_an_objective(
+    make: Callable[_Arguments, Matvec],
+) -> Callable[_Arguments, Matvec]:
+    """Refuse another first argument: Optax calls what it injects with a count."""
+
+    @functools.wraps(make)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Matvec:
+        if args and not isinstance(args[0], Objective):
+            msg = (
+                "`objective` must be an `hfjax.Objective`, got "
+                f"{describe(args[0])}. (`optax.inject_hyperparams` calls every callable "
+                'as a schedule: give it `static_args="curvature"`.)'
+            )
+            raise TypeError(msg)
+        return make(*args, **kwargs)
+
+    return checked
+
+
+@_of_an_objective
 def ggn(
     objective: Objective,
     params: Params,
@@ -88,6 +113,7 @@ def ggn(
     return linear_mean(term, objective, params, batch)
 
 
+@_of_an_objective
 def hessian(
     objective: Objective,
     params: Params,
@@ -139,6 +165,7 @@ def hessian(
     return linear_mean(term, objective, params, batch)
 
 
+@_of_an_objective
 def finite_difference_hessian(
     objective: Objective,
     params: Params,
@@ -216,6 +243,7 @@ def finite_difference_hessian(
     return _plus_distance(structural, objective, params, batch, matvec)
 
 
+@_of_an_objective
 def empirical_fisher(
     objective: Objective,
     params: Params,

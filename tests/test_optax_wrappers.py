@@ -236,6 +236,9 @@ def test_injected_numbers_are_as_wide_as_they_are_told_to_be(told):
     assert state.inner_state.damping.dtype == jnp.float32
 
 
+STATIC = r"`objective` must be .* got int32\[\].* `static_args=\"curvature\"`"
+
+
 def by_iterations(max_iterations):
     solver = hfjax.cg.conjugate_gradient(max_iterations=max_iterations)
     return hfjax.hessian_free(OBJECTIVE, solver=solver)
@@ -244,14 +247,9 @@ def by_iterations(max_iterations):
 @pytest.mark.parametrize(
     ("factory", "options", "static", "words"),
     [
-        # Optax calls what is callable as a schedule, with the count: Python's own words.
-        (hfjax.hessian_free, (OBJECTIVE,), "curvature", r"ggn\(\) missing 2 required"),
-        (
-            hfjax.scale_by_hessian_free,
-            (OBJECTIVE,),
-            "curvature",
-            r"ggn\(\) missing 2 required",
-        ),
+        # Optax calls what is callable as a schedule, with the count.
+        (hfjax.hessian_free, (OBJECTIVE,), "curvature", STATIC),
+        (hfjax.scale_by_hessian_free, (OBJECTIVE,), "curvature", STATIC),
         (
             by_iterations,
             (5,),
