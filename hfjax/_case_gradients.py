@@ -21,12 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal
 
-from hfjax import _sharding, _tree
+from hfjax import _programs, _sharding, _tree
 from hfjax._types import Params, Tree
-
-_NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 def sum_of_squares(
@@ -134,7 +132,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
 
 def _apply(equation: Any, operands: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
-    if name in ("jit", "pjit"):  # Evaluated in place, to see the products inside.
+    if name in _programs.INLINED:  # Evaluated in place, to see the products inside.
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, operands)
     if name == "remat2":  # `jax.checkpoint`: too, at the memory of what is not.
         return _evaluate(params["jaxpr"], (), operands)
@@ -153,25 +151,7 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
         axes = tuple(range(product.ndim))
         left, right = operands
         return [_Outer(left, right, contracted, axes, product.dtype)]
-    return _run(equation, operands)
-
-
-def _run(equation: Any, operands: list[Any]) -> list[Any]:
-    """Run one equation, as a program of its own: no primitive's rules are ours."""
-    inputs = {
-        atom: value
-        for atom, value in zip(equation.invars, operands, strict=True)
-        if not isinstance(atom, Literal)
-    }
-    program = Jaxpr(
-        constvars=[],
-        invars=list(inputs),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-        debug_info=_NO_NAMES,
-    )
-    return jaxpr_as_fun(ClosedJaxpr(program, []))(*inputs.values())
+    return _programs.run(equation, operands)
 
 
 def _is_outer(operands: list[jax.Array], dimension_numbers: tuple) -> bool:

@@ -106,7 +106,7 @@ def cg_run(
     )
     _, gradient = objective.value_and_grad(params, batch)
     b = jax.tree.map(jnp.negative, _tree.widen(gradient))
-    subproblem, _ = assemble(point, b, curvature, rule, preconditioner)
+    subproblem, _, _ = assemble(point, b, curvature, rule, preconditioner)
     result = cg.solve(
         subproblem.matvec,
         b,

@@ -122,6 +122,14 @@ def gathered(tree: Tree, data: Tree) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """Lay out an array whole on every device, where its type says that it is not."""
+    sharding = _typed(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec()))
+
+
 def contracted(
     left: jax.Array, right: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> jax.Array:

@@ -26,6 +26,7 @@ class Point(NamedTuple):
       damping: λ.
       count: updates so far.
       keys: for the preconditioner and the damping matrix, or `None` each.
+      memory: of the preconditioner, or `None`.
     """
 
     objective: Objective
@@ -35,6 +36,7 @@ class Point(NamedTuple):
     damping: jax.Array
     count: jax.Array
     keys: tuple[jax.Array | None, jax.Array | None]
+    memory: Tree = None
 
     def value_on(self, data: Batch) -> ValueFn:
         """Return δ ↦ f(θ + δ) on some data; +∞ where θ + δ is beyond the floats."""
@@ -59,7 +61,7 @@ def assemble(
     curvature: Curvature,
     rule: Damping,
     preconditioner: PreconditionerRule | None,
-) -> tuple[Subproblem, ValueFn]:
+) -> tuple[Subproblem, ValueFn, Tree]:
     """Build A and P at a point; the model is linearised here.
 
     Args:
@@ -70,9 +72,9 @@ def assemble(
       preconditioner: makes P, or `None`.
 
     Returns:
-      What a solver is given, and δ ↦ ½ δᵀ(A − B)δ.
+      What a solver is given, δ ↦ ½ δᵀ(A − B)δ, and the preconditioner's new memory.
     """
-    objective, params, batch, eval_batch, damping, count, keys = point
+    objective, params, batch, eval_batch, damping, count, keys, memory = point
     mu = None if rule.structural is None else rule.structural.at(damping, count)
     if mu is None:
         curved, matvec = objective, curvature(objective, params, batch)
@@ -97,7 +99,11 @@ def assemble(
     precondition = None
     if preconditioner is not None:
         data = batch if preconditioner.data == "batch" else eval_batch
-        precondition = preconditioner.build(curved, params, data, diagonal, keys[0])
+        known = (curved, params, data, diagonal, keys[0])
+        if memory is None:
+            precondition = preconditioner.build(*known)
+        else:
+            precondition, memory = preconditioner.build(*known, memory, count)
 
     def penalty(step: Tree) -> jax.Array:
         terms = [0.5 * a * _tree.dot(step, product(step)) for a, product in penalties]
@@ -113,7 +119,7 @@ def assemble(
         batch_value_fn=point.value_on(batch),
         value_and_grad_fn=point.value_and_grad,
     )
-    return subproblem, penalty
+    return subproblem, penalty, memory
 
 
 def _overflows(after: Tree, before: Tree) -> jax.Array:

@@ -9,8 +9,8 @@ from hfjax import _options, _sharding, _tree
 from hfjax._cases import thinned
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, finite_or_inf
-from hfjax.cg import CGResult, Reason
+from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf
+from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.damping import Damping, ReductionRatio, measured_ratio, rounding_noise
 from hfjax.linesearch import LineSearch, StepSize
 from hfjax.state import HessianFreeInfo, Rejection, no_info
@@ -31,13 +31,36 @@ class Trial(NamedTuple):
     search: StepSize
 
 
-def choose(backtracking: Backtracking, point: Point, result: CGResult) -> Choice:
-    """Choose an iterate, on the evaluation data or on a part of them."""
+def check_redamping(damping: Damping, solver: Solver) -> None:
+    """Raise unless a run tells what it would have come to with other λ."""
+    if solver.conjugate and damping.matrix is not None and damping.matrix.is_identity:
+        return
+    came = "another D" if solver.conjugate else "another solver, or `keep`"
+    msg = (
+        "`backtracking=redamped()` needs λI as damping, and a solver "
+        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))`; got {came}. "
+        "Take `backtracking.early_stop()`."
+    )
+    raise ValueError(msg)
+
+
+def choose(
+    backtracking: Backtracking,
+    point: Point,
+    subproblem: Subproblem,
+    result: CGResult,
+    value: jax.Array,
+) -> Choice:
+    """Choose a step of the run, on the evaluation data or on a part of them."""
+    known: tuple[Tree, ...] = (result.kept,)
+    if backtracking.finds_damping:
+        models = result.model_values
+        known += (Run(models, subproblem.b, value, point.damping),)
     value_fn = point.value_on(point.eval_batch)
     if backtracking.cases is None:
-        return backtracking.choose(value_fn, result.kept)
+        return backtracking.choose(value_fn, *known)
     part = thinned(point.eval_batch, backtracking.cases)
-    choice = backtracking.choose(point.value_on(part), result.kept)
+    choice = backtracking.choose(point.value_on(part), *known)
     return choice._replace(
         value=finite_or_inf(value_fn(choice.step)),
         last_value=finite_or_inf(value_fn(result.x)),
@@ -109,6 +132,8 @@ def reduction(
     after = choice.last_value if is_last else choice.value
     index = result.num_iterations if is_last else choice.iteration
     predicted = result.model_values[index]
+    if choice.model is not None and not is_last:
+        predicted = choice.model
     if ratio.model == "undamped":
         # It may cost a product.
         predicted -= penalty(step) if is_last else part
@@ -167,6 +192,7 @@ def adapt(
     ratio: jax.Array,
     seen: jax.Array,
     part: jax.Array,
+    accepted: jax.Array,
 ) -> jax.Array:
     """Return λ, or the radius, for the next update.
 
@@ -175,6 +201,8 @@ def adapt(
     M of the chosen step.
     """
     _, result, _, choice, _, _ = trial
+    if choice.damping is not None:
+        return jnp.where(accepted, choice.damping, rule.update(damping, ratio))
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
     model = jnp.abs(result.model_values[choice.iteration])

@@ -1,9 +1,11 @@
-"""Backtracking: which of the kept CG iterates becomes the step.
+"""Backtracking: which step the kept iterates of CG become.
 
 M falls along a run of conjugate gradients, f need not: the later iterates trust
-the model furthest (report, section 8.7). Both rules evaluate f at kept iterates,
-one at a time, in one loop; what is not finite counts as +∞. With `cases` they do so
-on a part of the evaluation data, and once on all of it, for the chosen one.
+the model furthest (report, section 8.7). `early_stop` and `full_search` choose among
+the kept iterates; `redamped` chooses among the solutions for other λ over all that they
+span, and so finds λ, too. Each evaluates f at one candidate after another, in one loop;
+what is not finite counts as +∞. With `cases` they do so on a part of the evaluation
+data, and once on all of it, for the chosen one.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree
-from hfjax._types import Tree, ValueFn
+from hfjax._redamping import subspace
+from hfjax._types import Number, Tree, ValueFn
 from hfjax.iterates import Kept
 
 
@@ -25,24 +28,47 @@ class Choice(NamedTuple):
       iteration: int32 scalar, its number.
       value: f(θ + δ); +∞ if it is not finite.
       last_value: f at the last kept iterate.
+      model: M(δ) of a step that is no iterate, else `None`.
+      damping: λ of the next update, where the rule finds it, else `None`.
     """
 
     step: Tree
     iteration: jax.Array
     value: jax.Array
     last_value: jax.Array
+    model: jax.Array | None = None
+    damping: jax.Array | None = None
+
+
+class Run(NamedTuple):
+    """What a rule that finds λ is told of a run besides its kept iterates.
+
+    Attributes:
+      model_values: M at every iterate.
+      b: −∇f.
+      value: f(θ).
+      damping: λ.
+    """
+
+    model_values: jax.Array
+    b: Tree
+    value: jax.Array
+    damping: jax.Array
 
 
 class Backtracking(NamedTuple):
     """A rule for choosing.
 
     Attributes:
-      choose: `(value_fn, kept) -> Choice`.
+      choose: `(value_fn, kept) -> Choice`, or `(value_fn, kept, run) -> Choice` of a
+        rule that finds λ.
       cases: how many of the evaluation cases it looks at, `None` is all.
+      finds_damping: whether it does.
     """
 
-    choose: Callable[[ValueFn, Kept], Choice]
+    choose: Callable[..., Choice]
     cases: int | None = None
+    finds_damping: bool = False
 
 
 def early_stop(*, cases: int | None = None) -> Backtracking:
@@ -102,6 +128,121 @@ def last() -> Backtracking:
         return Choice(step, kept.iterations[slot], value, value)
 
     return Backtracking(choose)
+
+
+def redamped(
+    *,
+    factor: Number = 4.0,
+    tolerance: Number = 0.01,
+    max_tries: int = 8,
+    cases: int | None = None,
+) -> Backtracking:
+    """Solve again for other λ over the kept iterates, and take the λ of the lowest f.
+
+    After one run with λ the minimum of M for λ·`factor`^p, over the subspace that its
+    kept iterates span, costs no product (`hfjax._redamping`). f is evaluated there for
+    p = 0, then 1, 2, … while it gets lower, or else −1, −2, …; the step is the last that
+    was lower, and its λ is that of the next update. So a λ that is off by orders of
+    magnitude costs evaluations of f, not updates, in both directions. Of two λ whose f
+    differ by less than `tolerance` of the gain it takes the higher one: where λ makes
+    no difference it does not fall.
+
+    The rule of `damping` is only asked where a step is rejected, and ρ is still told.
+
+    Args:
+      factor: between one λ and the next, above 1 (4: measured,
+        `benchmarks/results/step6.md`; heuristic).
+      tolerance: share of f's gain (0.01: heuristic).
+      max_tries: evaluations of f, at most.
+      cases: as in `early_stop`.
+
+    Returns:
+      The rule. It needs conjugate gradients with `keep=iterates.grid(first=1)` or
+      `every`, and λI as damping; a structural μ stays as it was in the run.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if an option is out of range.
+
+    Example:
+      λ = 100 is far too much for f = ½(x − 2)²; one run finds that out:
+
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: p * x, hfjax.losses.squared_error())
+      >>> tx = hfjax.hessian_free(
+      ...     f,
+      ...     damping=hfjax.damping.levenberg_marquardt(init=100.0),
+      ...     solver=hfjax.cg.conjugate_gradient(
+      ...         keep=hfjax.iterates.grid(first=1), warm_start_decay=None
+      ...     ),
+      ...     backtracking=redamped(),
+      ... )
+      >>> batch, p = (jnp.ones((1, 1)), jnp.full((1, 1), 2.0)), jnp.zeros(1)
+      >>> grads = f.value_and_grad(p, batch)[1]
+      >>> updates, state = tx.update(grads, tx.init(p), p, batch=batch)
+      >>> print(f"{updates[0]:.2f} {state.damping:.3f}")  # 2 / (1 + λ), λ = 100 / 4⁵
+      1.82 0.098
+    """
+    _options.check_range("factor", factor, low=1.0, open_low=True)
+    _options.check_range("tolerance", tolerance, low=0.0, high=1.0)
+    _options.check_count("max_tries", max_tries, low=1)
+    if cases is not None:
+        _options.check_count("cases", cases, low=1)
+
+    def choose(value_fn: ValueFn, kept: Kept, run: Run) -> Choice:
+        space = subspace(kept, run.model_values, run.b, run.damping)
+        dtype = run.value.dtype
+
+        def damping_at(power: jax.Array) -> jax.Array:
+            return run.damping * jnp.asarray(factor, dtype) ** power
+
+        def value_at(power: jax.Array) -> jax.Array:
+            step, _ = space.solve(damping_at(power))
+            return finite_or_inf(value_fn(step)).astype(dtype)
+
+        def look(search: _Search) -> _Search:
+            power = search.power + search.direction
+            value, up = value_at(power), search.direction > 0
+            slack = tolerance * jnp.maximum(run.value - search.lowest, 0)
+            slack = jnp.where(jnp.isfinite(slack), slack, 0)
+            limit = search.lowest + jnp.where(up, slack, -slack)
+            # Upwards as long as f is no number; of equals, the higher λ.
+            better = jnp.where(up, value <= limit, value < limit)
+            # Downwards only if the first step up was no good.
+            turns = up & ~better & (search.power == 0)
+            return _Search(
+                power=jnp.where(better, power, search.power),
+                direction=jnp.where(turns, -1, search.direction).astype(dtype),
+                value=jnp.where(better, value, search.value),
+                lowest=jnp.where(
+                    better, jnp.minimum(value, search.lowest), search.lowest
+                ),
+                tries=search.tries + 1,
+                going=better | turns,
+            )
+
+        zero = jnp.zeros((), dtype)
+        first = value_at(zero)
+        one = jnp.ones((), jnp.int32)
+        start = _Search(zero, zero + 1, first, first, one, jnp.ones((), bool))
+        end = jax.lax.while_loop(
+            lambda search: search.going & (search.tries < max_tries), look, start
+        )
+        damping = damping_at(end.power)
+        step, model = space.solve(damping)
+        last = kept.iterations[_last_slot(kept)]
+        return Choice(step, last, end.value, first, model, damping)
+
+    return Backtracking(choose, cases, finds_damping=True)
+
+
+class _Search(NamedTuple):
+    power: jax.Array  # Of `factor`, of the best λ so far.
+    direction: jax.Array
+    value: jax.Array  # f there.
+    lowest: jax.Array  # f so far.
+    tries: jax.Array
+    going: jax.Array
 
 
 def _backtracking(cases: int | None, *, full: bool) -> Backtracking:

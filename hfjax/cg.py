@@ -210,12 +210,15 @@ class Solver(NamedTuple):
       solve: `(subproblem, x0) -> CGResult`.
       carry: `(result, chosen) -> direction` to carry over to the next update.
       recorded: iterations of the last run that the state has a `Record` of; 0 is none.
+      conjugate: whether the kept iterates are those of conjugate gradients, with M at
+        each, as `hfjax.backtracking.redamped` needs.
     """
 
     start: Callable[[Tree, jax.Array], Tree | None]
     solve: Callable[[Subproblem, Tree | None], CGResult]
     carry: Callable[[CGResult, Tree], Tree]
     recorded: int = 0
+    conjugate: bool = False
 
 
 def conjugate_gradient(
@@ -302,7 +305,8 @@ def conjugate_gradient(
             return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
         return result.x if warm_start_from == "last" else chosen
 
-    return Solver(start, solve_from, carry, max_iterations if record else 0)
+    recorded = max_iterations if record else 0
+    return Solver(start, solve_from, carry, recorded, conjugate=not keep.evaluates)
 
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:

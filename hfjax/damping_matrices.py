@@ -47,10 +47,12 @@ class DampingMatrix(NamedTuple):
       build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
         the product with B.
       needs_key: whether `build` draws random numbers; `key` is `None` if not.
+      is_identity: whether D is known to be I.
     """
 
     build: Callable[..., Matrix]
     needs_key: bool = False
+    is_identity: bool = False
 
 
 Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
@@ -66,7 +68,8 @@ def identity() -> DampingMatrix:
     References:
       Martens & Sutskever (2012), section 8.1.
     """
-    return _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
+    rule = _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
+    return rule._replace(is_identity=True)
 
 
 def curvature() -> DampingMatrix:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from hfjax import _case_gradients, _options, _sharding
 from hfjax._cases import Cases, as_cases
+from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
 from hfjax.objective import Objective
 
@@ -113,27 +114,16 @@ def ggn_rademacher(
     """
     _options.check_count("num_probes", num_probes, low=1)
     cases = as_cases(batch)
-    first = objective.means.first_case(cases)
-    numbers = first + jnp.arange(cases.weights.shape[0])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    impl = jax.random.key_impl(key)
+    drawn = probes(objective, cases, key)
 
     def case_gradient(params: Params, case: tuple, probe: jax.Array) -> Params:
         (inputs, key), targets, weights = case
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=impl)[0], probe)
         outputs, transpose, factor = _factored(
             objective, params, Cases(inputs, targets, weights)
         )
-        leaves, structure = jax.tree.flatten(outputs)
-        signs = [
-            jax.random.rademacher(leaf_key, z.shape, z.dtype)
-            for leaf_key, z in zip(
-                jax.random.split(key, len(leaves)), leaves, strict=True
-            )
-        ]
-        return transpose(factor(structure.unflatten(signs)))
+        return transpose(factor(drawn.signs(key[0], probe, outputs)))
 
-    data = ((cases.inputs, jax.random.key_data(keys)), cases.targets, cases.weights)
+    data = ((cases.inputs, drawn.data), cases.targets, cases.weights)
     return _mean_of_squares(
         objective, params, data, case_gradient, probes=num_probes, share=1 / num_probes
     )

@@ -1,18 +1,22 @@
 """Preconditioners: positive definite P ≈ A whose inverse is cheap.
 
-    P = (d + λ diag(D) + κ s)^ξ        (report, section 11.2)
+| function | P | to build, in gradients |
+|---|---|---|
+| `diagonal` | (d + λ diag(D) + κ s)^ξ, d of a curvature matrix (report, section 11.2) | 1 |
+| `kronecker` | a product of two matrices for each layer | 1 to 2, and inverses |
+| `custom` | the caller's | |
 
-with `d` the diagonal of a curvature matrix. Damping is inside the power: P stands for
-the damped matrix, which is what conjugate gradients work on.
+Damping is inside of each: P stands for the damped matrix, which is what conjugate
+gradients work on.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, diagonals
+from hfjax import _kronecker, _options, diagonals
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -28,11 +32,15 @@ class PreconditionerRule(NamedTuple):
       needs_key: whether `build` draws random numbers; `key` is `None` if not.
       data: that `build` is given as its batch: the update's `"batch"`, as the
         curvature, or its `"eval_batch"`.
+      init: `params -> memory`, of a rule that hands something to the next update; its
+        `build` then takes `memory` and `count`, updates so far, too, and returns
+        `(r -> P⁻¹ r, memory)`. `None` of one that does not.
     """
 
-    build: Callable[..., Preconditioner]
+    build: Callable[..., Any]
     needs_key: bool = False
     data: str = "batch"
+    init: Callable[[Params], Tree] | None = None
 
 
 def diagonal(
@@ -100,6 +108,202 @@ def diagonal(
         )
 
     return PreconditionerRule(build, needs_key=random, data=data)
+
+
+def kronecker(
+    *,
+    damping_share: Number = 0.1,
+    num_probes: int = 1,
+    decay: Number = 0.0,
+    interval: int = 1,
+    max_size: int = 8192,
+    data: str = "batch",
+) -> PreconditionerRule:
+    """Precondition by the Kronecker factors of each layer, and a diagonal for the rest.
+
+        P = (Ḡ + √(g/a) √(sλ) I) ⊗ (Ā + √(a/g) √(sλ) I)        for each kernel
+        P = d + λ                                              for each other parameter
+
+    Ā is the mean of x xᵀ over cases and positions, with x a layer's input (and 1 for a
+    bias); Ḡ that of g gᵀ, summed over positions, with g what comes back to the layer of
+    the outputs' random combinations Sᵢvᵢ; a and g their mean eigenvalues; d the same
+    estimate of diag(G) as `diagonals.ggn_rademacher`. Weight decay counts with λ. G is
+    P, undamped, where x and g are independent and the blocks are; conjugate gradients
+    make up for what is not so.
+
+    No layer is registered: the program of `model_fn` is traced, and every parameter of
+    two axes or more is a kernel that is only used in products `x @ w`, `x @ w.T`,
+    `einsum` of all its axes but the last (or of the last alone), or convolutions whose
+    outputs are its last axis, at any depth of `jit`, `checkpoint` and `scan`. A
+    parameter of one axis that is added to such a product is its bias. So are the Dense,
+    Conv and recurrent layers of Flax. `layers` tells what was found in a model.
+
+    A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
+    g gᵀ, of cases · positions · (inputs² + units²) multiplications a layer; and two
+    inverses, of inputs³ + units³. P⁻¹r takes inputs · units · (inputs + units).
+
+    Args:
+      damping_share: s, the part of λ that damps the factors. Less than 1, as their
+        product counts what damps one factor times the other, too (0.1: measured,
+        `benchmarks/results/step6.md`; heuristic).
+      num_probes: random combinations vᵢ of each case that are averaged (1: with hundreds
+        of cases more gain nothing, ibid.).
+      decay: ε of the factors' running average over builds, min(ε, 1 − 1/k) of the k-th
+        (Martens & Grosse 2015, section 5: 0.95, for small batches). 0 takes each
+        batch's own, and saves the memory.
+      interval: updates from one build to the next; those between use its inverses.
+      max_size: longest side of a kernel that has factors (8192: 256 MiB in float32;
+        heuristic).
+      data: as in `diagonal`.
+
+    Returns:
+      The rule. With a `decay`, or an `interval` above 1, the state has room for two
+      matrices of each parameter that may be a kernel, `(inputs + 1)²` and `(units +
+      1)²`, and a diagonal; twice that for both.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if an option is out of range.
+
+    Example:
+      Of a linear model with white inputs, P is G, and one iteration is enough:
+
+      >>> import hfjax, jax, jax.numpy as jnp
+      >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> p, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.array([[1.0], [3.0]]))
+      >>> rule = kronecker(damping_share=1.0)
+      >>> invert = rule.build(f, p, batch, jnp.float32(0.25), jax.random.key(0))
+      >>> r = jnp.array([[1.0], [2.0]])
+      >>> product = hfjax.curvature.ggn(f, p, batch)
+      >>> ratio = invert(product(r) + 0.25 * r) / r  # a multiple of 1
+      >>> print(bool(jnp.allclose(ratio, ratio[0])))
+      True
+
+    References:
+      Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored
+      approximate curvature", sections 3, 5 and 6.3; Grosse & Martens (2016), of
+      convolutions.
+    """
+    _options.check_range("damping_share", damping_share, low=0.0, open_low=True)
+    _options.check_count("num_probes", num_probes, low=1)
+    _options.check_range("decay", decay, low=0.0, high=1.0)
+    _options.check_count("interval", interval, low=1)
+    _options.check_count("max_size", max_size, low=1)
+    _options.check_choice("data", data, ("batch", "eval_batch"))
+    averages = not (_options.is_plain_number(decay) and decay == 0)
+
+    def init(params: Params) -> dict[str, tuple]:
+        room = _kronecker.room_for(params, max_size)
+        memory = {"kronecker_factors": room} if averages else {}
+        return memory | ({"kronecker_inverses": room} if interval > 1 else {})
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        damping: Tree,
+        key: jax.Array,
+        memory: dict[str, tuple] | None = None,
+        count: jax.Array | int = 0,
+    ) -> Any:
+        model = _kronecker.read(objective, params, batch, max_size)
+        decayed = objective.decay
+        if decayed is not None:
+            damping = jax.tree.map(lambda d: d + decayed.astype(d.dtype), damping)
+
+        def fresh(memory: dict[str, tuple]) -> tuple[_kronecker.Blocks, dict]:
+            blocks = _kronecker.estimate(
+                objective, params, batch, model, key=key, num_probes=num_probes
+            )
+            if "kronecker_factors" in memory:
+                old = memory["kronecker_factors"]
+                kept = jnp.minimum(decay, 1 - 1 / (count // interval + 1.0))
+                new = _kronecker.pack(blocks, model, old)
+                new = jax.tree.map(
+                    lambda x, y: _mixed(kept.astype(x.dtype), x, y), old, new
+                )
+                memory = memory | {"kronecker_factors": new}
+                blocks = _kronecker.unpack(new, model)
+            blocks = _kronecker.inverted(blocks, model, damping, damping_share)
+            if "kronecker_inverses" in memory:
+                old = memory["kronecker_inverses"]
+                packed = _kronecker.pack(blocks, model, old)
+                memory = memory | {"kronecker_inverses": packed}
+            return blocks, memory
+
+        if memory is None:
+            return _product(fresh({})[0], model)
+        if interval > 1:
+            memory = jax.lax.cond(
+                count % interval == 0,
+                lambda memory: fresh(memory)[1],
+                lambda memory: memory,
+                memory,
+            )
+            assert memory is not None
+            blocks = _kronecker.unpack(memory["kronecker_inverses"], model)
+        else:
+            blocks, memory = fresh(memory)
+        return _product(blocks, model), memory
+
+    remembers = averages or interval > 1
+    return PreconditionerRule(
+        build, needs_key=True, data=data, init=init if remembers else None
+    )
+
+
+def layers(
+    objective: Objective, params: Params, batch: Batch, *, max_size: int = 8192
+) -> dict[str, str]:
+    """Say what `kronecker` finds in a model: which parameter gets what, and why.
+
+    Args:
+      objective: whose model is traced; nothing is run.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      max_size: as in `kronecker`.
+
+    Returns:
+      A line for each parameter, by its path.
+
+    Example:
+      >>> import hfjax, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
+      >>> model_fn = lambda p, x: p["scale"] * jnp.tanh(x @ p["w"] + p["b"])
+      >>> f = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+      >>> for name, what in layers(
+      ...     f, params, (jnp.ones((1, 3)), jnp.ones((1, 2)))
+      ... ).items():
+      ...     print(name, what)
+      ['b'] bias of ['w']
+      ['scale'] diagonal: `mul` uses it
+      ['w'] factors of 3 + 1 inputs and 2 units
+    """
+    model = _kronecker.read(objective, params, batch, max_size)
+    paths = [
+        jax.tree_util.keystr(path) or "params"
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    lines = {n: f"diagonal: {why}" for n, why in model.others.items()}
+    for layer in model.layers:
+        inputs = f"{layer.inputs}" + (" + 1" if layer.bias is not None else "")
+        positions = layer.positions(model.uses)
+        often = f", at {positions} positions" if positions > 1 else ""
+        units = f"{layer.units} units" if layer.units > 1 else "1 unit"
+        lines[layer.kernel] = f"factors of {inputs} inputs and {units}{often}"
+        if layer.bias is not None:
+            lines[layer.bias] = f"bias of {paths[layer.kernel]}"
+    return {path: lines[n] for n, path in enumerate(paths)}
+
+
+def _product(blocks: _kronecker.Blocks, model: Any) -> Preconditioner:
+    return lambda r: _kronecker.product(blocks, model, r)
+
+
+def _mixed(kept: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Average, but for a build that is not finite: it would stay for ever."""
+    mixed = kept * old + (1 - kept) * new
+    return jnp.where(jnp.all(jnp.isfinite(new)), mixed, old)
 
 
 def custom(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._arguments import check_like
-from hfjax._types import Params
+from hfjax._types import Params, Tree
 from hfjax.cg import CGResult, Reason, Record
 
 
@@ -80,6 +80,7 @@ class HessianFreeState(NamedTuple):
         found last, for the warm start.
       key: a typed key if preconditioner or damping matrix may draw random numbers,
         else `None`.
+      preconditioner: what it hands to the next update, or `None`.
       record: of the last run of conjugate gradients if the solver is told to `record`,
         else `None`; for people, as `info`.
       info: what the last update did.
@@ -99,6 +100,7 @@ class HessianFreeState(NamedTuple):
     damping: jax.Array
     direction: Params
     key: jax.Array | None
+    preconditioner: Tree
     record: Record | None
     info: HessianFreeInfo
 

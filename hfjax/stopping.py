@@ -14,7 +14,8 @@ once `j > k` and M < 0; they differ in what they compare it with:
 | `martens_sutskever2012` | the report, equation 2 | s_j < 1e-4 |
 
 The first is at least fifty times looser; early in training it stops after a
-dozen iterations.
+dozen iterations. `marginal` asks another question: whether one more iteration still
+pays, beside what an update costs before its first.
 """
 
 from collections.abc import Callable
@@ -90,6 +91,56 @@ def martens_sutskever2012(
       The rule.
     """
     return _relative_progress(tolerance, fraction, minimum_window, per_iteration=False)
+
+
+def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
+    """Stop when an iteration gains less than the update does for its price, on average.
+
+        (M(x_{j−k}) − M(x_j)) / k  <  −M(x_j) / (cost + j),      k = min(window, j)
+
+    With j iterations an update costs `cost` + j products and promises −M(x_j): that
+    rate is highest where one more iteration gains just the rate itself. Short runs while
+    f falls fast, long ones near a minimum, without a schedule. For runs from 0.
+
+    Args:
+      cost: of an update without its iterations, in products: gradient,
+        preconditioner, linearisation, evaluations of f. 6 with Kronecker factors
+        (measured, `benchmarks/results/step6.md`); 2 to 3 with a diagonal.
+      window: iterations that the gain is averaged over: it rises and falls from one to
+        the next (4: ibid.; heuristic).
+
+    Returns:
+      The rule.
+
+    Raises:
+      TypeError: if `window` is no Python integer.
+      ValueError: if an option is out of range.
+
+    Example:
+      Where M = −j / (j + 1), the rate j / (j + 1) / (cost + j) is highest at √cost:
+
+      >>> j, rule = jnp.arange(9), marginal(cost=9.0, window=1)
+      >>> values = -j / (j + 1.0)
+      >>> [
+      ...     int(n)
+      ...     for n in j[1:]
+      ...     if rule(Progress(n, values, jnp.ones(()), jnp.ones(())))
+      ... ]
+      [4, 5, 6, 7, 8]
+
+    References:
+      Charnov (1976), "Optimal foraging, the marginal value theorem".
+    """
+    _options.check_range("cost", cost, low=0.0)
+    _options.check_count("window", window, low=1)
+
+    def rule(progress: Progress) -> jax.Array:
+        j, values = progress.iteration, progress.model_values
+        k = jnp.minimum(j, window)
+        gain, now = values[j - k] - values[j], values[j]
+        return (now < 0) & (gain * (cost + j) < -now * k)
+
+    return rule
 
 
 def residual(tolerance: Number) -> StoppingRule:

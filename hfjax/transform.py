@@ -23,6 +23,7 @@ from hfjax._system import Point, assemble
 from hfjax._trial import (
     Trial,
     adapt,
+    check_redamping,
     choose,
     go_along,
     judge,
@@ -102,8 +103,9 @@ def hessian_free(
     Raises:
       TypeError: if `objective` is no `Objective`; in `update`, if `params` or `batch`
         is missing.
-      ValueError: if an option is out of range, or if `damping` is structural and
-        `objective` has no `hidden_loss`.
+      ValueError: if an option is out of range, if `damping` is structural and
+        `objective` has no `hidden_loss`, or if `backtracking` finds λ, which needs
+        conjugate gradients and D = I.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:
@@ -139,8 +141,11 @@ def hessian_free(
             "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
         )
         raise ValueError(msg)
+    if backtracking is not None and backtracking.finds_damping:
+        check_redamping(damping, solver)
     random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
     needs_key = any(rule.needs_key for rule in random)
+    remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     parts = _Parts(
         objective=objective,
         learning_rate=learning_rate,
@@ -160,6 +165,7 @@ def hessian_free(
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(_tree.widen(params)),
             key=jax.random.key(seed) if needs_key else None,
+            preconditioner=remembered(params),
             record=record_of(None, solver.recorded, dtype),
             info=no_info(dtype),
         )
@@ -288,8 +294,9 @@ def _update(
         damping=damping.astype(dtype),
         count=state.count,
         keys=(preconditioner_key, matrix_key),
+        memory=state.preconditioner,
     )
-    subproblem, penalty = assemble(
+    subproblem, penalty, memory = assemble(
         point, b, parts.curvature, parts.damping, parts.preconditioner
     )
 
@@ -300,7 +307,7 @@ def _update(
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value_fn = subproblem.value_fn
     value = value_fn(_sharding.zeros_like(b))
-    choice = choose(parts.backtracking, point, result)
+    choice = choose(parts.backtracking, point, subproblem, result, value)
     slope = slope_along(gradient, choice.step)
     rate = parts.learning_rate
     search = go_along(parts.line_search, rate, point, value, choice, slope)
@@ -316,7 +323,7 @@ def _update(
     change, predicted = reduction(trial, rule, penalty, part, value_on_batch)
     noise = noise_of(value, gradient, params)
     ratio, seen = ratio_of(rejection, change, predicted, noise, rule.expected)
-    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, part)
+    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, part, accepted)
     stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
     adapted = jnp.where(stays, point.damping, adapted)
 
@@ -326,6 +333,7 @@ def _update(
         damping=adapted.astype(dtype),
         direction=_or_zero(accepted & jnp.isfinite(_tree.magnitude(carried)), carried),
         key=key,
+        preconditioner=memory,
         record=record_of(result, parts.solver.recorded, dtype),
         info=report(trial, rejection, ratio, predicted, step, dtype),
     )

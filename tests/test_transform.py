@@ -353,7 +353,7 @@ def test_damping_far_too_high_comes_down_by_itself():
 
 
 def test_warm_start_is_the_decayed_last_solution():
-    start, _, carry, _ = hfjax.cg.conjugate_gradient(
+    start, _, carry, *_ = hfjax.cg.conjugate_gradient(
         warm_start_decay=lambda count: 0.5 + 0.1 * count
     )
     result = hfjax.cg.CGResult({"x": jnp.ones(2)}, None, None, None, None)

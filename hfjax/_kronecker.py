@@ -1,0 +1,356 @@
+"""Kronecker factors of the Gauss-Newton matrix, layer by layer.
+
+Of a layer with inputs xᵢₜ of case i at position t (a 1 appended where there is a bias)
+and gᵢₜ, the derivative of random combinations Sᵢvᵢ of the outputs by what comes out of
+it,
+
+    Ā = Σᵢₜ wᵢ xᵢₜ xᵢₜᵀ / (positions Σᵢ wᵢ),      Ḡ = Σᵢₜ wᵢ gᵢₜ gᵢₜᵀ / Σᵢ wᵢ,
+
+G's block of the kernel is about Ḡ ⊗ Ā: exactly, if inputs and derivatives are
+independent, and positions of each other.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _layers, _sharding, _tree, diagonals
+from hfjax._cases import Cases, as_cases
+from hfjax._probes import probes
+from hfjax._types import Batch, Number, Params, Tree
+from hfjax.objective import Objective
+
+
+class Pair(NamedTuple):
+    """Two matrices of a layer, or their inverses; unnamed in a state.
+
+    Attributes:
+      inputs: Ā, of as many rows as inputs, and one for a bias.
+      units: Ḡ.
+    """
+
+    inputs: jax.Array
+    units: jax.Array
+
+
+def read(
+    objective: Objective, params: Params, batch: Batch, max_size: int
+) -> _layers.Model:
+    """Find the layers of an objective's model, without those that are too large."""
+    inputs = _sharding.first_case(as_cases(batch).inputs)
+    large = {
+        n: f"a side is longer than {max_size}"
+        for n, leaf in enumerate(jax.tree.leaves(params))
+        if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
+    }
+    return _layers.read(objective.outputs, params, inputs, large)
+
+
+def factors(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    model: _layers.Model,
+    *,
+    key: jax.Array,
+    num_probes: int,
+) -> list[Pair]:
+    """Compute Ā and Ḡ of each layer: a pass forward, one back a probe, products.
+
+    Args:
+      objective: whose G it is, without weight decay.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      model: as `read` found it.
+      key: a typed key.
+      num_probes: combinations of the outputs that are averaged.
+
+    Returns:
+      A pair for each layer, in float32 or wider.
+    """
+    cases = _sharding.alike(as_cases(batch))
+    local = objective.local(_sharding.gathered(params, cases))
+    drawn = probes(objective, cases, key)
+
+    def sums(cases: Cases) -> list[Pair]:
+        inputs, keys = cases.inputs
+        root = jnp.sqrt(cases.weights)
+
+        def forward(added: list[jax.Array]) -> tuple[Tree, list[jax.Array]]:
+            def one(added: list[jax.Array], inputs: Tree) -> tuple:
+                case = jax.tree.map(lambda x: x[None], inputs)
+                outputs, rows = model.evaluate(local, case, added)
+                return jax.tree.map(lambda z: z[0], outputs), rows
+
+            return jax.vmap(one)(added, inputs)
+
+        def gram(rows: jax.Array) -> jax.Array:
+            # √w on both sides: whatever digits are dropped, of both alike, the
+            # matrix stays positive semi-definite.
+            rows = rows.astype(_tree.wide(rows.dtype))
+            rows *= root.astype(rows.dtype)[:, None, None]
+            return _sharding.contracted(rows, rows, ((0, 1), (0, 1)))
+
+        def grams_of_errors(probe: int) -> list[jax.Array]:
+            signs = jax.vmap(lambda key, z: drawn.signs(key, probe, z))(keys, outputs)
+            (derivatives,) = transpose(factor(signs))
+            return [
+                gram(jax.vmap(lambda d, n=n: model.errors(n, d))(derivative))
+                for n, derivative in enumerate(derivatives)
+            ]
+
+        nothing = _sharding.zeros_like(cases.weights)  # Laid out as the cases are.
+        added = jax.vmap(lambda w: [z + w.astype(z.dtype) for z in model.zeros()])(
+            nothing
+        )
+        outputs, transpose, rows = jax.vjp(forward, added, has_aux=True)
+        factor = objective.loss.factor(outputs, cases.targets)
+        errors = grams_of_errors(0)
+        for probe in range(1, num_probes):
+            errors = jax.tree.map(jnp.add, errors, grams_of_errors(probe))
+
+        def with_bias(rows: jax.Array, layer: _layers.Layer) -> jax.Array:
+            if layer.bias is None:
+                return rows
+            return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+
+        return [
+            Pair(
+                sum(gram(with_bias(rows[n], layer)) for n in layer.uses),  # pyright: ignore[reportArgumentType]
+                sum(errors[n] for n in layer.uses),  # pyright: ignore[reportArgumentType]
+            )
+            for layer in model.layers
+        ]
+
+    data = ((cases.inputs, drawn.data), cases.targets, cases.weights)
+    means = objective.mean(sums, data)
+    return [
+        Pair(pair.inputs / layer.positions(model.uses), pair.units / num_probes)
+        for layer, pair in zip(model.layers, means, strict=True)
+    ]
+
+
+def inverse(pair: Pair, damping: jax.Array) -> Pair:
+    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I), with a and g mean eigenvalues.
+
+    In units of a and g the two are damped alike, by μ = √(λ / ag): that, and not less
+    than the rounding of the matrices, is what their Cholesky factors see. A factor that
+    has none all the same counts as the identity.
+
+    Args:
+      pair: Ā and Ḡ.
+      damping: λ ≥ 0.
+
+    Returns:
+      The two inverses.
+
+    References:
+      Martens & Grosse (2015), section 6.3, with the ratio of the traces.
+    """
+    a, g = (jnp.trace(matrix) / len(matrix) for matrix in pair)
+    dtype = a.dtype
+    # Of a layer that nothing passes through, only λ is known.
+    scale = jnp.maximum(a * g, 1e-6 * damping.astype(dtype))
+    scale = jnp.where(scale > 0, scale, 1)
+    rounding = 10 * jnp.finfo(dtype).eps * max(len(matrix) for matrix in pair)
+    mu = jnp.maximum(jnp.sqrt(damping.astype(dtype) / scale), rounding)
+    inputs, units = (
+        _positive_inverse(matrix / jnp.where(size > 0, size, 1), mu)
+        for matrix, size in zip(pair, (a, g), strict=True)
+    )
+    return Pair(inputs, units / scale)
+
+
+def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    root = jax.lax.linalg.cholesky(matrix + mu * identity)
+    half = jax.lax.linalg.triangular_solve(
+        root, identity, left_side=True, lower=True, transpose_a=False
+    )
+    # Positive as a product with its own transpose, whatever is rounded.
+    found = jnp.matmul(half.T, half, precision=_tree.EXACT)
+    return jnp.where(jnp.all(jnp.isfinite(found)), found, identity / (1 + mu))
+
+
+def multiply(layer: _layers.Layer, pair: Pair, leaves: list[jax.Array]) -> None:
+    """Replace a layer's kernel and bias in `leaves` by Ā · [kernel, bias] · Ḡ."""
+    kernel = leaves[layer.kernel]
+    dtype = pair.inputs.dtype
+    flat = _sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
+    matrix = flat.T if layer.inputs_last else flat
+    if layer.bias is not None:
+        bias = _sharding.replicated(leaves[layer.bias]).astype(dtype)
+        matrix = jnp.concatenate([matrix, bias[None]])
+    product = jnp.matmul(pair.inputs, matrix, precision=_tree.EXACT)
+    product = jnp.matmul(product, pair.units, precision=_tree.EXACT)
+    if layer.bias is not None:
+        old = leaves[layer.bias]
+        leaves[layer.bias] = _sharding.like(product[-1].astype(old.dtype), old)
+        product = product[:-1]
+    product = product.T if layer.inputs_last else product
+    shaped = product.reshape(kernel.shape).astype(kernel.dtype)
+    leaves[layer.kernel] = _sharding.like(shaped, kernel)
+
+
+class Blocks(NamedTuple):
+    """P, or its inverse, block by block.
+
+    Attributes:
+      pairs: of each layer.
+      diagonals: of each other parameter, by its number.
+    """
+
+    pairs: list[Pair]
+    diagonals: dict[int, jax.Array]
+
+
+def estimate(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    model: _layers.Model,
+    *,
+    key: jax.Array,
+    num_probes: int,
+) -> Blocks:
+    """Compute factors of the layers, and the diagonal of G for the rest.
+
+    Args:
+      objective: whose G it is, weight decay apart.
+      params: θ.
+      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      model: as `read` found it.
+      key: a typed key.
+      num_probes: as in `factors`.
+
+    Returns:
+      The blocks, undamped.
+    """
+    objective = dataclasses.replace(objective, weight_decay=0.0)
+    leaves, structure = jax.tree.flatten(params)
+    others: dict[int, jax.Array] = {n: leaves[n] for n in sorted(model.others)}
+    pairs: list[Pair] = []
+    if model.layers:
+        pairs = factors(objective, params, batch, model, key=key, num_probes=num_probes)
+    if others:
+
+        def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
+            whole = [others.get(n, leaf) for n, leaf in enumerate(leaves)]
+            return objective.model_fn(structure.unflatten(whole), inputs)
+
+        others = diagonals.ggn_rademacher(
+            dataclasses.replace(objective, model_fn=of_others),
+            others,
+            batch,
+            key=key,
+            num_probes=num_probes,
+        )
+    return Blocks(pairs, others)
+
+
+def inverted(
+    blocks: Blocks, model: _layers.Model, damping: Tree, share: Number
+) -> Blocks:
+    """Damp and invert.
+
+    Args:
+      blocks: undamped.
+      model: whose they are.
+      damping: λ, a scalar, or a tree like the parameters of λD's diagonal.
+      share: of λ that goes into the factors' damping.
+
+    Returns:
+      The blocks of P⁻¹.
+    """
+    found = jax.tree.leaves(damping)
+    scalar = len(found) == 1 and jnp.ndim(found[0]) == 0
+
+    def of(number: int) -> jax.Array:
+        return jnp.asarray(found[0] if scalar else found[number])
+
+    pairs = [
+        inverse(pair, jnp.asarray(share * jnp.mean(of(layer.kernel))))
+        for layer, pair in zip(model.layers, blocks.pairs, strict=True)
+    ]
+
+    def reciprocal(number: int, entries: jax.Array) -> jax.Array:
+        entries = jnp.minimum(entries, jnp.finfo(entries.dtype).max)
+        total = entries + of(number).astype(entries.dtype)
+        # Where nothing is known of a parameter's curvature, leave it be.
+        return 1 / jnp.where(total > 0, total, 1)
+
+    rest = {n: reciprocal(n, entries) for n, entries in blocks.diagonals.items()}
+    return Blocks(pairs, rest)
+
+
+def product(blocks: Blocks, model: _layers.Model, r: Tree) -> Tree:
+    """Multiply a tree like the parameters by all blocks."""
+    leaves, structure = jax.tree.flatten(r)
+    for layer, pair in zip(model.layers, blocks.pairs, strict=True):
+        multiply(layer, pair, leaves)
+    for n, entries in blocks.diagonals.items():
+        leaves[n] = (leaves[n].astype(entries.dtype) * entries).astype(leaves[n].dtype)
+    return structure.unflatten(leaves)
+
+
+def room_for(params: Params, max_size: int) -> tuple:
+    """Return zeros for the blocks of parameters whose use is not known yet.
+
+    Args:
+      params: θ.
+      max_size: of a kernel's sides, above which it has none but a diagonal.
+
+    Returns:
+      For each parameter a diagonal, and for a possible kernel two matrices, with a row
+      for a bias on either side.
+    """
+
+    def room(leaf: jax.Array) -> tuple[jax.Array, ...]:
+        dtype = _tree.wide(leaf.dtype)
+        diagonal = jnp.zeros(leaf.shape, dtype)
+        if not may_be_kernel(leaf.shape, max_size):
+            return (diagonal,)
+        sides = (math.prod(leaf.shape[:-1]), leaf.shape[-1])
+        return (diagonal, *(jnp.zeros((n + 1, n + 1), dtype) for n in sides))
+
+    return tuple(room(leaf) for leaf in jax.tree.leaves(params))
+
+
+def may_be_kernel(shape: tuple[int, ...], max_size: int) -> bool:
+    """Return whether a parameter may have factors, by its shape."""
+    return len(shape) >= 2 and max(math.prod(shape[:-1]), shape[-1]) <= max_size
+
+
+def pack(blocks: Blocks, model: _layers.Model, room: tuple) -> tuple:
+    """Put blocks into the room that a state has for them."""
+    packed = [list(entries) for entries in room]
+    for layer, pair in zip(model.layers, blocks.pairs, strict=True):
+        for place, matrix in zip(_places(layer), pair, strict=True):
+            slot, size = packed[layer.kernel], len(matrix)
+            slot[place] = slot[place].at[:size, :size].set(matrix)
+    for n, entries in blocks.diagonals.items():
+        packed[n][0] = entries
+    return tuple(tuple(entries) for entries in packed)
+
+
+def unpack(packed: tuple, model: _layers.Model) -> Blocks:
+    """Take blocks out of a state."""
+
+    def pair(layer: _layers.Layer) -> Pair:
+        sizes = (layer.inputs + (layer.bias is not None), layer.units)
+        return Pair(
+            *(
+                packed[layer.kernel][place][:size, :size]
+                for place, size in zip(_places(layer), sizes, strict=True)
+            )
+        )
+
+    rest = {n: packed[n][0] for n in sorted(model.others)}
+    return Blocks([pair(layer) for layer in model.layers], rest)
+
+
+def _places(layer: _layers.Layer) -> tuple[int, int]:
+    return (2, 1) if layer.inputs_last else (1, 2)

@@ -1,0 +1,561 @@
+"""The layers of a model: where its program multiplies inputs by a parameter.
+
+Nobody registers a layer. The program that JAX traces of the model on one case is read:
+where a matrix product or a convolution has a parameter itself (transposed or cast, but
+not computed with) on one side, the other side is a layer's input, and what comes out,
+to which a parameter of one axis may be added, is what the layer hands on. The same
+program is then evaluated with those inputs taken out, and something added to what comes
+out, whose derivative is the layer's back-propagated error.
+
+Programs inside of it (`jit`, `checkpoint`, `scan`) are read too. A parameter is a
+layer's only if nothing else uses it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
+
+from hfjax import _programs, _tree
+from hfjax._types import Params, Tree
+
+_SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
+_RESHAPES = frozenset({"reshape", "squeeze"})
+_SUMS = frozenset({"add", "add_any"})
+_CHECKPOINTS = frozenset({"remat2", "checkpoint"})
+
+
+class Use(NamedTuple):
+    """One product of a layer's inputs with its kernel.
+
+    Attributes:
+      path: numbers of the equation, and of those whose programs it is nested in.
+      kernel: number of the parameter.
+      operand: which of the equation's two is the input.
+      input_axes: of that, which are summed over, in the order of the kernel's; none of
+        a convolution, which sums over patches.
+      kernel_axes: the kernel's, as the equation has them.
+      output_axes: of the result, which are units, in the order of the kernel's.
+      inputs_last: whether the kernel's last axis is of inputs, and the rest of units.
+      shape: of the result.
+      loops: lengths of the loops that it is in, from the outermost.
+      dtype: of the result.
+    """
+
+    path: tuple[int, ...]
+    kernel: int
+    operand: int
+    input_axes: tuple[int, ...]
+    kernel_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    inputs_last: bool
+    shape: tuple[int, ...]
+    loops: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def positions(self) -> int:
+        """How often a case uses the kernel here: in time, in space."""
+        units = math.prod(self.shape[axis] for axis in self.output_axes)
+        return math.prod((*self.loops, *self.shape)) // max(units, 1)
+
+
+class Layer(NamedTuple):
+    """A kernel with all its uses.
+
+    Attributes:
+      kernel: number of the parameter.
+      bias: number of the one that is added in each use, or `None`.
+      inputs: their number.
+      units: their number.
+      inputs_last: as in `Use`.
+      uses: their numbers.
+    """
+
+    kernel: int
+    bias: int | None
+    inputs: int
+    units: int
+    inputs_last: bool
+    uses: tuple[int, ...]
+
+    def positions(self, uses: Sequence[Use]) -> int:
+        """Count how often a case uses the kernel, of all the uses there are."""
+        return sum(uses[n].positions for n in self.uses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model's program on one case, read.
+
+    Attributes:
+      uses: of kernels.
+      layers: with those uses.
+      others: of each parameter that is no layer's, its number and why.
+    """
+
+    uses: tuple[Use, ...]
+    layers: tuple[Layer, ...]
+    others: Mapping[int, str]
+    _program: Any
+    _structure: Any
+
+    def zeros(self) -> list[jax.Array]:
+        """Return what to add for nothing: zeros, for each use of one case."""
+        return [jnp.zeros((*use.loops, *use.shape), use.dtype) for use in self.uses]
+
+    def evaluate(
+        self, params: Params, inputs: Tree, added: Sequence[jax.Array]
+    ) -> tuple[Tree, list[jax.Array]]:
+        """Run the model on one case, adding to what its layers compute.
+
+        Args:
+          params: θ.
+          inputs: with a leading axis of one.
+          added: for each use, like `zeros`.
+
+        Returns:
+          The outputs, and each use's inputs, `[positions, inputs]`.
+        """
+        run = _Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
+        args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+        jaxpr, consts = self._program.jaxpr, self._program.consts
+        outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
+        rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
+        return self._structure.unflatten(outputs), rows
+
+    def errors(self, number: int, derivative: jax.Array) -> jax.Array:
+        """Lay out the derivative by what is added to a use: `[positions, units]`."""
+        use = self.uses[number]
+        return _rows(derivative, [len(use.loops) + axis for axis in use.output_axes])
+
+
+def read(
+    model_fn: Callable[[Params, Tree], Tree],
+    params: Params,
+    inputs: Tree,
+    spoiled: Mapping[int, str],
+) -> Model:
+    """Trace a model on one case, and find its layers.
+
+    Args:
+      model_fn: `(params, inputs) -> outputs`.
+      params: θ.
+      inputs: with a leading axis of one; or their shapes.
+      spoiled: numbers of parameters that are to be no layer's, and why.
+
+    Returns:
+      What was found.
+    """
+    program, shapes = jax.make_jaxpr(model_fn, return_shape=True)(params, inputs)
+    jaxpr, leaves = program.jaxpr, jax.tree.leaves(params)
+    reader = _Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
+    marks: dict[Any, _Mark] = {
+        jaxpr.invars[n]: _Parameter(n, tuple(range(jnp.ndim(leaf))))
+        for n, leaf in enumerate(leaves)
+    }
+    reader.program(jaxpr, marks, (), ())
+    for atom in jaxpr.outvars:
+        reader.spoil(_mark(marks, atom), "the model returns it")
+    uses, layers = reader.layers()
+    return Model(uses, layers, reader.others, program, jax.tree.structure(shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """A value that is a parameter: which of its axes each axis is; `None` is new."""
+
+    number: int
+    axes: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A value that is a sum of what came out of layers, among other things."""
+
+    uses: tuple[int, ...]
+
+
+_Mark = _Parameter | _Sum | None
+
+
+def _mark(marks: Mapping[Any, _Mark], atom: Any) -> _Mark:
+    return None if isinstance(atom, Literal) else marks.get(atom)
+
+
+class _Reader:
+    """Walks through a program, and notes what becomes of parameters."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], spoiled: Mapping[int, str]
+    ) -> None:
+        self.shapes = shapes
+        self.others = dict(spoiled)
+        self._uses: list[Use] = []
+        self._biases: dict[int, int] = {}  # Of a use.
+
+    def spoil(self, mark: _Mark, why: str) -> None:
+        """Note that a parameter is no layer's; the first reason counts."""
+        if isinstance(mark, _Parameter):
+            self.others.setdefault(mark.number, why)
+
+    def program(
+        self,
+        jaxpr: Jaxpr,
+        marks: dict[Any, _Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> list[_Mark]:
+        """Read a program whose inputs are marked; mark its outputs."""
+        for number, equation in enumerate(jaxpr.eqns):
+            found = [_mark(marks, atom) for atom in equation.invars]
+            if any(found):
+                results = self._equation(equation, found, (*path, number), loops)
+                marks.update(zip(equation.outvars, results, strict=True))
+        return [_mark(marks, atom) for atom in jaxpr.outvars]
+
+    def layers(self) -> tuple[tuple[Use, ...], tuple[Layer, ...]]:
+        """Put uses of one kernel together, with its bias if that is nobody else's."""
+        used: dict[int, list[int]] = {}
+        for n, use in enumerate(self._uses):
+            used.setdefault(use.kernel, []).append(n)
+        for kernel, numbers in used.items():
+            if len({self._uses[n].inputs_last for n in numbers}) > 1:
+                self.others.setdefault(kernel, "it is used transposed, too")
+        kernels_of: dict[int, set[int]] = {}
+        for n, bias in self._biases.items():
+            kernels_of.setdefault(bias, set()).add(self._uses[n].kernel)
+        for bias, kernels in kernels_of.items():
+            if len(kernels) > 1:
+                self.others.setdefault(bias, "several kernels share it")
+        uses, layers = [], []
+        for kernel, numbers in used.items():
+            biases = {self._biases.get(n) for n in numbers}
+            bias = biases.pop() if len(biases) == 1 else None
+            for other in biases | {bias}:
+                if other is not None and (other != bias or kernel in self.others):
+                    self.others.setdefault(other, "its kernel is used without it")
+            if kernel in self.others:
+                continue
+            bias = None if bias in self.others else bias
+            first = self._uses[numbers[0]]
+            *rest, last = self.shapes[kernel]
+            sizes = (math.prod(rest), last)
+            inputs, units = sizes[::-1] if first.inputs_last else sizes
+            at = tuple(range(len(uses), len(uses) + len(numbers)))
+            uses += [self._uses[n] for n in numbers]
+            layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
+        known = {n for layer in layers for n in (layer.kernel, layer.bias)}
+        for n in range(len(self.shapes)):
+            if n not in known:
+                self.others.setdefault(n, "the model does not read it")
+        return tuple(uses), tuple(layers)
+
+    def _equation(
+        self,
+        equation: Any,
+        found: list[_Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> list[_Mark]:
+        name, params = equation.primitive.name, equation.params
+        inner = _inner(equation)
+        if inner is not None:
+            known = list(found)
+            if name == "scan":
+                count = params["num_consts"]
+                for mark in found[count:]:
+                    self.spoil(mark, "a `scan` takes it as carry or step by step")
+                known[count:] = [None] * (len(found) - count)
+                known = [x if isinstance(x, _Parameter) else None for x in known]
+                loops = (*loops, params["length"])
+            results = self.program(
+                inner, dict(zip(inner.invars, known, strict=True)), path, loops
+            )
+            if name != "scan":
+                return results
+            for mark in results:
+                self.spoil(mark, "a `scan` returns it")
+            return [None for _ in results]
+        if name in ("dot_general", "conv_general_dilated"):
+            result = self._product(equation, found, path, loops)
+        elif name in _SUMS:
+            result = self._sum(equation, found)
+        else:
+            result = found[0] and _relabelled(equation, found[0])
+        if result is None:
+            for mark in found:
+                self.spoil(mark, f"`{name}` uses it")
+        return [result, *[None for _ in equation.outvars[1:]]]
+
+    def _product(
+        self,
+        equation: Any,
+        found: list[_Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> _Mark:
+        sides = [n for n, mark in enumerate(found) if isinstance(mark, _Parameter)]
+        if len(sides) != 1:
+            return None
+        side, mark = sides[0], found[sides[0]]
+        assert isinstance(mark, _Parameter)
+        rank = len(self.shapes[mark.number])
+        if rank < 2 or sorted(a if a is not None else -1 for a in mark.axes) != list(
+            range(rank)
+        ):
+            return None
+        axes = _product_axes(equation, side, mark.axes)  # pyright: ignore[reportArgumentType]
+        if axes is None:
+            return None
+        out = equation.outvars[0].aval
+        summed, inputs, units = axes
+        self._uses.append(
+            Use(
+                path=path,
+                kernel=mark.number,
+                operand=1 - side,
+                input_axes=inputs,
+                kernel_axes=mark.axes,  # pyright: ignore[reportArgumentType]
+                output_axes=units,
+                inputs_last=summed == {rank - 1} and rank > 1,
+                shape=tuple(out.shape),
+                loops=loops,
+                dtype=out.dtype,
+            )
+        )
+        return _Sum((len(self._uses) - 1,))
+
+    def _sum(self, equation: Any, found: list[_Mark]) -> _Mark:
+        """Give a parameter that is added to a use that it fits, and that has none."""
+        sums = [mark for mark in found if isinstance(mark, _Sum)]
+        biases = [mark for mark in found if isinstance(mark, _Parameter)]
+        uses = tuple(use for mark in sums for use in mark.uses)
+        if not biases:
+            return _Sum(uses)
+        if not sums or equation.invars[0] is equation.invars[1]:
+            return None
+        (bias,) = biases
+        shape = self.shapes[bias.number]
+        for n in uses:
+            use = self._uses[n]
+            fits = len(use.output_axes) == 1 and len(shape) == 1
+            if not fits or n in self._biases:
+                continue
+            (axis,) = use.output_axes
+            length = use.shape[axis]
+            here = bias.axes[axis] == 0 if length > 1 else True
+            if shape == (length,) and here:
+                self._biases[n] = bias.number
+                return _Sum(uses)
+        self.spoil(bias, "it is added to no product that lacks a bias")
+        return _Sum(uses)
+
+
+def _product_axes(
+    equation: Any, side: int, kernel_axes: tuple[int, ...]
+) -> tuple[set[int], tuple[int, ...], tuple[int, ...]] | None:
+    """Sort the axes of a product with a kernel, or find that it is no layer.
+
+    Returns:
+      The kernel's axes that are summed over; the inputs' in their order; the result's
+      axes of units, in the order of the kernel's.
+    """
+    numbers = equation.params["dimension_numbers"]
+    last = len(kernel_axes) - 1
+    if equation.primitive.name == "conv_general_dilated":
+        units = kernel_axes[numbers.rhs_spec[0]]
+        grouped = (
+            equation.params["feature_group_count"]
+            * (equation.params["batch_group_count"])
+        )
+        if side != 1 or units != last or grouped != 1:
+            return None
+        return set(range(last)), (), (numbers.out_spec[1],)
+    contracted, batched = numbers
+    if any(batched):
+        return None
+    pairs = {
+        kernel_axes[of_kernel]: of_input
+        for of_kernel, of_input in zip(
+            contracted[side], contracted[1 - side], strict=True
+        )
+    }
+    summed = set(pairs)
+    if summed not in (set(range(last)), {last}):
+        return None
+    free = [n for n in range(len(kernel_axes)) if n not in contracted[side]]
+    rank = len(equation.outvars[0].aval.shape)
+    first = 0 if side == 0 else rank - len(free)
+    places = {kernel_axes[n]: first + place for place, n in enumerate(free)}
+    inputs = tuple(pairs[axis] for axis in sorted(pairs))
+    return summed, inputs, tuple(places[axis] for axis in sorted(places))
+
+
+def _relabelled(equation: Any, mark: _Mark) -> _Mark:
+    """Return the mark of a value that is only laid out anew, or cast; else `None`."""
+    name, params = equation.primitive.name, equation.params
+    if name in _SAME:
+        dtype = equation.outvars[0].aval.dtype
+        return mark if jnp.issubdtype(dtype, jnp.floating) else None
+    if not isinstance(mark, _Parameter):
+        return None
+    axes = mark.axes
+    if name == "transpose":
+        return _Parameter(mark.number, tuple(axes[n] for n in params["permutation"]))
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if name == "broadcast_in_dim":
+        to: list[int | None] = [None] * len(after)
+        for axis, place in zip(axes, params["broadcast_dimensions"], strict=True):
+            to[place] = axis
+        return _Parameter(mark.number, tuple(to))
+    if name in _RESHAPES:
+        long = [(n, axis) for n, axis in zip(before, axes, strict=True) if n != 1]
+        if [n for n, _ in long] != [n for n in after if n != 1]:
+            return None
+        rest = iter(axis for _, axis in long)
+        to = [None if n == 1 else next(rest) for n in after]
+        return _Parameter(mark.number, tuple(to))
+    return None
+
+
+def _inner(equation: Any) -> Jaxpr | None:
+    """Return the program that an equation is of, if it is one to be read."""
+    name = equation.primitive.name
+    if name in _programs.INLINED or name == "scan":
+        return equation.params["jaxpr"].jaxpr
+    return equation.params["jaxpr"] if name in _CHECKPOINTS else None
+
+
+class _Run(NamedTuple):
+    """Evaluates a program; `places` has the number of the use of each path."""
+
+    uses: Sequence[Use]
+    places: Mapping[tuple[int, ...], int]
+
+    def program(
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        added: dict[int, jax.Array],
+        path: tuple[int, ...],
+    ) -> tuple[list[Any], dict[int, jax.Array]]:
+        """Return the outputs, and the inputs of each use as rows."""
+        values = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+        )
+        taken: dict[int, jax.Array] = {}
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for number, equation in enumerate(jaxpr.eqns):
+            operands = [read(atom) for atom in equation.invars]
+            here = (*path, number)
+            results, found = self._equation(equation, operands, added, here)
+            taken.update(found)
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars], taken
+
+    def _equation(
+        self,
+        equation: Any,
+        operands: list[Any],
+        added: dict[int, jax.Array],
+        path: tuple[int, ...],
+    ) -> tuple[list[Any], dict[int, jax.Array]]:
+        if path in self.places:
+            number = self.places[path]
+            use = self.uses[number]
+            (result,) = _programs.run(equation, operands)
+            inputs = operands[use.operand]
+            rows = (
+                _rows(inputs, use.input_axes)
+                if use.input_axes
+                else _patches(equation, use, inputs)
+            )
+            return [result + added[number]], {number: rows}
+        inside = {
+            n: added[n] for at, n in self.places.items() if at[: len(path)] == path
+        }
+        name, params = equation.primitive.name, equation.params
+        if not inside:
+            return _programs.run(equation, operands), {}
+        if name == "scan":
+            return self._scan(params, operands, inside, path)
+        if name in _CHECKPOINTS:
+            inner = jax.checkpoint(
+                lambda operands, inside: self.program(
+                    params["jaxpr"], (), operands, inside, path
+                ),
+                prevent_cse=params["prevent_cse"],
+                policy=params["policy"],
+            )
+            return inner(operands, inside)
+        closed = params["jaxpr"]
+        return self.program(closed.jaxpr, closed.consts, operands, inside, path)
+
+    def _scan(
+        self,
+        params: Mapping[str, Any],
+        operands: list[Any],
+        inside: dict[int, jax.Array],
+        path: tuple[int, ...],
+    ) -> tuple[list[Any], dict[int, jax.Array]]:
+        closed, split = params["jaxpr"], params["num_consts"]
+        carried = params["num_carry"]
+        consts, rest = operands[:split], operands[split:]
+
+        def body(carry: list[Any], step: tuple[list[Any], dict]) -> tuple:
+            arrays, added = step
+            results, taken = self.program(
+                closed.jaxpr, closed.consts, [*consts, *carry, *arrays], added, path
+            )
+            return results[:carried], (results[carried:], taken)
+
+        carry, (stacked, taken) = jax.lax.scan(
+            body,
+            rest[:carried],
+            (rest[carried:], inside),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *stacked], taken
+
+
+def _rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Move axes to the end, and make two of all: `[positions, …]`."""
+    rest = [axis for axis in range(x.ndim) if axis not in axes]
+    columns = math.prod(x.shape[axis] for axis in axes)
+    return x.transpose(*rest, *axes).reshape(-1, columns)
+
+
+def _patches(equation: Any, use: Use, inputs: jax.Array) -> jax.Array:
+    """Return what a convolution multiplies by its kernel, `[positions, inputs]`."""
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    spatial = tuple(kernel[n] for n in numbers.rhs_spec[2:])
+    patches = jax.lax.conv_general_dilated_patches(
+        inputs,
+        filter_shape=spatial,
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=numbers,
+        precision=_tree.EXACT,
+    )
+    rows = jnp.moveaxis(patches, numbers.out_spec[1], -1)
+    # Channels lead there; here they are where the kernel has them.
+    channels = kernel[numbers.rhs_spec[1]]
+    rows = rows.reshape(-1, channels, *spatial)
+    order = [use.kernel_axes[n] for n in numbers.rhs_spec[1:]]
+    axes = [1 + order.index(axis) for axis in range(len(order))]
+    return rows.transpose(0, *axes).reshape(len(rows), -1)

@@ -1,0 +1,61 @@
+"""Random signs for every output of every case: vᵢ with E[vᵢvᵢᵀ] = I."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._cases import Cases
+from hfjax._types import Tree
+from hfjax.objective import Objective
+
+
+class Probes(NamedTuple):
+    """A key for each case.
+
+    Attributes:
+      data: of the keys, with a leading axis of cases: arrays that can be split.
+      implementation: of the keys.
+    """
+
+    data: jax.Array
+    implementation: str
+
+    def signs(self, data: jax.Array, probe: jax.Array | int, outputs: Tree) -> Tree:
+        """Draw the signs of one case.
+
+        Args:
+          data: of its key.
+          probe: number of the draw.
+          outputs: of the case.
+
+        Returns:
+          A tree like `outputs`.
+        """
+        key = jax.random.wrap_key_data(data, impl=self.implementation)
+        key = jax.random.fold_in(key, probe)
+        leaves, structure = jax.tree.flatten(outputs)
+        keys = jax.random.split(key, len(leaves))
+        return structure.unflatten(
+            [
+                jax.random.rademacher(leaf_key, z.shape, z.dtype)
+                for leaf_key, z in zip(keys, leaves, strict=True)
+            ]
+        )
+
+
+def probes(objective: Objective, cases: Cases, key: jax.Array) -> Probes:
+    """Give each case a key of its own, whatever the microbatches and the devices.
+
+    Args:
+      objective: that knows of devices.
+      cases: this device's.
+      key: a typed key.
+
+    Returns:
+      The keys; a case's depends on `key` and on its place in the whole batch alone.
+    """
+    first = objective.means.first_case(cases)
+    numbers = first + jnp.arange(cases.weights.shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    return Probes(jax.random.key_data(keys), jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]

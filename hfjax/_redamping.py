@@ -1,0 +1,94 @@
+"""One run of conjugate gradients, solved again for other λ.
+
+The iterates of a run on A = B + λI span a subspace. What A is on it needs no product:
+with d_j the steps from one kept iterate to the next, and M at those iterates,
+
+    d_iᵀA d_j = 0 for i ≠ j,    d_jᵀA d_j = 2 (M_{j−1} − M_j) = c_j,
+
+as each step ends at a minimum along it. The first kept iterate x₀ itself, which a warm
+start may have in it, has x₀ᵀA x₀ = 2 (M₀ + bᵀx₀) and x₀ᵀA d_j = bᵀd_j − c_j. So the
+minimum of M over the subspace for any other λ′ is a system of as many unknowns as there
+are kept iterates,
+
+    (S + (λ′ − λ) N) y = Vᵀb,    S = VᵀA V,  N = VᵀV,  V = [x₀ d₁ d₂ …].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import _tree
+from hfjax._types import Tree
+from hfjax.iterates import Kept
+
+
+class Subspace(NamedTuple):
+    """The kept iterates' subspace, and A on it.
+
+    Attributes:
+      vectors: V, each leaf with a leading axis of vectors; those that are none are 0.
+      curvature: S = VᵀA V.
+      gram: N = VᵀV.
+      rhs: Vᵀb.
+      damping: λ, in A.
+    """
+
+    vectors: Tree
+    curvature: jax.Array
+    gram: jax.Array
+    rhs: jax.Array
+    damping: jax.Array
+
+    def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array]:
+        """Minimise M for λ′ over the subspace.
+
+        Args:
+          damping: λ′ ≥ 0.
+
+        Returns:
+          The step, and M there for the run's own λ.
+        """
+        matrix = self.curvature + (damping - self.damping) * self.gram
+        # In units that make its diagonal 1: steps differ by orders of magnitude.
+        diagonal = jnp.diagonal(matrix)
+        there = diagonal > 0
+        unit = jnp.where(there, jax.lax.rsqrt(jnp.where(there, diagonal, 1)), 0)
+        scaled = unit[:, None] * matrix * unit[None]
+        scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
+        y = unit * jnp.linalg.solve(scaled, unit * self.rhs)
+        model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
+        return _tree.combination(y, self.vectors), model
+
+
+def subspace(
+    kept: Kept, model_values: jax.Array, b: Tree, damping: jax.Array
+) -> Subspace:
+    """Find what A is on the kept iterates of a run.
+
+    Args:
+      kept: of the run.
+      model_values: M at every iterate of it.
+      b: its right-hand side.
+      damping: its λ, of A = B + λI.
+
+    Returns:
+      The subspace; it holds as many vectors as `kept` has slots.
+    """
+    there = kept.iterations >= 0
+
+    def steps(iterates: jax.Array) -> jax.Array:
+        changes = jnp.concatenate([iterates[:1], iterates[1:] - iterates[:-1]])
+        shape = (len(there), *[1] * (iterates.ndim - 1))
+        return jnp.where(there.reshape(shape), changes, 0)
+
+    vectors = jax.tree.map(steps, kept.iterates)
+    models = model_values[jnp.maximum(kept.iterations, 0)]
+    rhs = _tree.coordinates(vectors, b).astype(models.dtype)
+    falls = jnp.append(0.0, 2 * (models[:-1] - models[1:]))
+    falls = jnp.where(there, falls, 0).astype(models.dtype)
+    first = (rhs - falls).at[0].set(0)
+    own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
+    curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
+    gram = _tree.gram(vectors).astype(models.dtype)
+    return Subspace(vectors, curvature, gram, rhs, damping.astype(models.dtype))
