@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
 from benchmarks import checkpoint, milestones, options, problem, racers, report
@@ -173,7 +174,7 @@ def _builders(
     args: argparse.Namespace, given: Problem, train: jax.Array
 ) -> Iterator[tuple[str, Callable[[], Racer]]]:
     """List the racers by name; each is compiled when its turn comes."""
-    common = (given.objective, train, given.params)
+    common = (given.objective, (train, train), given.params)
     if "hf" in args.optimizers:
         yield (
             "hf",
@@ -184,7 +185,9 @@ def _builders(
             ),
         )
     if "adam" in args.optimizers:
-        adam = functools.cache(lambda: racers.adam(*common, seed=args.seed))
+        adam = functools.cache(
+            lambda: racers.first_order("adam", optax.adam, *common, seed=args.seed)
+        )
         for rate in racers.ADAM_RATES:
             yield f"adam {rate:g}", lambda rate=rate: adam()(rate)
     if "lbfgs" in args.optimizers:

@@ -14,12 +14,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hfjax
-from benchmarks.network import Layers
+from benchmarks import batches
+from benchmarks.batches import Hand
 
 ADAM_RATES = (1e-2, 1e-3, 1e-4)
 """Adam runs with each, and the best by its final loss counts."""
 
-_MINIBATCH = 200  # Sutskever et al. (2013), for these networks
 _STEP_SECONDS = 0.25  # of small updates in one call: then Python costs nothing
 
 
@@ -44,7 +44,7 @@ class Racer(NamedTuple):
 
     Attributes:
       name: with its settings, for people.
-      family: `"hf"`, `"adam"` or `"lbfgs"`.
+      family: of racers that differ in a learning rate only, or `"hf"`.
       init: `params -> carry`.
       step: `carry -> carry`, compiled: one update, or of small ones many.
       read: `carry -> scalars`, what the last update did; empty if it does not say.
@@ -61,70 +61,99 @@ class Racer(NamedTuple):
 
 def hf(
     objective: hfjax.Objective,
-    images: jax.Array,
-    params: Layers,
+    batch: Any,
+    params: Any,
     *,
     curvature_batches: int = 1,
     max_iterations: int = 250,
 ) -> Racer:
     """Build Martens' program: `hfjax.recipes.martens2010`.
 
-    Gradient, choice of iterate and line search are on all images; the curvature is
+    Gradient, choice of iterate and line search are on all cases; the curvature is
     on one of `curvature_batches` equal parts, taken in turn.
 
     Args:
       objective: f.
-      images: all training images; inputs and targets at once.
+      batch: all training cases, `(inputs, targets)`.
       params: to compile for.
-      curvature_batches: number of parts; it divides the number of images.
+      curvature_batches: number of parts; it divides the number of cases.
       max_iterations: of conjugate gradients in an update.
 
     Returns:
       The racer; a step is an update.
     """
     tx = hfjax.recipes.martens2010(objective, max_iterations=max_iterations)
-    size = len(images) // curvature_batches
+    hand = batches.everything(curvature_batches)
+    return hessian_free("hf", tx, objective, batch, params, hand)
 
-    def step(carry: Carry, images: jax.Array) -> Carry:
-        everything = (images, images)
-        _, grads = objective.value_and_grad(carry.params, everything)
-        if curvature_batches == 1:
-            # As `eval_batch`, the same data would be evaluated a second time for ρ.
-            batch, eval_batch = everything, None
-        else:
-            start = carry.updates % curvature_batches * size
-            part = jax.lax.dynamic_slice_in_dim(images, start, size)
-            batch, eval_batch = (part, part), everything
+
+def hessian_free(
+    name: str,
+    tx: optax.GradientTransformationExtraArgs,
+    objective: hfjax.Objective,
+    batch: Any,
+    params: Any,
+    hand: Hand,
+) -> Racer:
+    """Build a racer of a set-up of Hessian-free.
+
+    Args:
+      name: of the racer.
+      tx: the set-up, as `hfjax.hessian_free` returns it.
+      objective: f.
+      batch: all training cases, `(inputs, targets)`.
+      params: to compile for.
+      hand: which of the cases an update sees.
+
+    Returns:
+      The racer; a step is an update.
+    """
+
+    def step(carry: Carry, batch: Any) -> Carry:
+        handed = hand(batch, carry.updates)
+        _, grads = objective.value_and_grad(carry.params, handed.gradient)
         updates, state = tx.update(
-            grads, carry.state, carry.params, batch=batch, eval_batch=eval_batch
+            grads,
+            carry.state,
+            carry.params,
+            batch=handed.curvature,
+            eval_batch=handed.evaluation,
         )
         params: Any = optax.apply_updates(carry.params, updates)
         return Carry(params, state, carry.updates + 1)
 
-    def init(params: Layers) -> Carry:
+    def init(params: Any) -> Carry:
         return Carry(params, tx.init(params), zero_updates())
 
-    compiled, seconds = compile_ahead(step, init(params), images)
+    compiled, seconds = compile_ahead(step, init(params), batch)
     return Racer(
-        name="hf",
+        name=name,
         family="hf",
         init=init,
-        step=lambda carry: compiled(carry, images),
+        step=lambda carry: compiled(carry, batch),
         read=lambda carry: hfjax.diagnostics.scalars(carry.state),
         compile_seconds=seconds,
     )
 
 
-def adam(
-    objective: hfjax.Objective, images: jax.Array, params: Layers, *, seed: int = 0
+def first_order(
+    family: str,
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    objective: hfjax.Objective,
+    batch: Any,
+    params: Any,
+    *,
+    seed: int = 0,
 ) -> Callable[[float], Racer]:
-    """Build Adam on minibatches of 200, shuffled anew in each epoch.
+    """Build an optimizer on minibatches of 200, shuffled anew in each epoch.
 
     A last minibatch that would not be full is left out of the epoch.
 
     Args:
+      family: of the racers.
+      optimizer: `learning_rate -> transformation`; the rate may be traced.
       objective: f.
-      images: all training images; inputs and targets at once.
+      batch: all training cases, `(inputs, targets)`.
       params: to compile for.
       seed: of the shuffling.
 
@@ -132,29 +161,29 @@ def adam(
       `learning_rate -> racer`, compiled once for all rates; a step is as many
       updates as take about a quarter of a second, at most an epoch.
     """
-    key = jax.random.key(seed)
+    key, cases = jax.random.key(seed), batches.cases_of(batch)
 
-    def update(carry: Carry, rate: Any, images: jax.Array) -> Carry:
-        part, order = _minibatch(carry, images, key)
-        _, grads = objective.value_and_grad(carry.params, (part, part))
-        updates, state = optax.adam(rate).update(grads, carry.state, carry.params)
+    def update(carry: Carry, rate: Any, batch: Any) -> Carry:
+        part, order = batches.shuffled(batch, carry.updates, carry.order, key)
+        _, grads = objective.value_and_grad(carry.params, part)
+        updates, state = optimizer(rate).update(grads, carry.state, carry.params)
         params: Any = optax.apply_updates(carry.params, updates)
         return Carry(params, state, carry.updates + 1, order)
 
-    def init(params: Layers) -> Carry:
-        order = jnp.arange(len(images))
-        return Carry(params, optax.adam(0.0).init(params), zero_updates(), order)
+    def init(params: Any) -> Carry:
+        state = optimizer(0.0).init(params)
+        return Carry(params, state, zero_updates(), jnp.arange(cases))
 
-    epoch = max(1, len(images) // _MINIBATCH)
-    return small_updates("adam", init, update, init(params), images, most=epoch)
+    epoch = max(1, cases // batches.MINIBATCH)
+    return small_updates(family, init, update, init(params), batch, most=epoch)
 
 
-def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Racer:
-    """Build `optax.lbfgs` as it comes, on all images: memory 10, zoom line search.
+def lbfgs(objective: hfjax.Objective, batch: Any, params: Any) -> Racer:
+    """Build `optax.lbfgs` as it comes, on all cases: memory 10, zoom line search.
 
     Args:
       objective: f.
-      images: all training images; inputs and targets at once.
+      batch: all training cases, `(inputs, targets)`.
       params: to compile for.
 
     Returns:
@@ -164,9 +193,9 @@ def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Race
     _, unravel = ravel_pytree(params)
 
     # On one long vector: the same numbers, and a fourth of the time to compile.
-    def step(carry: Carry, images: jax.Array) -> Carry:
+    def step(carry: Carry, batch: Any) -> Carry:
         def value_fn(vector: jax.Array) -> jax.Array:
-            return objective.value(unravel(vector), (images, images))
+            return objective.value(unravel(vector), batch)
 
         vector, state = ravel_pytree(carry.params)[0], carry.state
         value, grad = optax.value_and_grad_from_state(value_fn)(vector, state=state)
@@ -176,15 +205,15 @@ def lbfgs(objective: hfjax.Objective, images: jax.Array, params: Layers) -> Race
         moved: Any = optax.apply_updates(vector, updates)
         return Carry(unravel(moved), state, carry.updates + 1)
 
-    def init(params: Layers) -> Carry:
+    def init(params: Any) -> Carry:
         return Carry(params, tx.init(ravel_pytree(params)[0]), zero_updates())
 
-    compiled, seconds = compile_ahead(step, init(params), images)
+    compiled, seconds = compile_ahead(step, init(params), batch)
     return Racer(
         name="lbfgs",
         family="lbfgs",
         init=init,
-        step=lambda carry: compiled(carry, images),
+        step=lambda carry: compiled(carry, batch),
         read=lambda carry: {},
         compile_seconds=seconds,
     )
@@ -253,24 +282,6 @@ def compile_ahead(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     compiled = jax.jit(fn).lower(*args).compile()
     return compiled, time.perf_counter() - start
-
-
-def _minibatch(
-    carry: Carry, images: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """Take the next minibatch; at the start of an epoch, shuffle first.
-
-    Returns:
-      The minibatch, and the order of this epoch.
-    """
-    cases, size = len(images), min(_MINIBATCH, len(images))
-    place, epoch = carry.updates % (cases // size), carry.updates // (cases // size)
-    order = jax.lax.cond(
-        place == 0,
-        lambda: jax.random.permutation(jax.random.fold_in(key, epoch), cases),
-        lambda: carry.order,
-    )
-    return images[jax.lax.dynamic_slice_in_dim(order, place * size, size)], order
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hfjax
-from benchmarks import autoencoder, data, network, race, racers, restart
+from benchmarks import autoencoder, batches, data, network, race, racers, restart
 from benchmarks import rnn_training as training
 from benchmarks.__main__ import main
 from benchmarks.checkpoint import Checkpoints, digest
@@ -34,29 +34,30 @@ def as_users_run_it(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def images_and_start():
+def start():
     images = jnp.asarray(data.curves(40, 1).train)
     init, model_fn = network.autoencoder((784, 5))
     loss = hfjax.losses.sigmoid_cross_entropy()
     objective = hfjax.Objective(model_fn, loss, weight_decay=1e-5)
-    return objective, images, init(jax.random.key(0))
+    return objective, (images, images), init(jax.random.key(0))
 
 
 @functools.cache
 def hf():
-    objective, images, params = images_and_start()
-    return racers.hf(objective, images, params, curvature_batches=4), params
+    objective, batch, params = start()
+    return racers.hf(objective, batch, params, curvature_batches=4), params
 
 
 def adam():
-    objective, images, params = images_and_start()
-    return racers.adam(objective, images, params)(1e-2), params
+    objective, batch, params = start()
+    adam = racers.first_order("adam", optax.adam, objective, batch, params)
+    return adam(1e-2), params
 
 
 @functools.cache
 def lbfgs():
-    objective, images, params = images_and_start()
-    return racers.lbfgs(objective, images, params), params
+    objective, batch, params = start()
+    return racers.lbfgs(objective, batch, params), params
 
 
 def recurrent_hf():
@@ -127,7 +128,7 @@ class Stopped(BaseException):
 def test_a_stopped_racer_ends_as_an_undisturbed_one(
     build, as_users_run_it, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(racers, "_MINIBATCH", 8)  # An epoch has five of them.
+    monkeypatch.setattr(batches, "MINIBATCH", 8)  # An epoch has five of them.
     monkeypatch.setattr(racers, "_STEP_SECONDS", 0.0)  # A step is an update.
     racer, params = build()
     whole, stopped, rest = {}, {}, {}
