@@ -20,11 +20,13 @@ FILE = "mnist.npz"
 URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 
 _CASES = {"x_train": 60_000, "x_test": 10_000}
+_LABELS = "y_train"
 _SHA256 = {
-    # Of the pixels, uint8 in C order and original order. With the 16 bytes of its
+    # Of the values, uint8 in C order and original order. With the 16 bytes of its
     # header before them, each is the well-known checksum of the IDX file.
     "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
     "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+    "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
 }
 _UNREADABLE = (
     OSError,
@@ -65,32 +67,58 @@ def load(data_dir: str | os.PathLike[str], *, download: bool = False) -> Images:
     return _read(path, str(path))
 
 
+def labels(data_dir: str | os.PathLike[str]) -> np.ndarray:
+    """Read the digits of the training images, and verify them.
+
+    Args:
+      data_dir: the folder that holds `mnist.npz`.
+
+    Returns:
+      Shape `[60000]`, int32, from 0 to 9.
+
+    Raises:
+      OSError: if there is no such file.
+      ValueError: if it does not hold MNIST's labels.
+    """
+    path = Path(data_dir) / FILE
+    shapes = {_LABELS: (_CASES["x_train"],)}
+    return _arrays(path, str(path), shapes)[_LABELS].astype(np.int32)
+
+
 def _read(path: Path, source: str) -> Images:
-    """Read and verify a file; `source` is where it is from, for the error."""
+    """Read and verify the images; `source` is where they are from, for the error."""
+    shapes = {name: (cases, SIDE, SIDE) for name, cases in _CASES.items()}
+    train, test = (
+        array.reshape(len(array), -1).astype(np.float32) / np.float32(255)
+        for array in _arrays(path, source, shapes).values()
+    )
+    return Images("mnist", train, test)
+
+
+def _arrays(
+    path: Path, source: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Read and verify some of a file's arrays, of uint8 and such shapes."""
     arrays = {}
     try:
         # NumPy would leave a file that it opened, and cannot read, to the collector.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            for name in _CASES:
+            for name in shapes:
                 arrays[name] = archive[name]
     except _UNREADABLE as error:
         raise _not_mnist(source, f"it cannot be read ({error})") from error
     except TypeError as error:  # A lone array, `.npy`, is no archive.
         raise _not_mnist(source, "it is no .npz archive") from error
-    for name, cases in _CASES.items():
-        array, shape = arrays[name], (cases, SIDE, SIDE)
+    for name, shape in shapes.items():
+        array = arrays[name]
         if array.shape != shape or array.dtype != np.uint8:
             came = f"{name} is {array.dtype}{list(array.shape)}"
             raise _not_mnist(source, f"{came}, not uint8{list(shape)}")
         digest = hashlib.sha256(array.tobytes()).hexdigest()
         if digest != _SHA256[name]:
-            came = f"the pixels of {name} have sha256 {digest}"
+            came = f"the values of {name} have sha256 {digest}"
             raise _not_mnist(source, f"{came}, not {_SHA256[name]}")
-    train, test = (
-        arrays[name].reshape(cases, -1).astype(np.float32) / np.float32(255)
-        for name, cases in _CASES.items()
-    )
-    return Images("mnist", train, test)
+    return arrays
 
 
 def _not_mnist(source: str, came: str) -> ValueError:

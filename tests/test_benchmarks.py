@@ -83,6 +83,12 @@ def test_missing_mnist_is_an_error_that_says_where_and_what_to_do(tmp_path):
         mnist.load(tmp_path)
 
 
+def test_labels_that_are_not_those_of_mnist_are_an_error(tmp_path):
+    np.savez(tmp_path / "mnist.npz", y_train=np.zeros(60_000, np.uint8))
+    with pytest.raises(ValueError, match=r"values of y_train have sha256"):
+        mnist.labels(tmp_path)
+
+
 def other_arrays(path):
     x = np.zeros((60_000, 28, 28), np.uint8)
     np.savez_compressed(path, x_train=x, x_test=x[:10_000])
