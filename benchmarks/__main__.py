@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     autoencoder,
+    compare,
     imports,
     memory,
     multihost,
@@ -19,6 +20,7 @@ from benchmarks.options import Parser
 
 _COMMANDS = {
     "autoencoder": autoencoder,
+    "compare": compare,
     "product": product,
     "precision": precision,
     "preconditioners": preconditioners,

@@ -4,13 +4,15 @@ His numbers are from the log published with his program: CURVES, a curvature bat
 of 5,000 of the 20,000 images, weight decay 2e-5, a random start.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.history import Row
+
+R = TypeVar("R")
 
 MARTENS_SOURCE = "the log published with his program"
 
@@ -39,6 +41,22 @@ MARTENS = (
 )
 
 
+def first_below(
+    rows: Sequence[R], value: Callable[[R], float], threshold: float
+) -> R | None:
+    """Find where something was first below a threshold.
+
+    Args:
+      rows: of a run, as they were measured.
+      value: of a row.
+      threshold: to come below.
+
+    Returns:
+      The row, or `None` if there is none.
+    """
+    return next((row for row in rows if value(row) < threshold), None)
+
+
 def passed(rows: Sequence[Row]) -> list[Milestone]:
     """Find where a run passed the errors of `MARTENS`.
 
@@ -50,7 +68,7 @@ def passed(rows: Sequence[Row]) -> list[Milestone]:
     """
     found = []
     for error, *_ in MARTENS:
-        row = next((row for row in rows if row.train_error < error), None)
+        row = first_below(rows, lambda row: row.train_error, error)
         if row is not None:
             found.append(Milestone(error, row.updates, row.cg_iterations))
     return found

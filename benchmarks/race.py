@@ -80,6 +80,7 @@ def race(
     resumed: Carry | None = None,
     keep: Callable[[Carry], None] = lambda carry: None,
     clock: Callable[[], float] = time.perf_counter,
+    pause: float | None = None,
 ) -> Carry:
     """Let one racer run to its limit, or until the loss is no number any more.
 
@@ -89,8 +90,8 @@ def race(
     Args:
       racer: that runs.
       params: where it starts.
-      measure: called after every update that says what it did, else about
-        once in a second of training, and at the end.
+      measure: called after every update that says what it did, else after a pause,
+        and at the end.
       limits: when the run ends.
       run: to fill in.
       watch: called with the seconds of training after each step.
@@ -98,10 +99,13 @@ def race(
       keep: called after each step, to save a checkpoint if it is time.
       clock: tells the seconds of training. `time.process_time` counts those of all
         threads, and does not count what other programs take of the machine.
+      pause: seconds of training between measurements where updates do not say what
+        they did; `None` is about one.
 
     Returns:
       Where the racer stands at the end.
     """
+    pause = _PAUSE if pause is None else pause
     carry = racer.init(params) if resumed is None else resumed
     run.params = carry.params
     if not run.rows:
@@ -115,7 +119,7 @@ def race(
         if scalars:
             run.scalars.append(scalars)
         last = limits.seconds is not None and run.seconds >= limits.seconds
-        if scalars or last or run.seconds - run.last.seconds >= _PAUSE:
+        if scalars or last or run.seconds - run.last.seconds >= pause:
             moment = Moment(run.seconds, int(carry.updates), run.cg_iterations)
             run.rows.append(measure(moment, carry.params))
         watch(run.seconds)

@@ -1,0 +1,268 @@
+"""Optimizers of other packages, with the settings that they themselves recommend.
+
+They are imported when they are built: `compare` works without them.
+"""
+
+import importlib
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.compare_problems import Problem
+from benchmarks.racers import Carry, Racer, compile_ahead, zero_updates
+
+SOMAX_RATES = (1.0, 0.1)
+"""The default, and that of somax's README."""
+
+_WARM = 6  # updates, after which K-FAC has done all that it ever does
+_REGISTER = {
+    "sigmoid": "register_sigmoid_cross_entropy_loss",
+    "softmax": "register_softmax_cross_entropy_loss",
+}
+
+
+def unfit_for_kfac(problem: Problem) -> str | None:
+    """Say why kfac-jax cannot solve a problem.
+
+    Args:
+      problem: to solve.
+    """
+    if problem.layered and problem.loss in _REGISTER:
+        return None
+    return "kfac-jax has no curvature blocks for weights that are used in a scan"
+
+
+def kfac(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build kfac-jax as its example of an autoencoder on MNIST has it.
+
+    All cases in each update; damping, learning rate and momentum adapt. The example's
+    ℓ₂ regularisation is left out: f has none.
+
+    Args:
+      problem: to solve.
+      params: to compile for.
+      seed: of the random numbers that its curvature is estimated with.
+
+    Returns:
+      The racer; a step is an update.
+    """
+    module = _kfac_jax()
+    register = getattr(module, _REGISTER[problem.loss])
+    objective, batch, key = problem.objective, problem.batch, jax.random.key(seed)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        inputs, targets = batch
+        outputs = objective.model_fn(params, inputs)
+        register(outputs, targets)
+        return jnp.mean(objective.loss.value(outputs, targets))
+
+    optimizer = module.Optimizer(
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        inverse_update_period=5,
+        damping_adaptation_interval=5,
+        num_burnin_steps=5,
+        curvature_ema=0.95,
+        use_adaptive_damping=True,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        damping_adaptation_decay=0.95,
+        initial_damping=150.0,
+        min_damping=1e-5,
+        max_damping=1000.0,
+        multi_device=False,
+    )
+
+    def init(params: Any) -> Carry:
+        state = optimizer.init(params, key, batch)
+        # Its updates take over the memory of what they are given.
+        return Carry(jax.tree.map(jnp.copy, params), state, zero_updates())
+
+    def step(carry: Carry) -> Carry:
+        count = int(carry.updates)
+        # The first update draws batches for the burn-in, and may take their memory.
+        data = {"batch": batch} if count else {"data_iterator": _copies(batch)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers")
+            params, state, _ = optimizer.step(
+                carry.params,
+                carry.state,
+                jax.random.fold_in(key, count),
+                global_step_int=count,
+                **data,
+            )
+        return Carry(params, state, carry.updates + 1)
+
+    def warm() -> float:
+        start, carry = time.perf_counter(), init(params)
+        for _ in range(_WARM):
+            carry = step(carry)
+        jax.block_until_ready(carry)
+        return time.perf_counter() - start
+
+    # It compiles as it goes: the second time, there is nothing left to compile.
+    seconds = max(0.0, warm() - warm())
+    leaves_of, state_of = _as_leaves(init(params).state)
+    return Racer(
+        name="kfac",
+        family="kfac",
+        init=lambda params: leaves_of(init(params)),
+        step=lambda carry: leaves_of(step(state_of(carry))),
+        read=lambda carry: {},
+        compile_seconds=seconds,
+    )
+
+
+def somax(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
+    """Build somax's Gauss-Newton by conjugate gradients, as in its README.
+
+    Its presets know softmax and squared error; for other losses it is its Newton by
+    conjugate gradients, with the Levenberg-Marquardt damping that it has for that.
+
+    Args:
+      problem: to solve.
+      params: to compile for.
+      seed: of its random numbers.
+
+    Returns:
+      `learning_rate -> racer`; a step is an update.
+    """
+    module, objective = importlib.import_module("somax"), problem.objective
+    batch = dict(zip("xy", problem.batch, strict=True))
+    key = jax.random.key(seed)
+    common: dict[str, Any] = {"lam0": 1e-2, "tol": 1e-4, "maxiter": 20}
+
+    def method(rate: float) -> Any:
+        if problem.loss == "sigmoid":
+            return module.newton_cg(
+                loss_fn=lambda p, batch: objective.value(p, (batch["x"], batch["y"])),
+                lam_policy="lm",
+                learning_rate=rate,
+                **common,
+            )
+        preset = {"softmax": module.sgn_ce, "squared": module.sgn_mse}[problem.loss]
+        model_fn = objective.model_fn
+        return preset(predict_fn=model_fn, learning_rate=rate, **common)
+
+    def racer(rate: float) -> Racer:
+        tx = method(rate)
+
+        def init(params: Any) -> Carry:
+            return Carry(params, tx.init(params), zero_updates())
+
+        def step(carry: Carry, batch: Any) -> Carry:
+            its_key = jax.random.fold_in(key, carry.updates)
+            params, state, _ = tx.step(carry.params, batch, carry.state, its_key)
+            return Carry(params, state, carry.updates + 1)
+
+        return _compiled("somax", init, step, params, batch)
+
+    return racer
+
+
+def optimistix(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `optimistix.LBFGS` as it comes: memory 10, backtracking.
+
+    It is the one of its minimisers that fits: BFGS and the least-squares solvers keep
+    matrices of the parameters' or the residuals' size. A step is a trial, accepted or
+    not.
+
+    Args:
+      problem: to solve.
+      params: to compile for.
+      seed: not needed.
+
+    Returns:
+      The racer.
+    """
+    del seed
+    solver = importlib.import_module("optimistix").LBFGS(rtol=0.0, atol=0.0)
+    objective = problem.objective
+    equinox = importlib.import_module("equinox")
+
+    def f(params: Any, batch: Any) -> tuple[jax.Array, None]:
+        return objective.value(params, batch), None
+
+    tags, options = frozenset(), {}
+    shape = jax.eval_shape(objective.value, params, problem.batch)
+
+    def begin(params: Any) -> Any:
+        state = solver.init(f, params, problem.batch, options, shape, None, tags)
+        return equinox.partition(state, equinox.is_array)
+
+    begun, static = begin(params)
+    structure = jax.tree.structure(begun)
+
+    def init(params: Any) -> Carry:
+        return Carry(params, jax.tree.leaves(begin(params)[0]), zero_updates())
+
+    def step(carry: Carry, batch: Any) -> Carry:
+        arrays = jax.tree.unflatten(structure, carry.state)
+        state = equinox.combine(arrays, static)
+        params, state, _ = solver.step(f, carry.params, batch, options, state, tags)
+        leaves = jax.tree.leaves(equinox.filter(state, equinox.is_array))
+        return Carry(params, leaves, carry.updates + 1)
+
+    return _compiled("optimistix", init, step, params, problem.batch)
+
+
+def _kfac_jax() -> Any:
+    """Import kfac-jax, and mend what keeps its release from working here.
+
+    Version 0.0.8 expects what JAX returned before 0.9.2; its repository has this as
+    below.
+    """
+
+    def eval_jaxpr_eqn(eqn: Any, in_values: list[Any]) -> list[Any]:
+        output = eqn.primitive.bind(
+            *in_values, **eqn.primitive.get_bind_params(eqn.params)
+        )
+        return output if isinstance(output, list) else [output]
+
+    module = importlib.import_module("kfac_jax")
+    if module.__version__ == "0.0.8":
+        matcher = importlib.import_module("kfac_jax._src.tag_graph_matcher")
+        vars(matcher)["eval_jaxpr_eqn"] = eval_jaxpr_eqn
+    return module
+
+
+def _copies(batch: Any) -> Iterator[Any]:
+    return (jax.tree.map(jnp.copy, batch) for _ in itertools.count())
+
+
+def _as_leaves(
+    state: Any,
+) -> tuple[Callable[[Carry], Carry], Callable[[Carry], Carry]]:
+    """Write a state as its leaves, which every checkpoint can hold, and back."""
+    structure = jax.tree.structure(state)
+
+    def leaves_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.leaves(carry.state))
+
+    def state_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.unflatten(structure, carry.state))
+
+    return leaves_of, state_of
+
+
+def _compiled(
+    name: str,
+    init: Callable[[Any], Carry],
+    step: Callable[[Carry, Any], Carry],
+    params: Any,
+    batch: Any,
+) -> Racer:
+    compiled, seconds = compile_ahead(step, init(params), batch)
+    return Racer(
+        name=name,
+        family=name,
+        init=init,
+        step=lambda carry: compiled(carry, batch),
+        read=lambda carry: {},
+        compile_seconds=seconds,
+    )
