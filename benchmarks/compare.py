@@ -21,14 +21,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from benchmarks import checkpoint, compare_history, compare_report, options
+from benchmarks import checkpoint, compare_history, options
 from benchmarks.checkpoint import NotWholeError
-from benchmarks.compare_history import Ended, Plan
+from benchmarks.compare_history import Plan
 from benchmarks.compare_optimizers import OPTIMIZERS, Optimizer
 from benchmarks.compare_problems import PROBLEMS, Problem
-from benchmarks.compare_turns import Course, Entrant, checkpoints_of, go, run_file
-from benchmarks.history import write_json
-from benchmarks.live import describe
+from benchmarks.compare_report import Report
+from benchmarks.compare_turns import Course, checkpoints_of, go, run_file
 from benchmarks.problem import machine
 from benchmarks.racers import Racer, compile_ahead
 
@@ -112,13 +111,11 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         return options.refuse("compare", error)
-    for name, why in skipped.items():
-        console.print(f"Skipped {name}: {why}.", markup=False)
-    status, report = 0, _Report(args, folder, skipped, console)
+    status, report = 0, Report(_recorded(args), folder, skipped, console)
     try:
         for name in names:
             _solve(args, name, present, folder, report)
-    except (OSError, NotWholeError, ValueError) as error:
+    except NotWholeError as error:
         return options.refuse("compare", error)
     except KeyboardInterrupt:
         status = _INTERRUPTED
@@ -127,94 +124,28 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-class _Report:
-    """Gathers what the runs leave, and writes it down."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        folder: Path,
-        skipped: dict[str, str],
-        console: Console,
-    ) -> None:
-        self.console, self._folder = console, folder
-        self._settings = {**_settings(args), "turn": args.turn, **_machine()}
-        self._skipped = dict(skipped)
-        self._plans: list[Plan] = []
-        self._problems: dict[str, Problem] = {}
-
-    def begin(self, name: str, problem: Problem, plans: Sequence[Plan]) -> None:
-        """Note what will be run on a problem."""
-        self._problems[name] = problem._replace(batch=None)
-        self._plans += plans
-
-    def skip(self, name: str, problem: str, why: str) -> None:
-        """Note, and say, that an optimizer does not fit a problem."""
-        self._skipped[f"{name} on {problem}"] = why
-        self.console.print(f"Skipped {name} on {problem}: {why}.", markup=False)
-
-    def turn(self, entrant: Entrant) -> None:
-        """Say where a run is after its turn."""
-        plan, run = entrant.plan, entrant.run
-        self.console.print(
-            f"{plan.problem} {plan.seed} {plan.racer:<17} {run.seconds:6.1f} s  "
-            f"{describe(run)}",
-            markup=False,
-        )
-
-    def end(self) -> None:
-        """Print the tables, draw the pictures, write everything down."""
-        documents, texts, written = [], [], []
-        for name, problem in self._problems.items():
-            ended = self._ended(name)
-            if not ended:
-                continue
-            lines = compare_report.lines(ended, problem.milestones)
-            self.console.print(problem.title)
-            wide = Console(width=max(self.console.width, 160), file=self.console.file)
-            wide.print(compare_report.table(lines, problem.milestones))
-            texts.append(
-                compare_report.markdown(problem.title, lines, problem.milestones)
-            )
-            written.append(self._folder / f"compare-{name}.png")
-            compare_report.draw(problem.title, lines, problem.milestones, written[-1])
-            documents.append(_document(name, problem, ended, lines))
-        document = {
-            "settings": self._settings,
-            "optimizers": {name: o.title for name, o in OPTIMIZERS.items()},
-            "skipped": self._skipped,
-            "problems": documents,
-        }
-        written = [self._folder / "compare.json", self._folder / "compare.md", *written]
-        write_json(written[0], document)
-        written[1].write_text("\n".join(texts))
-        names = ", ".join(path.name for path in written)
-        self.console.print(f"Written to {self._folder}: {names}")
-
-    def _ended(self, problem: str) -> list[Ended]:
-        plans = [plan for plan in self._plans if plan.problem == problem]
-        return compare_history.read_all(run_file(self._folder, plan) for plan in plans)
-
-
 def _solve(
     args: argparse.Namespace,
     name: str,
     present: Sequence[str],
     folder: Path,
-    report: _Report,
+    report: Report,
 ) -> None:
     """Do the runs on one problem, those of one seed in turns."""
-    problem = PROBLEMS[name].build(args.data_dir)
+    try:
+        problem = PROBLEMS[name].build(args.data_dir)
+    except (OSError, ValueError) as error:
+        report.skip(name, str(error))
+        return
     fitting = []
     for optimizer in present:
         why = OPTIMIZERS[optimizer].unfit(problem)
         if why:
-            report.skip(optimizer, name, why)
+            report.skip(f"{optimizer} on {name}", why)
         else:
             fitting.append(optimizer)
     plans = _plans(args, name, fitting)
     report.begin(name, problem, plans)
-    report.console.print(problem.title)
     for seed, its in groupby(plans, key=lambda plan: plan.seed):
         left = []
         for plan in its:
@@ -225,6 +156,7 @@ def _solve(
         if left:
             course = _course(args, problem, seed, folder)
             go(_builders(problem, course.params, left), course, report.turn)
+            report.save()
 
 
 def _plans(args: argparse.Namespace, name: str, names: Sequence[str]) -> list[Plan]:
@@ -282,7 +214,7 @@ def _course(
         turn=args.turn,
         clock=_CLOCKS[args.clock],
         settings=_settings(args),
-        recorded={**_settings(args), **_machine()},
+        recorded=_recorded(args),
         folder=folder,
     )
 
@@ -327,36 +259,14 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": args.seconds, "clock": args.clock}
 
 
-def _machine() -> dict[str, Any]:
-    """Describe what the numbers are measured on, in JSON's types."""
+def _recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """Describe settings and what the numbers are measured on, in JSON's types."""
     versions = {}
     for optimizer in OPTIMIZERS.values():
         if optimizer.missing() is None:
             version = importlib.metadata.version(optimizer.package)
             versions[optimizer.package] = version
-    return machine() | versions
-
-
-def _document(
-    name: str, problem: Problem, ended: Sequence[Ended], lines: Sequence[Any]
-) -> dict[str, Any]:
-    """Describe what came of a problem in JSON's types."""
-    return {
-        "name": name,
-        "title": problem.title,
-        "floor": problem.floor,
-        "milestones": list(problem.milestones),
-        "lines": [line.document() for line in lines],
-        "runs": [
-            {
-                **one.plan._asdict(),
-                "finished": one.finished,
-                "compile_seconds": one.run.compile_seconds,
-                "rows": [row._asdict() for row in one.run.rows],
-            }
-            for one in ended
-        ],
-    }
+    return {**_settings(args), "turn": args.turn, **machine(), **versions}
 
 
 def _finished(folder: Path, plan: Plan) -> bool:

@@ -80,8 +80,10 @@ def kfac(problem: Problem, params: Any, seed: int) -> Racer:
 
     def init(params: Any) -> Carry:
         state = optimizer.init(params, key, batch)
-        # Its updates take over the memory of what they are given.
-        return Carry(jax.tree.map(jnp.copy, params), state, zero_updates())
+        # Its updates take over the memory of what they are given. All is put where a
+        # checkpoint puts it: else updates after one would be compiled anew.
+        carry = Carry(jax.tree.map(jnp.copy, params), state, zero_updates())
+        return jax.device_put(carry, jax.devices()[0])
 
     def step(carry: Carry) -> Carry:
         count = int(carry.updates)

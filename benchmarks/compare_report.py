@@ -1,260 +1,144 @@
-"""What a comparison has come to: for each problem a table and a picture."""
+"""What a comparison says and leaves: tables, pictures, and one file with everything."""
 
-import itertools
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.console import Console
 
-from benchmarks.compare_history import Ended, Row
-from benchmarks.milestones import first_below
+from benchmarks import compare_figure, compare_history, compare_table
+from benchmarks.compare_history import Ended, Plan
+from benchmarks.compare_optimizers import OPTIMIZERS
+from benchmarks.compare_problems import Problem
+from benchmarks.compare_table import Line
+from benchmarks.compare_turns import Entrant, run_file
+from benchmarks.history import write_json
+from benchmarks.live import describe
 
-DISTURBED = 1.25
-"""Where the probe took so many times the best, the machine was not free."""
+_WIDE = 160
+"""Columns of a table where there is no terminal: it goes to a file then."""
 
 
-class Line(NamedTuple):
-    """What the runs of one optimizer, one for each seed, have come to.
+class Report:
+    """Gathers what the runs leave, and writes it down.
 
     Attributes:
-      optimizer: its name.
-      runs: of its best learning rate, if it has several.
-      reached: seconds of training to each milestone, by run; infinite if it was not.
-      probe: median of the runs' medians, relative to the best of all.
-      searched: seconds of training of all learning rates together, for one seed.
+      console: where it is shown.
     """
 
-    optimizer: str
-    runs: list[Ended]
-    reached: list[list[float]]
-    probe: float
-    searched: float
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        folder: Path,
+        skipped: dict[str, str],
+        console: Console,
+    ) -> None:
+        self.console, self._folder = console, folder
+        self._settings, self._skipped = settings, dict[str, str]()
+        self._plans: list[Plan] = []
+        self._problems: dict[str, Problem] = {}
+        for name, why in skipped.items():
+            self.skip(name, why)
 
-    @property
-    def name(self) -> str:
-        """The optimizer with the learning rate that won."""
-        return self.runs[0].plan.racer
+    def begin(self, name: str, problem: Problem, plans: Sequence[Plan]) -> None:
+        """Note, and say, what will be run on a problem.
 
-    def final(self, field: str) -> list[float]:
-        """Return a measurement at the end, by run."""
-        return [float(getattr(ended.run.last, field)) for ended in self.runs]
+        Args:
+          name: of the problem.
+          problem: to be solved.
+          plans: of the runs.
+        """
+        self._problems[name] = problem._replace(batch=None)  # Memory is for others.
+        self._plans += plans
+        self.console.print(problem.title)
 
-    def document(self) -> dict[str, Any]:
-        """Describe it in JSON's types."""
-        return {
-            "optimizer": self.optimizer,
-            "name": self.name,
-            "seeds": [ended.plan.seed for ended in self.runs],
-            "reached": self.reached,
-            "excess": self.final("excess"),
-            "updates": self.final("updates"),
-            "compile_seconds": [ended.run.compile_seconds for ended in self.runs],
-            "probe": self.probe,
-            "searched": self.searched,
+    def skip(self, name: str, why: str) -> None:
+        """Note, and say, that something is left out.
+
+        Args:
+          name: a problem, an optimizer, or one on the other.
+          why: in words.
+        """
+        self._skipped[name] = why
+        self.console.print(f"Skipped {name}: {why}", markup=False)
+
+    def turn(self, entrant: Entrant) -> None:
+        """Say where a run is after its turn.
+
+        Args:
+          entrant: whose turn it was.
+        """
+        plan, run = entrant.plan, entrant.run
+        self.console.print(
+            f"{plan.problem} {plan.seed} {plan.racer:<17} {run.seconds:6.1f} s  "
+            f"{describe(run)}",
+            markup=False,
+        )
+
+    def end(self) -> None:
+        """Print the tables, and write everything down."""
+        for name, problem in self._problems.items():
+            lines = compare_table.lines(self._ended(name), problem.milestones)
+            if lines:
+                self._show(problem, lines)
+        names = ", ".join(path.name for path in self.save())
+        self.console.print(f"Written to {self._folder}: {names}")
+
+    def save(self) -> list[Path]:
+        """Write everything down: numbers, tables and pictures.
+
+        Returns:
+          The paths of the files.
+        """
+        documents, texts, pictures = [], [], []
+        for name, problem in self._problems.items():
+            ended, milestones = self._ended(name), problem.milestones
+            lines = compare_table.lines(ended, milestones)
+            if not lines:
+                continue
+            texts.append(compare_table.markdown(problem.title, lines, milestones))
+            pictures.append(self._folder / f"compare-{name}.png")
+            compare_figure.draw(problem.title, lines, milestones, pictures[-1])
+            documents.append(_document(name, problem, ended, lines))
+        document = {
+            "settings": self._settings,
+            "optimizers": {name: o.title for name, o in OPTIMIZERS.items()},
+            "skipped": self._skipped,
+            "problems": documents,
         }
+        written = [self._folder / "compare.json", self._folder / "compare.md"]
+        write_json(written[0], document)
+        written[1].write_text("\n".join(texts))
+        return written + pictures
+
+    def _ended(self, problem: str) -> list[Ended]:
+        plans = [plan for plan in self._plans if plan.problem == problem]
+        return compare_history.read_all(run_file(self._folder, plan) for plan in plans)
+
+    def _show(self, problem: Problem, lines: Sequence[Line]) -> None:
+        width = self.console.width if self.console.is_terminal else _WIDE
+        wide = Console(width=width, file=self.console.file)
+        wide.print(problem.title, highlight=False)
+        wide.print(compare_table.table(lines, problem.milestones))
 
 
-def lines(ended: Sequence[Ended], milestones: Sequence[float]) -> list[Line]:
-    """Sum up the runs on one problem.
-
-    Of an optimizer's learning rates the one with the least final excess counts, by the
-    median over seeds.
-
-    Args:
-      ended: the runs.
-      milestones: excesses, falling.
-
-    Returns:
-      A line for each optimizer, as they first come.
-    """
-    best_probe = min((p for run in ended for p in probes(run.run.rows)), default=1.0)
-    found = []
-    for optimizer in dict.fromkeys(run.plan.optimizer for run in ended):
-        its = [run for run in ended if run.plan.optimizer == optimizer]
-        rates = [
-            [run for run in its if run.plan.rate == rate]
-            for rate in dict.fromkeys(run.plan.rate for run in its)
-        ]
-        runs = min(rates, key=_final_excess)
-        medians = [statistics.median(probes(run.run.rows)) for run in runs]
-        seeds = len({run.plan.seed for run in its})
-        found.append(
-            Line(
-                optimizer,
-                runs,
-                [[_seconds_to(run, x) for run in runs] for x in milestones],
-                statistics.median(medians) / best_probe,
-                sum(run.run.last.seconds for run in its) / seeds,
-            )
-        )
-    return found
-
-
-def probes(rows: Iterable[Row]) -> list[float]:
-    """Return the probe of each turn.
-
-    Args:
-      rows: of a run.
-    """
-    return [probe for probe, _ in itertools.groupby(row.probe for row in rows)]
-
-
-def cells(found: Sequence[Line], milestones: Sequence[float]) -> list[list[str]]:
-    """Lay out a table, its head first.
-
-    Args:
-      found: a line for each optimizer.
-      milestones: excesses, falling.
-    """
-    head = ["optimizer", *(f"{x:g}" for x in milestones)]
-    head += ["final f − floor", "updates", "compile", "training", "probe"]
-    table = [head]
-    for line in found:
-        disturbed = " !" if line.probe > DISTURBED else ""
-        row = [line.name, *map(_spread, line.reached), _spread(line.final("excess"))]
-        row += [f"{statistics.median(line.final('updates')):,.0f}"]
-        compiled = [run.run.compile_seconds for run in line.runs]
-        row += [f"{statistics.median(compiled):.1f} s", f"{line.searched:.0f} s"]
-        table.append([*row, f"{line.probe:.2f}{disturbed}"])
-    return table
-
-
-def caption(found: Sequence[Line]) -> str:
-    """Say what the cells are.
-
-    Args:
-      found: a line for each optimizer.
-    """
-    seeds = len({run.plan.seed for line in found for run in line.runs})
-    return (
-        f"Seconds of training until f − floor is below each number, {seeds} seed"
-        f"{'s' * (seeds > 1)}: median (least–most); – not reached. Training: of one "
-        "seed, all learning rates together. Probe: a matrix product's time, relative "
-        f"to the best; ! above {DISTURBED:g}."
-    )
-
-
-def table(found: Sequence[Line], milestones: Sequence[float]) -> Table:
-    """Lay out a table for the terminal.
-
-    Args:
-      found: a line for each optimizer.
-      milestones: excesses, falling.
-    """
-    head, *rows = cells(found, milestones)
-    result = Table(caption=caption(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(head):
-        result.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        result.add_row(*row)
-    return result
-
-
-def markdown(title: str, found: Sequence[Line], milestones: Sequence[float]) -> str:
-    """Lay out a table in Markdown, with a heading and what the cells are.
-
-    Args:
-      title: of the problem.
-      found: a line for each optimizer.
-      milestones: excesses, falling.
-    """
-    head, *rows = cells(found, milestones)
-    rule = ["---", *("---:" for _ in head[1:])]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-    return f"## {title}\n\n{text}\n\n{caption(found)}\n"
-
-
-def draw(
-    title: str, found: Sequence[Line], milestones: Sequence[float], path: Path
-) -> None:
-    """Draw the excess against the seconds: a colour an optimizer, a line a seed.
-
-    Args:
-      title: of the problem.
-      found: a line for each optimizer.
-      milestones: excesses, falling.
-      path: of the picture.
-    """
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    colours = [colormaps["tab10"](index % 10) for index in range(len(found))]
-    for line, colour in zip(found, colours, strict=True):
-        for ended in line.runs:
-            rows = [row for row in ended.run.rows if row.excess > 0]
-            axes.plot(
-                [row.seconds for row in rows],
-                [row.excess for row in rows],
-                color=colour,
-                lw=1.2,
-                alpha=0.8,
-            )
-    for milestone in milestones:
-        axes.axhline(milestone, color="0.85", lw=0.8, zorder=0)
-    axes.set(
-        xlabel="training time in seconds, without compiling and measuring",
-        ylabel="f − floor, on the training cases",
-        yscale="log",
-        title=title,
-        xlim=(0, None),
-    )
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, found, colours)
-    figure.savefig(path, dpi=150)
-
-
-def _label_ends(axes: Axes, found: Sequence[Line], colours: Sequence[Any]) -> None:
-    """Name each optimizer at its lines' end, apart from one another."""
-    ends = []
-    for line, colour in zip(found, colours, strict=True):
-        excess = statistics.median(line.final("excess"))
-        if excess > 0 and math.isfinite(excess):
-            seconds = statistics.median(line.final("seconds"))
-            ends.append((excess, seconds, line.name, colour))
-    place, gap = -math.inf, 0.05  # as fractions of the axis' height
-    to_axes = axes.transData + axes.transAxes.inverted()
-    for excess, seconds, name, colour in sorted(ends, key=lambda end: end[0]):
-        place = max(place + gap, to_axes.transform((seconds, excess))[1])
-        axes.annotate(
-            name,
-            xy=(seconds, excess),
-            xytext=(1.02, place),
-            textcoords="axes fraction",
-            va="center",
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.6},
-        )
-
-
-def _final_excess(runs: Sequence[Ended]) -> float:
-    finals = [run.run.last.excess for run in runs]
-    return statistics.median(x if math.isfinite(x) else math.inf for x in finals)
-
-
-def _seconds_to(ended: Ended, milestone: float) -> float:
-    row = first_below(ended.run.rows, lambda row: row.excess, milestone)
-    return math.inf if row is None else row.seconds
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Write the median, and where there are several values the least and the most."""
-    middle = _short(statistics.median_low(values))
-    if len(values) == 1 or not any(map(math.isfinite, values)):
-        return middle
-    return f"{middle} ({_short(min(values))}–{_short(max(values))})"
-
-
-def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _document(
+    name: str, problem: Problem, ended: Sequence[Ended], lines: Sequence[Line]
+) -> dict[str, Any]:
+    """Describe what came of a problem in JSON's types."""
+    return {
+        "name": name,
+        "title": problem.title,
+        "floor": problem.floor,
+        "milestones": list(problem.milestones),
+        "lines": [line.document() for line in lines],
+        "runs": [
+            {
+                **one.plan._asdict(),
+                "finished": one.finished,
+                "compile_seconds": one.run.compile_seconds,
+                "rows": [row._asdict() for row in one.run.rows],
+            }
+            for one in ended
+        ],
+    }
