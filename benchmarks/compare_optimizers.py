@@ -149,11 +149,12 @@ OPTIMIZERS = {
         unfit=compare_peers.unfit_for_kfac,
     ),
     "somax": Optimizer(
-        "somax's Gauss-Newton by CG as in its README, else its Newton by CG, on all",
+        "somax.sgn_ce or sgn_mse, Gauss-Newton by CG as in its README, on all",
         compare_peers.somax,
         compare_peers.SOMAX_RATES,
         module="somax",
         package="python-somax",
+        unfit=compare_peers.unfit_for_somax,
     ),
     "optimistix": Optimizer(
         "optimistix.LBFGS as it comes, on all",

@@ -104,38 +104,43 @@ class Entrant:
         self.run.compile_seconds = racer.compile_seconds
         self._carry = restored and restored.carry
 
-    def take_turn(self, until: float) -> None:
+    def take_turn(self, until: float) -> bool:
         """Train for a while, and keep what came of it.
 
         Args:
           until: seconds of training, all turns together.
+
+        Returns:
+          Whether there was anything to do: a run that goes on waits for the others.
         """
         if self._racer is None:
             self.prepare()
         assert self._racer is not None
         course, run = self._course, self.run
         until = min(until, course.seconds)
-        if run.seconds < until:
-            self._probe = probe.seconds_of_a_product()
-            self._carry = race(
-                self._racer,
-                course.params,
-                self._measure,
-                Limits(seconds=until),
-                run,
-                lambda seconds: None,
-                resumed=self._carry,
-                clock=course.clock,
-                pause=course.pause,
-            )
+        if run.seconds >= until:
+            return False
+        self._probe = probe.seconds_of_a_product()
+        self._carry = race(
+            self._racer,
+            course.params,
+            self._measure,
+            Limits(seconds=until),
+            run,
+            lambda seconds: None,
+            resumed=self._carry,
+            clock=course.clock,
+            pause=course.pause,
+        )
         diverged = not math.isfinite(run.last.loss)
         self.over = diverged or run.seconds >= course.seconds
         if self.over:
             self._file.finished = True
             self._racer = self._carry = run.params = None  # Their memory is for others.
-        elif self._carry is not None:
+        else:
             self._checkpoints.keep(self._carry, run)
         self._file.save()
+        return True
 
     def _measure(self, moment: Moment, params: Any) -> Row:
         return Row(*moment, *self._course.excess(params), self._probe)
@@ -167,8 +172,8 @@ def go(
         while entrants:
             until += course.turn
             for entrant in entrants:
-                entrant.take_turn(until)
-                watch(entrant)
+                if entrant.take_turn(until):
+                    watch(entrant)
             entrants = [entrant for entrant in entrants if not entrant.over]
     for plan, _ in builders:
         checkpoint.remove(checkpoints_of(course.folder, plan))
