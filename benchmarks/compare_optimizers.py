@@ -16,7 +16,7 @@ from benchmarks.batches import Hand
 from benchmarks.compare_problems import Problem
 from benchmarks.racers import Racer
 
-MUON_RATES = (0.05, 0.02, 0.005)
+MUON_RATES = (0.2, 0.05, 0.02, 0.005)
 """Around 0.02, which its author uses."""
 
 Build = Callable[[Problem, Any, int], Any]

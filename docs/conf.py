@@ -27,7 +27,7 @@ include_patterns = [
     "*.md",
     "docs/**.md",
     "notebooks/*.ipynb",
-    "benchmarks/results/*.md",
+    "benchmarks/**.md",
 ]
 exclude_patterns = [".*", "docs/_build", "dist", "hfjax", "runs", "tests"]
 
