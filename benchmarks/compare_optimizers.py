@@ -67,6 +67,14 @@ def default(problem: Problem, params: Any, seed: int) -> Racer:
     return _ours("default", tx, problem, params, batches.everything(problem.parts))
 
 
+def kronecker_factored(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build Kronecker factors, short runs and λ by search; no knob for the problem."""
+    del seed
+    tx = hfjax.recipes.kronecker_factored(problem.objective)
+    hand = batches.everything(problem.parts)
+    return _ours("kronecker_factored", tx, problem, params, hand)
+
+
 def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
     """Build Martens' program."""
     del seed
@@ -130,6 +138,10 @@ _MINIBATCHES = f"minibatches of {batches.MINIBATCH}"
 
 OPTIMIZERS = {
     "default": Optimizer("hfjax.hessian_free as it comes, gradient on all", default),
+    "kronecker_factored": Optimizer(
+        "hfjax.recipes.kronecker_factored as it comes, gradient on all",
+        kronecker_factored,
+    ),
     "martens2010": Optimizer("hfjax.recipes.martens2010, gradient on all", martens2010),
     "curvature_guarded": Optimizer(
         "hfjax.recipes.curvature_guarded, gradient on all", curvature_guarded
