@@ -50,17 +50,21 @@ def choose(
     subproblem: Subproblem,
     result: CGResult,
     value: jax.Array,
+    noise: jax.Array,
 ) -> Choice:
     """Choose a step of the run, on the evaluation data or on a part of them."""
+    value_fn = point.value_on(point.eval_batch)
+    on_part = value_fn
+    if backtracking.cases is not None:
+        on_part = point.value_on(thinned(point.eval_batch, backtracking.cases))
+        value = on_part(_sharding.zeros_like(subproblem.b))
     known: tuple[Tree, ...] = (result.kept,)
     if backtracking.finds_damping:
         models = result.model_values
-        known += (Run(models, subproblem.b, value, point.damping),)
-    value_fn = point.value_on(point.eval_batch)
+        known += (Run(models, subproblem.b, value, noise, point.damping),)
+    choice = backtracking.choose(on_part, *known)
     if backtracking.cases is None:
-        return backtracking.choose(value_fn, *known)
-    part = thinned(point.eval_batch, backtracking.cases)
-    choice = backtracking.choose(point.value_on(part), *known)
+        return choice
     return choice._replace(
         value=finite_or_inf(value_fn(choice.step)),
         last_value=finite_or_inf(value_fn(result.x)),
@@ -201,8 +205,6 @@ def adapt(
     M of the chosen step.
     """
     _, result, _, choice, _, _ = trial
-    if choice.damping is not None:
-        return jnp.where(accepted, choice.damping, rule.update(damping, ratio))
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
     model = jnp.abs(result.model_values[choice.iteration])
@@ -211,7 +213,10 @@ def adapt(
     vanished = (part == 0) & (_tree.magnitude(choice.step) <= shortest)
     has_part = on_boundary | vanished | (part >= _PART * model)
     adapted = rule.update(damping, ratio, on_boundary)
-    return jnp.where(seen | has_part, adapted, damping)
+    adapted = jnp.where(seen | has_part, adapted, damping)
+    if choice.damping is None:
+        return adapted
+    return jnp.where(accepted, choice.damping, adapted)
 
 
 def report(

@@ -47,12 +47,14 @@ class Run(NamedTuple):
       model_values: M at every iterate.
       b: −∇f.
       value: f(θ).
+      noise: how much of a change of f may be rounding.
       damping: λ.
     """
 
     model_values: jax.Array
     b: Tree
     value: jax.Array
+    noise: jax.Array
     damping: jax.Array
 
 
@@ -203,11 +205,13 @@ def redamped(
         def look(search: _Search) -> _Search:
             power = search.power + search.direction
             value, up = value_at(power), search.direction > 0
-            slack = tolerance * jnp.maximum(run.value - search.lowest, 0)
+            gain = run.value - search.lowest
+            slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
             slack = jnp.where(jnp.isfinite(slack), slack, 0)
-            limit = search.lowest + jnp.where(up, slack, -slack)
-            # Upwards as long as f is no number; of equals, the higher λ.
-            better = jnp.where(up, value <= limit, value < limit)
+            # Of equals the higher λ, unless there is nothing but rounding to tell by.
+            above = value <= search.lowest + slack
+            below = value < search.lowest - jnp.maximum(jnp.abs(slack), run.noise)
+            better = jnp.where(up, above, below)
             # Downwards only if the first step up was no good.
             turns = up & ~better & (search.power == 0)
             return _Search(

@@ -307,7 +307,8 @@ def _update(
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value_fn = subproblem.value_fn
     value = value_fn(_sharding.zeros_like(b))
-    choice = choose(parts.backtracking, point, subproblem, result, value)
+    noise = noise_of(value, gradient, params)
+    choice = choose(parts.backtracking, point, subproblem, result, value, noise)
     slope = slope_along(gradient, choice.step)
     rate = parts.learning_rate
     search = go_along(parts.line_search, rate, point, value, choice, slope)
@@ -321,7 +322,6 @@ def _update(
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
     part = penalty(choice.step)
     change, predicted = reduction(trial, rule, penalty, part, value_on_batch)
-    noise = noise_of(value, gradient, params)
     ratio, seen = ratio_of(rejection, change, predicted, noise, rule.expected)
     adapted = adapt(parts.damping, point.damping, trial, ratio, seen, part, accepted)
     stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
