@@ -40,14 +40,14 @@ class Subspace(NamedTuple):
     rhs: jax.Array
     damping: jax.Array
 
-    def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array]:
+    def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
         """Minimise M for λ′ over the subspace.
 
         Args:
           damping: λ′ ≥ 0.
 
         Returns:
-          The step, and M there for the run's own λ.
+          The step; M there for the run's own λ; and M without any.
         """
         matrix = self.curvature + (damping - self.damping) * self.gram
         # In units that make its diagonal 1: steps differ by orders of magnitude.
@@ -58,7 +58,8 @@ class Subspace(NamedTuple):
         scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
         y = unit * jnp.linalg.solve(scaled, unit * self.rhs)
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
-        return _tree.combination(y, self.vectors), model
+        undamped = model - 0.5 * self.damping * (y @ (self.gram @ y))
+        return _tree.combination(y, self.vectors), model, undamped
 
 
 def subspace(

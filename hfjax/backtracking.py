@@ -20,6 +20,10 @@ from hfjax._types import Number, Tree, ValueFn
 from hfjax.iterates import Kept
 
 
+_CREDIBLE = 10.0
+"""Times what M says that f may fall; heuristic."""
+
+
 class Choice(NamedTuple):
     """The chosen iterate.
 
@@ -199,8 +203,11 @@ def redamped(
             return run.damping * jnp.asarray(factor, dtype) ** power
 
         def value_at(power: jax.Array) -> jax.Array:
-            step, _ = space.solve(damping_at(power))
-            return finite_or_inf(value_fn(step)).astype(dtype)
+            step, _, predicted = space.solve(damping_at(power))
+            value = finite_or_inf(value_fn(step)).astype(dtype)
+            # A fall that M knows nothing of is rounding, and would lead λ anywhere.
+            known = run.value - value <= _CREDIBLE * jnp.abs(predicted)
+            return jnp.where(known, value, run.value)
 
         def look(search: _Search) -> _Search:
             power = search.power + search.direction
@@ -233,7 +240,7 @@ def redamped(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
         damping = damping_at(end.power)
-        step, model = space.solve(damping)
+        step, model, _ = space.solve(damping)
         last = kept.iterations[_last_slot(kept)]
         return Choice(step, last, end.value, first, model, damping)
 
