@@ -19,7 +19,6 @@ from hfjax._redamping import subspace
 from hfjax._types import Number, Tree, ValueFn
 from hfjax.iterates import Kept
 
-
 _CREDIBLE = 10.0
 """Times what M says that f may fall; heuristic."""
 
