@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks import checkpoint, compare_history, options
 from benchmarks.checkpoint import NotWholeError
 from benchmarks.compare_history import Plan
-from benchmarks.compare_optimizers import OPTIMIZERS, Optimizer
+from benchmarks.compare_optimizers import OPTIMIZERS
 from benchmarks.compare_problems import PROBLEMS, Problem
 from benchmarks.compare_report import Report
 from benchmarks.compare_turns import Course, checkpoints_of, go, run_file
@@ -276,22 +276,18 @@ def _finished(folder: Path, plan: Plan) -> bool:
 
 def _list(args: argparse.Namespace, console: Console) -> None:
     """Say what there is, and what would be skipped and why."""
-    console.print("Problems")
+    found = {"Problems": {}, "Optimizers": {}}
     for name, kind in PROBLEMS.items():
-        _listed(console, name, kind.title, kind.missing(args.data_dir))
-    console.print("Optimizers")
+        found["Problems"][name] = kind.title, kind.missing(args.data_dir)
     for name, optimizer in OPTIMIZERS.items():
-        _listed(console, name, _title(optimizer), optimizer.missing())
-
-
-def _title(optimizer: Optimizer) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in optimizer.rates)
-    return optimizer.title + (f"; rates {rates}" if rates else "")
-
-
-def _listed(console: Console, name: str, title: str, missing: str | None) -> None:
-    note = f"  (skipped: {missing})" if missing else ""
-    console.print(f"  {name:<18} {title}{note}", markup=False)
+        rates = ", ".join(f"{rate:g}" for rate in optimizer.rates)
+        title = optimizer.title + (f"; rates {rates}" if rates else "")
+        found["Optimizers"][name] = title, optimizer.missing()
+    for heading, entries in found.items():
+        console.print(heading)
+        for name, (title, missing) in entries.items():
+            note = f"  (skipped: {missing})" if missing else ""
+            console.print(f"  {name:<18} {title}{note}", markup=False)
 
 
 def _seed(word: str) -> int:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import batches, compare_problems, compare_table, compare_turns, probe
+from benchmarks import (
+    batches,
+    compare_problems,
+    compare_table,
+    compare_turns,
+    data,
+    probe,
+)
 from benchmarks.__main__ import main
 from benchmarks.checkpoint import Checkpoints
 from benchmarks.compare_history import Ended, Plan, Row, read
@@ -52,7 +59,7 @@ def ended(optimizer, rate, seed, *rows, compiled=1.0):
 
 MADE_UP = [
     ended("a", 0.1, 0, (0, 90, 2.0), (3, 9, 2.0), (5, 4, 2.0)),
-    ended("a", 0.2, 0, (0, 90, 1.0), (4, 9.9, 3.0), (6, 0.5, 2.0), (7, 2, 2.0)),
+    ended("a", 0.2, 0, (0, 90, 3.0), (4, 9.9, 3.0), (6, 0.5, 3.0), (7, 2, 0.5)),
     ended("a", 0.1, 1, (0, 80, 2.0), (2, 9, 2.0), (5, 6, 2.0), compiled=3.0),
     ended("a", 0.2, 1, (0, 80, 2.0), (1, 10, 2.0), (5, 3, 2.0), compiled=3.0),
     ended("b", None, 0, (0, 90, 4.0), (9, 0.99, 4.0), (9.5, math.nan, 4.0)),
@@ -68,9 +75,10 @@ def test_milestones_are_read_off_where_the_excess_is_first_below():
     assert b.final("excess") == [math.inf, 20]
     # All its rates: 5 + 7 seconds with the one seed, 5 + 5 with the other.
     assert a.searched == 11
-    # Turns are told apart by their probes: 1, 3, 2 and 2; the best of all is 1.
-    assert a.probe == 2
-    assert b.probe == 4.5
+    # Turns are told apart by their probes: two of them, 3 and 0.5; then one, 2. Half a
+    # second is the best of all.
+    assert a.probe == 1.875 / 0.5
+    assert b.probe == 4.5 / 0.5
 
 
 def test_the_table_says_median_range_and_what_was_not_reached():
@@ -78,7 +86,7 @@ def test_the_table_says_median_range_and_what_was_not_reached():
     head, a, b = compare_table.cells(found, (10.0, 1.0))
     assert head[:3] == ["optimizer", "10", "1"]
     assert a[:4] == ["a 0.2", "4 (4–5)", "6 (6––)", "2 (2–3)"]
-    assert b[-1] == "4.50 !"
+    assert b[-1] == "9.00 !"
     assert a[-3:-1] == ["2.0 s", "11 s"]
     text = compare_table.markdown("Title", found, (10.0, 1.0))
     assert "| a 0.2 | 4 (4–5) | 6 (6––) |" in text
@@ -185,6 +193,10 @@ def test_a_comparison_leaves_numbers_tables_and_pictures(tmp_path, capsys):
     document = json.loads((tmp_path / "compare.json").read_text())
     (problem,) = document["problems"]
     assert problem["name"] == "tiny"
+    x = data.curves(40, 1).train.astype(np.float64)
+    x = x[(x > 0) & (x < 1)]
+    entropy = -(x * np.log(x) + (1 - x) * np.log1p(-x)).sum() / 40
+    assert problem["floor"] == pytest.approx(entropy, rel=1e-5)
     first = {}
     for run in problem["runs"]:
         assert run["finished"]
