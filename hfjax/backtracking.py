@@ -158,7 +158,7 @@ def redamped(
       factor: between one λ and the next, above 1 (4: measured,
         `benchmarks/results/step6.md`; heuristic).
       tolerance: share of f's gain (0.01: heuristic).
-      max_tries: evaluations of f, at most.
+      max_tries: evaluations of f, at most (8: a factor of 4⁷; heuristic).
       cases: as in `early_stop`.
 
     Returns:

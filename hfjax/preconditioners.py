@@ -261,7 +261,7 @@ def layers(
       objective: whose model is traced; nothing is run.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      max_size: as in `kronecker`.
+      max_size: the same as `kronecker` has (8192: as `kronecker`).
 
     Returns:
       A line for each parameter, by its path.

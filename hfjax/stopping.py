@@ -104,8 +104,8 @@ def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
 
     Args:
       cost: of an update without its iterations, in products: gradient,
-        preconditioner, linearisation, evaluations of f. 6 with Kronecker factors
-        (measured, `benchmarks/results/step6.md`); 2 to 3 with a diagonal.
+        preconditioner, linearisation, evaluations of f (6: heuristic; with Kronecker factors
+        it was measured, `benchmarks/results/step6.md`).
       window: iterations that the gain is averaged over: it rises and falls from one to
         the next (4: ibid.; heuristic).
 
