@@ -15,6 +15,7 @@ from benchmarks import (
     restart,
     rnn,
     scaling,
+    shares,
 )
 from benchmarks.options import Parser
 
@@ -22,6 +23,7 @@ _COMMANDS = {
     "autoencoder": autoencoder,
     "compare": compare,
     "product": product,
+    "shares": shares,
     "precision": precision,
     "preconditioners": preconditioners,
     "memory": memory,

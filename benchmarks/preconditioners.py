@@ -115,6 +115,7 @@ def rules(*, exact: bool) -> dict[str, hfjax.preconditioners.PreconditionerRule 
         ),
         "Rademacher, 8 probes, ξ = 0.75": diagonal(probes, exponent=0.75),
         "Rademacher, 8 probes, ξ = 1": diagonal(probes, exponent=1.0),
+        "Kronecker factors": hfjax.preconditioners.kronecker(),
     }
     if exact:
         found["exact diag(G), ξ = 0.75"] = diagonal(diagonals.ggn_exact, exponent=0.75)
