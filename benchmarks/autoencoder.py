@@ -1,8 +1,8 @@
 r"""A race on a deep autoencoder: Hessian-free, Adam and L-BFGS.
 
     python -m benchmarks autoencoder
-    python -m benchmarks autoencoder --cases 20000 --curvature-batches 4 \
-        --optimizers hf --updates 100
+    python -m benchmarks autoencoder --recipe martens2010 --cases 20000 \
+        --curvature-batches 4 --optimizers hf --updates 100
     python -m benchmarks autoencoder --data mnist --data-dir data --seconds 3600
 
 Writes `history.json` into the folder `--out` as it goes, and pictures at the end. The
@@ -56,13 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=options.OPTIMIZERS,
         help=f"default: {','.join(options.OPTIMIZERS)}",
     )
+    add(
+        "--recipe",
+        choices=racers.RECIPES,
+        default=racers.RECIPES[0],
+        help=f"of hfjax.recipes, for HF; default: {racers.RECIPES[0]}",
+    )
     add("--updates", type=options.count, help="stop HF after so many")
     add("--until-error", type=options.positive, help="stop below this squared error")
     add(
         "--max-iterations",
         type=options.count,
-        default=250,
-        help="of conjugate gradients in an update of HF; default: 250",
+        help="of conjugate gradients in an update of HF; default: the recipe's",
     )
     add("--out", help="folder for history and pictures; default: runs/DATA")
 
@@ -120,6 +125,7 @@ def _history(args: argparse.Namespace, given: Problem, folder: Path) -> ImageHis
         "seconds": args.seconds,
         "updates": args.updates,
         "until_error": args.until_error,
+        "recipe": args.recipe,
         "max_iterations": args.max_iterations,
         "seed": args.seed,
     }
@@ -180,6 +186,7 @@ def _builders(
             "hf",
             lambda: racers.hf(
                 *common,
+                recipe=args.recipe,
                 curvature_batches=given.curvature_batches,
                 max_iterations=args.max_iterations,
             ),
