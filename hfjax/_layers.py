@@ -11,6 +11,7 @@ Programs inside of it (`jit`, `checkpoint`, `scan`) are read too. A parameter is
 layer's only if nothing else uses it.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -175,9 +176,12 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """A value that is a sum of what came out of layers, among other things."""
+    """A value that is a sum of what came out of layers, among other things.
 
-    uses: tuple[int, ...]
+    Of each use that has a single axis of units, its number, and where that axis is.
+    """
+
+    uses: tuple[tuple[int, int], ...]
 
 
 _Mark = _Parameter | _Sum | None
@@ -211,12 +215,23 @@ class _Reader:
         loops: tuple[int, ...],
     ) -> list[_Mark]:
         """Read a program whose inputs are marked; mark its outputs."""
+        read = [atom for equation in jaxpr.eqns for atom in equation.invars]
+        often = collections.Counter(
+            atom for atom in (*read, *jaxpr.outvars) if not isinstance(atom, Literal)
+        )
+
+        def mark_of(atom: Any) -> _Mark:
+            # What comes out of a layer and is used twice, once with a parameter added:
+            # what comes back to it is not what comes back to the parameter.
+            mark = _mark(marks, atom)
+            return None if isinstance(mark, _Sum) and often[atom] > 1 else mark
+
         for number, equation in enumerate(jaxpr.eqns):
-            found = [_mark(marks, atom) for atom in equation.invars]
+            found = [mark_of(atom) for atom in equation.invars]
             if any(found):
                 results = self._equation(equation, found, (*path, number), loops)
                 marks.update(zip(equation.outvars, results, strict=True))
-        return [_mark(marks, atom) for atom in jaxpr.outvars]
+        return [mark_of(atom) for atom in jaxpr.outvars]
 
     def layers(self) -> tuple[tuple[Use, ...], tuple[Layer, ...]]:
         """Put uses of one kernel together, with its bias if that is nobody else's."""
@@ -328,7 +343,7 @@ class _Reader:
                 dtype=out.dtype,
             )
         )
-        return _Sum((len(self._uses) - 1,))
+        return _Sum(((len(self._uses) - 1, units[0]),) if len(units) == 1 else ())
 
     def _sum(self, equation: Any, found: list[_Mark]) -> _Mark:
         """Give a parameter that is added to a use that it fits, and that has none."""
@@ -337,19 +352,16 @@ class _Reader:
         uses = tuple(use for mark in sums for use in mark.uses)
         if not biases:
             return _Sum(uses)
-        if not sums or equation.invars[0] is equation.invars[1]:
+        if not sums:
             return None
         (bias,) = biases
         shape = self.shapes[bias.number]
-        for n in uses:
+        for n, axis in uses:
             use = self._uses[n]
-            fits = len(use.output_axes) == 1 and len(shape) == 1
-            if not fits or n in self._biases:
-                continue
-            (axis,) = use.output_axes
-            length = use.shape[axis]
+            (units,) = use.output_axes
+            length = use.shape[units]
             here = bias.axes[axis] == 0 if length > 1 else True
-            if shape == (length,) and here:
+            if shape == (length,) and here and n not in self._biases:
                 self._biases[n] = bias.number
                 return _Sum(uses)
         self.spoil(bias, "it is added to no product that lacks a bias")
@@ -402,15 +414,22 @@ def _relabelled(equation: Any, mark: _Mark) -> _Mark:
     if name in _SAME:
         dtype = equation.outvars[0].aval.dtype
         return mark if jnp.issubdtype(dtype, jnp.floating) else None
+    if name == "transpose":
+        order = tuple(params["permutation"])
+        if isinstance(mark, _Sum):
+            return _Sum(tuple((use, order.index(axis)) for use, axis in mark.uses))
+        if isinstance(mark, _Parameter):
+            return _Parameter(mark.number, tuple(mark.axes[n] for n in order))
     if not isinstance(mark, _Parameter):
         return None
     axes = mark.axes
-    if name == "transpose":
-        return _Parameter(mark.number, tuple(axes[n] for n in params["permutation"]))
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if name == "broadcast_in_dim":
         to: list[int | None] = [None] * len(after)
-        for axis, place in zip(axes, params["broadcast_dimensions"], strict=True):
+        places = params["broadcast_dimensions"]
+        if tuple(before) != tuple(after[place] for place in places):
+            return None  # One entry in place of many.
+        for axis, place in zip(axes, places, strict=True):
             to[place] = axis
         return _Parameter(mark.number, tuple(to))
     if name in _RESHAPES:
