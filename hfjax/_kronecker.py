@@ -46,7 +46,9 @@ def read(
         for n, leaf in enumerate(jax.tree.leaves(params))
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
     }
-    return _layers.read(objective.outputs, params, inputs, large)
+    # Each device's own, as `factors` evaluates it: else the marking is in the program.
+    local = objective.local(params)
+    return _layers.read(objective.outputs, local, inputs, large)
 
 
 def factors(
@@ -126,7 +128,7 @@ def factors(
         ]
 
     data = ((cases.inputs, drawn.data), cases.targets, cases.weights)
-    means = objective.mean(sums, data)
+    means = objective.mean(sums, _sharding.alike(data))
     return [
         Pair(pair.inputs / layer.positions(model.uses), pair.units / num_probes)
         for layer, pair in zip(model.layers, means, strict=True)
