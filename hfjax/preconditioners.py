@@ -193,9 +193,10 @@ def kronecker(
     averages = not (_options.is_plain_number(decay) and decay == 0)
 
     def init(params: Params) -> dict[str, tuple]:
-        room = _kronecker.room_for(params, max_size)
-        memory = {"kronecker_factors": room} if averages else {}
-        return memory | ({"kronecker_inverses": room} if interval > 1 else {})
+        kinds = ["kronecker_factors"] if averages else []
+        kinds += ["kronecker_inverses"] if interval > 1 else []
+        # Each its own arrays: a state that is donated may hold none of them twice.
+        return {kind: _kronecker.room_for(params, max_size) for kind in kinds}
 
     def build(
         objective: Objective,
