@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _sharding, _tree
 from hfjax._types import Tree
 from hfjax.iterates import Kept
 
@@ -91,5 +91,17 @@ def subspace(
     first = (rhs - falls).at[0].set(0)
     own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
     curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
-    gram = _tree.gram(vectors).astype(models.dtype)
+    gram = _gram(vectors).astype(models.dtype)
     return Subspace(vectors, curvature, gram, rhs, damping.astype(models.dtype))
+
+
+def _gram(vectors: Tree) -> jax.Array:
+    """Return VᵀV, shape `[K, K]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array) -> jax.Array:
+        wider, axes = v.astype(_tree.wide(v.dtype)), tuple(range(1, v.ndim))
+        return _sharding.contracted(wider, wider, (axes, axes), _tree.EXACT)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors))
+    dtype = _tree.scalar_dtype(vectors)
+    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]

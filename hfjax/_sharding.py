@@ -131,7 +131,10 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def contracted(
-    left: jax.Array, right: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]
+    left: jax.Array,
+    right: jax.Array,
+    axes: tuple[tuple[int, ...], tuple[int, ...]],
+    precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Sum products over pairs of axes, sharded or not; what is left keeps its layout.
 
@@ -139,6 +142,7 @@ def contracted(
       left: first factor.
       right: second factor.
       axes: those of each that are summed over, as in `jax.lax.dot_general`.
+      precision: as there.
     """
     kept, mesh = [], None
     for x, summed in zip((left, right), axes, strict=True):
@@ -147,7 +151,9 @@ def contracted(
         kept += [part for axis, part in enumerate(spec) if axis not in summed]
         mesh = mesh if sharding is None else sharding.mesh
     out = None if mesh is None else NamedSharding(mesh, PartitionSpec(*kept))
-    return jax.lax.dot_general(left, right, (axes, ((), ())), out_sharding=out)
+    return jax.lax.dot_general(
+        left, right, (axes, ((), ())), precision=precision, out_sharding=out
+    )
 
 
 def _typed(x: Any) -> Any:

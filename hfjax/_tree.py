@@ -146,19 +146,6 @@ def coordinates(vectors: Tree, x: Tree) -> jax.Array:
     return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
 
 
-def gram(vectors: Tree) -> jax.Array:
-    """Return VᵀV, shape `[K, K]`, summed in float32 or wider, nothing ravelled."""
-
-    def leaf(v: jax.Array) -> jax.Array:
-        wider = v.astype(wide(v.dtype))
-        axes = tuple(range(1, v.ndim))
-        return jnp.tensordot(wider, wider, axes=(axes, axes), precision=EXACT)
-
-    parts = jax.tree.leaves(jax.tree.map(leaf, vectors))
-    dtype = scalar_dtype(vectors)
-    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
-
-
 def combination(weights: jax.Array, vectors: Tree) -> Tree:
     """Return V a; of rows of coefficients, one such for each."""
     return jax.tree.map(
