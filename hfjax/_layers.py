@@ -299,7 +299,7 @@ class _Reader:
         if name in ("dot_general", "conv_general_dilated"):
             result = self._product(equation, found, path, loops)
         elif name in _SUMS:
-            result = self._sum(equation, found)
+            result = self._sum(found)
         else:
             result = found[0] and _relabelled(equation, found[0])
         if result is None:
@@ -345,7 +345,7 @@ class _Reader:
         )
         return _Sum(((len(self._uses) - 1, units[0]),) if len(units) == 1 else ())
 
-    def _sum(self, equation: Any, found: list[_Mark]) -> _Mark:
+    def _sum(self, found: list[_Mark]) -> _Mark:
         """Give a parameter that is added to a use that it fits, and that has none."""
         sums = [mark for mark in found if isinstance(mark, _Sum)]
         biases = [mark for mark in found if isinstance(mark, _Parameter)]
