@@ -33,6 +33,11 @@ CONFIGURATIONS = {
             functools.partial(diagonals.ggn_rademacher, num_probes=2)
         )
     },
+    "kronecker": {"preconditioner": hfjax.preconditioners.kronecker()},
+    "kronecker_kept": {
+        "preconditioner": hfjax.preconditioners.kronecker(decay=0.9, interval=2)
+    },
+    "kronecker_factored": hfjax.recipes.kronecker_factored,
     "exact": {"preconditioner": hfjax.preconditioners.diagonal(diagonals.ggn_exact)},
     "curvature_diagonal": {
         "damping": damping.constant(0.1, matrix="curvature_diagonal")

@@ -308,7 +308,7 @@ def test_what_is_taken_out_times_the_kernel_is_what_comes_out():
         model = read(model_fn, params, x)
         outputs, (rows,) = model.evaluate(params, x[:1], model.zeros())
         product = rows @ params["w"].reshape(-1, 3)
-        truth = outputs - (params["b"] if "b" in params else 0)
+        truth = outputs - params.get("b", 0)
         np.testing.assert_allclose(product, truth, rtol=1e-12)
 
 
