@@ -86,13 +86,20 @@ def subspace(
     vectors = jax.tree.map(steps, kept.iterates)
     models = model_values[jnp.maximum(kept.iterations, 0)]
     rhs = _tree.coordinates(vectors, b).astype(models.dtype)
-    falls = jnp.append(0.0, 2 * (models[:-1] - models[1:]))
-    falls = jnp.where(there, falls, 0).astype(models.dtype)
+    gram = _gram(vectors).astype(models.dtype)
+    damping = damping.astype(models.dtype)
+    falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
+    # c_j ≥ λ d_jᵀd_j; of a step whose gain is rounding of M nothing else is known, and
+    # what is taken for its c_j would spoil the others'.
+    noise = 16 * jnp.finfo(models.dtype).eps * jnp.max(jnp.abs(models))
+    known = (falls > noise) & (falls >= 0.5 * damping * jnp.diagonal(gram))
+    known = there & known.at[0].set(True)
+    falls, rhs = jnp.where(known, falls, 0), jnp.where(known, rhs, 0)
+    gram = jnp.where(known[:, None] & known[None], gram, 0)
     first = (rhs - falls).at[0].set(0)
     own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
     curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
-    gram = _gram(vectors).astype(models.dtype)
-    return Subspace(vectors, curvature, gram, rhs, damping.astype(models.dtype))
+    return Subspace(vectors, curvature, gram, rhs, damping)
 
 
 def _gram(vectors: Tree) -> jax.Array:
