@@ -54,17 +54,22 @@ def choose(
 ) -> Choice:
     """Choose a step of the run, on the evaluation data or on a part of them."""
     value_fn = point.value_on(point.eval_batch)
-    on_part = value_fn
-    if backtracking.cases is not None:
-        on_part = point.value_on(thinned(point.eval_batch, backtracking.cases))
-        value = on_part(_sharding.zeros_like(subproblem.b))
-    known: tuple[Tree, ...] = (result.kept,)
-    if backtracking.finds_damping:
-        models = result.model_values
-        known += (Run(models, subproblem.b, value, noise, point.damping),)
-    choice = backtracking.choose(on_part, *known)
+
+    def on(seen: ValueFn, before: jax.Array) -> Choice:
+        if not backtracking.finds_damping:
+            return backtracking.choose(seen, result.kept)
+        models, b = result.model_values, subproblem.b
+        run = Run(models, b, before, noise, point.damping)
+        return backtracking.choose(seen, result.kept, run)
+
     if backtracking.cases is None:
-        return choice
+        return on(value_fn, value)
+    seen = point.value_on(thinned(point.eval_batch, backtracking.cases))
+    # Candidates are compared with f(θ), too: on the same cases.
+    before = value
+    if backtracking.finds_damping:
+        before = seen(_sharding.zeros_like(subproblem.b))
+    choice = on(seen, before)
     return choice._replace(
         value=finite_or_inf(value_fn(choice.step)),
         last_value=finite_or_inf(value_fn(result.x)),

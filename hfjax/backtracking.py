@@ -49,7 +49,7 @@ class Run(NamedTuple):
     Attributes:
       model_values: M at every iterate.
       b: −∇f.
-      value: f(θ).
+      value: f(θ), on the cases that f is looked at.
       noise: how much of a change of f may be rounding.
       damping: λ.
     """
