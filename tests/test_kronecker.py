@@ -475,6 +475,18 @@ def test_inverses_are_as_exact_as_their_conditioning_allows_in_float32():
     assert compared > 12
 
 
+def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
+    # A (A + μ)⁻¹ A is A but for μ: of the factors that have a null space, too.
+    pairs = pairs_of(jnp.float32)
+    for chosen in (0, 1):
+        pair = jax.tree.map(lambda x, n=chosen: x[n], pairs)
+        found = quick_jit(_kronecker.inverse)(pair, jnp.float32(0))
+        a, g = (np.asarray(m, np.float64) / np.trace(m) * len(m) for m in pair)
+        scale = np.prod([np.trace(m) / len(m) for m in pair])
+        for matrix, inverse in zip((a, g), (found[0], scale * found[1]), strict=True):
+            np.testing.assert_allclose(matrix @ inverse @ matrix, matrix, atol=1e-2)
+
+
 def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
     zero = _kronecker.Pair(jnp.zeros((3, 3)), jnp.zeros((2, 2)))
     for damping in (1e3, 1e-12):
