@@ -282,7 +282,7 @@ class _Reader:
         if inner is not None:
             known = list(found)
             if name == "scan":
-                count = params["num_consts"]
+                count, _ = _consts_and_carry(equation)
                 for mark in found[count:]:
                     self.spoil(mark, "a `scan` takes it as carry or step by step")
                 known[count:] = [None] * (len(found) - count)
@@ -450,6 +450,24 @@ def _inner(equation: Any) -> Jaxpr | None:
     return equation.params["jaxpr"] if name in _CHECKPOINTS else None
 
 
+def _consts_and_carry(equation: Any) -> tuple[int, int]:
+    """Count what a `scan` closes over, and what it carries.
+
+    By the axis that what it takes and gives step by step has more than in its program:
+    how JAX notes it has changed.
+    """
+    inner = _inner(equation)
+    assert inner is not None
+
+    def stepwise(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(x.aval.ndim != y.aval.ndim for x, y in pairs)
+
+    carried = len(inner.outvars) - stepwise(equation.outvars, inner.outvars)
+    taken = stepwise(equation.invars, inner.invars)
+    return len(inner.invars) - carried - taken, carried
+
+
 class _Run(NamedTuple):
     """Evaluates a program; `places` has the number of the use of each path."""
 
@@ -506,7 +524,7 @@ class _Run(NamedTuple):
         if not inside:
             return _programs.run(equation, operands), {}
         if name == "scan":
-            return self._scan(params, operands, inside, path)
+            return self._scan(equation, operands, inside, path)
         if name in _CHECKPOINTS:
             inner = jax.checkpoint(
                 lambda operands, inside: self.program(
@@ -521,13 +539,13 @@ class _Run(NamedTuple):
 
     def _scan(
         self,
-        params: Mapping[str, Any],
+        equation: Any,
         operands: list[Any],
         inside: dict[int, jax.Array],
         path: tuple[int, ...],
     ) -> tuple[list[Any], dict[int, jax.Array]]:
-        closed, split = params["jaxpr"], params["num_consts"]
-        carried = params["num_carry"]
+        params, closed = equation.params, equation.params["jaxpr"]
+        split, carried = _consts_and_carry(equation)
         consts, rest = operands[:split], operands[split:]
 
         def body(carry: list[Any], step: tuple[list[Any], dict]) -> tuple:
