@@ -476,7 +476,8 @@ def test_inverses_are_as_exact_as_their_conditioning_allows_in_float32():
 
 
 def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
-    # A (A + μ)⁻¹ A is A but for μ: of the factors that have a null space, too.
+    # A (A + μ)⁻¹ A is A but for μ = 10 n ε, of which the rounding n ε is a tenth: of
+    # factors with a null space, too. (Of the identity in its place it would be A².)
     pairs = pairs_of(jnp.float32)
     for chosen in (0, 1):
         pair = jax.tree.map(lambda x, n=chosen: x[n], pairs)
@@ -484,7 +485,7 @@ def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
         a, g = (np.asarray(m, np.float64) / np.trace(m) * len(m) for m in pair)
         scale = np.prod([np.trace(m) / len(m) for m in pair])
         for matrix, inverse in zip((a, g), (found[0], scale * found[1]), strict=True):
-            np.testing.assert_allclose(matrix @ inverse @ matrix, matrix, atol=1e-2)
+            np.testing.assert_allclose(matrix @ inverse @ matrix, matrix, atol=0.1)
 
 
 def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
