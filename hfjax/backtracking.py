@@ -22,6 +22,9 @@ from hfjax.iterates import Kept
 _CREDIBLE = 10.0
 """Times what M says that f may fall; heuristic."""
 
+_MORE = 1.1
+"""Times as much of M makes λ worth falling where f shows nothing; heuristic."""
+
 
 class Choice(NamedTuple):
     """The chosen iterate.
@@ -201,56 +204,73 @@ def redamped(
         def damping_at(power: jax.Array) -> jax.Array:
             return run.damping * jnp.asarray(factor, dtype) ** power
 
-        def value_at(power: jax.Array) -> jax.Array:
+        def look_at(power: jax.Array) -> tuple[jax.Array, jax.Array]:
             step, _, predicted = space.solve(damping_at(power))
             value = finite_or_inf(value_fn(step)).astype(dtype)
             # A fall that M knows nothing of is rounding, and would lead λ anywhere.
-            known = run.value - value <= _CREDIBLE * jnp.abs(predicted)
-            return jnp.where(known, value, run.value)
+            promised = -predicted.astype(dtype)
+            unknown = run.value - value > _CREDIBLE * promised
+            return jnp.where(unknown, run.value, value), promised
 
         def look(search: _Search) -> _Search:
-            power = search.power + search.direction
-            value, up = value_at(power), search.direction > 0
+            value, promised = look_at(search.trial)
+            first, up = search.tries == 0, search.trial > search.power
             gain = run.value - search.lowest
             slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
             slack = jnp.where(jnp.isfinite(slack), slack, 0)
             # Of equals the higher λ, unless there is nothing but rounding to tell by.
             above = value <= search.lowest + slack
             below = value < search.lowest - jnp.maximum(jnp.abs(slack), run.noise)
-            better = jnp.where(up, above, below)
+            # A step that f cannot show is no evidence against a longer one.
+            hidden = search.promised <= run.noise
+            hidden &= value <= run.value + run.noise
+            below |= hidden & (promised > _MORE * search.promised)
+            better = first | jnp.where(up, above, below)
             # Downwards only if the first step up was no good.
             turns = up & ~better & (search.power == 0)
+            power = jnp.where(better, search.trial, search.power)
+            direction = jnp.where((first | up) & ~turns, 1, -1).astype(dtype)
+            lowest = jnp.minimum(value, search.lowest)
             return _Search(
-                power=jnp.where(better, power, search.power),
-                direction=jnp.where(turns, -1, search.direction).astype(dtype),
+                trial=power + direction,
+                power=power,
                 value=jnp.where(better, value, search.value),
-                lowest=jnp.where(
-                    better, jnp.minimum(value, search.lowest), search.lowest
-                ),
+                lowest=jnp.where(better, lowest, search.lowest),
+                promised=jnp.where(better, promised, search.promised),
+                first_value=jnp.where(first, value, search.first_value),
                 tries=search.tries + 1,
                 going=better | turns,
             )
 
-        zero = jnp.zeros((), dtype)
-        first = value_at(zero)
-        one = jnp.ones((), jnp.int32)
-        start = _Search(zero, zero + 1, first, first, one, jnp.ones((), bool))
+        zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
+        start = _Search(
+            trial=zero,
+            power=zero,
+            value=infinite,
+            lowest=infinite,
+            promised=zero,
+            first_value=infinite,
+            tries=jnp.zeros((), jnp.int32),
+            going=jnp.ones((), bool),
+        )
         end = jax.lax.while_loop(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
         damping = damping_at(end.power)
         step, model, _ = space.solve(damping)
         last = kept.iterations[_last_slot(kept)]
-        return Choice(step, last, end.value, first, model, damping)
+        return Choice(step, last, end.value, end.first_value, model, damping)
 
     return Backtracking(choose, cases, finds_damping=True)
 
 
 class _Search(NamedTuple):
-    power: jax.Array  # Of `factor`, of the best λ so far.
-    direction: jax.Array
+    trial: jax.Array  # Power of `factor` to look at next.
+    power: jax.Array  # That of the best λ so far.
     value: jax.Array  # f there.
     lowest: jax.Array  # f so far.
+    promised: jax.Array  # Its fall, by M without damping.
+    first_value: jax.Array  # f for the run's own λ.
     tries: jax.Array
     going: jax.Array
 

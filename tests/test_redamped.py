@@ -52,9 +52,9 @@ def solved(keep, limit, most, warm, scaled):
         keep=keep,
     )
     space = subspace(run.kept, run.model_values, b, jnp.float64(DAMPING))
-    steps, models = jax.vmap(space.solve)(jnp.asarray(OTHERS))
+    steps, *models = jax.vmap(space.solve)(jnp.asarray(OTHERS))
     kept = jax.vmap(joined)(run.kept.iterates)
-    return kept, run.kept.iterations, jax.vmap(joined)(steps), models
+    return kept, run.kept.iterations, jax.vmap(joined)(steps), jnp.stack(models, -1)
 
 
 OTHERS = np.array([0.0, 1e-3, 0.1, DAMPING, 1.0, 30.0, 1e4])
@@ -83,7 +83,8 @@ def test_solutions_for_other_dampings_are_the_lowest_in_the_span(keep, warm, sca
         truth = lowest_in_span(np.asarray(kept), damping)
         np.testing.assert_allclose(step, truth, rtol=1e-7, atol=1e-9)
         at_own = model(B + DAMPING * np.eye(N), RHS, truth)
-        np.testing.assert_allclose(value, at_own, rtol=1e-9)
+        undamped = model(B, RHS, truth)
+        np.testing.assert_allclose(value, [at_own, undamped], rtol=1e-9)
     if not warm:  # Else the first iterate may be scaled, too.
         own = list(OTHERS).index(DAMPING)
         np.testing.assert_allclose(steps[own], kept[-1], rtol=1e-9)
@@ -115,11 +116,13 @@ LAMBDA, FACTOR = 0.5, 4.0
 
 
 LOW, HIGH = -4, 8
+SCALE = 1e-3
+"""Of what f falls, so that M knows of it at every λ here."""
 ASKED = []
 
 
 @functools.partial(quick_jit, static_argnames=("max_tries",))
-def searched(entries, value, tolerance, max_tries):
+def searched(entries, value, noise, tolerance, max_tries):
     """Search where f is a table of powers, of one unknown with B = b = 1.
 
     The step is 1 / (1 + λ), which tells the power of λ.
@@ -141,15 +144,16 @@ def searched(entries, value, tolerance, max_tries):
     rule = backtracking.redamped(
         factor=FACTOR, tolerance=tolerance, max_tries=max_tries
     )
-    given = Run(run.model_values, jnp.ones(1), value, jnp.float64(LAMBDA))
+    given = Run(run.model_values, jnp.ones(1), value, noise, jnp.float64(LAMBDA))
     return rule.choose(value_fn, run.kept, given)
 
 
-def scripted(table, value, *, tolerance=0.01, max_tries=8):
+def scripted(table, value, *, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=8):
     """Return the choice, and the powers that were asked for."""
     ASKED.clear()
     entries = jnp.asarray([table.get(p, jnp.nan) for p in range(LOW, HIGH + 1)])
-    choice = searched(entries, jnp.float64(value), jnp.float64(tolerance), max_tries)
+    numbers = map(jnp.float64, (scale * value, scale * noise, tolerance))
+    choice = searched(scale * entries, *numbers, max_tries)
     jax.effects_barrier()
     return choice, list(ASKED)
 
@@ -236,10 +240,33 @@ def test_search_asks_and_chooses(name):
         choice.model, 0.5 * (1 + LAMBDA) * step**2 - step, rtol=1e-12
     )
     seen = table[power]
-    assert choice.value == (seen if np.isfinite(seen) else INF)
+    assert choice.value == (SCALE * seen if np.isfinite(seen) else INF)
     first = table[0]
-    assert choice.last_value == (first if np.isfinite(first) else INF)
+    assert choice.last_value == (SCALE * first if np.isfinite(first) else INF)
     assert choice.iteration == 1
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_gain_that_may_be_rounding_tells_nothing_of_damping(noise):
+    # 0.1 of gain, the same for all: the higher λ, unless it may be rounding.
+    table = dict.fromkeys(range(-4, 9), 0.9)
+    choice, _ = scripted(table, 1.0, noise=noise, max_tries=4)
+    expected = LAMBDA * FACTOR ** (0 if noise else 3)
+    np.testing.assert_allclose(choice.damping, expected, rtol=1e-12)
+    lower = {0: 0.9, 1: 0.95, -1: 0.75, -2: 0.8}
+    choice, _ = scripted(lower, 1.0, noise=noise)
+    np.testing.assert_allclose(choice.damping, LAMBDA * FACTOR ** -(not noise))
+
+
+def test_a_fall_that_the_model_knows_nothing_of_is_not_believed():
+    # At 4³ λ = 32 M falls by 1 / 33 or so: of a fall of 0.5, ten times that is less.
+    table = {0: 0.7, 1: 0.65, 2: 0.6, 3: 0.5, 4: 0.4}
+    believed, asked = scripted(table, 1.0)
+    assert max(asked) > 3
+    doubted, asked = scripted(table, 1.0, scale=1.0)
+    assert max(asked) == 3
+    assert doubted.damping < believed.damping
+    np.testing.assert_allclose(doubted.damping, LAMBDA * FACTOR**2, rtol=1e-12)
 
 
 def test_the_best_of_a_quadratic_is_found_from_below_and_above():
@@ -260,7 +287,7 @@ def test_the_best_of_a_quadratic_is_found_from_below_and_above():
         )
         value_fn = lambda x: 0.5 * x @ jnp.asarray(hessian) @ x - b @ x  # noqa: E731
         rule = backtracking.redamped(factor=2.0, tolerance=0.0, max_tries=12)
-        given = Run(run.model_values, b, jnp.float64(0), damping)
+        given = Run(run.model_values, b, jnp.float64(0), jnp.float64(0), damping)
         return rule.choose(value_fn, run.kept, given), run.kept.iterates
 
     for off in (2.0**-5, 0.7, 1.0, 2.0**4 * 1.1):
