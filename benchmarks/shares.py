@@ -131,7 +131,7 @@ def _calls(cases: int, updates: int) -> tuple[Calls, Any]:
         moves, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, moves), state
 
-    state = tx.init(params)
+    state: Any = tx.init(params)
     update, _ = compile_ahead(step, params, state, batch)
     for _ in range(updates):
         params, state = update(params, state, batch)

@@ -21,48 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from hfjax import _programs, _tree
+from hfjax import _programs
 from hfjax._types import Params, Tree
+from hfjax._uses import Run, Use, as_rows
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
 _RESHAPES = frozenset({"reshape", "squeeze"})
 _SUMS = frozenset({"add", "add_any"})
-_CHECKPOINTS = frozenset({"remat2", "checkpoint"})
-
-
-class Use(NamedTuple):
-    """One product of a layer's inputs with its kernel.
-
-    Attributes:
-      path: numbers of the equation, and of those whose programs it is nested in.
-      kernel: number of the parameter.
-      operand: which of the equation's two is the input.
-      input_axes: of that, which are summed over, in the order of the kernel's; none of
-        a convolution, which sums over patches.
-      kernel_axes: the kernel's, as the equation has them.
-      output_axes: of the result, which are units, in the order of the kernel's.
-      inputs_last: whether the kernel's last axis is of inputs, and the rest of units.
-      shape: of the result.
-      loops: lengths of the loops that it is in, from the outermost.
-      dtype: of the result.
-    """
-
-    path: tuple[int, ...]
-    kernel: int
-    operand: int
-    input_axes: tuple[int, ...]
-    kernel_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    inputs_last: bool
-    shape: tuple[int, ...]
-    loops: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def positions(self) -> int:
-        """How often a case uses the kernel here: in time, in space."""
-        units = math.prod(self.shape[axis] for axis in self.output_axes)
-        return math.prod((*self.loops, *self.shape)) // max(units, 1)
 
 
 class Layer(NamedTuple):
@@ -122,7 +87,7 @@ class Model:
         Returns:
           The outputs, and each use's inputs, `[positions, inputs]`.
         """
-        run = _Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
+        run = Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
         args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
         jaxpr, consts = self._program.jaxpr, self._program.consts
         outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
@@ -132,7 +97,7 @@ class Model:
     def errors(self, number: int, derivative: jax.Array) -> jax.Array:
         """Lay out the derivative by what is added to a use: `[positions, units]`."""
         use = self.uses[number]
-        return _rows(derivative, [len(use.loops) + axis for axis in use.output_axes])
+        return as_rows(derivative, [len(use.loops) + axis for axis in use.output_axes])
 
 
 def read(
@@ -278,11 +243,11 @@ class _Reader:
         loops: tuple[int, ...],
     ) -> list[_Mark]:
         name, params = equation.primitive.name, equation.params
-        inner = _inner(equation)
+        inner = _programs.inner(equation)
         if inner is not None:
             known = list(found)
             if name == "scan":
-                count, _ = _consts_and_carry(equation)
+                count, _ = _programs.consts_and_carry(equation)
                 for mark in found[count:]:
                     self.spoil(mark, "a `scan` takes it as carry or step by step")
                 known[count:] = [None] * (len(found) - count)
@@ -440,159 +405,3 @@ def _relabelled(equation: Any, mark: _Mark) -> _Mark:
         to = [None if n == 1 else next(rest) for n in after]
         return _Parameter(mark.number, tuple(to))
     return None
-
-
-def _inner(equation: Any) -> Jaxpr | None:
-    """Return the program that an equation is of, if it is one to be read."""
-    name = equation.primitive.name
-    if name in _programs.INLINED or name == "scan":
-        return equation.params["jaxpr"].jaxpr
-    return equation.params["jaxpr"] if name in _CHECKPOINTS else None
-
-
-def _consts_and_carry(equation: Any) -> tuple[int, int]:
-    """Count what a `scan` closes over, and what it carries.
-
-    By the axis that what it takes and gives step by step has more than in its program:
-    how JAX notes it has changed.
-    """
-    inner = _inner(equation)
-    assert inner is not None
-
-    def stepwise(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-        pairs = zip(outside, inside, strict=True)
-        return sum(x.aval.ndim != y.aval.ndim for x, y in pairs)
-
-    carried = len(inner.outvars) - stepwise(equation.outvars, inner.outvars)
-    taken = stepwise(equation.invars, inner.invars)
-    return len(inner.invars) - carried - taken, carried
-
-
-class _Run(NamedTuple):
-    """Evaluates a program; `places` has the number of the use of each path."""
-
-    uses: Sequence[Use]
-    places: Mapping[tuple[int, ...], int]
-
-    def program(
-        self,
-        jaxpr: Jaxpr,
-        consts: Sequence[Any],
-        args: Sequence[Any],
-        added: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        """Return the outputs, and the inputs of each use as rows."""
-        values = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
-        )
-        taken: dict[int, jax.Array] = {}
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else values[atom]
-
-        for number, equation in enumerate(jaxpr.eqns):
-            operands = [read(atom) for atom in equation.invars]
-            here = (*path, number)
-            results, found = self._equation(equation, operands, added, here)
-            taken.update(found)
-            values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars], taken
-
-    def _equation(
-        self,
-        equation: Any,
-        operands: list[Any],
-        added: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        if path in self.places:
-            number = self.places[path]
-            use = self.uses[number]
-            (result,) = _programs.run(equation, operands)
-            inputs = operands[use.operand]
-            rows = (
-                _rows(inputs, use.input_axes)
-                if use.input_axes
-                else _patches(equation, use, inputs)
-            )
-            return [result + added[number]], {number: rows}
-        inside = {
-            n: added[n] for at, n in self.places.items() if at[: len(path)] == path
-        }
-        name, params = equation.primitive.name, equation.params
-        if not inside:
-            return _programs.run(equation, operands), {}
-        if name == "scan":
-            return self._scan(equation, operands, inside, path)
-        if name in _CHECKPOINTS:
-            inner = jax.checkpoint(
-                lambda operands, inside: self.program(
-                    params["jaxpr"], (), operands, inside, path
-                ),
-                prevent_cse=params["prevent_cse"],
-                policy=params["policy"],
-            )
-            return inner(operands, inside)
-        closed = params["jaxpr"]
-        return self.program(closed.jaxpr, closed.consts, operands, inside, path)
-
-    def _scan(
-        self,
-        equation: Any,
-        operands: list[Any],
-        inside: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        params, closed = equation.params, equation.params["jaxpr"]
-        split, carried = _consts_and_carry(equation)
-        consts, rest = operands[:split], operands[split:]
-
-        def body(carry: list[Any], step: tuple[list[Any], dict]) -> tuple:
-            arrays, added = step
-            results, taken = self.program(
-                closed.jaxpr, closed.consts, [*consts, *carry, *arrays], added, path
-            )
-            return results[:carried], (results[carried:], taken)
-
-        carry, (stacked, taken) = jax.lax.scan(
-            body,
-            rest[:carried],
-            (rest[carried:], inside),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*carry, *stacked], taken
-
-
-def _rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Move axes to the end, and make two of all: `[positions, …]`."""
-    rest = [axis for axis in range(x.ndim) if axis not in axes]
-    columns = math.prod(x.shape[axis] for axis in axes)
-    return x.transpose(*rest, *axes).reshape(-1, columns)
-
-
-def _patches(equation: Any, use: Use, inputs: jax.Array) -> jax.Array:
-    """Return what a convolution multiplies by its kernel, `[positions, inputs]`."""
-    params = equation.params
-    numbers = params["dimension_numbers"]
-    kernel = equation.invars[1].aval.shape
-    spatial = tuple(kernel[n] for n in numbers.rhs_spec[2:])
-    patches = jax.lax.conv_general_dilated_patches(
-        inputs,
-        filter_shape=spatial,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=numbers,
-        precision=_tree.EXACT,
-    )
-    rows = jnp.moveaxis(patches, numbers.out_spec[1], -1)
-    # Channels lead there; here they are where the kernel has them.
-    channels = kernel[numbers.rhs_spec[1]]
-    rows = rows.reshape(-1, channels, *spatial)
-    order = [use.kernel_axes[n] for n in numbers.rhs_spec[1:]]
-    axes = [1 + order.index(axis) for axis in range(len(order))]
-    return rows.transpose(0, *axes).reshape(len(rows), -1)

@@ -9,6 +9,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 INLINED = frozenset({"jit", "pjit"})
 """Equations that are a program of their own, to be read in place."""
 
+CHECKPOINTS = frozenset({"remat2", "checkpoint"})
+"""Equations that are `jax.checkpoint`, by its names."""
+
 _NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
@@ -36,3 +39,29 @@ def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
         debug_info=_NO_NAMES,
     )
     return jaxpr_as_fun(ClosedJaxpr(program, []))(*inputs.values())
+
+
+def inner(equation: Any) -> Jaxpr | None:
+    """Return the program that an equation is of, if it is one to be read."""
+    name = equation.primitive.name
+    if name in INLINED or name == "scan":
+        return equation.params["jaxpr"].jaxpr
+    return equation.params["jaxpr"] if name in CHECKPOINTS else None
+
+
+def consts_and_carry(equation: Any) -> tuple[int, int]:
+    """Count what a `scan` closes over, and what it carries.
+
+    By the axis that what it takes and gives step by step has more than in its program:
+    how JAX notes it has changed.
+    """
+    program = inner(equation)
+    assert program is not None
+
+    def stepwise(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(x.aval.ndim != y.aval.ndim for x, y in pairs)
+
+    carried = len(program.outvars) - stepwise(equation.outvars, program.outvars)
+    taken = stepwise(equation.invars, program.invars)
+    return len(program.invars) - carried - taken, carried

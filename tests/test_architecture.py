@@ -24,6 +24,7 @@ ROOMS = [
     "_case_gradients",
     "_probes",
     "diagonals",
+    "_uses",
     "_layers",
     "_kronecker",
     "stopping",
