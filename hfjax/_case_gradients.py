@@ -134,7 +134,9 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _programs.INLINED:  # Evaluated in place, to see the products inside.
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, operands)
-    if name == "remat2":  # `jax.checkpoint`: too, at the memory of what is not.
+    if (
+        name in _programs.CHECKPOINTS
+    ):  # `jax.checkpoint`: too, at the memory of what is not.
         return _evaluate(params["jaxpr"], (), operands)
     first = operands[0] if operands else None
     if isinstance(first, _Outer):

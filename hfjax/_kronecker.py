@@ -46,8 +46,9 @@ def read(
         for n, leaf in enumerate(jax.tree.leaves(params))
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
     }
-    # Each device's own, as `factors` evaluates it: else the marking is in the program.
-    local = objective.local(params)
+    # As `factors` evaluates it: else what marks or gathers is in the program.
+    cases = _sharding.alike(as_cases(batch))
+    local = objective.local(_sharding.gathered(params, cases))
     return _layers.read(objective.outputs, local, inputs, large)
 
 
@@ -156,14 +157,20 @@ def inverse(pair: Pair, damping: jax.Array) -> Pair:
     dtype = a.dtype
     # Of a layer that nothing passes through, only λ is known.
     scale = jnp.maximum(a * g, 1e-6 * damping.astype(dtype))
-    scale = jnp.where(scale > 0, scale, 1)
+    scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
+    nothing = ~(scale > 0)
+    scale = jnp.where(nothing, 1, scale)
     rounding = 10 * jnp.finfo(dtype).eps * max(len(matrix) for matrix in pair)
     mu = jnp.maximum(jnp.sqrt(damping.astype(dtype) / scale), rounding)
     inputs, units = (
         _positive_inverse(matrix / jnp.where(size > 0, size, 1), mu)
         for matrix, size in zip(pair, (a, g), strict=True)
     )
-    return Pair(inputs, units / scale)
+    # Where not even λ is known, leave it be.
+    return Pair(
+        jnp.where(nothing, jnp.eye(len(inputs), dtype=dtype), inputs),
+        jnp.where(nothing, jnp.eye(len(units), dtype=dtype), units / scale),
+    )
 
 
 def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
@@ -232,7 +239,9 @@ def estimate(
       The blocks, undamped.
     """
     objective = dataclasses.replace(objective, weight_decay=0.0)
+    cases = _sharding.alike(as_cases(batch))
     leaves, structure = jax.tree.flatten(params)
+    whole = jax.tree.leaves(_sharding.gathered(params, cases))
     others: dict[int, jax.Array] = {n: leaves[n] for n in sorted(model.others)}
     pairs: list[Pair] = []
     if model.layers:
@@ -240,8 +249,8 @@ def estimate(
     if others:
 
         def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
-            whole = [others.get(n, leaf) for n, leaf in enumerate(leaves)]
-            return objective.model_fn(structure.unflatten(whole), inputs)
+            given = [others.get(n, leaf) for n, leaf in enumerate(whole)]
+            return objective.model_fn(structure.unflatten(given), inputs)
 
         others = diagonals.ggn_rademacher(
             dataclasses.replace(objective, model_fn=of_others),
@@ -312,7 +321,7 @@ def room_for(params: Params, max_size: int) -> tuple:
 
     def room(leaf: jax.Array) -> tuple[jax.Array, ...]:
         dtype = _tree.wide(leaf.dtype)
-        diagonal = jnp.zeros(leaf.shape, dtype)
+        diagonal = _sharding.zeros_like(leaf.astype(dtype))
         if not may_be_kernel(leaf.shape, max_size):
             return (diagonal,)
         sides = (math.prod(leaf.shape[:-1]), leaf.shape[-1])
@@ -332,7 +341,9 @@ def pack(blocks: Blocks, model: _layers.Model, room: tuple) -> tuple:
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
         for place, matrix in zip(_places(layer), pair, strict=True):
             slot, size = packed[layer.kernel], len(matrix)
-            slot[place] = slot[place].at[:size, :size].set(matrix)
+            slot[place] = (
+                slot[place].at[:size, :size].set(matrix.astype(slot[place].dtype))
+            )
     for n, entries in blocks.diagonals.items():
         packed[n][0] = entries
     return tuple(tuple(entries) for entries in packed)

@@ -218,7 +218,9 @@ class _Reader:
             bias = biases.pop() if len(biases) == 1 else None
             for other in biases | {bias}:
                 if other is not None and (other != bias or kernel in self.others):
-                    self.others.setdefault(other, "its kernel is used without it")
+                    alone = kernel in self.others
+                    why = "has no factors" if alone else "is used without it"
+                    self.others.setdefault(other, f"its kernel {why}")
             if kernel in self.others:
                 continue
             bias = None if bias in self.others else bias
@@ -302,7 +304,7 @@ class _Reader:
                 input_axes=inputs,
                 kernel_axes=mark.axes,  # pyright: ignore[reportArgumentType]
                 output_axes=units,
-                inputs_last=summed == {rank - 1} and rank > 1,
+                inputs_last=summed == {rank - 1},
                 shape=tuple(out.shape),
                 loops=loops,
                 dtype=out.dtype,

@@ -57,6 +57,8 @@ class Subspace(NamedTuple):
         scaled = unit[:, None] * matrix * unit[None]
         scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
         y = unit * jnp.linalg.solve(scaled, unit * self.rhs)
+        # Of no positive curvature at all: the first iterate is a step downhill.
+        y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * self.damping * (y @ (self.gram @ y))
         return _tree.combination(y, self.vectors), model, undamped

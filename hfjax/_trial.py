@@ -219,9 +219,9 @@ def adapt(
     has_part = on_boundary | vanished | (part >= _PART * model)
     adapted = rule.update(damping, ratio, on_boundary)
     adapted = jnp.where(seen | has_part, adapted, damping)
-    if choice.damping is None:
+    if choice.damping is None or rule.limit is None:
         return adapted
-    return jnp.where(accepted, choice.damping, adapted)
+    return jnp.where(accepted, rule.limit(choice.damping), adapted)
 
 
 def report(

@@ -5,7 +5,7 @@ the model furthest (report, section 8.7). `early_stop` and `full_search` choose 
 the kept iterates; `redamped` chooses among the solutions for other λ over all that they
 span, and so finds λ, too. Each evaluates f at one candidate after another, in one loop;
 what is not finite counts as +∞. With `cases` they do so on a part of the evaluation
-data, and once on all of it, for the chosen one.
+data, and on all of it for the chosen one and the last.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
     Attributes:
       step: δ, like the parameters.
-      iteration: int32 scalar, its number.
+      iteration: int32 scalar, its number; the last iterate's if it is none itself.
       value: f(θ + δ); +∞ if it is not finite.
       last_value: f at the last kept iterate.
       model: M(δ) of a step that is no iterate, else `None`.
@@ -155,13 +155,14 @@ def redamped(
     differ by less than `tolerance` of the gain it takes the higher one: where λ makes
     no difference it does not fall.
 
-    The rule of `damping` is only asked where a step is rejected, and ρ is still told.
+    The rule of `damping` is only asked where a step is rejected, and for its limits; ρ is
+    still told. With `damping.constant` each search starts from that λ.
 
     Args:
       factor: between one λ and the next, above 1 (4: measured,
         `benchmarks/results/step6.md`; heuristic).
       tolerance: share of f's gain (0.01: heuristic).
-      max_tries: evaluations of f, at most (8: a factor of 4⁷; heuristic).
+      max_tries: evaluations of f, at most (8: a factor of 4⁷ up, 4⁶ down; heuristic).
       cases: as in `early_stop`.
 
     Returns:
@@ -204,16 +205,16 @@ def redamped(
         def damping_at(power: jax.Array) -> jax.Array:
             return run.damping * jnp.asarray(factor, dtype) ** power
 
-        def look_at(power: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def look_at(power: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             step, _, predicted = space.solve(damping_at(power))
             value = finite_or_inf(value_fn(step)).astype(dtype)
             # A fall that M knows nothing of is rounding, and would lead λ anywhere.
             promised = -predicted.astype(dtype)
             unknown = run.value - value > _CREDIBLE * promised
-            return jnp.where(unknown, run.value, value), promised
+            return value, jnp.where(unknown, run.value, value), promised
 
         def look(search: _Search) -> _Search:
-            value, promised = look_at(search.trial)
+            found, value, promised = look_at(search.trial)
             first, up = search.tries == 0, search.trial > search.power
             gain = run.value - search.lowest
             slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
@@ -234,10 +235,10 @@ def redamped(
             return _Search(
                 trial=power + direction,
                 power=power,
-                value=jnp.where(better, value, search.value),
+                value=jnp.where(better, found, search.value),
                 lowest=jnp.where(better, lowest, search.lowest),
                 promised=jnp.where(better, promised, search.promised),
-                first_value=jnp.where(first, value, search.first_value),
+                first_value=jnp.where(first, found, search.first_value),
                 tries=search.tries + 1,
                 going=better | turns,
             )

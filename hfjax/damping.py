@@ -87,6 +87,8 @@ class Damping(NamedTuple):
       ratio: what ρ is the ratio of.
       matrix: D; `None` is A = B + μS, where "λ" is read by the solver alone.
       structural: μ, or `None`.
+      limit: `λ -> λ` within the rule's limits, of one that something else has found
+        (`hfjax.backtracking.redamped`); `None` of a rule whose λ is given.
     """
 
     init: Callable[[], jax.Array]
@@ -95,6 +97,7 @@ class Damping(NamedTuple):
     ratio: ReductionRatio
     matrix: DampingMatrix | None = identity()
     structural: Structural | None = None
+    limit: Callable[[jax.Array], jax.Array] | None = None
 
 
 def constant(
@@ -216,12 +219,13 @@ def levenberg_marquardt(
         # Written so that NaN raises: both comparisons are false.
         grown = jnp.where(ratio >= lower, damping, damping * increase)
         adapted = jnp.where(ratio > upper, damping * decrease, grown)
+        # Where a caller has set it higher.
+        return limit(adapted, jnp.maximum(damping, _RAISED_TO))
+
+    def limit(damping: jax.Array, highest: Number = _RAISED_TO) -> jax.Array:
         # Zero would never rise again.
-        tiny = jnp.finfo(damping.dtype).tiny
-        highest = jnp.maximum(damping, _RAISED_TO)  # Where a caller has set it higher.
-        return jnp.clip(adapted, jnp.maximum(minimum, tiny), highest).astype(
-            damping.dtype
-        )
+        lowest = jnp.maximum(minimum, jnp.finfo(damping.dtype).tiny)
+        return jnp.clip(damping, lowest, highest).astype(damping.dtype)
 
     def current(damping: jax.Array, count: jax.Array) -> jax.Array:
         del count
@@ -236,6 +240,7 @@ def levenberg_marquardt(
         ratio=ratio,
         matrix=damping_matrices.as_matrix(matrix),
         structural=_structural(structural, tied),
+        limit=limit,
     )
 
 

@@ -127,20 +127,25 @@ def kronecker(
     Ā is the mean of x xᵀ over cases and positions, with x a layer's input (and 1 for a
     bias); Ḡ that of g gᵀ, summed over positions, with g what comes back to the layer of
     the outputs' random combinations Sᵢvᵢ; a and g their mean eigenvalues; d the same
-    estimate of diag(G) as `diagonals.ggn_rademacher`. Weight decay counts with λ. G is
-    P, undamped, where x and g are independent and the blocks are; conjugate gradients
-    make up for what is not so.
+    estimate of diag(G) as `diagonals.ggn_rademacher`. Weight decay counts with λ. Without
+    damping P equals G if x and g are independent, and different layers are; conjugate
+    gradients make up for the rest.
 
-    No layer is registered: the program of `model_fn` is traced, and every parameter of
-    two axes or more is a kernel that is only used in products `x @ w`, `x @ w.T`,
+    No layer is registered: the program of `model_fn` is traced. A parameter of two or
+    more axes counts as a kernel if it is only used in products `x @ w`, `x @ w.T`,
     `einsum` of all its axes but the last (or of the last alone), or convolutions whose
-    outputs are its last axis, at any depth of `jit`, `checkpoint` and `scan`. A
-    parameter of one axis that is added to such a product is its bias. So are the Dense,
-    Conv and recurrent layers of Flax. `layers` tells what was found in a model.
+    outputs are its last axis, at any depth of `jit` and `checkpoint`, and in a `scan`
+    that closes over it. A parameter of one axis that is added to each such product is
+    its bias. Of Flax that is Dense, Conv without groups, and most recurrent cells; it is
+    not what a scan takes layer by layer, kernels that are concatenated first (linen's
+    `OptimizedLSTMCell`), or attention's projections to several heads. `layers` tells
+    what was found in a model. On a mesh of `Explicit` axes parameters may be sharded
+    over the axis of the cases, and no other.
 
     A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
     g gᵀ, of cases · positions · (inputs² + units²) multiplications a layer; and two
-    inverses, of inputs³ + units³. P⁻¹r takes inputs · units · (inputs + units).
+    inverses, of inputs³ + units³. It holds the inputs of all layers, of a convolution
+    its patches; microbatches bound them. P⁻¹r takes inputs · units · (inputs + units).
 
     Args:
       damping_share: s, the part of λ that damps the factors. Less than 1, as their

@@ -9,7 +9,7 @@
 
 The first three are the report's: the Gauss-Newton matrix, warm starts, (diag + λ)^0.75
 for a preconditioner and the Levenberg-Marquardt rule, "common elements to all successful
-approaches". The last is the fastest where it has been measured. Initialise
+approaches". The last is the fastest of them where it has been measured. Initialise
 well (`hfjax.initializers`), and consider a little weight decay that a schedule turns
 off near the end: `Objective(weight_decay=optax.piecewise_constant_schedule(2e-5, {500:
 0.0}))`, with gradients of `objective.at(state.count)`.

@@ -46,7 +46,8 @@ class HessianFreeInfo(NamedTuple):
       predicted_change: M(δ), which ρ divides by (sentinel 0).
       cg_iterations: int32.
       cg_reason: int32, an `hfjax.cg.Reason`.
-      chosen_iteration: int32, the CG iterate that became the step.
+      chosen_iteration: int32, the CG iterate that became the step; the last one's number
+        where `backtracking.redamped` made the step of several.
       step_size: α, with the learning rate in it; 0 if rejected.
       accepted: bool.
       rejection: int32, a `Rejection`.
@@ -161,17 +162,18 @@ def record_of(
     return Record(values.astype(dtype), result.coefficients.astype(dtype))
 
 
-def check_state(state: Any, params: Params, *, needs_key: bool) -> None:
+def check_state(state: Any, params: Params, memory: Tree, *, needs_key: bool) -> None:
     """Raise unless `state` is of this optimizer and these parameters.
 
     Args:
       state: what came.
       params: θ.
+      memory: shapes of what the preconditioner keeps, or `None`.
       needs_key: whether the optimizer draws random numbers.
 
     Raises:
       TypeError: if it is no `HessianFreeState`.
-      ValueError: if it is of other parameters, or lacks a key.
+      ValueError: if it is of other parameters or another preconditioner, or lacks a key.
     """
     if not isinstance(state, HessianFreeState):
         msg = (
@@ -181,6 +183,13 @@ def check_state(state: Any, params: Params, *, needs_key: bool) -> None:
         )
         raise TypeError(msg)
     check_like("state.direction", state.direction, params, "Is it of other parameters?")
+    came = jax.tree.map(jnp.shape, state.preconditioner)
+    if came != jax.tree.map(jnp.shape, memory):
+        msg = (
+            "`state.preconditioner` is of another preconditioner, `decay` or "
+            "`interval`: start from `tx.init(params)`."
+        )
+        raise ValueError(msg)
     if needs_key and state.key is None:
         msg = (
             "`state` has no key, which a random preconditioner or damping matrix "

@@ -100,7 +100,8 @@ def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
 
     With j iterations an update costs `cost` + j products and promises −M(x_j): that
     rate is highest where one more iteration gains just the rate itself. Short runs while
-    f falls fast, long ones near a minimum, without a schedule. For runs from 0.
+    f falls fast, of k + 1 iterations at least, long ones near a minimum, without a
+    schedule. For runs from 0.
 
     Args:
       cost: of an update without its iterations, in products: gradient,

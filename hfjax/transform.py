@@ -4,7 +4,7 @@ Only this room knows all the others. One update, with `δ` the step, `A = B + λ
 
     B, D, S, P  curvature, damping matrices and preconditioner of the batch
     δ₁, δ₂, …   conjugate gradients on A δ = −∇f, from ζ δ_before
-    δ           the kept iterate that backtracking on f chooses
+    δ           the kept iterate that backtracking on f chooses, or another λ's solution
     ρ, λ        how well M predicted the change of f; λ for the next update
     α           line search along δ
     θ + α δ     if f has fallen; else θ, and the warm start dropped
@@ -184,7 +184,8 @@ def hessian_free(
             raise missing("params" if params is None else "batch")
         params = as_params(params)
         check_gradient(updates, params)
-        check_state(state, params, needs_key=needs_key)
+        memory = jax.eval_shape(remembered, params)
+        check_state(state, params, memory, needs_key=needs_key)
         if eval_batch is not None:
             as_cases(eval_batch, "eval_batch")
         return _update(parts, updates, state, params, batch, eval_batch)

@@ -89,3 +89,28 @@ def test_every_part_takes_arrays_that_are_laid_out_by_type(name, sharded):
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
     assert jax.tree.map(lambda x: x.sharding.spec, after[0]) == layouts
     assert jax.tree.map(lambda x: x.sharding.spec, after[1].direction) == layouts
+
+
+@pytest.mark.parametrize("kept", [{}, {"decay": 0.9}, {"decay": 0.9, "interval": 2}])
+def test_parameters_that_are_no_layers_may_be_sharded_by_type_too(kept):
+    cases = NamedSharding(mesh(AxisType.Explicit), PartitionSpec("cases"))
+    devices = len(cases.mesh.devices.flat)
+    params = {"w": jnp.ones((devices, 4)), "scale": jnp.ones(devices)}
+    batch = (jnp.ones((2 * devices, devices)), jnp.ones((2 * devices, 4)))
+    params, batch = jax.device_put((params, batch), cases)
+    objective = hfjax.Objective(
+        lambda p, x: jnp.tanh((x * p["scale"][None]) @ p["w"]),
+        hfjax.losses.squared_error(),
+    )
+    rule = hfjax.preconditioners.kronecker(**kept)
+
+    def precondition(params):
+        given = (objective, params, batch, jnp.ones(()), jax.random.key(0))
+        if not kept:
+            return rule.build(*given)(params), None
+        invert, memory = rule.build(*given, rule.init(params), jnp.zeros((), int))
+        return invert(params), memory
+
+    after, _ = jax.eval_shape(precondition, params)
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+    assert jax.tree.map(lambda x: x.sharding.spec, after) == layouts

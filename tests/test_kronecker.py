@@ -496,8 +496,19 @@ def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
         np.testing.assert_allclose(product, np.eye(6) / damping, rtol=1e-12)
     inputs, units = _kronecker.inverse(zero, jnp.float64(0))
     product = np.kron(inputs, units)
-    np.testing.assert_allclose(product, product[0, 0] * np.eye(6))
-    assert 0 < product[0, 0] < np.inf
+    np.testing.assert_array_equal(product, np.eye(6))  # Nothing is: leave it be.
+
+
+@pytest.mark.parametrize("sizes", [(1e25, 1e25), (1e38, 1e10)])
+def test_factors_whose_product_overflows_leave_an_inverse_that_is_positive(sizes):
+    pair = _kronecker.Pair(
+        *(jnp.float32(size) * jnp.eye(n) for size, n in zip(sizes, (3, 2), strict=True))
+    )
+    pair = jax.tree.map(lambda x: x.astype(jnp.float32), pair)
+    inputs, units = _kronecker.inverse(pair, jnp.float32(0.1))
+    for matrix in (inputs, units):
+        assert np.all(np.isfinite(matrix))
+        assert np.all(np.diagonal(matrix) > 0)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e12, 1e-12])
@@ -699,6 +710,21 @@ def test_only_who_remembers_has_room():
         state = hfjax.hessian_free(LINEAR, preconditioner=rule).init(LINEAR_PARAMS)
         assert sorted(state.preconditioner or {}) == rooms
         assert state.key is not None
+
+
+@pytest.mark.parametrize("kept", [{"decay": 0.9}, {"interval": 2}])
+def test_a_state_of_another_preconditioner_is_refused(kept):
+    objective, params = hfjax.Objective(flat_model, SQUARED), flat_params(2)
+    one, other = (
+        hfjax.hessian_free(objective, preconditioner=rule, seed=0)
+        for rule in (preconditioners.kronecker(**kept), preconditioners.kronecker())
+    )
+    batch = (jnp.ones((2, 3)), jnp.ones((2, 2)))
+    for tx, state in ((one, other.init(params)), (other, one.init(params))):
+        with pytest.raises(ValueError, match="of another preconditioner, `decay`"):
+            jax.eval_shape(
+                lambda s, tx=tx: tx.update(params, s, params, batch=batch), state
+            )
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ OTHERS = {
         X,
         {
             "w": "it is used transposed, too",
-            "b": "its kernel is used without it",
+            "b": "its kernel has no factors",
         },
     ),
     "second_bias": (
@@ -545,7 +545,7 @@ def test_parameters_that_are_spoiled_beforehand_are_left_out_with_their_reason()
     model = read(lambda p, x: x @ p["w"] + p["b"], DENSE, X, {1: "too large"})
     assert found(model, DENSE) == (
         {},
-        {"b": "its kernel is used without it", "w": "too large"},
+        {"b": "its kernel has no factors", "w": "too large"},
     )
 
 

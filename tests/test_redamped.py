@@ -399,6 +399,48 @@ def test_a_rejected_step_raises_the_damping_by_its_rule():
     np.testing.assert_allclose(state.damping, 0.8 * 1.5)
 
 
+def far_off(damping, curvature=hfjax.curvature.ggn):
+    """Do an update of f = ½(p − 2)², whose λ is too high, or of a cosine at its top."""
+    model_fn = (lambda p, x: p * x) if curvature is hfjax.curvature.ggn else COSINE
+    objective = hfjax.Objective(model_fn, SQUARED)
+    tx = hfjax.hessian_free(
+        objective,
+        damping=damping,
+        curvature=curvature,
+        preconditioner=None,
+        solver=cg.conjugate_gradient(
+            keep=iterates.grid(first=1), warm_start_decay=None
+        ),
+        backtracking=backtracking.redamped(),
+    )
+    params, batch = jnp.array(0.1), (jnp.ones((1, 1)), jnp.full((1, 1), 2.0))
+    _, grads = objective.value_and_grad(params, batch)
+    return tx.update(grads, tx.init(params), params, batch=batch)
+
+
+def COSINE(p, x):  # noqa: N802
+    return jnp.sqrt(2 + 2 * jnp.cos(p)) * x + 2.0
+
+
+def test_the_found_damping_stays_within_the_limits_of_its_rule():
+    rule = hfjax.damping.levenberg_marquardt
+    _, state = far_off(rule(init=100.0))
+    assert state.damping < 1
+    _, state = far_off(rule(init=100.0, minimum=50.0))
+    assert state.damping == 50
+    updates, state = far_off(hfjax.damping.constant(100.0))
+    assert state.damping == 100
+    assert updates > 1.5  # The search is of this step alone.
+
+
+def test_where_curvature_is_negative_the_step_goes_downhill():
+    # f = 1 + cos p near its top: the Hessian is −cos p, and λ less than that.
+    rule = hfjax.damping.levenberg_marquardt(init=1e-3)
+    updates, state = far_off(rule, hfjax.curvature.hessian)
+    assert state.info.accepted
+    assert updates > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
