@@ -61,18 +61,10 @@ class Optimizer(NamedTuple):
 
 
 def default(problem: Problem, params: Any, seed: int) -> Racer:
-    """Build `hfjax.hessian_free` as it comes."""
+    """Build `hfjax.hessian_free` as it comes; no knob for the problem."""
     del seed
     tx = hfjax.hessian_free(problem.objective)
     return _ours("default", tx, problem, params, batches.everything(problem.parts))
-
-
-def kronecker_factored(problem: Problem, params: Any, seed: int) -> Racer:
-    """Build Kronecker factors, short runs and λ by search; no knob for the problem."""
-    del seed
-    tx = hfjax.recipes.kronecker_factored(problem.objective)
-    hand = batches.everything(problem.parts)
-    return _ours("kronecker_factored", tx, problem, params, hand)
 
 
 def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
@@ -138,10 +130,6 @@ _MINIBATCHES = f"minibatches of {batches.MINIBATCH}"
 
 OPTIMIZERS = {
     "default": Optimizer("hfjax.hessian_free as it comes, gradient on all", default),
-    "kronecker_factored": Optimizer(
-        "hfjax.recipes.kronecker_factored as it comes, gradient on all",
-        kronecker_factored,
-    ),
     "martens2010": Optimizer("hfjax.recipes.martens2010, gradient on all", martens2010),
     "curvature_guarded": Optimizer(
         "hfjax.recipes.curvature_guarded, gradient on all", curvature_guarded

@@ -3,7 +3,7 @@
     python -m benchmarks preconditioners --problem autoencoder
     python -m benchmarks preconditioners --problem rnn
 
-A network is trained by Hessian-free. Every few updates the system of that update, with
+A network is trained by the report's Hessian-free. Every few updates the system of that update, with
 its λ, is solved anew from 0 with each preconditioner until M is as low as the recipe's
 (empirical Fisher, ξ = 0.75) when Martens' rule stops it. Means over the run; a solve
 that is not there after the limit counts as the limit.
@@ -137,7 +137,15 @@ def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
     """
     objective = setting.objective
     tx = hfjax.hessian_free(
-        objective, damping=hfjax.damping.levenberg_marquardt(init=setting.damping)
+        objective,
+        damping=hfjax.damping.levenberg_marquardt(init=setting.damping),
+        solver=hfjax.cg.conjugate_gradient(
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=0.95,
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(),
+        backtracking=hfjax.backtracking.early_stop(),
     )
     compared = rules(exact=setting.exact)
 
@@ -159,8 +167,8 @@ def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
             rule = compared[name]
             precondition = None
             if rule is not None:
-                probe_key = jax.random.fold_in(key, 1) if rule.needs_key else None
-                precondition = rule.build(objective, params, batch, damping, probe_key)
+                known = (objective, params, batch, damping)
+                precondition = rule.build(*known, jax.random.fold_in(key, 1))
             return hfjax.cg.solve(
                 matvec,
                 b,

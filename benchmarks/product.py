@@ -198,7 +198,14 @@ def _update(
         objective,
         # Of 45, as in the recipe, 28 iterations would solve the system to rounding.
         damping=hfjax.damping.levenberg_marquardt(init=1.0),
-        solver=hfjax.cg.conjugate_gradient(max_iterations=_ITERATIONS, stopping=None),
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=_ITERATIONS,
+            stopping=None,
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=0.95,
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(),
+        backtracking=hfjax.backtracking.early_stop(),
     )
 
     def update(params: Layers, state: Any, batch: tuple) -> Any:

@@ -78,8 +78,14 @@ def _racer(objective: hfjax.Objective, params: Layers, images: jax.Array) -> Rac
     tx = hfjax.hessian_free(
         objective,
         damping=hfjax.damping.levenberg_marquardt(init=10.0),
-        solver=hfjax.cg.conjugate_gradient(max_iterations=20, warm_start_decay=0.95),
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=20,
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=0.95,
+        ),
         preconditioner=hfjax.preconditioners.diagonal(signs),
+        backtracking=hfjax.backtracking.early_stop(),
         seed=1,
     )
 

@@ -136,7 +136,10 @@ def hf(
             **damping,
         ),
         solver=hfjax.cg.conjugate_gradient(
-            max_iterations=max_iterations, warm_start_decay=_WARM_START
+            max_iterations=max_iterations,
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=_WARM_START,
         ),
         preconditioner=None,
         backtracking=hfjax.backtracking.full_search(),

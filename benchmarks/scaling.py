@@ -136,10 +136,10 @@ def compile_one(
       layout: of `benchmarks.scaling_programs`.
       sizes: of the mesh.
       cases: on all devices.
-      keep: the iterates that CG keeps, `"best"` or `"grid"`, of an update without a
-        preconditioner; `None` is an update as it is by default. But where layers are
-        scanned over there is never one: the default preconditioner would
-        form the gradients of cases.
+      keep: the iterates that CG keeps, `"best"` or `"grid"`, of an update of the
+        report's without a preconditioner; `None` is one with the diagonal. But where
+        layers are scanned over there is never one: the diagonal would form the
+        gradients of cases.
 
     Returns:
       What XLA says of it.
@@ -147,12 +147,21 @@ def compile_one(
     mesh = mesh_of(*sizes)
     if what == "product":
         return compile_product(network, layout, mesh, cases)
-    options: dict[str, Any] = {}
-    if keep is not None:
-        options["solver"] = hfjax.cg.conjugate_gradient(keep=_KEEPS[keep])
-    if keep is not None or layout == SCANNED:
-        options["preconditioner"] = None
-    return compile_update(network, layout, mesh, cases, **options)
+    diagonal = keep is None and layout != SCANNED
+    solver = hfjax.cg.conjugate_gradient(
+        stopping=hfjax.stopping.martens2010(),
+        keep=_KEEPS[keep or "grid"],
+        warm_start_decay=0.95,
+    )
+    return compile_update(
+        network,
+        layout,
+        mesh,
+        cases,
+        solver=solver,
+        preconditioner=hfjax.preconditioners.diagonal() if diagonal else None,
+        backtracking=hfjax.backtracking.early_stop(),
+    )
 
 
 def plain(tree: Any) -> Any:

@@ -1,20 +1,24 @@
-"""What an update's time goes to, part by part.
+"""What the time of updates goes to, part by part.
 
     python -m benchmarks shares
+    python -m benchmarks shares --cases 20000
 
-Each part of an update of `recipes.kronecker_factored` is compiled alone and timed, in
-turn with the others; an update takes some of them several times. What is left of the
-whole update's time is the vector work of conjugate gradients and of the search for λ,
-and what the parts do not share when they are compiled alone.
+Some updates of `hessian_free` as it comes are timed as a whole. Each part of an update is
+compiled alone and timed, in turn with the others, and counted as often as those
+updates had it. f(θ) and the pass forward of the linearisation are the gradient's, which
+XLA finds out in one compiled step: they are not counted again. What is left is
+the vector work of conjugate gradients and of the search for λ.
 
 The network is the autoencoder of curves, some updates after a sparse start.
 """
 
 import argparse
+import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +36,7 @@ from benchmarks.product import Calls, time_rounds
 from benchmarks.racers import compile_ahead
 
 _FEW, _MANY = 1, 9  # of what is timed by the difference of two chains
-_EVALUATIONS = 4  # f at θ, and at three or four λ
+_FACTOR, _TRIES = 4.0, 8  # of `backtracking.redamped`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add = parser.add_argument
     add("--cases", type=options.count, default=2000, help="images; default: 2000")
-    add("--updates", type=options.count, default=15, help="before; default: 15")
+    add("--before", type=options.count, default=15, help="updates; default: 15")
+    add("--updates", type=options.count, default=20, help="that count; default: 20")
     add("--rounds", type=options.count, default=7, help="of timing; default: 7")
     add("--out", default="runs/shares.json", help="default: runs/shares.json")
 
@@ -64,52 +69,85 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return options.refuse("shares", error)
     with console.status("compiling and timing"):
-        calls, info = _calls(args.cases, args.updates)
+        calls, spent, runs = _measured(args.cases, args.before, args.updates)
         rounds = time_rounds(calls, args.rounds)
-    iterations = int(info.cg_iterations)
-    result = shares(
-        {name: statistics.median(x[name] for x in rounds) for name in calls}, iterations
-    )
+    seconds = {name: statistics.median(x[name] for x in rounds) for name in calls}
+    result = shares(seconds, spent, runs)
     measured = {"arguments": vars(args), **machine(), "rounds": rounds}
-    write_json(path, {**measured, "iterations": iterations, "shares": result})
-    console.print(_table(result, iterations))
+    runs_ = [run._asdict() for run in runs]
+    write_json(path, {**measured, "seconds": spent, "runs": runs_, "shares": result})
+    console.print(_table(result, spent, runs))
     console.print(f"Written to {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-def shares(seconds: dict[str, float], iterations: int) -> dict[str, dict[str, float]]:
-    """Put together what an update's parts take.
+class Run(NamedTuple):
+    """What an update had.
+
+    Attributes:
+      iterations: of conjugate gradients.
+      evaluations: of f, at candidates.
+    """
+
+    iterations: int
+    evaluations: int
+
+
+def evaluations(before: float, after: float) -> int:
+    """Return how many λ a search looked at: the one found, and where it turned.
+
+    Args:
+      before: λ of the update.
+      after: of the next.
+
+    Example:
+      >>> [evaluations(1.0, after) for after in (1.0, 4.0, 16.0, 0.25)]
+      [3, 3, 4, 4]
+    """
+    power = round(math.log(after / before) / math.log(_FACTOR)) if before > 0 else 0
+    return min(_TRIES, power + 2 if power > 0 else 3 - power)
+
+
+def shares(
+    seconds: dict[str, float], whole: float, runs: list[Run]
+) -> dict[str, dict[str, float]]:
+    """Put together what the parts of some updates take.
 
     Args:
       seconds: of each call that was timed.
-      iterations: of conjugate gradients in the update.
+      whole: seconds of all updates.
+      runs: what each had.
 
     Returns:
-      Of each part the seconds, how often an update has it, and its share.
+      Of each part the seconds, how often the updates had it, and its share.
 
     Example:
       >>> times = dict.fromkeys(
       ...     ("gradient", "value", "build", "few_products", "few_solves"), 1.0
       ... )
-      >>> times |= {"many_products": 9.0, "many_solves": 1.8, "update": 25.0}
-      >>> found = shares(times, iterations=10)
+      >>> times |= {"many_products": 9.0, "many_solves": 1.8}
+      >>> found = shares(times, 25.0, [Run(10, 3)])
       >>> print(round(found["product"]["share"], 2), round(found["rest"]["share"], 2))
-      0.4 0.32
+      0.4 0.4
     """
+    updates = len(runs)
+    iterations = sum(run.iterations for run in runs)
 
     def of_chain(name: str) -> float:
         return (seconds[f"many_{name}"] - seconds[f"few_{name}"]) / (_MANY - _FEW)
 
     product, solve = of_chain("products"), of_chain("solves")
     parts = {
-        "gradient": (seconds["gradient"], 1),
-        "linearisation": (seconds["few_products"] - _FEW * product, 1),
-        "factors and inverses": (seconds["build"] - _FEW * solve, 1),
         "product": (product, iterations),
-        "P⁻¹r": (solve, iterations + 2),
-        "value": (seconds["value"], _EVALUATIONS),
+        "gradient": (seconds["gradient"], updates),
+        "linearisation": (
+            max(seconds["few_products"] - _FEW * product - seconds["value"], 0.0),
+            updates,
+        ),
+        "factors and inverses": (seconds["build"] - _FEW * solve, updates),
+        "P⁻¹r": (solve, iterations + updates),
+        "value": (seconds["value"], sum(run.evaluations for run in runs)),
     }
-    whole = seconds["update"]
     rest = whole - sum(each * often for each, often in parts.values())
     return {
         name: {"seconds": each, "times": often, "share": each * often / whole}
@@ -117,13 +155,13 @@ def shares(seconds: dict[str, float], iterations: int) -> dict[str, dict[str, fl
     }
 
 
-def _calls(cases: int, updates: int) -> tuple[Calls, Any]:
-    """Compile what is timed, some updates after the start."""
+def _measured(cases: int, before: int, updates: int) -> tuple[Calls, float, list[Run]]:
+    """Time updates some way from the start, and compile their parts."""
     images = jnp.asarray(data.curves(cases, 1).train)
     batch = (images, images)
     init, model_fn = autoencoder(SETUPS["curves"].encoder)
     objective = hfjax.Objective(model_fn, hfjax.losses.sigmoid_cross_entropy())
-    tx = hfjax.recipes.kronecker_factored(objective)
+    tx = hfjax.hessian_free(objective)
     params = jax.jit(init)(jax.random.key(0))
 
     def step(params: Any, state: Any, batch: tuple) -> Any:
@@ -133,9 +171,15 @@ def _calls(cases: int, updates: int) -> tuple[Calls, Any]:
 
     state: Any = tx.init(params)
     update, _ = compile_ahead(step, params, state, batch)
-    for _ in range(updates):
+    for _ in range(before):
         params, state = update(params, state, batch)
-    _, last = update(params, state, batch)
+    runs, spent = [], 0.0
+    for _ in range(updates):
+        damping, start = float(state.damping), time.perf_counter()
+        params, state = jax.block_until_ready(update(params, state, batch))
+        spent += time.perf_counter() - start
+        looked = evaluations(damping, float(state.damping))
+        runs.append(Run(int(state.info.cg_iterations), looked))
 
     def products(params: Any, batch: tuple, count: jax.Array) -> Any:
         product = hfjax.curvature.ggn(objective, params, batch)
@@ -161,13 +205,17 @@ def _calls(cases: int, updates: int) -> tuple[Calls, Any]:
         "build": lambda: solved(params, batch, state.damping, few),
         "few_solves": lambda: solved(params, batch, state.damping, few),
         "many_solves": lambda: solved(params, batch, state.damping, many),
-        "update": lambda: update(params, state, batch),
     }
-    return calls, last.info
+    return calls, spent, runs
 
 
-def _table(result: dict[str, dict[str, float]], iterations: int) -> Table:
-    table = Table(title=f"An update of {iterations} iterations", box=SIMPLE_HEAD)
+def _table(result: dict[str, dict[str, float]], spent: float, runs: list[Run]) -> Table:
+    iterations = statistics.mean(run.iterations for run in runs)
+    title = (
+        f"{len(runs)} updates of {iterations:.1f} iterations on average, "
+        f"{spent / len(runs):.2f} s each"
+    )
+    table = Table(title=title, box=SIMPLE_HEAD)
     for name in ("", "ms", "times", "share"):
         table.add_column(name, justify="right" if name else "left")
     for name, part in result.items():

@@ -28,17 +28,23 @@ class Subspace(NamedTuple):
 
     Attributes:
       vectors: V, each leaf with a leading axis of vectors; those that are none are 0.
+      size: near the largest entry of V, whose square may be no float.
       curvature: S = VᵀA V.
-      gram: N = VᵀV.
+      gram: N = VᵀV, in units of `size`².
       rhs: Vᵀb.
       damping: λ, in A.
     """
 
     vectors: Tree
+    size: jax.Array
     curvature: jax.Array
     gram: jax.Array
     rhs: jax.Array
     damping: jax.Array
+
+    def penalty(self, damping: jax.Array) -> jax.Array:
+        """Return VᵀλI V of some λ."""
+        return _penalty(damping, self.size, self.gram)
 
     def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
         """Minimise M for λ′ over the subspace.
@@ -49,7 +55,7 @@ class Subspace(NamedTuple):
         Returns:
           The step; M there for the run's own λ; and M without any.
         """
-        matrix = self.curvature + (damping - self.damping) * self.gram
+        matrix = self.curvature + self.penalty(damping - self.damping)
         # In units that make its diagonal 1: steps differ by orders of magnitude.
         diagonal = jnp.diagonal(matrix)
         there = diagonal > 0
@@ -60,7 +66,7 @@ class Subspace(NamedTuple):
         # Of no positive curvature at all: the first iterate is a step downhill.
         y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
-        undamped = model - 0.5 * self.damping * (y @ (self.gram @ y))
+        undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
         return _tree.combination(y, self.vectors), model, undamped
 
 
@@ -88,20 +94,26 @@ def subspace(
     vectors = jax.tree.map(steps, kept.iterates)
     models = model_values[jnp.maximum(kept.iterations, 0)]
     rhs = _tree.coordinates(vectors, b).astype(models.dtype)
-    gram = _gram(vectors).astype(models.dtype)
+    size = _tree.magnitude(vectors).astype(models.dtype)
+    gram = _gram(_tree.scale(1 / size, vectors)).astype(models.dtype)
     damping = damping.astype(models.dtype)
+    penalty = _penalty(damping, size, gram)
     falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
     # c_j ≥ λ d_jᵀd_j; of a step whose gain is rounding of M nothing else is known, and
     # what is taken for its c_j would spoil the others'.
     noise = 16 * jnp.finfo(models.dtype).eps * jnp.max(jnp.abs(models))
-    known = (falls > noise) & (falls >= 0.5 * damping * jnp.diagonal(gram))
+    known = (falls > noise) & (falls >= 0.5 * jnp.diagonal(penalty))
     known = there & known.at[0].set(True)
     falls, rhs = jnp.where(known, falls, 0), jnp.where(known, rhs, 0)
     gram = jnp.where(known[:, None] & known[None], gram, 0)
     first = (rhs - falls).at[0].set(0)
     own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
     curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
-    return Subspace(vectors, curvature, gram, rhs, damping)
+    return Subspace(vectors, size, curvature, gram, rhs, damping)
+
+
+def _penalty(damping: jax.Array, size: jax.Array, gram: jax.Array) -> jax.Array:
+    return (damping * size) * (size * gram)
 
 
 def _gram(vectors: Tree) -> jax.Array:
@@ -113,4 +125,5 @@ def _gram(vectors: Tree) -> jax.Array:
 
     parts = jax.tree.leaves(jax.tree.map(leaf, vectors))
     dtype = _tree.scalar_dtype(vectors)
-    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
+    zero = jnp.zeros((1, 1), dtype)  # There may be no parameters at all.
+    return sum((part.astype(dtype) for part in parts), zero)

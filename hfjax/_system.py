@@ -99,7 +99,10 @@ def assemble(
     precondition = None
     if preconditioner is not None:
         data = batch if preconditioner.data == "batch" else eval_batch
-        known = (curved, params, data, diagonal, keys[0])
+        key = keys[0]
+        if preconditioner.seed is not None:
+            key = jax.random.fold_in(jax.random.key(preconditioner.seed), count)
+        known = (curved, params, data, diagonal, key)
         if memory is None:
             precondition = preconditioner.build(*known)
         else:

@@ -143,7 +143,7 @@ def coordinates(vectors: Tree, x: Tree) -> jax.Array:
 
     parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
     dtype = scalar_dtype(x)
-    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
+    return sum((part.astype(dtype) for part in parts), jnp.zeros((), dtype))
 
 
 def combination(weights: jax.Array, vectors: Tree) -> Tree:

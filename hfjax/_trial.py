@@ -9,7 +9,7 @@ from hfjax import _options, _sharding, _tree
 from hfjax._cases import thinned
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf
+from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf, last
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.damping import Damping, ReductionRatio, measured_ratio, rounding_noise
 from hfjax.linesearch import LineSearch, StepSize
@@ -31,13 +31,23 @@ class Trial(NamedTuple):
     search: StepSize
 
 
-def check_redamping(damping: Damping, solver: Solver) -> None:
-    """Raise unless a run tells what it would have come to with other λ."""
-    if solver.conjugate and damping.matrix is not None and damping.matrix.is_identity:
-        return
-    came = "another D" if solver.conjugate else "another solver, or `keep`"
+def fitting(
+    backtracking: Backtracking | None, damping: Damping, solver: Solver
+) -> Backtracking:
+    """Return the rule, or what takes its place where it cannot find λ, or is not to.
+
+    Raises if nothing does, and a run does not tell what it would have come to with other
+    λ, or `damping` would not take the one that is found.
+    """
+    if backtracking is None or not backtracking.finds_damping:
+        return backtracking or last()
+    if solver.conjugate and damping.limit is not None:
+        return backtracking
+    if backtracking.otherwise is not None:
+        return backtracking.otherwise
+    came = "another `damping`" if solver.conjugate else "another solver, or `keep`"
     msg = (
-        "`backtracking=redamped()` needs λI as damping, and a solver "
+        "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
         f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))`; got {came}. "
         "Take `backtracking.early_stop()`."
     )
@@ -219,9 +229,13 @@ def adapt(
     has_part = on_boundary | vanished | (part >= _PART * model)
     adapted = rule.update(damping, ratio, on_boundary)
     adapted = jnp.where(seen | has_part, adapted, damping)
-    if choice.damping is None or rule.limit is None:
+    if choice.damping is None:
         return adapted
-    return jnp.where(accepted, rule.limit(choice.damping), adapted)
+    assert rule.limit is not None, "checked by `fitting`"
+    found = rule.limit(choice.damping, damping)
+    # M may have vanished, and a search on it stand still.
+    found = jnp.where(seen, found, jnp.minimum(found, adapted))
+    return jnp.where(accepted, found, adapted)
 
 
 def report(

@@ -72,11 +72,13 @@ class Backtracking(NamedTuple):
         rule that finds λ.
       cases: how many of the evaluation cases it looks at, `None` is all.
       finds_damping: whether it does.
+      otherwise: what takes its place where λ cannot be found, or is not to be.
     """
 
     choose: Callable[..., Choice]
     cases: int | None = None
     finds_damping: bool = False
+    otherwise: "Backtracking | None" = None
 
 
 def early_stop(*, cases: int | None = None) -> Backtracking:
@@ -144,6 +146,7 @@ def redamped(
     tolerance: Number = 0.01,
     max_tries: int = 8,
     cases: int | None = None,
+    otherwise: Backtracking | None = None,
 ) -> Backtracking:
     """Solve again for other λ over the kept iterates, and take the λ of the lowest f.
 
@@ -155,8 +158,7 @@ def redamped(
     differ by less than `tolerance` of the gain it takes the higher one: where λ makes
     no difference it does not fall.
 
-    The rule of `damping` is only asked where a step is rejected, and for its limits; ρ is
-    still told. With `damping.constant` each search starts from that λ.
+    It goes with `damping.searched`, which takes the λ that is found; ρ is still told.
 
     Args:
       factor: between one λ and the next, above 1 (4: measured,
@@ -164,10 +166,12 @@ def redamped(
       tolerance: share of f's gain (0.01: heuristic).
       max_tries: evaluations of f, at most (8: a factor of 4⁷ up, 4⁶ down; heuristic).
       cases: as in `early_stop`.
+      otherwise: the rule where the solver does not tell of other λ, or `damping` is not
+        `searched`; `None` is an error.
 
     Returns:
-      The rule. It needs conjugate gradients with `keep=iterates.grid(first=1)` or
-      `every`, and λI as damping; a structural μ stays as it was in the run.
+      The rule. It needs `damping.searched`, and conjugate gradients with
+      `keep=iterates.grid(first=1)` or `every`; a structural μ stays as it was in the run.
 
     Raises:
       TypeError: if a count is no Python integer.
@@ -180,7 +184,7 @@ def redamped(
       >>> f = hfjax.Objective(lambda p, x: p * x, hfjax.losses.squared_error())
       >>> tx = hfjax.hessian_free(
       ...     f,
-      ...     damping=hfjax.damping.levenberg_marquardt(init=100.0),
+      ...     damping=hfjax.damping.searched(init=100.0),
       ...     solver=hfjax.cg.conjugate_gradient(
       ...         keep=hfjax.iterates.grid(first=1), warm_start_decay=None
       ...     ),
@@ -262,7 +266,7 @@ def redamped(
         last = kept.iterations[_last_slot(kept)]
         return Choice(step, last, end.value, end.first_value, model, damping)
 
-    return Backtracking(choose, cases, finds_damping=True)
+    return Backtracking(choose, cases, finds_damping=True, otherwise=otherwise)
 
 
 class _Search(NamedTuple):

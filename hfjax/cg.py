@@ -42,7 +42,7 @@ from hfjax._types import (
     ValueFn,
 )
 from hfjax.iterates import Keep, every, grid
-from hfjax.stopping import StoppingRule, martens2010, residual
+from hfjax.stopping import StoppingRule, marginal, martens2010, residual
 
 
 def solve(
@@ -225,27 +225,34 @@ def conjugate_gradient(
     *,
     max_iterations: int = 250,
     min_iterations: int = 1,
-    stopping: StoppingRule | None = martens2010(),
-    keep: Keep = grid(),
-    warm_start_decay: NumberOrSchedule | None = 0.95,
+    stopping: StoppingRule | None = marginal(),
+    keep: Keep = grid(first=1),
+    warm_start_decay: NumberOrSchedule | None = None,
     warm_start_from: str = "last",
     limit: NumberOrSchedule | None = None,
     record: bool = False,
 ) -> Solver:
-    """Solve for the direction by `solve`, started from the last update's solution.
+    """Solve for the direction by `solve`, from 0 or from the last update's solution.
 
-    x₀ = `warm_start_decay` · (what was carried over). M may start above 0 there: then
-    no rule on M's progress ends the run before M < 0, and if something else does, as
-    `max_iterations`, it is run again from 0, where M(0) = 0 (report, section 8.5).
+    A warm start is x₀ = `warm_start_decay` · (what was carried over). M may start above
+    0 there: then no rule on M's progress ends the run before M < 0, and if something else
+    does, as `max_iterations`, it is run again from 0, where M(0) = 0 (report, section
+    8.5).
+
+    The report's solver is `conjugate_gradient(stopping=stopping.martens2010(),
+    keep=iterates.grid(), warm_start_decay=0.95)`. The defaults are what was faster with
+    Kronecker factors, on every problem compared (`benchmarks/results/step6.md`).
 
     Args:
       max_iterations: of a run; a Python integer (Martens' program: 250).
       min_iterations: before which the stopping rule is not asked (ibid.: 1).
-      stopping: a rule of `hfjax.stopping` (Martens 2010), or `None`.
+      stopping: a rule of `hfjax.stopping`, or `None`.
       keep: which iterates backtracking may choose among, of `hfjax.iterates`: `grid`
-        (Martens 2010, section 4.6), `every`, `best` or `guarded`.
+        (from 5 on: Martens 2010, section 4.6; from 1 on for short runs), `every`,
+        `best` or `guarded`.
       warm_start_decay: ζ in [0, 1], a number or schedule (Martens' program: 0.95;
-        report, section 10); `None` starts from 0 and saves a product.
+        report, section 10); `None` starts from 0, which saves a product and, from the
+        thirtieth update on, led to a lower f.
       warm_start_from: `"last"` carries the run's last iterate over (Martens'
         program), `"chosen"` the one that backtracking chose, `"best"` the one of the
         lowest f in the run, where `keep` evaluates it (report, section 13).

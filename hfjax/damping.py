@@ -10,7 +10,8 @@ section 8.5, equation 10) watches how well the quadratic model predicts,
 
     ρ = (f(θ + δ) − f(θ)) / M(δ),    M(δ) = ∇fᵀδ + ½δᵀB δ,
 
-and raises λ where ρ < `lower`, lowers it where ρ > `upper`.
+and raises λ where ρ < `lower`, lowers it where ρ > `upper`. `searched` takes the λ with
+which f is lowest instead, as `hfjax.backtracking.redamped` finds it.
 """
 
 from collections.abc import Callable
@@ -87,8 +88,8 @@ class Damping(NamedTuple):
       ratio: what ρ is the ratio of.
       matrix: D; `None` is A = B + μS, where "λ" is read by the solver alone.
       structural: μ, or `None`.
-      limit: `λ -> λ` within the rule's limits, of one that something else has found
-        (`hfjax.backtracking.redamped`); `None` of a rule whose λ is given.
+      limit: `(found, λ) -> λ` for the next update, of a rule that takes what
+        `hfjax.backtracking.redamped` has found; `None` of one that goes its own way.
     """
 
     init: Callable[[], jax.Array]
@@ -97,7 +98,7 @@ class Damping(NamedTuple):
     ratio: ReductionRatio
     matrix: DampingMatrix | None = identity()
     structural: Structural | None = None
-    limit: Callable[[jax.Array], jax.Array] | None = None
+    limit: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def constant(
@@ -219,13 +220,7 @@ def levenberg_marquardt(
         # Written so that NaN raises: both comparisons are false.
         grown = jnp.where(ratio >= lower, damping, damping * increase)
         adapted = jnp.where(ratio > upper, damping * decrease, grown)
-        # Where a caller has set it higher.
-        return limit(adapted, jnp.maximum(damping, _RAISED_TO))
-
-    def limit(damping: jax.Array, highest: Number = _RAISED_TO) -> jax.Array:
-        # Zero would never rise again.
-        lowest = jnp.maximum(minimum, jnp.finfo(damping.dtype).tiny)
-        return jnp.clip(damping, lowest, highest).astype(damping.dtype)
+        return _limited(adapted, damping, minimum)
 
     def current(damping: jax.Array, count: jax.Array) -> jax.Array:
         del count
@@ -240,8 +235,48 @@ def levenberg_marquardt(
         ratio=ratio,
         matrix=damping_matrices.as_matrix(matrix),
         structural=_structural(structural, tied),
-        limit=limit,
     )
+
+
+def searched(
+    init: Number = 1.0,
+    *,
+    minimum: Number = 0.0,
+    structural: NumberOrSchedule | None = None,
+    tied: bool = True,
+) -> Damping:
+    """Take the λ that `hfjax.backtracking.redamped` finds by looking at f.
+
+    Where another rule of backtracking is used, and for a step that is rejected or too
+    small to be seen in f, λ goes by ρ as in `levenberg_marquardt`.
+
+    Args:
+      init: first λ > 0; it may be off by orders of magnitude (1: heuristic).
+      minimum: as in `levenberg_marquardt`.
+      structural: as in `levenberg_marquardt`; in a search μ stays as it was in the run.
+      tied: as in `levenberg_marquardt`.
+
+    Returns:
+      The rule; D is I.
+
+    Raises:
+      ValueError: if a plain number is out of range.
+
+    Example:
+      >>> rule = searched(minimum=0.5)
+      >>> print(rule.limit(jnp.float32([0.1, 7.0]), rule.init()))
+      [0.5 7. ]
+    """
+    rule = levenberg_marquardt(init, minimum=minimum, structural=structural, tied=tied)
+    return rule._replace(limit=lambda found, now: _limited(found, now, minimum))
+
+
+def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array:
+    # Zero would never rise again.
+    lowest = jnp.maximum(minimum, jnp.finfo(damping.dtype).tiny)
+    # Where a caller has set it higher.
+    highest = jnp.maximum(damping, _RAISED_TO)
+    return jnp.clip(found, lowest, highest).astype(damping.dtype)
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:

@@ -47,12 +47,10 @@ class DampingMatrix(NamedTuple):
       build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
         the product with B.
       needs_key: whether `build` draws random numbers; `key` is `None` if not.
-      is_identity: whether D is known to be I.
     """
 
     build: Callable[..., Matrix]
     needs_key: bool = False
-    is_identity: bool = False
 
 
 Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
@@ -68,8 +66,7 @@ def identity() -> DampingMatrix:
     References:
       Martens & Sutskever (2012), section 8.1.
     """
-    rule = _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
-    return rule._replace(is_identity=True)
+    return _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
 
 
 def curvature() -> DampingMatrix:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _kronecker, _options, diagonals
+from hfjax._cases import thinned
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -35,12 +36,15 @@ class PreconditionerRule(NamedTuple):
       init: `params -> memory`, of a rule that hands something to the next update; its
         `build` then takes `memory` and `count`, updates so far, too, and returns
         `(r -> P⁻¹ r, memory)`. `None` of one that does not.
+      seed: of a key that is made from it and the number of the update alone, so that
+        the state needs none; `None` of a rule without.
     """
 
     build: Callable[..., Any]
     needs_key: bool = False
     data: str = "batch"
     init: Callable[[Params], Tree] | None = None
+    seed: int | None = None
 
 
 def diagonal(
@@ -117,7 +121,9 @@ def kronecker(
     decay: Number = 0.0,
     interval: int = 1,
     max_size: int = 8192,
+    cases: int | None = 2000,
     data: str = "batch",
+    seed: int = 0,
 ) -> PreconditionerRule:
     """Precondition by the Kronecker factors of each layer, and a diagonal for the rest.
 
@@ -159,7 +165,12 @@ def kronecker(
       interval: updates from one build to the next; those between use its inverses.
       max_size: longest side of a kernel that has factors (8192: 256 MiB in float32;
         heuristic).
+      cases: how many of the batch (of each device's, under `axis_name`) the factors are
+        estimated on at least: every k-th, with the largest k for which they are so
+        many; `None` is all (2,000: a quarter of 2,000 did nearly as well,
+        `benchmarks/results/step6.md`; heuristic).
       data: as in `diagonal`.
+      seed: of the vᵢ, which are drawn anew in each update.
 
     Returns:
       The rule. With a `decay`, or an `interval` above 1, the state has room for two
@@ -194,6 +205,8 @@ def kronecker(
     _options.check_range("decay", decay, low=0.0, high=1.0)
     _options.check_count("interval", interval, low=1)
     _options.check_count("max_size", max_size, low=1)
+    if cases is not None:
+        _options.check_count("cases", cases, low=1)
     _options.check_choice("data", data, ("batch", "eval_batch"))
     averages = not (_options.is_plain_number(decay) and decay == 0)
 
@@ -212,6 +225,8 @@ def kronecker(
         memory: dict[str, tuple] | None = None,
         count: jax.Array | int = 0,
     ) -> Any:
+        if cases is not None:
+            batch = thinned(batch, cases)
         model = _kronecker.read(objective, params, batch, max_size)
         decayed = objective.decay
         if decayed is not None:
@@ -254,7 +269,7 @@ def kronecker(
 
     remembers = averages or interval > 1
     return PreconditionerRule(
-        build, needs_key=True, data=data, init=init if remembers else None
+        build, data=data, init=init if remembers else None, seed=seed
     )
 
 

@@ -3,7 +3,7 @@
 Only this room knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
 
     B, D, S, P  curvature, damping matrices and preconditioner of the batch
-    δ₁, δ₂, …   conjugate gradients on A δ = −∇f, from ζ δ_before
+    δ₁, δ₂, …   conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
     δ           the kept iterate that backtracking on f chooses, or another λ's solution
     ρ, λ        how well M predicted the change of f; λ for the next update
     α           line search along δ
@@ -23,8 +23,8 @@ from hfjax._system import Point, assemble
 from hfjax._trial import (
     Trial,
     adapt,
-    check_redamping,
     choose,
+    fitting,
     go_along,
     judge,
     noise_of,
@@ -34,13 +34,13 @@ from hfjax._trial import (
     slope_along,
 )
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
-from hfjax.backtracking import Backtracking, early_stop, last
+from hfjax.backtracking import Backtracking, early_stop, redamped
 from hfjax.cg import Solver, conjugate_gradient
 from hfjax.curvature import Curvature, ggn
-from hfjax.damping import Damping, levenberg_marquardt
+from hfjax.damping import Damping, searched
 from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
-from hfjax.preconditioners import PreconditionerRule, diagonal
+from hfjax.preconditioners import PreconditionerRule, kronecker
 from hfjax.state import (
     HessianFreeState,
     Rejection,
@@ -54,10 +54,10 @@ def hessian_free(
     objective: Objective,
     *,
     learning_rate: NumberOrSchedule = 1.0,
-    damping: Damping = levenberg_marquardt(),
+    damping: Damping = searched(),
     solver: Solver = conjugate_gradient(),
-    preconditioner: PreconditionerRule | None = diagonal(),
-    backtracking: Backtracking | None = early_stop(),
+    preconditioner: PreconditionerRule | None = kronecker(),
+    backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     line_search: LineSearch | None = armijo(),
     curvature: Curvature = ggn,
     seed: int = 0,
@@ -81,6 +81,10 @@ def hessian_free(
     Other keyword arguments are ignored. `docs/faults.md` has the wrappers of Optax and
     Flax that hand them on, and those that do not.
 
+    As it comes it is `recipes.kronecker_factored`, the fastest on every problem that it
+    was compared on (`benchmarks/results/step6.md`). The report's method is
+    `recipes.martens2010`.
+
     Args:
       objective: f, with its weight decay.
       learning_rate: the first α that the line search tries; number or schedule (1:
@@ -88,14 +92,17 @@ def hessian_free(
       damping: λ, D and μ, of `hfjax.damping`.
       solver: of `hfjax.cg`, `hfjax.trust_region` or `hfjax.krylov`.
       preconditioner: of `hfjax.preconditioners`; `None` is the identity.
-      backtracking: of `hfjax.backtracking`; `None` takes the last iterate.
+      backtracking: of `hfjax.backtracking`; `None` takes the last iterate. As it comes,
+        `early_stop` takes the place of `redamped` unless `damping` is `searched`, and
+        where the solver does not allow a search.
       line_search: of `hfjax.linesearch`; `None` takes the learning rate, unless f
         rises.
       curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`; it
         is given `structural=μ` too if `damping` has one. Under
         `optax.inject_hyperparams` list it in `static_args`, even if it is left out:
         Optax takes every callable for a schedule.
-      seed: for a preconditioner or damping matrix that draws random numbers.
+      seed: for a preconditioner or damping matrix that draws random numbers
+        (`kronecker` has its own, and no key in the state).
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `HessianFreeState`.
@@ -104,8 +111,8 @@ def hessian_free(
       TypeError: if `objective` is no `Objective`; in `update`, if `params` or `batch`
         is missing.
       ValueError: if an option is out of range, if `damping` is structural and
-        `objective` has no `hidden_loss`, or if `backtracking` finds λ, which needs
-        conjugate gradients and D = I.
+        `objective` has no `hidden_loss`, or if `backtracking=redamped()` is asked for
+        without conjugate gradients or `damping.searched()`.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:
@@ -141,8 +148,6 @@ def hessian_free(
             "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
         )
         raise ValueError(msg)
-    if backtracking is not None and backtracking.finds_damping:
-        check_redamping(damping, solver)
     random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
     needs_key = any(rule.needs_key for rule in random)
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
@@ -152,7 +157,7 @@ def hessian_free(
         damping=damping,
         solver=solver,
         preconditioner=preconditioner,
-        backtracking=backtracking or last(),
+        backtracking=fitting(backtracking, damping, solver),
         line_search=line_search or whole(),
         curvature=curvature,
     )
@@ -196,10 +201,10 @@ def hessian_free(
 def scale_by_hessian_free(
     objective: Objective,
     *,
-    damping: Damping = levenberg_marquardt(),
+    damping: Damping = searched(),
     solver: Solver = conjugate_gradient(),
-    preconditioner: PreconditionerRule | None = diagonal(),
-    backtracking: Backtracking | None = early_stop(),
+    preconditioner: PreconditionerRule | None = kronecker(),
+    backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     curvature: Curvature = ggn,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -301,7 +306,7 @@ def _update(
         point, b, parts.curvature, parts.damping, parts.preconditioner
     )
 
-    # A δ = −∇f, by conjugate gradients from ζ δ_before.
+    # A δ = −∇f, by conjugate gradients from 0 or ζ δ_before.
     x0 = parts.solver.start(state.direction, state.count)
     result = parts.solver.solve(subproblem, x0)
 

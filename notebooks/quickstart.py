@@ -358,15 +358,15 @@ plt.show()
 #
 # ## The knobs
 #
-# All are arguments of `hessian_free`, and the defaults are those of Martens' program. Most
-# people change the first two.
+# All are arguments of `hessian_free`. Most people change none of them; `recipes` has the
+# report's choices, in one call.
 #
 # | argument | what it means | turn it when | room |
 # |---|---|---|---|
-# | `damping` | λ: how far the quadratic model is trusted, adapted by itself | λ starts at 1: a first guess that is far off costs some updates | [`damping`](../docs/api/damping.md) |
-# | `solver` | conjugate gradients: how many iterations, when to stop | all runs end at `max_iterations`, or an update takes too long | [`cg`](../docs/api/cg.md), [`stopping`](../docs/api/stopping.md) |
-# | `preconditioner` | a diagonal that evens out the scales of parameters | recurrent networks: `None`; close to the fit: random signs | [`preconditioners`](../docs/api/preconditioners.md) |
-# | `backtracking` | which iterate of conjugate gradients is taken | memory is short: `iterates.best()` | [`backtracking`](../docs/api/backtracking.md), [`iterates`](../docs/api/iterates.md) |
+# | `damping` | λ: how far the quadratic model is trusted, found by itself | λ starts at 1: a first guess that is far off costs some evaluations of f | [`damping`](../docs/api/damping.md) |
+# | `solver` | conjugate gradients: how many iterations, when to stop | all runs end at `max_iterations`; memory is short: `iterates.best()` | [`cg`](../docs/api/cg.md), [`stopping`](../docs/api/stopping.md) |
+# | `preconditioner` | Kronecker factors of the layers, which evens out the scales of parameters | small batches: `kronecker(decay=0.95)`; layers in a scan: `None` | [`preconditioners`](../docs/api/preconditioners.md) |
+# | `backtracking` | which λ, or which iterate of conjugate gradients, is taken | hardly ever | [`backtracking`](../docs/api/backtracking.md), [`iterates`](../docs/api/iterates.md) |
 # | `line_search` | how far along the step | hardly ever | [`linesearch`](../docs/api/linesearch.md) |
 # | `learning_rate` | the first step size tried, 1 | small batches near the end: lower it by a schedule | [`transform`](../docs/api/transform.md) |
 # | `curvature` | Gauss-Newton, or the Hessian | hardly ever | [`curvature`](../docs/api/curvature.md) |

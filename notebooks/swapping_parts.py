@@ -15,7 +15,7 @@
 # # Swapping parts
 #
 # Every part of an update is an argument. Here each is swapped in turn, all else as it is
-# by default, on one small problem: a deep autoencoder from a random start. What this
+# in the report, on one small problem: a deep autoencoder from a random start. What this
 # shows is how to swap them, and that it matters. Which is best on one toy problem proves
 # little: [how to choose](../docs/choosing.md) has figures of larger ones.
 
@@ -83,13 +83,26 @@ plt.show()
 
 # %%
 lm = hfjax.damping.levenberg_marquardt
-cg = partial(hfjax.cg.conjugate_gradient, max_iterations=100)
-make = partial(hfjax.hessian_free, objective)
+cg = partial(
+    hfjax.cg.conjugate_gradient,
+    max_iterations=100,
+    stopping=hfjax.stopping.martens2010(),
+    keep=hfjax.iterates.grid(),
+    warm_start_decay=0.95,
+)
+make = partial(
+    hfjax.hessian_free,
+    objective,
+    preconditioner=hfjax.preconditioners.diagonal(),
+    backtracking=hfjax.backtracking.early_stop(),
+)
 signs = partial(hfjax.diagonals.ggn_rademacher, num_probes=4)
 
 variants = {
-    # The default: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
-    "default": make(solver=cg()),
+    # As it comes: Kronecker factors, λ by search over one run.
+    "as it comes": hfjax.hessian_free(objective),
+    # The report's: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
+    "report": make(solver=cg()),
     # damping=
     "λ constant, 0.01": make(solver=cg(), damping=hfjax.damping.constant(0.01)),
     "D = diag(B)": make(solver=cg(), damping=lm(matrix="curvature_diagonal")),
@@ -118,7 +131,7 @@ variants = {
 
 # %% [markdown]
 # Two recipes have no program of their own here. On one batch the parts of
-# `recipes.martens2010` are those of the default, constant by constant, but for λ, which
+# `recipes.martens2010` are the report's, constant by constant, but for λ, which
 # starts at 45; λ is a number of the state, and may be set there.
 # `recipes.curvature_guarded` is for evaluation data of their own, and there are none.
 #
@@ -153,8 +166,8 @@ def train(tx, damping=None, step=None):
 
 with ThreadPoolExecutor(max_workers=2) as pool:
     done = dict(zip(variants, pool.map(train, variants.values()), strict=True))
-default_step = done["default"][0]
-done["martens2010, λ from 45"] = train(variants["default"], 45.0, default_step)
+report_step = done["report"][0]
+done["martens2010, λ from 45"] = train(variants["report"], 45.0, report_step)
 
 
 # %%
@@ -198,15 +211,15 @@ groups = {
     "preconditioner": ["P = I", "P of random signs"],
     "stopping rule": ["report's eq. 2", "residual ≤ 0.1"],
     "solver": ["trust region", "Krylov subspace"],
-    "recipe": ["martens2010, λ from 45", "momentum_like"],
+    "set-up": ["as it comes", "martens2010, λ from 45", "momentum_like"],
     "curvature": ["Hessian"],
 }
-colours = ["tab:orange", "tab:blue"]
+colours = ["tab:orange", "tab:blue", "tab:green"]
 figure, axes = plt.subplots(
     2, 3, figsize=(10, 5.6), sharex=True, sharey=True, layout="constrained"
 )
 for axis, (group, names) in zip(axes.flat, groups.items(), strict=True):
-    for name, colour in zip(["default", *names], ["black", *colours], strict=False):
+    for name, colour in zip(["report", *names], ["black", *colours], strict=False):
         for number, (history, _, _) in enumerate(done[name][1]):
             axis.plot(
                 products(history),
@@ -252,7 +265,7 @@ plt.show()
 # even below it, as M counts the damping too.
 
 # %%
-history, thetas, _ = done["default"][1][0]
+history, thetas, _ = done["report"][1][0]
 theta, damping = thetas[6], history[5]["damping"]
 cg_run = jax.jit(
     lambda params, damping: hfjax.diagnostics.cg_run(

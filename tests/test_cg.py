@@ -588,15 +588,20 @@ def test_above_zero_a_run_goes_on_beyond_the_stopping_rule():
         for j in range(first, 60)
         if values[j - 10] < 0 and 1 - values[j - 10] / values[j] < 5e-3
     ]
-    solver = cg.conjugate_gradient(max_iterations=60)
-    result, _ = solve_by(solver, a, b, x0)
+    warm = functools.partial(
+        cg.conjugate_gradient,
+        max_iterations=60,
+        stopping=stopping.martens2010(),
+        warm_start_decay=0.95,
+    )
+    result, _ = solve_by(warm(), a, b, x0)
     assert reason(result) == Reason.STOPPING_RULE
     assert result.num_iterations == stops[0]
     np.testing.assert_allclose(
         result.model_values[: stops[0]], values[: stops[0]], rtol=1e-4, atol=1e-6
     )
     # Where it may not go on for so long, it starts again from 0.
-    short = cg.conjugate_gradient(max_iterations=60, limit=float(first - 1))
+    short = warm(limit=float(first - 1))
     result, _ = solve_by(short, a, b, x0)
     cold, values = reference.pcg(a, b, iterations=first - 1)
     n = int(result.num_iterations)

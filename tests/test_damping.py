@@ -22,8 +22,9 @@ from hfjax import damping
         (np.inf, 2 / 3),
     ],
 )
-def test_levenberg_marquardt_follows_a_scripted_ratio(ratio, factor):
-    rule = damping.levenberg_marquardt(init=9.0)
+@pytest.mark.parametrize("make", [damping.levenberg_marquardt, damping.searched])
+def test_levenberg_marquardt_follows_a_scripted_ratio(make, ratio, factor):
+    rule = make(init=9.0)
     after = rule.update(jnp.float32(9.0), jnp.float32(ratio))
     np.testing.assert_allclose(after, 9.0 * factor, rtol=1e-6)
 
@@ -44,6 +45,18 @@ def test_damping_has_no_floor_but_never_reaches_zero_or_overflows():
 def test_minimum_is_a_floor():
     rule = damping.levenberg_marquardt(init=1.0, minimum=0.5)
     assert rule.update(jnp.float32(0.6), jnp.float32(1)) == 0.5
+
+
+def test_what_a_search_finds_is_held_within_the_limits():
+    limit = damping.searched(minimum=0.5).limit
+    now = jnp.float32(1.0)
+    assert limit(jnp.float32(0.1), now) == 0.5
+    assert limit(jnp.float32(7.0), now) == 7
+    assert limit(jnp.float32(1e20), now) == np.float32(1e18)
+    # A caller has set it higher.
+    assert limit(jnp.float32(1e20), jnp.float32(1e19)) == np.float32(1e19)
+    assert damping.searched().limit(jnp.float32(0.0), now) > 0
+    assert damping.levenberg_marquardt().limit is None
 
 
 def test_scheduled_damping_is_read_at_the_count_and_a_number_from_the_state():

@@ -46,6 +46,12 @@ BATCH = (X, targets(), WEIGHTS)
 SOLVER = hfjax.cg.conjugate_gradient(max_iterations=12)
 TX = hfjax.hessian_free(OBJECTIVE, solver=SOLVER, preconditioner=None)
 WITH_P = hfjax.hessian_free(OBJECTIVE, solver=SOLVER)
+WARM = hfjax.hessian_free(
+    OBJECTIVE,
+    damping=hfjax.damping.levenberg_marquardt(),
+    solver=hfjax.cg.conjugate_gradient(max_iterations=12, warm_start_decay=0.95),
+    preconditioner=None,
+)
 
 
 def train_step(tx, objective, params, state, batch):
@@ -178,10 +184,16 @@ def test_where_f_is_nan_further_out_a_shorter_step_is_taken():
         return jnp.where(far, jnp.nan, model_fn(params, x))
 
     objective = hfjax.Objective(bounded, OBJECTIVE.loss)
-    tx = hfjax.hessian_free(objective, solver=SOLVER, preconditioner=None)
+    make = functools.partial(
+        hfjax.hessian_free, objective, solver=SOLVER, preconditioner=None
+    )
+    tx = make(damping=hfjax.damping.levenberg_marquardt())
     _, state, _ = train(PARAMS, tx.init(PARAMS), BATCH, 1, tx, objective)
     assert state.info.accepted
     assert state.info.step_size < 1
+    _, state, _ = train(PARAMS, make().init(PARAMS), BATCH, 1, make(), objective)
+    assert state.info.accepted
+    assert state.info.step_size < 1 or state.damping > 1
 
 
 @pytest.mark.parametrize("exponent", [-70, 70])
@@ -351,10 +363,10 @@ def test_a_run_recovers_from_two_hundred_bad_batches():
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf, 1e25])
 def test_a_spoilt_warm_start_costs_one_update(number):
     spoilt = jax.tree.map(lambda x: jnp.full_like(x, number), PARAMS)
-    state = TX.init(PARAMS)._replace(direction=spoilt)
-    params, state, _ = train(PARAMS, state, BATCH, 1)
+    state = WARM.init(PARAMS)._replace(direction=spoilt)
+    params, state, _ = train(PARAMS, state, BATCH, 1, WARM)
     assert reason(state) is Rejection.NONFINITE_PRODUCT
-    _, _, values = train(params, state, BATCH, 10)
+    _, _, values = train(params, state, BATCH, 10, WARM)
     assert values[-1] < 0.5 * values[0]
 
 
@@ -388,6 +400,7 @@ def test_a_step_beyond_the_range_of_half_precision_is_not_taken_whole():
     params, batch = jnp.zeros(1, jnp.float16), (jnp.ones(4, F32), jnp.ones(4, F32))
     tx = hfjax.hessian_free(
         objective,
+        damping=hfjax.damping.levenberg_marquardt(),
         preconditioner=None,
         curvature=lambda *_: lambda v: jax.tree.map(jnp.zeros_like, v),
     )

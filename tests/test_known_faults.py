@@ -143,7 +143,10 @@ def two_updates():
     tx = hfjax.hessian_free(
         objective,
         damping=hfjax.damping.levenberg_marquardt(0.3),
-        solver=hfjax.cg.conjugate_gradient(max_iterations=3, stopping=None),
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=3, stopping=None, warm_start_decay=0.95
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(),
         backtracking=None,
         line_search=None,
     )
@@ -217,6 +220,7 @@ def linear_updates():
         objective,
         learning_rate=lambda count: 1 / (1 + count),
         damping=hfjax.damping.levenberg_marquardt(1e-7),
+        solver=hfjax.cg.conjugate_gradient(stopping=hfjax.stopping.martens2010()),
         line_search=None,
     )
     x, t = normal(np.random.default_rng(6), 8, 2), jnp.arange(8.0) ** 2
@@ -257,7 +261,8 @@ def test_a_bad_step_is_not_kept_and_its_solution_does_not_start_the_next_run():
         lambda p, x: x * jnp.arctan(p)[None], hfjax.losses.squared_error()
     )
     rule = hfjax.damping.levenberg_marquardt(1e-9)
-    tx = hfjax.hessian_free(objective, damping=rule, line_search=None)
+    solver = hfjax.cg.conjugate_gradient(warm_start_decay=0.95)
+    tx = hfjax.hessian_free(objective, damping=rule, solver=solver, line_search=None)
     batch, update = (jnp.ones(1), jnp.zeros(1)), compiled(objective, tx)
     _, state = update(jnp.array(0.5), tx.init(jnp.array(0.5)), batch)
     assert state.info.accepted

@@ -223,6 +223,18 @@ def test_microbatches_change_no_factor(name, size):
         np.testing.assert_allclose(pair.units, g[k], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("every", [3, 1])
+def test_a_part_of_the_cases_gives_the_preconditioner_of_every_kth(every):
+    problem, _ = NETWORKS["softmax"]
+    cases = CASES // every
+    arguments = (problem.objective(), problem.params)
+    damping = jnp.float64(0.3)
+    part = jax.tree.map(lambda leaf: leaf[::every], problem.batch)
+    ours = built(*arguments, problem.batch, damping, cases=cases)
+    truth = built(*arguments, part, damping, cases=None)
+    np.testing.assert_array_equal(ours, truth)
+
+
 def test_padding_changes_no_factor_whatever_it_holds():
     problem, _ = NETWORKS["softmax"]
     x, t, weights = problem.batch
@@ -709,7 +721,7 @@ def test_only_who_remembers_has_room():
         rule = preconditioners.kronecker(**options)
         state = hfjax.hessian_free(LINEAR, preconditioner=rule).init(LINEAR_PARAMS)
         assert sorted(state.preconditioner or {}) == rooms
-        assert state.key is not None
+        assert state.key is None
 
 
 @pytest.mark.parametrize("kept", [{"decay": 0.9}, {"interval": 2}])
@@ -736,6 +748,7 @@ def test_a_state_of_another_preconditioner_is_refused(kept):
         ({"decay": 1.5}, ValueError, "`decay` must be at least 0.0 and at most 1.0"),
         ({"interval": 0}, ValueError, "`interval` must be at least 1"),
         ({"max_size": 0.5}, TypeError, "`max_size` must be a Python integer"),
+        ({"cases": 0}, ValueError, "`cases` must be at least 1"),
         ({"data": "all"}, ValueError, "`data` must be one of 'batch', 'eval_batch'"),
     ],
 )

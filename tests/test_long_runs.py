@@ -66,13 +66,13 @@ def make_batches(dtype, count=1):
 
 
 @functools.cache
-def compiled(weight_decay, dtype, model_fn=network):
-    """Return an optimizer with all defaults, and a training step for one dtype."""
+def compiled(weight_decay, dtype, model_fn=network, damping=hfjax.damping.searched()):
+    """Return an optimizer with all defaults but λ, and a step for one dtype."""
     del dtype
     objective = hfjax.Objective(
         model_fn, hfjax.losses.squared_error(), weight_decay=weight_decay
     )
-    tx = hfjax.hessian_free(objective)
+    tx = hfjax.hessian_free(objective, damping=damping)
 
     @quick_jit
     def train_step(params, state, batch):
@@ -111,9 +111,9 @@ def memory():
     return len(arrays), size, sys.getallocatedblocks(), process
 
 
-def train(params, batches, weight_decay=0.0, model_fn=network):
+def train(params, batches, weight_decay=0.0, model_fn=network, **options):
     """Run the updates, and assert what holds of each run."""
-    tx, train_step = compiled(weight_decay, params["out"].dtype, model_fn)
+    tx, train_step = compiled(weight_decay, params["out"].dtype, model_fn, **options)
     state, rows = tx.init(params), np.zeros((7, UPDATES))
     for update in range(UPDATES):
         old, batch = params, batches[update % len(batches)]
@@ -207,7 +207,12 @@ def test_in_float32_f_never_rises_and_the_damping_comes_down_again():
 
 def test_the_damping_of_a_perfect_model_falls_to_the_smallest_float_and_stays():
     params, batches = {"out": jnp.zeros((2, 1), jnp.float32)}, make_batches("f4", 3)
-    run = train(params, batches, model_fn=lambda params, x: x @ params["out"])
+    run = train(
+        params,
+        batches,
+        model_fn=lambda params, x: x @ params["out"],
+        damping=hfjax.damping.levenberg_marquardt(),
+    )
     np.testing.assert_array_equal(run.damping[SETTLED:], np.finfo(np.float32).tiny)
     for update in range(UPDATES - 3, UPDATES):
         x, t = (np.float64(leaf) for leaf in batches[update % 3])

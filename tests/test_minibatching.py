@@ -112,7 +112,9 @@ def test_training_goes_on_as_batches_grow_and_compiles_once_a_size():
         lambda p, x: jnp.tanh(x @ p), hfjax.losses.squared_error()
     )
     tx = hfjax.hessian_free(
-        objective, solver=hfjax.cg.conjugate_gradient(max_iterations=8)
+        objective,
+        damping=hfjax.damping.levenberg_marquardt(),
+        solver=hfjax.cg.conjugate_gradient(max_iterations=8),
     )
 
     @functools.partial(quick_jit, static_argnums=2)

@@ -36,8 +36,9 @@ FROZEN = {"hidden": True, "out": False}
 SMALL = functools.partial(
     hfjax.hessian_free,
     OBJECTIVE,
+    damping=hfjax.damping.levenberg_marquardt(),
     preconditioner=None,
-    solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
+    solver=hfjax.cg.conjugate_gradient(max_iterations=3),
 )
 
 
@@ -165,8 +166,9 @@ INJECTED = functools.partial(
         hfjax.hessian_free, static_args=("curvature",), hyperparam_dtype=jnp.float32
     ),
     OBJECTIVE,
+    damping=hfjax.damping.levenberg_marquardt(),
     preconditioner=None,
-    solver=hfjax.cg.conjugate_gradient(max_iterations=3, warm_start_decay=None),
+    solver=hfjax.cg.conjugate_gradient(max_iterations=3),
 )
 
 

@@ -23,7 +23,7 @@ def test_example_trains_to_what_the_text_promises_and_parts_swap():
     with contextlib.redirect_stdout(printed):
         exec(example, names)
     values = [float(line.split()[1]) for line in printed.getvalue().splitlines()]
-    assert len(values) == 50
+    assert len(values) == 100
     assert values[-1] < 1e-5 < values[0]
     exec(swap, names)
     state = names["tx"].init(names["params"])

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from problems import layers, mlp, normal
 from reference import model, quick_jit
 
 import hfjax
-from hfjax import backtracking, cg, iterates, stopping
+from hfjax import _trial, backtracking, cg, iterates, stopping
 from hfjax._redamping import subspace
 from hfjax.backtracking import Run
 from hfjax.stopping import Progress
@@ -320,7 +321,7 @@ def updated(init=0.8, data=None, **options):
     """Do one update from zero on a linear model; four iterations solve it."""
     tx = hfjax.hessian_free(
         OBJECTIVE,
-        damping=hfjax.damping.levenberg_marquardt(init=init),
+        damping=hfjax.damping.searched(init=init),
         solver=SOLVER,
         preconditioner=None,
         backtracking=backtracking.redamped(**options),
@@ -423,40 +424,66 @@ def COSINE(p, x):  # noqa: N802
 
 
 def test_the_found_damping_stays_within_the_limits_of_its_rule():
-    rule = hfjax.damping.levenberg_marquardt
+    rule = hfjax.damping.searched
     _, state = far_off(rule(init=100.0))
     assert state.damping < 1
     _, state = far_off(rule(init=100.0, minimum=50.0))
     assert state.damping == 50
-    updates, state = far_off(hfjax.damping.constant(100.0))
-    assert state.damping == 100
-    assert updates > 1.5  # The search is of this step alone.
 
 
 def test_where_curvature_is_negative_the_step_goes_downhill():
     # f = 1 + cos p near its top: the Hessian is −cos p, and λ less than that.
-    rule = hfjax.damping.levenberg_marquardt(init=1e-3)
+    rule = hfjax.damping.searched(init=1e-3)
     updates, state = far_off(rule, hfjax.curvature.hessian)
     assert state.info.accepted
     assert updates > 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"damping": hfjax.damping.constant(0.1, matrix="curvature_diagonal")},
-        {"solver": cg.conjugate_gradient(keep=iterates.best())},
-        {"solver": cg.conjugate_gradient(keep=iterates.guarded())},
-        {"solver": hfjax.krylov.subspace_descent()},
-        {
-            "solver": hfjax.trust_region.steihaug_toint(),
-            "damping": hfjax.trust_region.radius(),
-        },
-    ],
-)
+UNTOLD = [
+    {"damping": hfjax.damping.constant(0.1)},
+    {"damping": hfjax.damping.levenberg_marquardt()},
+    {"solver": cg.conjugate_gradient(keep=iterates.best())},
+    {"solver": cg.conjugate_gradient(keep=iterates.guarded())},
+    {"solver": hfjax.krylov.subspace_descent()},
+    {
+        "solver": hfjax.trust_region.steihaug_toint(),
+        "damping": hfjax.trust_region.radius(),
+    },
+]
+
+
+@pytest.mark.parametrize("options", UNTOLD)
+def test_another_rule_takes_its_place_where_damping_cannot_or_is_not_to_be_found(
+    options,
+):
+    other = backtracking.full_search()
+    rule = backtracking.redamped(otherwise=other)
+    parts = {"damping": hfjax.damping.searched(), "solver": SOLVER}
+    assert _trial.fitting(rule, **parts) is rule
+    assert _trial.fitting(rule, **{**parts, **options}) is other
+    hfjax.hessian_free(OBJECTIVE, **options)  # Nor does it come with an error.
+
+
+def test_as_it_comes_the_optimizer_is_the_recipe():
+    params, batch = regression("float64")
+    objective = hfjax.Objective(mlp, SQUARED)
+    value, grads = objective.value_and_grad(params, batch)
+
+    def update(tx):
+        step = quick_jit(lambda g, p: tx.update(g, tx.init(p), p, batch=batch))
+        return step(grads, params)
+
+    ours = update(hfjax.hessian_free(objective))
+    recipe = update(hfjax.recipes.kronecker_factored(objective))
+    chex.assert_trees_all_equal(ours, recipe)
+    after = objective.value(optax.apply_updates(params, ours[0]), batch)
+    assert after < value / 2
+
+
+@pytest.mark.parametrize("options", UNTOLD)
 def test_what_does_not_tell_of_other_dampings_is_refused(options):
     options = {"solver": SOLVER, **options}
-    with pytest.raises(ValueError, match=r"`backtracking=redamped\(\)` needs λI"):
+    with pytest.raises(ValueError, match=r"redamped\(\)` needs `damping=.*searched"):
         hfjax.hessian_free(OBJECTIVE, backtracking=backtracking.redamped(), **options)
 
 

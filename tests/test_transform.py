@@ -14,6 +14,7 @@ from reference import quick_jit
 import hfjax
 from hfjax import Rejection
 from hfjax._trial import Trial, reduction
+from hfjax.preconditioners import PreconditionerRule
 
 SIZES = (3, 4, 2)
 
@@ -79,6 +80,9 @@ def plain(**options):
 
 # Compiling an update takes seconds: tests share these where they can.
 DEFAULT = hfjax.hessian_free(OBJECTIVE)
+BY_RATIO = hfjax.hessian_free(
+    OBJECTIVE, damping=hfjax.damping.levenberg_marquardt(), preconditioner=None
+)
 jitted = functools.cache(lambda tx: quick_jit(tx.update))
 gradient_of = quick_jit(
     lambda params, batch: OBJECTIVE.value_and_grad(params, batch)[1]
@@ -287,7 +291,8 @@ def test_rejection_leaves_parameters_bit_identical_and_says_why(fault):
     objective, batch, grads = build(params, batch)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     batch = jax.tree.map(lambda x: x.astype(jnp.float32), batch)
-    tx = DEFAULT if objective is OBJECTIVE else hfjax.hessian_free(objective)
+    # The search would go on until rounding hides that f rises, and λ is high.
+    tx = BY_RATIO if objective is OBJECTIVE else hfjax.hessian_free(objective)
     state = tx.init(params)
     # Downhill: what would be taken, were only the line search asked.
     descent = jax.tree.map(lambda g: -0.1 * g, gradient_of(params, make_batch()))
@@ -371,8 +376,12 @@ def test_second_update_starts_from_the_first_ones_solution():
         jax.debug.callback(starts.append, x0)
         return solver.solve(subproblem, x0)
 
-    solver = hfjax.cg.conjugate_gradient()
-    tx = hfjax.hessian_free(OBJECTIVE, solver=solver._replace(solve=spy))
+    solver = hfjax.cg.conjugate_gradient(warm_start_decay=0.95)
+    tx = hfjax.hessian_free(
+        OBJECTIVE,
+        damping=hfjax.damping.levenberg_marquardt(),
+        solver=solver._replace(solve=spy),
+    )
     grads = gradient_of(params, batch)
     _, state = jitted(tx)(grads, tx.init(params), params, batch=batch)
     jitted(tx)(grads, state, params, batch=batch)
@@ -434,7 +443,8 @@ def test_exclusive_or_is_learnt_to_high_precision_with_two_cg_iterations():
     assert np.all(np.diff(values) <= 0)
 
 
-def test_random_preconditioner_gets_a_new_key_in_each_update():
+@pytest.mark.parametrize("kept", [True, False])
+def test_random_preconditioner_gets_a_new_key_in_each_update(kept):
     params, batch = make_params(), make_batch()
     keys = []
 
@@ -443,12 +453,18 @@ def test_random_preconditioner_gets_a_new_key_in_each_update():
         return lambda r: r
 
     rule = hfjax.preconditioners.custom(build, needs_key=True)
+    if not kept:  # Of its own seed, and the number of the update.
+        rule = PreconditionerRule(build, seed=7)
     tx = plain(preconditioner=rule, seed=7)
     grads = gradient_of(params, batch)
     _, state = jitted(tx)(grads, tx.init(params), params, batch=batch)
     jitted(tx)(grads, state, params, batch=batch)
     jax.effects_barrier()
     assert keys[0].tolist() != keys[1].tolist()
+    assert (state.key is not None) == kept
+    if not kept:
+        truth = jax.random.fold_in(jax.random.key(7), 1)
+        np.testing.assert_array_equal(keys[1], jax.random.key_data(truth))
     assert hfjax.hessian_free(OBJECTIVE).init(params).key is None
 
 
