@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _sharding, _tree
+from hfjax import _tree
 from hfjax._types import Tree
 from hfjax.iterates import Kept
 
@@ -95,7 +95,8 @@ def subspace(
     models = model_values[jnp.maximum(kept.iterations, 0)]
     rhs = _tree.coordinates(vectors, b).astype(models.dtype)
     size = _tree.magnitude(vectors).astype(models.dtype)
-    gram = _gram(_tree.scale(1 / size, vectors)).astype(models.dtype)
+    scaled = _tree.scale(1 / size, vectors)
+    gram = _tree.gram(scaled, scaled).astype(models.dtype)
     damping = damping.astype(models.dtype)
     penalty = _penalty(damping, size, gram)
     falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
@@ -114,16 +115,3 @@ def subspace(
 
 def _penalty(damping: jax.Array, size: jax.Array, gram: jax.Array) -> jax.Array:
     return (damping * size) * (size * gram)
-
-
-def _gram(vectors: Tree) -> jax.Array:
-    """Return VᵀV, shape `[K, K]`, summed in float32 or wider, nothing ravelled."""
-
-    def leaf(v: jax.Array) -> jax.Array:
-        wider, axes = v.astype(_tree.wide(v.dtype)), tuple(range(1, v.ndim))
-        return _sharding.contracted(wider, wider, (axes, axes), _tree.EXACT)
-
-    parts = jax.tree.leaves(jax.tree.map(leaf, vectors))
-    dtype = _tree.scalar_dtype(vectors)
-    zero = jnp.zeros((1, 1), dtype)  # There may be no parameters at all.
-    return sum((part.astype(dtype) for part in parts), zero)

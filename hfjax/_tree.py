@@ -11,6 +11,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from hfjax import _sharding
 from hfjax._types import Tree
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -144,6 +145,20 @@ def coordinates(vectors: Tree, x: Tree) -> jax.Array:
     parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
     dtype = scalar_dtype(x)
     return sum((part.astype(dtype) for part in parts), jnp.zeros((), dtype))
+
+
+def gram(vectors: Tree, others: Tree) -> jax.Array:
+    """Return VᵀW, shape `[K, L]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array, w: jax.Array) -> jax.Array:
+        dtype, axes = wide(v.dtype), tuple(range(1, v.ndim))
+        v, w = v.astype(dtype), w.astype(dtype)
+        return _sharding.contracted(v, w, (axes, axes), EXACT)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, others))
+    dtype = scalar_dtype(vectors)
+    nothing = jnp.zeros((1, 1), dtype)
+    return sum((part.astype(dtype) for part in parts), nothing)
 
 
 def combination(weights: jax.Array, vectors: Tree) -> Tree:

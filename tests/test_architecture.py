@@ -8,8 +8,8 @@ import hfjax
 ROOMS = [
     "_types",
     "_options",
-    "_tree",
     "_sharding",
+    "_tree",
     "_arguments",
     "_repair",
     "_loss",

@@ -58,6 +58,29 @@ def test_dot_of_an_empty_tree_is_zero():
     assert _tree.dot({}, {}).dtype == F32
 
 
+@pytest.mark.parametrize("dtypes", [(F64, F64), (F32, F32, F32), (BF16, F32)])
+def test_gram_holds_the_products_of_every_pair_summed_wide(dtypes):
+    rng = np.random.default_rng(3)
+
+    def stacked(count):
+        return {
+            str(k): jnp.asarray(rng.standard_normal((count, *shape)), dtype)
+            for k, (shape, dtype) in enumerate(
+                zip([(3, 2), (), (5,)], dtypes, strict=False)
+            )
+        }
+
+    v, w = stacked(4), stacked(2)
+    rows = [
+        np.concatenate([leaf.reshape(len(leaf), -1) for leaf in wide_leaves(x)], axis=1)
+        for x in (v, w)
+    ]
+    result = _tree.gram(v, w)
+    assert result.dtype == (F64 if F64 in dtypes else F32)
+    rtol = 1e-13 if F64 in dtypes else 1e-5
+    np.testing.assert_allclose(result, rows[0] @ rows[1].T, rtol=rtol, atol=1e-6)
+
+
 def test_sums_gather_no_sharded_array():
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
