@@ -116,6 +116,8 @@ def rules(*, exact: bool) -> dict[str, hfjax.preconditioners.PreconditionerRule 
         "Rademacher, 8 probes, ξ = 0.75": diagonal(probes, exponent=0.75),
         "Rademacher, 8 probes, ξ = 1": diagonal(probes, exponent=1.0),
         "Kronecker factors": hfjax.preconditioners.kronecker(),
+        "Nyström, rank 50": hfjax.preconditioners.nystrom(rank=50),
+        "Nyström, rank 200": hfjax.preconditioners.nystrom(rank=200, chunk=50),
     }
     if exact:
         found["exact diag(G), ξ = 0.75"] = diagonal(diagonals.ggn_exact, exponent=0.75)
@@ -156,46 +158,47 @@ def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
         steps, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, steps), state
 
-    def histories(params: Any, damping: jax.Array, key: jax.Array) -> dict:
+    @functools.partial(jax.jit, static_argnames=("name", "stopped"))
+    def models(
+        params: Any, damping: jax.Array, key: jax.Array, *, name: str, stopped: bool
+    ) -> tuple[jax.Array, jax.Array]:
         batch = setting.batch(key)
         value, grads = objective.value_and_grad(params, batch)
         product = hfjax.curvature.ggn(objective, params, batch)
-        matvec = hfjax.damping.damped(product, damping)
-        b = jax.tree.map(jnp.negative, grads)
+        rule = compared[name]
+        precondition = None
+        if rule is not None:
+            known = (objective, params, batch, damping)
+            precondition = rule.build(*known, jax.random.fold_in(key, 1))
+        run = hfjax.cg.solve(
+            hfjax.damping.damped(product, damping),
+            jax.tree.map(jnp.negative, grads),
+            preconditioner=precondition,
+            max_iterations=limit,
+            stopping=hfjax.stopping.martens2010() if stopped else None,
+            keep=hfjax.iterates.every(limit),
+        )
+        return value, run.model_values
 
-        def solve(name: str, stopping: Any) -> hfjax.cg.CGResult:
-            rule = compared[name]
-            precondition = None
-            if rule is not None:
-                known = (objective, params, batch, damping)
-                precondition = rule.build(*known, jax.random.fold_in(key, 1))
-            return hfjax.cg.solve(
-                matvec,
-                b,
-                preconditioner=precondition,
-                max_iterations=limit,
-                stopping=stopping,
-                keep=hfjax.iterates.every(limit),
-            )
-
-        recipe = solve(_RECIPE, hfjax.stopping.martens2010())
-        models = {name: solve(name, None).model_values for name in compared}
-        return {"value": value, "target": recipe.model_values[-1], "models": models}
-
-    measured = jax.jit(histories)
     params: Any = setting.params
     state: Any = tx.init(params)
     for update in range(updates):
         key = jax.random.fold_in(jax.random.key(1), update)
         if update % every == 0:
-            found = jax.device_get(measured(params, state.damping, key))
+            # A program for each: together they would not fit into memory.
+            solve = functools.partial(models, params, state.damping, key)
+            value, recipe = solve(name=_RECIPE, stopped=True)
+            runs = {
+                name: np.asarray(solve(name=name, stopped=False)[1])
+                for name in compared
+            }
             yield {
                 "update": update,
-                "value": float(found["value"]),
+                "value": float(value),
                 "damping": float(state.damping),
                 "iterations": {
-                    name: iterations_to(found["target"], found["models"][name], limit)
-                    for name in compared
+                    name: iterations_to(float(recipe[-1]), run, limit)
+                    for name, run in runs.items()
                 },
             }
         params, state = train(params, state, key)

@@ -27,6 +27,7 @@ ROOMS = [
     "_uses",
     "_layers",
     "_kronecker",
+    "_nystrom",
     "stopping",
     "iterates",
     "_pcg",

@@ -37,6 +37,10 @@ CONFIGURATIONS = {
     "kronecker_kept": {
         "preconditioner": hfjax.preconditioners.kronecker(decay=0.9, interval=2)
     },
+    "nystrom": {"preconditioner": hfjax.preconditioners.nystrom(rank=3)},
+    "nystrom_kept": {
+        "preconditioner": hfjax.preconditioners.nystrom(rank=3, chunk=2, interval=2)
+    },
     "kronecker_factored": hfjax.recipes.kronecker_factored,
     "exact": {"preconditioner": hfjax.preconditioners.diagonal(diagonals.ggn_exact)},
     "curvature_diagonal": {
