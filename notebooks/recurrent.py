@@ -108,7 +108,12 @@ def optimizer(structural):
             ratio=hfjax.damping.ReductionRatio(model="damped"),
             structural=structural,
         ),
-        solver=hfjax.cg.conjugate_gradient(max_iterations=60, warm_start_decay=0.95),
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=60,
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=0.95,
+        ),
         preconditioner=None,
         backtracking=hfjax.backtracking.full_search(),
         line_search=hfjax.linesearch.armijo(sufficient_decrease=1e-6, max_tries=50),
