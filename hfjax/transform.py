@@ -232,7 +232,10 @@ def scale_by_hessian_free(
       >>> import hfjax
       >>> objective = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> batch, params = (jnp.ones((1, 1)), jnp.ones((1, 1))), jnp.zeros(1)
-      >>> tx = optax.chain(scale_by_hessian_free(objective), optax.scale(-0.5))
+      >>> direction = scale_by_hessian_free(
+      ...     objective, damping=hfjax.damping.constant(1.0)
+      ... )
+      >>> tx = optax.chain(direction, optax.scale(-0.5))
       >>> grads = objective.value_and_grad(params, batch)[1]
       >>> updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
       >>> print(updates)  # −½ · grads / (1 + λ), with λ = 1
