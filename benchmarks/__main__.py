@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from benchmarks import (
     autoencoder,
     compare,
+    costs,
     imports,
     memory,
     multihost,
@@ -24,6 +25,7 @@ _COMMANDS = {
     "compare": compare,
     "product": product,
     "shares": shares,
+    "costs": costs,
     "precision": precision,
     "preconditioners": preconditioners,
     "memory": memory,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, data, milestones, mnist, network, product
+from benchmarks import autoencoder, costs, data, milestones, mnist, network, product
 from benchmarks.__main__ import main
 from benchmarks.history import Row, write_json
 
@@ -268,3 +268,37 @@ def test_a_product_of_one_layer_is_no_dearer_than_its_gradient():
     # No layer below: F tangents, F transposes; gradient F forward, F weights.
     assert product.flop_limits((784, 30))["product"] == 1
     assert product.flop_limits((784, 30))["empirical_fisher"] == 1
+
+
+def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
+    as_it_comes = costs.OPTIONS["hessian_free"]
+    undonated = as_it_comes._replace(donated=False)
+    monkeypatch.setattr(
+        costs, "OPTIONS", {"usual": as_it_comes, "undonated": undonated}
+    )
+    path = tmp_path / "new" / "costs.json"
+    words = ("--cases", "3", "--layers", "784,2", "--out", str(path))
+    assert main(["costs", *words]) == 0
+    usual, undonated = json.loads(path.read_text())["rows"]
+    numbers = 2 * 784 * 2 + 784 + 2  # Two kernels and two biases.
+    assert usual["vector_bytes"] == 4 * numbers
+    assert usual["activation_bytes"] == 4 * 3 * (784 + 2 + 784)
+    scalars = usual["state_bytes"] - usual["vector_bytes"]  # Besides the direction.
+    assert 0 < scalars < 100
+    # Parameters, direction and some scalars give their place to what replaces them.
+    assert undonated["saved_bytes"] == 0
+    saved = usual["saved_bytes"] - 2 * usual["vector_bytes"]
+    assert 0 < saved <= scalars
+    for row in (usual, undonated):
+        # 16 kept iterates, and some of conjugate gradients' own.
+        assert 20 < row["temporary_bytes"] / row["vector_bytes"] < 60
+        assert row["instructions"] > row["kernels"] > 0
+        assert row["jax_seconds"] > 0 < row["xla_seconds"]
+    printed = capsys.readouterr().out
+    assert "usual" in printed
+    assert "784-2, 3 images" in printed
+
+
+def test_costs_of_nothing_are_an_error(capsys):
+    assert main(["costs", "--only", "adam"]) == 2
+    assert "no set-up has 'adam'" in capsys.readouterr().err
