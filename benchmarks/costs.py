@@ -53,10 +53,6 @@ class Option(NamedTuple):
     donated: bool = True
 
 
-def _recipe(**given: Any) -> Build:
-    return functools.partial(recipes.kronecker_factored, **given)
-
-
 def _usual(**given: Any) -> Build:
     return functools.partial(hfjax.hessian_free, **given)
 
@@ -65,38 +61,49 @@ def _keeping(keep: iterates.Keep) -> Build:
     return _usual(solver=cg.conjugate_gradient(keep=keep))
 
 
-_SIGNS = functools.partial(hfjax.diagonals.ggn_rademacher, num_probes=1)
+_KRONECKER, _BY_RATIO = preconditioners.kronecker, damping.levenberg_marquardt
 
 OPTIONS = {
-    "kronecker_factored": Option(_recipe()),
-    "kronecker_factored, decay=0.95": Option(_recipe(decay=0.95)),
-    "kronecker_factored, decay=0.95, interval=5": Option(
-        _recipe(decay=0.95, interval=5)
+    "as it comes": Option(_usual()),
+    "nothing donated": Option(_usual(), donated=False),
+    "kronecker(decay=0.95)": Option(_usual(preconditioner=_KRONECKER(decay=0.95))),
+    "kronecker(decay=0.95, interval=5)": Option(
+        _usual(preconditioner=_KRONECKER(decay=0.95, interval=5))
     ),
-    "kronecker_factored, nothing donated": Option(_recipe(), donated=False),
-    "hessian_free": Option(_usual()),
-    "hessian_free, preconditioner=None": Option(_usual(preconditioner=None)),
-    "hessian_free, diagonal(ggn_rademacher)": Option(
-        _usual(preconditioner=preconditioners.diagonal(_SIGNS))
+    "nystrom()": Option(_usual(preconditioner=preconditioners.nystrom())),
+    "diagonal()": Option(_usual(preconditioner=preconditioners.diagonal())),
+    "preconditioner=None": Option(_usual(preconditioner=None)),
+    "max_iterations=50": Option(
+        _usual(solver=cg.conjugate_gradient(max_iterations=50))
     ),
-    "hessian_free, keep=best()": Option(_keeping(iterates.best())),
-    "hessian_free, keep=grid(first=1)": Option(_keeping(iterates.grid(first=1))),
-    "hessian_free, keep=every(50)": Option(_keeping(iterates.every(50))),
-    "hessian_free, backtracking=None": Option(_usual(backtracking=None)),
-    "hessian_free, line_search=None": Option(_usual(line_search=None)),
-    "hessian_free, matrix='curvature_diagonal'": Option(
-        _usual(damping=damping.levenberg_marquardt(matrix="curvature_diagonal"))
+    "keep=grid(first=1, growth=2)": Option(
+        _keeping(iterates.grid(first=1, growth=2.0))
     ),
-    "hessian_free, steihaug_toint": Option(
+    "levenberg_marquardt()": Option(_usual(damping=_BY_RATIO())),
+    "levenberg_marquardt(), keep=best()": Option(
+        _usual(damping=_BY_RATIO(), solver=cg.conjugate_gradient(keep=iterates.best()))
+    ),
+    "levenberg_marquardt(), keep=best(), preconditioner=None": Option(
+        _usual(
+            damping=_BY_RATIO(),
+            solver=cg.conjugate_gradient(keep=iterates.best()),
+            preconditioner=None,
+        )
+    ),
+    "matrix='curvature_diagonal'": Option(
+        _usual(damping=_BY_RATIO(matrix="curvature_diagonal"))
+    ),
+    "line_search=None": Option(_usual(line_search=None)),
+    "steihaug_toint()": Option(
         _usual(solver=trust_region.steihaug_toint(), damping=trust_region.radius())
     ),
-    "hessian_free, subspace_descent": Option(
+    "subspace_descent()": Option(
         _usual(solver=krylov.subspace_descent(), damping=damping.constant(0.0))
     ),
-    "hessian_free, ten microbatches": Option(_usual(), microbatches=10),
-    "hessian_free, nothing donated": Option(_usual(), donated=False),
+    "ten microbatches": Option(_usual(), microbatches=10),
+    "recipes.martens2010": Option(recipes.martens2010),
 }
-"""What is compiled: two set-ups as they come, and with one thing changed."""
+"""What is compiled: `hessian_free` as it comes, with some things changed, and a recipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
