@@ -271,7 +271,7 @@ def test_a_product_of_one_layer_is_no_dearer_than_its_gradient():
 
 
 def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
-    as_it_comes = costs.OPTIONS["as it comes"]
+    as_it_comes = costs.OPTIONS["recipes.martens2010"]
     undonated = as_it_comes._replace(donated=False)
     monkeypatch.setattr(
         costs, "OPTIONS", {"usual": as_it_comes, "undonated": undonated}
