@@ -25,6 +25,8 @@ from hfjax.objective import Objective
 
 _ROUNDING = 10
 """ν in units of ε ‖Y‖, ε that of the sums (heuristic: their errors stay below it)."""
+_LEAST_REST = 100
+"""What the rest of G counts as, at least, in units of ε Λ₁ (heuristic)."""
 _LEAST_UNIT = 1e-6
 """Least entry of T, relative to the largest (heuristic): 1/T of 0 is none."""
 
@@ -154,30 +156,29 @@ def approximate(
 def inverse(found: Sketch, damping: Tree) -> Preconditioner:
     """Invert U (Λ + λ) Uᵀ + μ (I − U Uᵀ), times μ, in the sketch's units.
 
-    μ = λ + max(Λᵣ, ν): of a λ below the noise of G, the products do not tell the rest of
-    G; and μ is not 0. Computed as U D Uᵀ + Q Q with Q = I − U Uᵀ, which is positive
-    whatever is rounded: I − U (I − D) Uᵀ is not where D is below the rounding of 1.
+    μ = λ + max(Λᵣ, ν, 100 ε Λ₁). Of a λ below the noise of G the products do not tell
+    what the rest of G is; and I − U (I − D) Uᵀ is positive only for D = μ / (Λ + λ) above
+    the rounding of U, some ε.
 
     Args:
       found: U, Λ, ν and units.
-      damping: λ ≥ 0, or the diagonal of λD.
+      damping: λ ≥ 0, or the diagonal of λD, with the D that the units are of.
 
     Returns:
       `r -> P⁻¹ r`, in the dtypes of r.
     """
     vectors, values, noise, units = found
-    level = _level(damping, units).astype(values.dtype)
-    rest = level + jnp.maximum(values[-1], noise)
+    level = _largest(damping).astype(values.dtype)
+    least = _LEAST_REST * jnp.finfo(values.dtype).eps * values[0]
+    rest = level + jnp.maximum(values[-1], jnp.maximum(noise, least))
     known = values > 0
-    shrunk = jnp.where(known, rest / jnp.where(known, values + level, 1), 1)
+    excess = jnp.where(known, rest / jnp.where(known, values + level, 1), 1) - 1
 
     def product(r: Tree) -> Tree:
         scaled = _times(units, _tree.widen(r))
         within = _tree.coordinates(vectors, scaled).astype(values.dtype)
-        outside = _tree.add(scaled, _tree.combination(-within, vectors))
-        left = _tree.coordinates(vectors, outside).astype(values.dtype)
-        y = _tree.combination(shrunk * within - left, vectors)
-        return _tree.cast_like(_times(units, _tree.add(outside, y)), r)
+        y = _tree.add(scaled, _tree.combination(excess * within, vectors))
+        return _tree.cast_like(_times(units, y), r)
 
     return product
 
@@ -246,13 +247,6 @@ def _units(damping: Tree, params: Params) -> Tree:
         return jax.lax.rsqrt(jnp.where(largest > 0, share, 1)).astype(like.dtype)
 
     return jax.tree.map(unit, damping, wide)
-
-
-def _level(damping: Tree, units: Tree) -> jax.Array:
-    """Return λ in some units: of a T that was λD then, and is another λD now."""
-    if _is_scalar(damping):
-        return jnp.asarray(jax.tree.leaves(damping)[0])
-    return _largest(_times(units, _times(units, damping)))
 
 
 def _is_scalar(damping: Tree) -> bool:

@@ -294,13 +294,13 @@ def nystrom(
     G is the Gauss-Newton matrix of the batch, with structural damping, without weight
     decay: that counts with λ, as only what decays has an approximation of low rank. Where
     D ≠ I the parameters are scaled by √diag(D), and G is sketched in that scale.
-    Eigenvalues within the rounding of the products, 1e-6 of the largest in float32, count
-    as 0, and μ is no less than that: P is positive for λ = 0, and for G = 0 it is I.
+    Eigenvalues within the rounding of the products, 2e-6 of the largest in float32, count
+    as 0, and μ − λ is at least 1e-5 of that: P is positive for λ = 0, and I for G = 0.
 
     A build costs `rank` products, and 16 rank² multiplications and additions for each
     parameter: all columns of a chunk at once, which a device does faster than one after
-    another. It takes memory for 4 `rank` vectors like the parameters, and `chunk` times
-    what a product holds. P⁻¹r reads U four times.
+    another. It takes memory for 5 `rank` vectors like the parameters, and `chunk` times
+    what a product holds. P⁻¹r reads U twice.
 
     Args:
       rank: r, columns (50: heuristic); no more are taken than there are parameters.

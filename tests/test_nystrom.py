@@ -63,8 +63,7 @@ def data_matrix(problem):
     )
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("options", [{}, {"chunk": 3}], ids=["at once", "in chunks"])
+@pytest.mark.parametrize(("rank", "options"), [(1, {}), (4, {"chunk": 3})])
 def test_preconditioner_is_the_formula_of_the_dense_approximation(rank, options):
     ours = built(NESTED, jnp.float64(0.02), rank=rank, **options)
     # Weight decay counts with λ.
@@ -121,7 +120,7 @@ def test_condition_number_is_within_the_bound_of_the_theorem():
     approximation = dense_sketch(matrix, problem.params, rank)
     root = np.linalg.cholesky(ours)
     values = np.linalg.eigvalsh(root.T @ (matrix + damping * np.eye(n)) @ root)
-    # Proposition 5.3 ibid.: (Λᵣ + λ + ‖G − Ĝ‖) / λ.
+    # Their bound for any Ω: (Λᵣ + λ + ‖G − Ĝ‖) / λ.
     least = np.linalg.eigvalsh(approximation)[-rank]
     error = np.linalg.norm(matrix - approximation, 2)
     condition = values[-1] / values[0]
@@ -129,14 +128,11 @@ def test_condition_number_is_within_the_bound_of_the_theorem():
     assert condition < 30 < 1e5 < spectrum[0] / damping
 
 
-@pytest.mark.parametrize(
-    "options", [{"microbatch_size": 3}, {"microbatch_size": 3, "linearize_once": True}]
-)
-def test_microbatches_change_nothing(options):
+def test_microbatches_change_nothing():
+    options = {"microbatch_size": 3}
     ours = built(NESTED, jnp.float64(0.02), rank=4, chunk=3, objective=options)
-    truth = dense_inverse(
-        data_matrix(NESTED), NESTED.params, 4, 0.02 + NESTED.weight_decay
-    )
+    damping = 0.02 + NESTED.weight_decay
+    truth = dense_inverse(data_matrix(NESTED), NESTED.params, 4, damping)
     np.testing.assert_allclose(ours, truth, atol=1e-9)
 
 
@@ -182,7 +178,7 @@ def test_a_damping_tree_with_zeros_leaves_a_positive_matrix():
 
 @needs_devices
 @pytest.mark.parametrize(
-    "way", ["shard_map_check_vma", "shard_map", "vmap", "jit_with_explicit_shardings"]
+    "way", ["shard_map_check_vma", "vmap", "jit_with_explicit_shardings"]
 )
 def test_however_the_cases_are_spread_the_preconditioner_is_the_same(way):
     objective = SPREAD.objective(axis_name=axis_name(way))
@@ -233,7 +229,8 @@ def test_in_float32_it_is_positive_and_finite_whatever_the_damping():
         lengths = np.sum(np.square(np.asarray(r, np.float64)), axis=1)
         assert np.all(quadratic[lengths > 0] > 0)
         # What it is worth for its own vectors, down to a millionth.
-        least = (10.0**power + found.noise) / (10.0**power + np.asarray(found.values))
+        rest = max(found.noise, 100 * jnp.finfo(jnp.float32).eps * found.values[0])
+        least = (10.0**power + rest) / (10.0**power + np.asarray(found.values))
         assert np.all(quadratic[:known] > 0.9 * least[:known])
 
 
@@ -250,6 +247,47 @@ def test_in_float32_small_eigenvalues_are_found_beside_large_ones():
     ours = np.asarray(dense(), np.float64)
     ratio = np.linalg.eigvals(ours @ (truth + damping * np.eye(n)))
     assert np.max(ratio.real) / np.min(ratio.real) < 1.5
+
+
+def test_many_parameters_in_float32_leave_it_positive_to_the_rounding_of_the_matrix():
+    # Sums over so many entries are not exact to the last digit; P⁻¹ goes down to it.
+    n, rank = 40_000, 12
+    v = np.linalg.qr(RNG.standard_normal((n, 10)))[0]
+    spectrum = 10.0 ** (3 - np.arange(10.0))
+    columns, values = jnp.asarray(v, jnp.float32), jnp.asarray(spectrum, jnp.float32)
+
+    def matvec(x):
+        return columns @ (values * (x @ columns))
+
+    @quick_jit
+    def products(r):
+        found = sketched(matvec, jnp.zeros(n, jnp.float32), rank)
+        return found, jax.vmap(_nystrom.inverse(found, jnp.float32(1e-12)))(r)
+
+    r = jnp.asarray(v.T, jnp.float32)
+    found, y = products(r)
+    known = int(np.sum(np.asarray(found.values) > 0))
+    assert known >= 5
+    np.testing.assert_allclose(found.values[:4], spectrum[:4], rtol=0.1)
+    assert np.all(found.values[:known] < 1.01 * spectrum[:known])
+    u = np.asarray(found.vectors, np.float64)[:known]
+    np.testing.assert_allclose(u @ u.T, np.eye(known), atol=1e-5)
+    quadratic = np.sum(np.asarray(r, np.float64) * np.asarray(y), axis=1)
+    least = 100 * jnp.finfo(jnp.float32).eps * spectrum[0] / spectrum[:known]
+    assert np.all(quadratic[:known] > 0.9 * least)
+    assert quadratic[0] < 1.2 * least[0]
+
+
+def test_shift_is_taken_off_again(monkeypatch):
+    share = 0.01
+    monkeypatch.setattr(_nystrom, "_noise", lambda *_: jnp.float64(share))
+    diagonal = jnp.array([8.0, 4.0, 2.0, 1e-3, 0.0])
+    values, noise = quick_jit(lambda r: sketched(lambda v: diagonal * v, r, 5)[1:3])(
+        jnp.zeros(5)
+    )
+    assert 8 * share / 2 < noise < 32 * share
+    np.testing.assert_allclose(values[:3], diagonal[:3], rtol=1e-12)
+    np.testing.assert_array_equal(values[3:], 0)
 
 
 def test_errors_of_the_products_that_are_not_symmetric_count_as_noise():
@@ -283,7 +321,7 @@ def test_of_nothing_or_what_is_not_finite_it_is_the_identity(bad):
         np.testing.assert_array_equal(product(r, jnp.float64(damping)), r)
 
 
-@pytest.mark.parametrize("power", [-150, -30, 30, 150])
+@pytest.mark.parametrize("power", [-200, -30, 30, 200])
 def test_unit_of_the_objective_does_not_matter(power):
     n = 6
     diagonal = jnp.arange(1.0, n + 1)
@@ -308,7 +346,7 @@ def test_without_any_damping_it_is_positive():
 
     ours = np.diag(product(jnp.zeros(5)))
     assert np.all(ours > 0)
-    np.testing.assert_allclose(ours[0] * 4, ours[1], rtol=1e-6)
+    np.testing.assert_allclose(ours[0] * 4, ours[1], rtol=0.1)
     np.testing.assert_allclose(ours[2:], 1)
 
 
