@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _sharding, _tree, cg, iterates
+from hfjax import _options, _tree, cg, iterates
 from hfjax._system import Point, assemble
 from hfjax._types import Batch, Number, Params, Tree
 from hfjax.curvature import Curvature, ggn
@@ -116,7 +116,7 @@ def cg_run(
         stopping=None,
         keep=iterates.every(interval),
     )
-    before = subproblem.value_fn(_sharding.zeros_like(b))
+    before = point.value(point.eval_batch)
     at_start = before if x0 is None else subproblem.value_fn(_tree.cast_like(x0, b))
     after = jax.lax.map(subproblem.value_fn, result.kept.iterates)
     return CGRun(

@@ -175,13 +175,15 @@ def inverse(pair: Pair, damping: jax.Array) -> Pair:
 
 def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    root = jax.lax.linalg.cholesky(matrix + mu * identity)
+    # It reads one triangle only: as good as the mean of both.
+    damped = matrix + mu * identity
+    root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
     half = jax.lax.linalg.triangular_solve(
         root, identity, left_side=True, lower=True, transpose_a=False
     )
     # Positive as a product with its own transpose, whatever is rounded.
     found = jnp.matmul(half.T, half, precision=_tree.EXACT)
-    return jnp.where(jnp.all(jnp.isfinite(found)), found, identity / (1 + mu))
+    return jnp.where(_tree.is_finite(found), found, identity / (1 + mu))
 
 
 def multiply(layer: _layers.Layer, pair: Pair, leaves: list[jax.Array]) -> None:

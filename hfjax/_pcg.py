@@ -95,6 +95,7 @@ class Problem(NamedTuple):
     matvec: Matvec
     precondition: Preconditioner
     b: Tree
+    of_b: Tree  # P⁻¹b
     rhs_norm: jax.Array
     x_size: jax.Array  # x is in units of it.
     max_iterations: int  # Sizes the history of M.
@@ -146,7 +147,7 @@ def run(
     magnitude = _tree.magnitude(b)
     size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
     scaled = _tree.unfactored(_tree.scale(1 / size, b))
-    precondition, p_size = _of_unit_size(preconditioner, scaled)
+    precondition, of_b, p_size = _of_unit_size(preconditioner, scaled)
     x_size = size
     if region is not None:
         stretch = jnp.sqrt(p_size) if region.norm is None else 1
@@ -159,6 +160,7 @@ def run(
         matvec=matvec,
         precondition=precondition,
         b=scaled,
+        of_b=of_b,
         rhs_norm=jnp.sqrt(_tree.dot(scaled, scaled)),
         x_size=x_size,
         max_iterations=max_iterations,
@@ -189,11 +191,12 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     if x0 is None:
         x, r = _sharding.zeros_like(b), jax.tree.map(jnp.negative, b)
         model = jnp.zeros((), problem.x_size.dtype)
+        y = jax.tree.map(jnp.negative, problem.of_b)
     else:
         x, product = x0, problem.matvec(x0)
         r = jax.tree.map(jnp.subtract, product, b)
         model = 0.5 * _tree.dot(x, product) - _tree.dot(b, x)
-    y = problem.precondition(r)
+        y = problem.precondition(r)
     ry = _tree.dot(r, y)
     i = jnp.zeros((), jnp.int32)
     model_values = jnp.full(problem.max_iterations + 1, model)
@@ -316,13 +319,19 @@ def _within(
 
 def _of_unit_size(
     preconditioner: Preconditioner | None, b: Tree
-) -> tuple[Preconditioner, jax.Array | int]:
-    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1; say by what.
+) -> tuple[Preconditioner, Tree, jax.Array | int]:
+    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1.
 
-    One application more in a run; else rᵀP⁻¹r of a P far from 1 leaves float32.
+    Returns it, P⁻¹b and the scale. From x₀ one application more in a run; else rᵀP⁻¹r
+    of a P far from 1 leaves float32.
     """
     if preconditioner is None:
-        return lambda r: r, 1
-    size = _tree.magnitude(preconditioner(b))
+        return lambda r: r, b, 1
+    of_b = preconditioner(b)
+    size = _tree.magnitude(of_b)
     size = jnp.where(jnp.isfinite(size), size, 1)
-    return lambda r: _tree.scale(1 / size, preconditioner(r)), size
+
+    def precondition(r: Tree) -> Tree:
+        return _tree.scale(1 / size, preconditioner(r))
+
+    return precondition, _tree.scale(1 / size, of_b), size

@@ -27,7 +27,8 @@ class Subspace(NamedTuple):
     """The kept iterates' subspace, and A on it.
 
     Attributes:
-      vectors: V, each leaf with a leading axis of vectors; those that are none are 0.
+      vectors: V / `size`, each leaf with a leading axis of vectors; those that are none
+        are 0.
       size: near the largest entry of V, whose square may be no float.
       curvature: S = VᵀA V.
       gram: N = VᵀV, in units of `size`².
@@ -67,7 +68,7 @@ class Subspace(NamedTuple):
         y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
-        return _tree.combination(y, self.vectors), model, undamped
+        return _tree.combination(self.size * y, self.vectors), model, undamped
 
 
 def subspace(
@@ -85,18 +86,11 @@ def subspace(
       The subspace; it holds as many vectors as `kept` has slots.
     """
     there = kept.iterations >= 0
-
-    def steps(iterates: jax.Array) -> jax.Array:
-        changes = jnp.concatenate([iterates[:1], iterates[1:] - iterates[:-1]])
-        shape = (len(there), *[1] * (iterates.ndim - 1))
-        return jnp.where(there.reshape(shape), changes, 0)
-
-    vectors = jax.tree.map(steps, kept.iterates)
     models = model_values[jnp.maximum(kept.iterations, 0)]
-    rhs = _tree.coordinates(vectors, b).astype(models.dtype)
-    size = _tree.magnitude(vectors).astype(models.dtype)
-    scaled = _tree.scale(1 / size, vectors)
-    gram = _tree.gram(scaled, scaled).astype(models.dtype)
+    size = _tree.magnitude(kept.iterates).astype(models.dtype)
+    vectors = _steps(kept.iterates, there, 1 / size)
+    rhs = size * _tree.coordinates(vectors, b).astype(models.dtype)
+    gram = _tree.gram(vectors, vectors).astype(models.dtype)
     damping = damping.astype(models.dtype)
     penalty = _penalty(damping, size, gram)
     falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
@@ -111,6 +105,30 @@ def subspace(
     own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
     curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
     return Subspace(vectors, size, curvature, gram, rhs, damping)
+
+
+def _steps(iterates: Tree, there: jax.Array, scale: jax.Array) -> Tree:
+    """Return the first iterate, and the steps from each to the next, scaled.
+
+    They take the iterates' place, from the last on: a loop writes where it has read,
+    and so the iterates' memory is not needed twice.
+    """
+
+    def step(number: jax.Array, iterates: Tree) -> Tree:
+        slot = len(there) - 1 - number
+
+        def leaf(buffer: jax.Array) -> jax.Array:
+            after, before = (
+                jax.lax.dynamic_index_in_dim(buffer, n, keepdims=False)
+                for n in (slot, jnp.maximum(slot - 1, 0))
+            )
+            change = jnp.where(slot > 0, after - before, after)
+            change = jnp.where(there[slot], change, 0) * scale.astype(change.dtype)
+            return jax.lax.dynamic_update_index_in_dim(buffer, change, slot, 0)
+
+        return jax.tree.map(leaf, iterates)
+
+    return jax.lax.fori_loop(0, len(there), step, iterates)
 
 
 def _penalty(damping: jax.Array, size: jax.Array, gram: jax.Array) -> jax.Array:

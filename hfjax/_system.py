@@ -38,6 +38,10 @@ class Point(NamedTuple):
     keys: tuple[jax.Array | None, jax.Array | None]
     memory: Tree = None
 
+    def value(self, data: Batch) -> jax.Array:
+        """Return f(θ) on some data."""
+        return self.objective.value(self.params, data).astype(self.damping.dtype)
+
     def value_on(self, data: Batch) -> ValueFn:
         """Return δ ↦ f(θ + δ) on some data; +∞ where θ + δ is beyond the floats."""
 
@@ -127,7 +131,6 @@ def assemble(
 
 def _overflows(after: Tree, before: Tree) -> jax.Array:
     """Return whether a step took a finite entry out of the range of its dtype."""
-    over = jax.tree.map(
-        lambda x, y: jnp.any(~jnp.isfinite(x) & jnp.isfinite(y)), after, before
+    return ~_tree.is_finite(
+        jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(y), x, 0), after, before)
     )
-    return jax.tree.reduce(jnp.logical_or, over, jnp.zeros((), bool))

@@ -91,17 +91,13 @@ def select(predicate: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
 
 def is_finite(tree: Tree) -> jax.Array:
     """Return whether every entry is finite."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, leaves, jnp.ones((), bool))
+    return jnp.isfinite(largest(tree))
 
 
-def magnitude(tree: Tree) -> jax.Array:
-    """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
-
-    Scaling by it is exact, and afterwards squares neither overflow nor vanish.
-    """
+def largest(tree: Tree) -> jax.Array:
+    """Return max |x|, in float32 or wider: NaN or inf if some entry is, 0 of none."""
     dtype = scalar_dtype(tree)
-    largest = functools.reduce(
+    return functools.reduce(
         jnp.maximum,  # Hands NaN on.
         [
             jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
@@ -109,13 +105,22 @@ def magnitude(tree: Tree) -> jax.Array:
         ],
         jnp.zeros((), dtype),
     )
-    _, exponent = jnp.frexp(largest)
+
+
+def magnitude(tree: Tree) -> jax.Array:
+    """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
+
+    Scaling by it is exact, and afterwards squares neither overflow nor vanish.
+    """
+    size = largest(tree)
+    dtype = size.dtype
+    _, exponent = jnp.frexp(size)
     # Its reciprocal must be finite and normal too, in the dtype of every leaf.
     widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
     limit = min(widest, default=jnp.finfo(dtype).maxexp) - 2
     power = jnp.ldexp(jnp.ones((), dtype), jnp.clip(exponent, -limit, limit))
-    power = jnp.where(largest == 0, jnp.ones((), dtype), power)
-    return jnp.where(jnp.isfinite(largest), power, largest)
+    power = jnp.where(size == 0, jnp.ones((), dtype), power)
+    return jnp.where(jnp.isfinite(size), power, size)
 
 
 def unfactored(scaled: Tree) -> Tree:

@@ -74,12 +74,10 @@ def choose(
 
     if backtracking.cases is None:
         return on(value_fn, value)
-    seen = point.value_on(thinned(point.eval_batch, backtracking.cases))
+    some = thinned(point.eval_batch, backtracking.cases)
     # Candidates are compared with f(θ), too: on the same cases.
-    before = value
-    if backtracking.finds_damping:
-        before = seen(_sharding.zeros_like(subproblem.b))
-    choice = on(seen, before)
+    before = point.value(some) if backtracking.finds_damping else value
+    choice = on(point.value_on(some), before)
     return choice._replace(
         value=finite_or_inf(value_fn(choice.step)),
         last_value=finite_or_inf(value_fn(result.x)),
@@ -107,11 +105,11 @@ def go_along(
     )
 
 
-def slope_along(gradient: Tree, step: Tree) -> jax.Array:
-    """Return ∇fᵀδ, with its sign even where it is smaller or larger than any float."""
-    sizes = _tree.magnitude(gradient), _tree.magnitude(step)
-    scaled = _tree.scale(1 / sizes[0], gradient), _tree.scale(1 / sizes[1], step)
-    slope = _tree.dot(*_tree.unfactored(scaled))
+def slope_along(b: Tree, step: Tree) -> jax.Array:
+    """Return −bᵀδ, with its sign even where it is smaller or larger than any float."""
+    sizes = _tree.magnitude(b), _tree.magnitude(step)
+    scaled = _tree.scale(1 / sizes[0], b), _tree.scale(1 / sizes[1], step)
+    slope = -_tree.dot(*_tree.unfactored(scaled))
     limits = jnp.finfo(slope.dtype)
     length = jnp.abs(slope) * (sizes[0] * sizes[1])
     return jnp.sign(slope) * jnp.clip(length, limits.tiny, limits.max)
@@ -167,7 +165,7 @@ def reduction(
     return after - value, predicted
 
 
-def noise_of(value: jax.Array, gradient: Tree, params: Tree) -> jax.Array:
+def noise_of(value: jax.Array, b: Tree, params: Tree) -> jax.Array:
     """Return how much of f(θ + δ) − f(θ) may be rounding: of f, and of θ + δ.
 
     The entries of θ + δ are rounded independently, each by ε θᵢ / 2 at most: f moves by
@@ -175,10 +173,10 @@ def noise_of(value: jax.Array, gradient: Tree, params: Tree) -> jax.Array:
     is far more than the rounding of f itself.
     """
 
-    def leaf(g: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.finfo(x.dtype).eps * g * x.astype(g.dtype)
+    def leaf(b: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.finfo(x.dtype).eps * b * x.astype(b.dtype)
 
-    of_params = _tree.norm(jax.tree.map(leaf, gradient, params))
+    of_params = _tree.norm(jax.tree.map(leaf, b, params))
     # Beyond the floats it counts for nothing: f is there, too.
     return rounding_noise(value) + jnp.where(jnp.isfinite(of_params), of_params, 0)
 
@@ -243,11 +241,11 @@ def report(
     rejection: jax.Array,
     ratio: jax.Array,
     predicted: jax.Array,
-    step: Tree,
     dtype: jax.typing.DTypeLike,
 ) -> HessianFreeInfo:
     gradient_norm, result, value, choice, _, search = trial
     accepted = rejection == Rejection.NONE
+    step_size = jnp.where(accepted, search.step_size, 0)
     info = HessianFreeInfo(
         value_before=_finite_or(0, value),
         value_after=_finite_or(0, jnp.where(accepted, search.value, value)),
@@ -256,11 +254,11 @@ def report(
         cg_iterations=result.num_iterations,
         cg_reason=result.reason,
         chosen_iteration=choice.iteration,
-        step_size=jnp.where(accepted, search.step_size, 0),
+        step_size=step_size,
         accepted=accepted,
         rejection=rejection,
         gradient_norm=_finite_or(0, gradient_norm),
-        update_norm=_tree.norm(step),
+        update_norm=jnp.where(accepted, step_size * _tree.norm(choice.step), 0),
     )
     return _tree.cast_like(info, no_info(dtype))
 

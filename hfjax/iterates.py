@@ -140,9 +140,10 @@ def best(*, first: int = 5, growth: float = 1.3, interval: int | None = None) ->
             )
             # Ties go to the later iterate; NaN never wins.
             better = due & (value <= kept.values[0])
-            offered = _write(kept, jnp.zeros((), jnp.int32), i, x, value)
-            return jax.tree.map(
-                lambda new, old: jnp.where(better, new, old), offered, kept
+            slot = jnp.zeros((), jnp.int32)
+            # A selection would write all of it anew in each iteration.
+            return jax.lax.cond(
+                better, lambda: _write(kept, slot, i, x, value), lambda: kept
             )
 
         return Keeper(init, update)

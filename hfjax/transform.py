@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax import _options, _sharding, _tree
+from hfjax import _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
 from hfjax._cases import as_cases
 from hfjax._system import Point, assemble
@@ -287,8 +287,7 @@ def _update(
 ) -> tuple[Params, HessianFreeState]:
     """Do one update: algorithm 3, line by line."""
     dtype = _tree.scalar_dtype(params)
-    gradient = _tree.cast_like(grads, _tree.widen(params))
-    b = jax.tree.map(jnp.negative, gradient)
+    b = jax.tree.map(jnp.negative, _tree.cast_like(grads, _tree.widen(params)))
     key, preconditioner_key, matrix_key = (
         (None,) * 3 if state.key is None else jax.random.split(state.key, 3)
     )
@@ -314,14 +313,13 @@ def _update(
     result = parts.solver.solve(subproblem, x0)
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
-    value_fn = subproblem.value_fn
-    value = value_fn(_sharding.zeros_like(b))
-    noise = noise_of(value, gradient, params)
+    value = point.value(point.eval_batch)
+    noise = noise_of(value, b, params)
     choice = choose(parts.backtracking, point, subproblem, result, value, noise)
-    slope = slope_along(gradient, choice.step)
+    slope = slope_along(b, choice.step)
     rate = parts.learning_rate
     search = go_along(parts.line_search, rate, point, value, choice, slope)
-    trial = Trial(_tree.norm(gradient), result, value, choice, slope, search)
+    trial = Trial(_tree.norm(b), result, value, choice, slope, search)
     rejection = judge(trial)
     accepted = rejection == Rejection.NONE
     step = _or_zero(accepted, _tree.scale(search.step_size, choice.step))
@@ -344,7 +342,7 @@ def _update(
         key=key,
         preconditioner=memory,
         record=record_of(result, parts.solver.recorded, dtype),
-        info=report(trial, rejection, ratio, predicted, step, dtype),
+        info=report(trial, rejection, ratio, predicted, dtype),
     )
     return _tree.cast_like(step, params), new_state
 

@@ -636,3 +636,22 @@ def test_a_run_that_anything_ends_above_zero_is_run_again_from_zero(why):
     n = int(result.num_iterations)
     cold, _ = reference.pcg(a, b, iterations=n)
     np.testing.assert_allclose(result.x, cold[n], rtol=1e-8)
+
+
+def test_a_run_from_zero_preconditions_b_once():
+    calls = []
+
+    def precondition(r):
+        calls.append(r)
+        return r / 2
+
+    for x0 in (None, jnp.ones(N)):
+        calls.clear()
+        jax.eval_shape(
+            lambda b, x0=x0: cg.solve(
+                lambda v: v, b, x0=x0, preconditioner=precondition
+            ),
+            jnp.ones(N),
+        )
+        # b, whose size P is scaled by; from x₀ its residual; and one in the loop.
+        assert len(calls) == (2 if x0 is None else 3)

@@ -603,3 +603,25 @@ def test_recipe_takes_injected_numbers():
     _, values = trained(jnp.float32(3.0), "float64", 25)
     np.testing.assert_allclose(after, values[1], rtol=1e-6)
     assert np.isfinite(state.inner_state.damping)
+
+
+def test_the_subspace_needs_no_memory_beside_the_iterates():
+    n, slots = 20_000, 30
+
+    def search(b):
+        run = cg.solve(
+            lambda v: jnp.arange(1.0, n + 1, dtype=v.dtype) * v,
+            b,
+            max_iterations=slots,
+            stopping=None,
+            keep=iterates.every(1),
+        )
+        value = jnp.zeros((), b.dtype)
+        data = Run(run.model_values, b, value, value, value + 1)
+        rule = backtracking.redamped()
+        return rule.choose(lambda x: jnp.sum(x**2), run.kept, data).step
+
+    b = jax.ShapeDtypeStruct((n,), jnp.float64)
+    memory = quick_jit(search).lower(b).compile().memory_analysis()
+    # A vector of each slot, and some of conjugate gradients' own.
+    assert slots < memory.temp_size_in_bytes / (8 * n) < 1.5 * slots
