@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
-from hfjax._types import Matvec, Preconditioner, Tree
+from hfjax._types import Matvec, Preconditioner, Tree, exact_of
 from hfjax.iterates import Keeper, Kept
 from hfjax.stopping import Progress, StoppingRule
 
@@ -104,6 +104,8 @@ class Problem(NamedTuple):
     stopping: StoppingRule | None
     keeper: Keeper
     region: Region | None = None
+    replace_every: int | None = None
+    exact: Matvec = lambda v: v  # By which the residual is replaced.
 
 
 class State(NamedTuple):
@@ -140,6 +142,7 @@ def run(
     min_iterations: int,
     stopping: StoppingRule | None,
     region: Region | None = None,
+    replace_every: int | None = None,
 ) -> CGResult:
     """Run algorithm 2 on A x = b from `x0`, or from 0; within a region from 0 only."""
     # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
@@ -169,12 +172,17 @@ def run(
         stopping=stopping,
         keeper=keeper,
         region=region,
+        replace_every=replace_every,
+        exact=matvec if replace_every is None else exact_of(matvec),
     )
     end = jax.lax.while_loop(
         lambda state: state.reason == Reason.RUNNING,
         lambda state: _step(problem, state),
         _start(problem, None if x0 is None else _tree.scale(1 / size, x0)),
     )
+    coefficients = end.coefficients
+    if replace_every is not None:  # Lanczos' matrix ends there.
+        coefficients = coefficients.at[replace_every:].set(0)
     return CGResult(
         x=_tree.scale(x_size, end.x),
         num_iterations=end.i,
@@ -182,7 +190,7 @@ def run(
         kept=end.kept,
         reason=end.reason,
         # With P⁻¹ / p_size in place of P⁻¹, α is p_size times as large.
-        coefficients=end.coefficients.at[:, 0].divide(p_size),
+        coefficients=coefficients.at[:, 0].divide(p_size),
     )
 
 
@@ -193,9 +201,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         model = jnp.zeros((), problem.x_size.dtype)
         y = jax.tree.map(jnp.negative, problem.of_b)
     else:
-        x, product = x0, problem.matvec(x0)
-        r = jax.tree.map(jnp.subtract, product, b)
-        model = 0.5 * _tree.dot(x, product) - _tree.dot(b, x)
+        x, (r, model) = x0, _afresh(problem, x0)
         y = problem.precondition(r)
     ry = _tree.dot(r, y)
     i = jnp.zeros((), jnp.int32)
@@ -217,7 +223,12 @@ def _step(problem: Problem, state: State) -> State:
     product = problem.matvec(state.p)
     curvature = _tree.dot(state.p, product)
     positive = (curvature > 0) & (state.ry > 0)
-    alpha = jnp.where(positive, state.ry / jnp.where(positive, curvature, 1), 1)
+    slope = state.ry
+    if problem.replace_every is not None:
+        # −rᵀp is rᵀy only where r is orthogonal to the last p: without this, what
+        # replacing brings in grows without bound.
+        slope = -_tree.dot(state.r, state.p)
+    alpha = jnp.where(positive, slope / jnp.where(positive, curvature, 1), 1)
     finite = jnp.isfinite(curvature) & jnp.isfinite(state.ry)
     # None, too, is curvature so small that α is no float, or that the rounding of p has
     # it: down the null space of A, where b is not of its range.
@@ -241,15 +252,25 @@ def _step(problem: Problem, state: State) -> State:
     # `select`, not alpha = 0: what is not finite must not touch x.
     x = _tree.select(moves, beyond, state.x)
     r = _tree.axpy(alpha, product, state.r)
+    # Not α²: of curvature 1e-30 or 1e30 it is no float32.
+    gain = alpha * (slope - 0.5 * (alpha * curvature))
+    gain = jnp.where(moves, gain, 0)
+    model = state.model_values[state.i] - gain
+    due = None
+    if problem.replace_every is not None:
+        due = moves & (i % problem.replace_every == 0)
+        r, fresh = jax.lax.cond(due, lambda: _afresh(problem, x), lambda: (r, model))
+        finite &= jnp.isfinite(fresh)
+        model = jnp.where(finite, fresh, model)
     y = problem.precondition(r)
     ry = _tree.dot(r, y)
     beta = ry / jnp.where(state.ry > 0, state.ry, 1)
+    if due is not None:
+        # The same number where r is the recurrence's. Beside a far smaller one of before,
+        # ry / state.ry would make the next p the old one, and again.
+        conjugate = _tree.dot(y, product) / jnp.where(positive, curvature, 1)
+        beta = jnp.where(due, conjugate, beta)
     p = _tree.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
-
-    # Not α²: of curvature 1e-30 or 1e30 it is no float32.
-    gain = alpha * (state.ry - 0.5 * (alpha * curvature))
-    gain = jnp.where(moves, gain, 0)
-    model = state.model_values[state.i] - gain
     later = jnp.arange(problem.max_iterations + 1) >= i
     model_values = jnp.where(later, model, state.model_values)
 
@@ -274,6 +295,13 @@ def _step(problem: Problem, state: State) -> State:
     return State(
         i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients
     )
+
+
+def _afresh(problem: Problem, x: Tree) -> tuple[Tree, jax.Array]:
+    """Return A x − b and M(x) by a product."""
+    product = problem.exact(x)
+    r = jax.tree.map(jnp.subtract, product, problem.b)
+    return r, 0.5 * _tree.dot(x, product) - _tree.dot(problem.b, x)
 
 
 def _judge(

@@ -45,7 +45,9 @@ def fitting(
         return backtracking
     if backtracking.otherwise is not None:
         return backtracking.otherwise
-    came = "another `damping`" if solver.conjugate else "another solver, or `keep`"
+    came = "another solver, `keep` or `replace_every`"
+    if solver.conjugate:
+        came = "another `damping`"
     msg = (
         "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
         f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))`; got {came}. "

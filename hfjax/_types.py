@@ -5,7 +5,7 @@ Leaves of the library never know each other. Conjugate gradients see a
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.typing import ArrayLike
@@ -39,3 +39,24 @@ Number: TypeAlias = ArrayLike
 
 NumberOrSchedule: TypeAlias = ArrayLike | Schedule
 """A `Number`, or a `Schedule` that is read anew in each update."""
+
+
+class Approximate(NamedTuple):
+    """A `Matvec` in fewer digits, with the one that it stands for.
+
+    Attributes:
+      product: `v -> A v`, nearly.
+      exact: `v -> A v`, which may cost more; called seldom.
+    """
+
+    product: Matvec
+    exact: Matvec
+
+    def __call__(self, v: Tree) -> Tree:
+        """Return A v, nearly."""
+        return self.product(v)
+
+
+def exact_of(matvec: Matvec) -> Matvec:
+    """Return what a product stands for: itself, if it is not `Approximate`."""
+    return matvec.exact if isinstance(matvec, Approximate) else matvec

@@ -58,6 +58,7 @@ def solve(
     keep: Keep = grid(),
     value_fn: ValueFn | None = None,
     limit: jax.Array | int | None = None,
+    replace_every: int | None = None,
 ) -> CGResult:
     """Minimise M(x) = ½xᵀA x − bᵀx, for symmetric positive semi-definite A.
 
@@ -79,6 +80,10 @@ def solve(
       keep: which iterates to keep, of `hfjax.iterates`.
       value_fn: `x -> f`, for `hfjax.iterates.best` and `.guarded`.
       limit: fewer iterations than `max_iterations`, as a number that may be traced.
+      replace_every: iterations after which the residual is not summed up but computed
+        anew, A x − b, and M with it; so is the residual of `x0`. A product more each, of
+        `matvec.exact` if that is an `Approximate`. `coefficients` end with the first.
+        `None` is never.
 
     Returns:
       The result; its `x` has the dtypes of `b`.
@@ -88,10 +93,13 @@ def solve(
       ValueError: if a limit is negative, or `x0` is no tree like `b`.
 
     References:
-      Martens & Sutskever (2012), section 4, algorithm 2.
+      Martens & Sutskever (2012), section 4, algorithm 2; van der Vorst & Ye (2000),
+      "Residual replacement strategies for Krylov subspace iterative methods".
     """
     _options.check_count("max_iterations", max_iterations, low=0)
     _options.check_count("min_iterations", min_iterations, low=0)
+    if replace_every is not None:
+        _options.check_count("replace_every", replace_every, low=1)
     _options.check_range("limit", limit, low=0)
     if x0 is not None:
         x0 = _like("x0", x0, b)
@@ -105,6 +113,7 @@ def solve(
         limit=max_iterations if limit is None else jnp.minimum(limit, max_iterations),
         min_iterations=min_iterations,
         stopping=stopping,
+        replace_every=replace_every,
     )
 
 
@@ -231,6 +240,7 @@ def conjugate_gradient(
     warm_start_from: str = "last",
     limit: NumberOrSchedule | None = None,
     record: bool = False,
+    replace_every: int | None = None,
 ) -> Solver:
     """Solve for the direction by `solve`, from 0 or from the last update's solution.
 
@@ -261,6 +271,8 @@ def conjugate_gradient(
       record: whether `state.record` keeps M along the last run and the coefficients
         of its iterations, which give Ritz values for free (`hfjax.diagnostics`):
         3 `max_iterations` numbers.
+      replace_every: as in `solve`, for products in fewer digits
+        (`hfjax.curvature.with_precision`). `None` is never.
 
     Returns:
       The solver.
@@ -278,6 +290,8 @@ def conjugate_gradient(
     sources = ("last", "chosen", "best") if keep.evaluates else ("last", "chosen")
     _options.check_choice("warm_start_from", warm_start_from, sources)
     _options.check_range("limit", limit, low=1)
+    if replace_every is not None:
+        _options.check_count("replace_every", replace_every, low=1)
 
     def start(direction: Tree, count: jax.Array) -> Tree | None:
         if warm_start_decay is None:
@@ -301,6 +315,7 @@ def conjugate_gradient(
                     subproblem.batch_value_fn if on_batch else subproblem.value_fn
                 ),
                 limit=None if limit is None else _limit(limit, subproblem.count),
+                replace_every=replace_every,
             )
 
         return from_(None) if x0 is None else _or_from_zero(from_, x0)
@@ -313,7 +328,9 @@ def conjugate_gradient(
         return result.x if warm_start_from == "last" else chosen
 
     recorded = max_iterations if record else 0
-    return Solver(start, solve_from, carry, recorded, conjugate=not keep.evaluates)
+    # Where a residual was replaced, steps before and after are not conjugate.
+    conjugate = not keep.evaluates and replace_every is None
+    return Solver(start, solve_from, carry, recorded, conjugate)
 
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:

@@ -17,16 +17,18 @@ its price, the others as a second one.
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hfjax import _options, _tree
 from hfjax._arguments import describe
 from hfjax._cases import Cases
+from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean
-from hfjax._types import Batch, Matvec, Number, Params, Tree
+from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 from hfjax.structural import hidden_distance, joined
 
@@ -291,6 +293,72 @@ def empirical_fisher(
 
     fisher = linear_mean(term, objective, params, batch)
     return _plus_distance(structural, objective, params, batch, fisher)
+
+
+def with_precision(
+    precision: str | DTypeLike,
+    *,
+    of: Curvature = ggn,
+    exact: str | DTypeLike | None = None,
+) -> Curvature:
+    """Compute products in fewer digits, and nothing else.
+
+    The gradient, f, the preconditioner and the vectors of conjugate gradients stay what
+    they are. For runs of few iterations, or λ not far below the curvature:
+    `docs/choosing.md` has figures.
+
+    Args:
+      precision: either a dtype that the model is run in, for the products alone, with
+        parameters, inputs and v cast to it: `"bfloat16"`, on every device, in half the
+        memory; or `"float32"`, for parameters in float64. Or how float32 is multiplied,
+        what `jax.default_matmul_precision` takes: `"tensorfloat32"`, `"highest"`,
+        `"BF16_BF16_F32"`, …; a GPU or TPU heeds it, a CPU does not. Where nothing is
+        said a GPU that has TF32 uses it, and a TPU bfloat16; `"float32"` makes products
+        exact there (`jax.lax.Precision`).
+      of: of which curvature.
+      exact: the precision of the product that it stands for, to which
+        `hfjax.cg.conjugate_gradient(replace_every=…)` holds it; `None` is that of `of`.
+
+    Returns:
+      The curvature; its products are `Approximate`. A model that names the dtype of a
+      layer, or the precision of a product, keeps it.
+
+    Raises:
+      ValueError: if a precision is nothing of the kind.
+
+    Example:
+      bfloat16 has 8 bits:
+
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> batch, p, v = (jnp.full((1, 1), 1.001),) * 2, jnp.zeros(1), jnp.ones(1)
+      >>> product = with_precision("bfloat16")(f, p, batch)
+      >>> print(product(v), product.exact(v))
+      [1.] [1.002001]
+
+    References:
+      Micikevicius et al. (2018), "Mixed precision training".
+    """
+    fewer, all_of_them = as_rounding(precision), as_rounding(exact)
+
+    def build(
+        objective: Objective, params: Params, batch: Batch, **options: Any
+    ) -> Approximate:
+        def rounded(rounding: Rounding) -> Matvec:
+            with rounding.dots():
+                matvec = of(rounding.of(objective), params, batch, **options)
+
+            def product(v: Tree) -> Tree:
+                with rounding.dots():  # Where it linearises microbatches.
+                    return matvec(v)
+
+            return product
+
+        # The exact one is linearised where it is called: what it keeps is never in memory
+        # beside what the other keeps for the whole run, and uncalled it costs nothing.
+        return Approximate(rounded(fewer), lambda v: rounded(all_of_them)(v))
+
+    return _of_an_objective(build)
 
 
 def _with(structural: Number | None, objective: Objective) -> Objective:

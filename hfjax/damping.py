@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree, damping_matrices
-from hfjax._types import Matvec, Number, NumberOrSchedule, Tree
+from hfjax._types import (
+    Approximate,
+    Matvec,
+    Number,
+    NumberOrSchedule,
+    Tree,
+    exact_of,
+)
 from hfjax.damping_matrices import Builder, DampingMatrix, identity
 
 _RAISED_TO = 1e18
@@ -288,13 +295,16 @@ def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> 
       matrix: v ↦ D v; `None` is the identity.
 
     Returns:
-      The damped product.
+      The damped product, `Approximate` where v ↦ B v is.
     """
 
     def product(v: Tree) -> Tree:
         return _tree.axpy(damping, v if matrix is None else matrix(v), matvec(v))
 
-    return product
+    if not isinstance(matvec, Approximate):
+        return product
+    exact = damped(matvec.exact, damping, None if matrix is None else exact_of(matrix))
+    return Approximate(product, exact)
 
 
 def measured_ratio(

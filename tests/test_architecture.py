@@ -18,6 +18,7 @@ ROOMS = [
     "_means",
     "objective",
     "structural",
+    "_precision",
     "_products",
     "curvature",
     "_programs",
