@@ -41,13 +41,17 @@ def read(
 ) -> _layers.Model:
     """Find the layers of an objective's model, without those that are too large."""
     inputs = _sharding.first_case(as_cases(batch).inputs)
-    large = {
-        n: f"a side is longer than {max_size}"
-        for n, leaf in enumerate(jax.tree.leaves(params))
-        if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
-    }
     # As `factors` evaluates it: else what marks or gathers is in the program.
     cases = _sharding.alike(as_cases(batch))
+    leaves = enumerate(jax.tree.leaves(params))
+    if _sharding.lies_elsewhere(params, cases):
+        why = "its type, or another's, lies over an axis that the cases do not"
+        return _layers.Model((), (), {n: why for n, _ in leaves}, None, None)
+    large = {
+        n: f"a side is longer than {max_size}"
+        for n, leaf in leaves
+        if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
+    }
     local = objective.local(_sharding.gathered(params, cases))
     return _layers.read(objective.outputs, local, inputs, large)
 

@@ -122,6 +122,11 @@ def gathered(tree: Tree, data: Tree) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
+def lies_elsewhere(tree: Tree, data: Tree) -> bool:
+    """Return whether a tree lies, by type, over axes that the cases of `data` do not."""
+    return any(_typed(leaf) for leaf in jax.tree.leaves(gathered(tree, data)))
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Lay out an array whole on every device, where its type says that it is not."""
     sharding = _typed(x)

@@ -147,7 +147,7 @@ def kronecker(
     not what a scan takes layer by layer, kernels that are concatenated first (linen's
     `OptimizedLSTMCell`), or attention's projections to several heads. `layers` tells
     what was found in a model. On a mesh of `Explicit` axes parameters may be sharded
-    over the axis of the cases, and no other.
+    over the axis of the cases; where some lie over others, all have the diagonal.
 
     A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
     g gᵀ, of cases · positions · (inputs² + units²) multiplications a layer; and two

@@ -33,7 +33,10 @@ def train(objective, params, batch, direction):
         solver=hfjax.cg.conjugate_gradient(
             max_iterations=8,
             stopping=hfjax.stopping.martens_sutskever2012(1e-2, minimum_window=2),
+            warm_start_decay=0.95,
         ),
+        # No random signs, which depend on a case's place among the padding.
+        preconditioner=hfjax.preconditioners.diagonal(),
     )
 
     def step(carry, _):
@@ -116,6 +119,7 @@ def solve(objective, params, batch, _):
         objective,
         damping=hfjax.damping.levenberg_marquardt(init=1.0),
         solver=hfjax.cg.conjugate_gradient(stopping=hfjax.stopping.residual(1e-4)),
+        preconditioner=hfjax.preconditioners.diagonal(),
     )
     _, grads = objective.value_and_grad(params, batch)
     updates, state = tx.update(grads, tx.init(params), params, batch=batch)

@@ -95,6 +95,31 @@ def test_every_part_takes_arrays_that_are_laid_out_by_type(name, sharded):
     assert jax.tree.map(lambda x: x.sharding.spec, after[1].direction) == layouts
 
 
+@pytest.mark.parametrize("spec", [("model",), ("cases", "model")])
+def test_as_it_comes_it_takes_parameters_that_lie_over_other_axes_than_the_cases(spec):
+    here = mesh(AxisType.Explicit, axes=("cases", "model"), shape=(2, 2))
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(
+            leaf, NamedSharding(here, PartitionSpec(*spec[: leaf.ndim]))
+        ),
+        PROBLEM.params,
+    )
+    cases = NamedSharding(here, PartitionSpec("cases"))
+    batch, objective = jax.device_put(PROBLEM.batch, cases), PROBLEM.objective()
+    tx = hfjax.hessian_free(objective)
+
+    def step(params, state):
+        _, grads = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    after, _ = jax.eval_shape(step, params, tx.init(params))
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+    assert jax.tree.map(lambda x: x.sharding.spec, after) == layouts
+    found = hfjax.preconditioners.layers(objective, params, batch)
+    assert all("that the cases do not" in line for line in found.values())
+
+
 @pytest.mark.parametrize("kept", [{}, {"decay": 0.9}, {"decay": 0.9, "interval": 2}])
 def test_parameters_that_are_no_layers_may_be_sharded_by_type_too(kept):
     cases = NamedSharding(mesh(AxisType.Explicit), PartitionSpec("cases"))

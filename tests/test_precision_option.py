@@ -124,6 +124,7 @@ def test_nothing_but_the_product_changes(precision, others):
             objective,
             curvature=make,
             solver=cg.conjugate_gradient(replace_every=every),
+            backtracking=None,
         )
         batch = (x, x @ w)
         update = functools.partial(tx.update, batch=batch)

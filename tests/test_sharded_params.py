@@ -53,7 +53,10 @@ TX_OPTIONS = {
     "solver": hfjax.cg.conjugate_gradient(
         max_iterations=8,
         stopping=hfjax.stopping.martens_sutskever2012(1e-2, minimum_window=2),
+        keep=hfjax.iterates.grid(),
+        warm_start_decay=0.95,
     ),
+    "preconditioner": hfjax.preconditioners.diagonal(),
 }
 
 
