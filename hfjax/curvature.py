@@ -304,13 +304,13 @@ def with_precision(
     """Compute products in fewer digits, and nothing else.
 
     The gradient, f, the preconditioner and the vectors of conjugate gradients stay what
-    they are. For runs of few iterations, or λ not far below the curvature:
-    `docs/choosing.md` has figures.
+    they are. For devices that multiply so several times as fast: the same M takes more
+    iterations, twice as many in bfloat16 where it was measured (`docs/choosing.md`).
 
     Args:
       precision: either a dtype that the model is run in, for the products alone, with
-        parameters, inputs and v cast to it: `"bfloat16"`, on every device, in half the
-        memory; or `"float32"`, for parameters in float64. Or how float32 is multiplied,
+        parameters, inputs and v cast to it: `"bfloat16"`, on every device; or
+        `"float32"`, for parameters in float64. Or how float32 is multiplied,
         what `jax.default_matmul_precision` takes: `"tensorfloat32"`, `"highest"`,
         `"BF16_BF16_F32"`, …; a GPU or TPU heeds it, a CPU does not. Where nothing is
         said a GPU that has TF32 uses it, and a TPU bfloat16; `"float32"` makes products

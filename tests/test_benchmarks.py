@@ -260,6 +260,19 @@ def test_milestones_are_where_an_error_is_first_passed():
     assert milestones.passed(rows) == [(20.0, 1, 7), (10.0, 1, 7)]
 
 
+def test_products_in_fewer_digits_are_timed_and_compared(tmp_path, capsys):
+    out = tmp_path / "low_precision.json"
+    words = ("--parts", "products", "--cases", "20", "--layers", "784,3")
+    assert main(["low_precision", *words, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["products"]
+    assert found["float32"]["error"] == 0
+    assert 1e-4 < found["bfloat16"]["error"] < 0.1
+    assert all(row["seconds"] > 0 for row in found.values())
+    assert "Products" in capsys.readouterr().out
+    assert main(["low_precision", "--precision", "4 digits"]) == 2
+    assert "got '4 digits'" in capsys.readouterr().err
+
+
 def test_what_json_lacks_becomes_null(tmp_path):
     write_json(tmp_path / "x.json", {"x": [float("nan"), 1.5, float("inf")]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"x": [None, 1.5, None]}
