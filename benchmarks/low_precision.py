@@ -154,7 +154,7 @@ def ways_of(precision: str, replace_every: int) -> dict[str, Way]:
 
 
 def train(problem: Problem, way: Way, updates: int) -> tuple[Any, dict[str, Any]]:
-    """Do some updates of `hessian_free`, and time them without compiling.
+    """Do some updates with the report's parts, and time them without compiling.
 
     Args:
       problem: what is fitted.
@@ -168,7 +168,13 @@ def train(problem: Problem, way: Way, updates: int) -> tuple[Any, dict[str, Any]
     tx = hfjax.hessian_free(
         objective,
         damping=hfjax.damping.levenberg_marquardt(init=damping),
-        solver=hfjax.cg.conjugate_gradient(replace_every=way.replace_every),
+        solver=hfjax.cg.conjugate_gradient(
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=0.95,
+            replace_every=way.replace_every,
+        ),
+        preconditioner=hfjax.preconditioners.diagonal(),
         curvature=way.curvature,
     )
 
