@@ -61,6 +61,15 @@ def _keeping(keep: iterates.Keep) -> Build:
     return _usual(solver=cg.conjugate_gradient(keep=keep))
 
 
+def _within_a_region(objective: hfjax.Objective) -> Any:
+    # Not at import: a radius is an array, and `multihost` is not to be first with JAX.
+    return hfjax.hessian_free(
+        objective,
+        solver=trust_region.steihaug_toint(),
+        damping=trust_region.radius(),
+    )
+
+
 _KRONECKER, _BY_RATIO = preconditioners.kronecker, damping.levenberg_marquardt
 
 OPTIONS = {
@@ -94,9 +103,7 @@ OPTIONS = {
         _usual(damping=_BY_RATIO(matrix="curvature_diagonal"))
     ),
     "line_search=None": Option(_usual(line_search=None)),
-    "steihaug_toint()": Option(
-        _usual(solver=trust_region.steihaug_toint(), damping=trust_region.radius())
-    ),
+    "steihaug_toint()": Option(_within_a_region),
     "subspace_descent()": Option(
         _usual(solver=krylov.subspace_descent(), damping=damping.constant(0.0))
     ),

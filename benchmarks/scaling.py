@@ -29,6 +29,7 @@ from benchmarks.scaling_programs import (
     compile_product,
     compile_update,
     mesh_of,
+    solver,
 )
 
 _KEEPS = {"best": hfjax.iterates.best(), "grid": hfjax.iterates.grid()}
@@ -147,21 +148,12 @@ def compile_one(
     mesh = mesh_of(*sizes)
     if what == "product":
         return compile_product(network, layout, mesh, cases)
-    diagonal = keep is None and layout != SCANNED
-    solver = hfjax.cg.conjugate_gradient(
-        stopping=hfjax.stopping.martens2010(),
-        keep=_KEEPS[keep or "grid"],
-        warm_start_decay=0.95,
-    )
-    return compile_update(
-        network,
-        layout,
-        mesh,
-        cases,
-        solver=solver,
-        preconditioner=hfjax.preconditioners.diagonal() if diagonal else None,
-        backtracking=hfjax.backtracking.early_stop(),
-    )
+    options: dict[str, Any] = {}
+    if keep is not None:
+        options["solver"] = solver(_KEEPS[keep])
+    if keep is not None or layout == SCANNED:
+        options["preconditioner"] = None
+    return compile_update(network, layout, mesh, cases, **options)
 
 
 def plain(tree: Any) -> Any:

@@ -81,6 +81,17 @@ def compile_product(network: Network, layout: str, mesh: Mesh, cases: int) -> Pr
     return _read(_mapped(products, layout, mesh), params, params, batch, count)
 
 
+def solver(keep: hfjax.iterates.Keep) -> hfjax.cg.Solver:
+    """Return the report's conjugate gradients.
+
+    Args:
+      keep: which iterates.
+    """
+    return hfjax.cg.conjugate_gradient(
+        stopping=hfjax.stopping.martens2010(), keep=keep, warm_start_decay=0.95
+    )
+
+
 def compile_update(
     network: Network, layout: str, mesh: Mesh, cases: int, **options: Any
 ) -> Program:
@@ -91,14 +102,19 @@ def compile_update(
       layout: one of `LAYOUTS`.
       mesh: of `mesh_of`.
       cases: on all devices.
-      **options: of `hessian_free`, in place of its defaults.
+      **options: of `hessian_free`, in place of the report's parts.
 
     Returns:
       What it does.
     """
     params, batch = shapes(network, layout, mesh, cases)
     objective = _objective(layout)
-    tx = hfjax.hessian_free(objective, **options)
+    report = {
+        "damping": hfjax.damping.levenberg_marquardt(),
+        "solver": solver(hfjax.iterates.grid()),
+        "preconditioner": hfjax.preconditioners.diagonal(),
+    }
+    tx = hfjax.hessian_free(objective, **{**report, **options})
 
     def update(params: Any, state: Any, batch: tuple) -> Any:
         _, grads = objective.value_and_grad(params, batch)

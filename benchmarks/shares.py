@@ -128,7 +128,7 @@ def shares(
       >>> times |= {"many_products": 9.0, "many_solves": 1.8}
       >>> found = shares(times, 25.0, [Run(10, 3)])
       >>> print(round(found["product"]["share"], 2), round(found["rest"]["share"], 2))
-      0.4 0.4
+      0.4 0.36
     """
     updates = len(runs)
     iterations = sum(run.iterations for run in runs)

@@ -137,16 +137,18 @@ def constant(
     """
     _options.check_range("value", value, low=0.0)
     settable = _options.is_plain_number(value)
-    zero = jnp.zeros((), jnp.int32)
+
+    def first() -> jax.Array:  # No array here: JAX may not have begun.
+        return _options.read(value, jnp.zeros((), jnp.int32))
 
     def current(state: jax.Array, count: jax.Array) -> jax.Array:
         if not settable:
             return _options.read(value, count)
         # A caller may have set it to anything, and NaN would stay for ever.
-        return jnp.where(jnp.isfinite(state), state, _options.read(value, zero))
+        return jnp.where(jnp.isfinite(state), state, first())
 
     return Damping(
-        init=lambda: _options.read(value, zero),
+        init=first,
         current=current,
         update=lambda state, ratio, on_boundary=None: state,
         ratio=ReductionRatio(),

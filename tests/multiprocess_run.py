@@ -42,8 +42,13 @@ def train(params, batch):
     loss = hfjax.losses.squared_error()
     objective = hfjax.Objective(network, loss, weight_decay=1e-3)
     # Few iterations: they, rather than updates, are what makes rounding grow.
-    solver = hfjax.cg.conjugate_gradient(max_iterations=8)
-    tx = hfjax.hessian_free(objective, solver=solver)
+    solver = hfjax.cg.conjugate_gradient(max_iterations=8, warm_start_decay=0.95)
+    tx = hfjax.hessian_free(
+        objective,
+        damping=hfjax.damping.levenberg_marquardt(),
+        solver=solver,
+        preconditioner=hfjax.preconditioners.diagonal(),
+    )
 
     @quick_jit
     def step(params, state, batch):

@@ -343,6 +343,7 @@ TX = hfjax.hessian_free(
     OBJECTIVE,
     solver=krylov.subspace_descent(dimension=6),
     damping=hfjax.damping.constant(0.0),
+    preconditioner=hfjax.preconditioners.diagonal(),
     backtracking=None,
     line_search=None,
 )

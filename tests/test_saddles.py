@@ -71,7 +71,7 @@ PLACES = {
 }
 
 WAYS = {
-    "damped": {"damping": hfjax.damping.levenberg_marquardt(init=0.1)},
+    "damped": {"damping": hfjax.damping.searched(init=0.1)},
     "trust_region": {
         "damping": hfjax.trust_region.radius(init=0.1),
         "solver": hfjax.trust_region.steihaug_toint(),
