@@ -298,13 +298,14 @@ def nystrom(
     as 0, and μ − λ is at least 1e-5 of that: P is positive for λ = 0, and I for G = 0.
 
     A build costs `rank` products, and 16 rank² multiplications and additions for each
-    parameter: all columns of a chunk at once, which a device does faster than one after
-    another. It takes memory for 5 `rank` vectors like the parameters, and `chunk` times
-    what a product holds. P⁻¹r reads U twice.
+    parameter: on one CPU core, 840,000 parameters and a rank of 50, as long as 20 products
+    of 2,000 cases, or 160 of 200. It holds 5 `rank` vectors like the parameters, and
+    `chunk` times what a product does. P⁻¹r reads U twice.
 
     Args:
       rank: r, columns (50: heuristic); no more are taken than there are parameters.
-      chunk: columns of a product at a time, where memory is short; `None` is all.
+      chunk: columns of a product at a time, where memory is short; `None` is all. On one
+        CPU core one after another is as fast.
       interval: updates from one sketch to the next; those between have its U and Λ, and
         their own λ.
       data: as in `diagonal`.
