@@ -21,6 +21,7 @@ from hfjax import _layers, _sharding, _tree, diagonals
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
+from hfjax._weighted_sum import terms_of
 from hfjax.objective import Objective
 
 
@@ -38,8 +39,19 @@ class Pair(NamedTuple):
 
 def read(
     objective: Objective, params: Params, batch: Batch, max_size: int
+) -> list[_layers.Model]:
+    """Find the layers of each term's model, without those that are too large.
+
+    Of a weighted sum they are those that all its terms have.
+    """
+    terms = terms_of(objective, batch)
+    models = [_read(term, params, own, max_size) for _, term, own in terms]
+    return models if len(models) == 1 else _layers.in_common(models)
+
+
+def _read(
+    objective: Objective, params: Params, batch: Batch, max_size: int
 ) -> _layers.Model:
-    """Find the layers of an objective's model, without those that are too large."""
     inputs = _sharding.first_case(as_cases(batch).inputs)
     # As `factors` evaluates it: else what marks or gathers is in the program.
     cases = _sharding.alike(as_cases(batch))
@@ -226,25 +238,73 @@ def estimate(
     objective: Objective,
     params: Params,
     batch: Batch,
-    model: _layers.Model,
+    models: list[_layers.Model],
     *,
     key: jax.Array,
     num_probes: int,
 ) -> Blocks:
     """Compute factors of the layers, and the diagonal of G for the rest.
 
+    A weighted sum counts as one objective of all its terms' cases: Ā is the terms' mean,
+    weighted by cₖ, and Ḡ the sum.
+
     Args:
       objective: whose G it is, weight decay apart.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      model: as `read` found it.
+      models: as `read` found them.
       key: a typed key.
       num_probes: as in `factors`.
 
     Returns:
       The blocks, undamped.
     """
-    objective = dataclasses.replace(objective, weight_decay=0.0)
+    terms = terms_of(objective, batch)
+    found = [
+        _estimate(term, params, own, model, key=own_key, num_probes=num_probes)
+        for (_, term, own), model, own_key in zip(
+            terms, models, _keys(key, len(terms)), strict=True
+        )
+    ]
+    if len(found) == 1:
+        return found[0]
+    weights = jnp.stack(
+        [jnp.asarray(c, _tree.scalar_dtype(params)) for c, _, _ in terms]
+    )
+    whole = jnp.sum(weights)
+    shares = weights / jnp.where(whole > 0, whole, 1)
+
+    def combined(by: jax.Array, *matrices: jax.Array) -> jax.Array:
+        return sum(c.astype(x.dtype) * x for c, x in zip(by, matrices, strict=True))  # pyright: ignore[reportReturnType]
+
+    pairs = [
+        Pair(
+            combined(shares, *(pair.inputs for pair in layer)),
+            combined(weights, *(pair.units for pair in layer)),
+        )
+        for layer in zip(*(blocks.pairs for blocks in found), strict=True)
+    ]
+    diagonals = {
+        n: combined(weights, *(blocks.diagonals[n] for blocks in found))
+        for n in found[0].diagonals
+    }
+    return Blocks(pairs, diagonals)
+
+
+def _keys(key: jax.Array, count: int) -> list[jax.Array]:
+    return [key] if count == 1 else [jax.random.fold_in(key, k) for k in range(count)]
+
+
+def _estimate(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    model: _layers.Model,
+    *,
+    key: jax.Array,
+    num_probes: int,
+) -> Blocks:
+    objective = objective.without_decay()
     cases = _sharding.alike(as_cases(batch))
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(_sharding.gathered(params, cases))

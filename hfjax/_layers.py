@@ -131,6 +131,48 @@ def read(
     return Model(uses, layers, reader.others, program, jax.tree.structure(shapes))
 
 
+def in_common(models: Sequence[Model]) -> list[Model]:
+    """Leave each of several models of the same parameters the layers that all have.
+
+    Args:
+      models: as `read` found them.
+
+    Returns:
+      The models; their `layers` differ in `uses` alone, their `others` in nothing.
+    """
+
+    def identity(layer: Layer) -> Layer:
+        return layer._replace(uses=())
+
+    first, *rest = models
+    shared = [
+        layer
+        for layer in map(identity, first.layers)
+        if all(layer in map(identity, model.layers) for model in rest)
+    ]
+    others: dict[int, str] = {}
+    for model in models:
+        for n, why in model.others.items():
+            others.setdefault(n, why)
+        for layer in model.layers:
+            if identity(layer) not in shared:
+                for n in {layer.kernel, layer.bias} - {None}:
+                    others.setdefault(n, "it is another layer in another term")  # pyright: ignore[reportArgumentType]
+    return [
+        dataclasses.replace(
+            model,
+            layers=tuple(
+                layer
+                for wanted in shared
+                for layer in model.layers
+                if identity(layer) == wanted
+            ),
+            others=others,
+        )
+        for model in models
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
     """A value that is a parameter: which of its axes each axis is; `None` is new."""

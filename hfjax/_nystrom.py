@@ -10,7 +10,6 @@ are factorised. Every one is shifted by ν, what the rounding of the products ma
 what of Λ is not above ν counts as 0: it is noise.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -73,7 +72,7 @@ def sketch(
       The approximation, in float32 or wider.
     """
     units = _units(damping, params)
-    product = ggn(dataclasses.replace(objective, weight_decay=0.0), params, batch)
+    product = ggn(objective.without_decay(), params, batch)
 
     def matvec(v: Tree) -> Tree:
         return _times(units, product(_times(units, v)))

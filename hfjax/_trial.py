@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _sharding, _tree
-from hfjax._cases import thinned
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
 from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf, last
@@ -76,7 +75,7 @@ def choose(
 
     if backtracking.cases is None:
         return on(value_fn, value)
-    some = thinned(point.eval_batch, backtracking.cases)
+    some = point.objective.thinned(point.eval_batch, backtracking.cases)
     # Candidates are compared with f(θ), too: on the same cases.
     before = point.value(some) if backtracking.finds_damping else value
     choice = on(point.value_on(some), before)

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hfjax import _options, _tree
+from hfjax import _options, _sharding, _tree
 from hfjax._arguments import describe
 from hfjax._cases import Cases
 from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean
-from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree
+from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree, exact_of
+from hfjax._weighted_sum import WeightedSum, terms_of
 from hfjax.objective import Objective
 from hfjax.structural import hidden_distance, joined
 
@@ -43,7 +44,10 @@ _Arguments = ParamSpec("_Arguments")
 def _of_an_objective(
     make: Callable[_Arguments, Matvec],
 ) -> Callable[_Arguments, Matvec]:
-    """Refuse another first argument: Optax calls what it injects with a count."""
+    """Take a weighted sum by its terms, and refuse what is no objective.
+
+    Optax calls what it injects with a count.
+    """
 
     @functools.wraps(make)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Matvec:
@@ -54,9 +58,39 @@ def _of_an_objective(
                 'as a schedule: give it `static_args="curvature"`.)'
             )
             raise TypeError(msg)
+        if args and isinstance(args[0], WeightedSum):
+            return _summed(make, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         return make(*args, **kwargs)
 
     return checked
+
+
+def _summed(
+    make: Callable[..., Matvec],
+    objective: WeightedSum,
+    params: Params,
+    batch: Batch,
+    **options: Any,
+) -> Matvec:
+    """Return v ↦ Σₖ cₖ Bₖ v, each linearised here."""
+    terms = [
+        (weight, make(term, params, own, **options))
+        for weight, term, own in terms_of(objective, batch)
+    ]
+
+    def sum_of(products: list[Matvec]) -> Matvec:
+        def product(v: Tree) -> Tree:
+            total = _sharding.zeros_like(_tree.widen(v))
+            for (weight, _), matvec in zip(terms, products, strict=True):
+                total = _tree.axpy(jnp.asarray(weight), matvec(v), total)
+            return _tree.cast_like(total, v)
+
+        return product
+
+    nearly = sum_of([matvec for _, matvec in terms])
+    if not any(isinstance(matvec, Approximate) for _, matvec in terms):
+        return nearly
+    return Approximate(nearly, sum_of([exact_of(matvec) for _, matvec in terms]))
 
 
 @_of_an_objective

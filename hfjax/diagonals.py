@@ -18,9 +18,10 @@ Where what is squared is an outer product of layer input and back-propagated err
 formed for as many cases at a time as fit in 64 MiB, at many times that cost.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,41 @@ from hfjax import _case_gradients, _options, _sharding
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
+from hfjax._weighted_sum import WeightedSum, sum_of_terms
 from hfjax.objective import Objective
 
 Estimate: TypeAlias = Callable[..., Tree]
 """`(objective, params, batch) -> d`, or `(objective, params, batch, *, key) -> d`."""
 
+_Arguments = ParamSpec("_Arguments")
+
+
+def _by_terms(estimate: Callable[_Arguments, Params]) -> Callable[_Arguments, Params]:
+    """Take a weighted sum by its terms, each with a key of its own."""
+
+    @functools.wraps(estimate)
+    def summed(*args: _Arguments.args, **options: _Arguments.kwargs) -> Params:
+        objective, params, batch, *rest = args
+        assert not rest, "the rest are keyword options"
+        if not isinstance(objective, WeightedSum):
+            return estimate(*args, **options)
+
+        def of_term(term: Objective, own: Batch, k: int) -> Params:
+            given: dict[str, Any] = dict(options)
+            if "key" in given:
+                given["key"] = jax.random.fold_in(given["key"], k)
+            return cast(Callable[..., Params], estimate)(term, params, own, **given)
+
+        return sum_of_terms(objective, cast(Batch, batch), of_term)
+
+    return summed
+
+
 _HELD_ENTRIES = 2**24
 """Entries of per-case gradients held at once: 64 MiB in float32; heuristic."""
 
 
+@_by_terms
 def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
@@ -69,6 +96,7 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Para
     return _mean_of_squares(objective, params, batch, case_gradient)
 
 
+@_by_terms
 def ggn_rademacher(
     objective: Objective,
     params: Params,
@@ -129,6 +157,7 @@ def ggn_rademacher(
     )
 
 
+@_by_terms
 def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute diag(G) exactly: Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k of a case, averaged.
 

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _kronecker, _nystrom, _options, diagonals
-from hfjax._cases import thinned
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -227,13 +226,14 @@ def kronecker(
         count: jax.Array | int = 0,
     ) -> Any:
         if cases is not None:
-            batch = thinned(batch, cases)
-        model = _kronecker.read(objective, params, batch, max_size)
+            batch = objective.thinned(batch, cases)
+        models = _kronecker.read(objective, params, batch, max_size)
+        model = models[0]
         damping = _with_decay(damping, objective)
 
         def fresh(memory: dict[str, tuple]) -> tuple[_kronecker.Blocks, dict]:
             blocks = _kronecker.estimate(
-                objective, params, batch, model, key=key, num_probes=num_probes
+                objective, params, batch, models, key=key, num_probes=num_probes
             )
             if "kronecker_factors" in memory:
                 old = memory["kronecker_factors"]
@@ -402,7 +402,7 @@ def layers(
       ['scale'] diagonal: `mul` uses it
       ['w'] factors of 3 + 1 inputs and 2 units
     """
-    model = _kronecker.read(objective, params, batch, max_size)
+    model = _kronecker.read(objective, params, batch, max_size)[0]
     paths = [
         jax.tree_util.keystr(path) or "params"
         for path, _ in jax.tree_util.tree_leaves_with_path(params)

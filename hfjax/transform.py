@@ -18,7 +18,6 @@ import optax
 
 from hfjax import _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
-from hfjax._cases import as_cases
 from hfjax._system import Point, assemble
 from hfjax._trial import (
     Trial,
@@ -192,7 +191,7 @@ def hessian_free(
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory, needs_key=needs_key)
         if eval_batch is not None:
-            as_cases(eval_batch, "eval_batch")
+            objective.check_batch(eval_batch, "eval_batch")
         return _update(parts, updates, state, params, batch, eval_batch)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -18,8 +18,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hfjax import _faults, _finite_differences
-from hfjax._setup import Setup, rows, unlike, unrows, unusable
+from hfjax._setup import Setup, flat, rows, unlike, unrows, unusable
 from hfjax._types import Batch, Params
+from hfjax._weighted_sum import WeightedSum, terms_of
 from hfjax.curvature import ggn
 from hfjax.objective import Objective
 
@@ -200,6 +201,8 @@ def check(
       ...     print(fault[:78])
       `grads` is 2 times the gradient of this objective: a sum over the cases, where
     """
+    if isinstance(objective, WeightedSum):
+        return _check_sum(objective, tx, params, batch, grads)
     _check_objective(objective)
     fault = _first(unlike(params, grads)) or _first(unusable(params, batch))
     if fault:
@@ -227,12 +230,44 @@ def check(
     return faults
 
 
+def _check_sum(
+    objective: WeightedSum, tx: Any, params: Params, batch: Batch, grads: Params
+) -> list[str]:
+    """Check every term, with its own gradient; then the whole."""
+    fault = _first(unlike(params, grads))
+    if fault:
+        return [fault]
+    terms = terms_of(objective.at(0), batch)
+    for k, (_, term, own) in enumerate(terms):
+        gradient = term.value_and_grad(params, own)[1]
+        faults = check(term, None, params, own, gradient)
+        if faults:
+            return [f"Of the sum's term {k}: {fault}" for fault in faults]
+    given = Setup(objective.at(0), params, batch, 0.0, False)
+    exact, found = flat(given.gradient(params)), flat(grads)
+    size = max(np.linalg.norm(exact), float(np.finfo(np.float64).tiny))
+    error = float(np.linalg.norm(found - exact) / size)
+    # As of one objective; terms may cancel, and what is left is their rounding.
+    tolerance = 1e-3 * sum(
+        np.linalg.norm(flat(term.value_and_grad(params, own)[1])) * float(weight)
+        for weight, term, own in terms
+    )
+    if not error * size <= tolerance:
+        return [
+            f"`grads` is not the gradient of this sum, but {error:.2g} of its length away: "
+            "hand in `objective.value_and_grad(params, batch)[1]`."
+        ]
+    if tx is None or objective.axis_name is not None:
+        return []
+    return [*_faults.bad_transformation(tx, given, batch, grads, judge=True)]
+
+
 def _first(faults: Iterator[str]) -> str | None:
     return next(faults, None)
 
 
 def _check_objective(objective: object) -> None:
-    if not isinstance(objective, Objective):
+    if not isinstance(objective, Objective) or isinstance(objective, WeightedSum):
         msg = (
             f"`objective` must be an `hfjax.Objective`, got {type(objective).__name__}; "
             "of a sum, check the parts."

@@ -16,6 +16,8 @@ ROOMS = [
     "losses",
     "_cases",
     "_means",
+    "_objective",
+    "_weighted_sum",
     "objective",
     "structural",
     "_precision",
