@@ -20,6 +20,7 @@ from hfjax import minibatching as minibatching
 from hfjax import objective as objective
 from hfjax import preconditioners as preconditioners
 from hfjax import recipes as recipes
+from hfjax import sample_space as sample_space
 from hfjax import scan as scan
 from hfjax import spectrum as spectrum
 from hfjax import stopping as stopping

@@ -52,11 +52,28 @@ class Means(NamedTuple):
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Divide the sum over all devices by that of their weights."""
-        weight = self.over_devices(jnp.sum(weights))
-        weight = jnp.where(weight == 0, 1, weight)
+        weight = self.total(weights)
         return jax.tree.map(
             lambda x: x / weight.astype(x.dtype), self.over_devices(sums)
         )
+
+    def total(self, weights: jax.Array) -> jax.Array:
+        """Return the sum of all devices' weights; 1 where they are all 0."""
+        weight = self.over_devices(jnp.sum(weights))
+        return jnp.where(weight == 0, 1, weight)
+
+    def gathered(self, rows: jax.Array) -> jax.Array:
+        """Return the rows of all devices, one device's after another's, on each.
+
+        As a sum, which `shard_map` knows to be the same everywhere.
+        """
+        if self.axis_name is None:
+            return rows
+        count = jax.lax.axis_size(self.axis_name)
+        whole = self.local(jnp.zeros((count, *rows.shape), rows.dtype))
+        number = jax.lax.axis_index(self.axis_name)
+        whole = jax.lax.dynamic_update_index_in_dim(whole, rows, number, 0)
+        return self.over_devices(whole).reshape(-1, *rows.shape[1:])
 
     def over_devices(self, sums: Tree) -> Tree:
         """Sum over the devices."""

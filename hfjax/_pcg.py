@@ -5,6 +5,7 @@ as in the report.
 """
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,9 @@ class CGResult(NamedTuple):
         iteration, which make the tridiagonal matrix of Lanczos
         (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
         `None` of solvers that have none.
+      other: of a solver that knows it: another λ' ↦ the step with it; M there with the
+        run's own λ; and M there without any. `None` else; no part of a result that
+        leaves `jit`.
     """
 
     x: Tree
@@ -63,6 +67,7 @@ class CGResult(NamedTuple):
     kept: Kept
     reason: jax.Array
     coefficients: jax.Array | None = None
+    other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
 
 
 class Record(NamedTuple):

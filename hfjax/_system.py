@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
+from hfjax._jacobian import Jacobian, jacobian
 from hfjax._types import Batch, Matvec, Params, Tree, ValueFn
 from hfjax.cg import Subproblem
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, damped
+from hfjax.damping_matrices import identity
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.structural import hidden_distance, joined
@@ -116,6 +118,10 @@ def assemble(
         terms = [0.5 * a * _tree.dot(step, product(step)) for a, product in penalties]
         return sum(terms, jnp.zeros((), damping.dtype))
 
+    def written_out() -> tuple[Jacobian, jax.Array]:
+        decay = jnp.zeros(()) if objective.decay is None else objective.decay
+        return jacobian(curved, params, batch), decay.astype(damping.dtype)
+
     subproblem = Subproblem(
         matvec=total,
         b=b,
@@ -125,8 +131,14 @@ def assemble(
         value_fn=point.value_on(eval_batch),
         batch_value_fn=point.value_on(batch),
         value_and_grad_fn=point.value_and_grad,
+        jacobian=written_out,
     )
     return subproblem, penalty, memory
+
+
+def is_plain(curvature: Curvature, rule: Damping) -> bool:
+    """Return whether A is the Gauss-Newton matrix, exact, and λI."""
+    return curvature is ggn and rule.matrix is identity()
 
 
 def _overflows(after: Tree, before: Tree) -> jax.Array:

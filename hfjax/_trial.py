@@ -40,16 +40,17 @@ def fitting(
     """
     if backtracking is None or not backtracking.finds_damping:
         return backtracking or last()
-    if solver.conjugate and damping.limit is not None:
+    if solver.searchable and damping.limit is not None:
         return backtracking
     if backtracking.otherwise is not None:
         return backtracking.otherwise
     came = "another solver, `keep` or `replace_every`"
-    if solver.conjugate:
+    if solver.searchable:
         came = "another `damping`"
     msg = (
         "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
-        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))`; got {came}. "
+        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))` or "
+        f"`hfjax.sample_space.cholesky()`; got {came}. "
         "Take `backtracking.early_stop()`."
     )
     raise ValueError(msg)
@@ -70,7 +71,7 @@ def choose(
         if not backtracking.finds_damping:
             return backtracking.choose(seen, result.kept)
         models, b = result.model_values, subproblem.b
-        run = Run(models, b, before, noise, point.damping)
+        run = Run(models, b, before, noise, point.damping, result.other)
         return backtracking.choose(seen, result.kept, run)
 
     if backtracking.cases is None:

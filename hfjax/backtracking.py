@@ -55,6 +55,7 @@ class Run(NamedTuple):
       value: f(θ), on the cases that f is looked at.
       noise: how much of a change of f may be rounding.
       damping: λ.
+      other: as in `CGResult`; `None` where the kept iterates tell.
     """
 
     model_values: jax.Array
@@ -62,6 +63,7 @@ class Run(NamedTuple):
     value: jax.Array
     noise: jax.Array
     damping: jax.Array
+    other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
 
 
 class Backtracking(NamedTuple):
@@ -203,14 +205,16 @@ def redamped(
         _options.check_count("cases", cases, low=1)
 
     def choose(value_fn: ValueFn, kept: Kept, run: Run) -> Choice:
-        space = subspace(kept, run.model_values, run.b, run.damping)
+        solve = run.other
+        if solve is None:
+            solve = subspace(kept, run.model_values, run.b, run.damping).solve
         dtype = run.value.dtype
 
         def damping_at(power: jax.Array) -> jax.Array:
             return run.damping * jnp.asarray(factor, dtype) ** power
 
         def look_at(power: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            step, _, predicted = space.solve(damping_at(power))
+            step, _, predicted = solve(damping_at(power))
             value = finite_or_inf(value_fn(step)).astype(dtype)
             # A fall that M knows nothing of is rounding, and would lead λ anywhere.
             promised = -predicted.astype(dtype)
@@ -262,7 +266,7 @@ def redamped(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
         damping = damping_at(end.power)
-        step, model, _ = space.solve(damping)
+        step, model, _ = solve(damping)
         last = kept.iterations[_last_slot(kept)]
         return Choice(step, last, end.value, end.first_value, model, damping)
 

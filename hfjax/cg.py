@@ -22,7 +22,7 @@ strictest stopping rule compares with.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +199,8 @@ class Subproblem(NamedTuple):
       value_fn: x ↦ f(θ + x) on the evaluation data.
       batch_value_fn: the same on the curvature data.
       value_and_grad_fn: x ↦ (f, ∇f)(θ + x) on the evaluation data.
+      jacobian: `() -> (J̃, weight_decay)`, G written out (`hfjax.sample_space`), made where
+        it is called.
     """
 
     matvec: Matvec
@@ -209,6 +211,7 @@ class Subproblem(NamedTuple):
     value_fn: ValueFn
     batch_value_fn: ValueFn
     value_and_grad_fn: ValueAndGradFn
+    jacobian: Callable[[], tuple[Any, jax.Array]] | None = None
 
 
 class Solver(NamedTuple):
@@ -219,15 +222,18 @@ class Solver(NamedTuple):
       solve: `(subproblem, x0) -> CGResult`.
       carry: `(result, chosen) -> direction` to carry over to the next update.
       recorded: iterations of the last run that the state has a `Record` of; 0 is none.
-      conjugate: whether the kept iterates are those of conjugate gradients, with M at
-        each, as `hfjax.backtracking.redamped` needs.
+      searchable: whether the result tells what other λ would have led to, as
+        `hfjax.backtracking.redamped` needs: by `other`, or by the kept iterates of
+        conjugate gradients, with M at each.
+      preconditioned: whether it asks for the preconditioner.
     """
 
     start: Callable[[Tree, jax.Array], Tree | None]
     solve: Callable[[Subproblem, Tree | None], CGResult]
     carry: Callable[[CGResult, Tree], Tree]
     recorded: int = 0
-    conjugate: bool = False
+    searchable: bool = False
+    preconditioned: bool = True
 
 
 def conjugate_gradient(
@@ -329,8 +335,8 @@ def conjugate_gradient(
 
     recorded = max_iterations if record else 0
     # Where a residual was replaced, steps before and after are not conjugate.
-    conjugate = not keep.evaluates and replace_every is None
-    return Solver(start, solve_from, carry, recorded, conjugate)
+    searchable = not keep.evaluates and replace_every is None
+    return Solver(start, solve_from, carry, recorded, searchable)
 
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:

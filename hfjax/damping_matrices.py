@@ -13,6 +13,7 @@ objective's curvature; where D scales as B does it is a pure number, about 1 for
 step that is half as long.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -57,6 +58,7 @@ Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
 """`(objective, params, batch) -> (v -> D v, its diagonal)`."""
 
 
+@functools.cache  # So that it can be told from others.
 def identity() -> DampingMatrix:
     """Damp with D = I: all parameters alike.
 

@@ -18,7 +18,7 @@ import optax
 
 from hfjax import _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
-from hfjax._system import Point, assemble
+from hfjax._system import Point, assemble, is_plain
 from hfjax._trial import (
     Trial,
     adapt,
@@ -40,6 +40,7 @@ from hfjax.damping import Damping, searched
 from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, kronecker
+from hfjax.sample_space import as_solver, suited
 from hfjax.state import (
     HessianFreeState,
     Rejection,
@@ -54,7 +55,7 @@ def hessian_free(
     *,
     learning_rate: NumberOrSchedule = 1.0,
     damping: Damping = searched(),
-    solver: Solver = conjugate_gradient(),
+    solver: Solver | str = conjugate_gradient(),
     preconditioner: PreconditionerRule | None = kronecker(),
     backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     line_search: LineSearch | None = armijo(),
@@ -89,7 +90,10 @@ def hessian_free(
       learning_rate: the first α that the line search tries; number or schedule (1:
         report, section 8.8).
       damping: λ, D and μ, of `hfjax.damping`.
-      solver: of `hfjax.cg`, `hfjax.trust_region` or `hfjax.krylov`.
+      solver: of `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
+        `hfjax.sample_space`; `"auto"` is `sample_space.cholesky()` where the batch's
+        outputs or the parameters are few enough to be solved for exactly
+        (`hfjax.sample_space.suited`), and else `cg.conjugate_gradient()`.
       preconditioner: of `hfjax.preconditioners`; `None` is the identity.
       backtracking: of `hfjax.backtracking`; `None` takes the last iterate. As it comes,
         `early_stop` takes the place of `redamped` unless `damping` is `searched`, and
@@ -147,6 +151,9 @@ def hessian_free(
             "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
         )
         raise ValueError(msg)
+    solver, exact = as_solver(solver, plain=is_plain(curvature, damping))
+    if not solver.preconditioned:
+        preconditioner = None
     random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
     needs_key = any(rule.needs_key for rule in random)
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
@@ -155,6 +162,7 @@ def hessian_free(
         learning_rate=learning_rate,
         damping=damping,
         solver=solver,
+        exact_if_suited=exact,
         preconditioner=preconditioner,
         backtracking=fitting(backtracking, damping, solver),
         line_search=line_search or whole(),
@@ -201,7 +209,7 @@ def scale_by_hessian_free(
     objective: Objective,
     *,
     damping: Damping = searched(),
-    solver: Solver = conjugate_gradient(),
+    solver: Solver | str = conjugate_gradient(),
     preconditioner: PreconditionerRule | None = kronecker(),
     backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     curvature: Curvature = ggn,
@@ -270,6 +278,7 @@ class _Parts(NamedTuple):
     learning_rate: NumberOrSchedule
     damping: Damping
     solver: Solver
+    exact_if_suited: bool
     preconditioner: PreconditionerRule | None
     backtracking: Backtracking
     line_search: LineSearch
@@ -291,6 +300,10 @@ def _update(
         (None,) * 3 if state.key is None else jax.random.split(state.key, 3)
     )
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
+    solver, preconditioner = parts.solver, parts.preconditioner
+    if parts.exact_if_suited:
+        solver = suited(parts.objective, params, batch, otherwise=solver)
+        preconditioner = preconditioner if solver.preconditioned else None
 
     # A = B + λD + μS, and P.
     point = Point(
@@ -304,12 +317,12 @@ def _update(
         memory=state.preconditioner,
     )
     subproblem, penalty, memory = assemble(
-        point, b, parts.curvature, parts.damping, parts.preconditioner
+        point, b, parts.curvature, parts.damping, preconditioner
     )
 
-    # A δ = −∇f, by conjugate gradients from 0 or ζ δ_before.
-    x0 = parts.solver.start(state.direction, state.count)
-    result = parts.solver.solve(subproblem, x0)
+    # A δ = −∇f, by conjugate gradients from 0 or ζ δ_before, or exactly.
+    x0 = solver.start(state.direction, state.count)
+    result = solver.solve(subproblem, x0)
 
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value = point.value(point.eval_batch)
@@ -333,7 +346,7 @@ def _update(
     stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
     adapted = jnp.where(stays, point.damping, adapted)
 
-    carried = parts.solver.carry(result, choice.step)
+    carried = solver.carry(result, choice.step)
     new_state = HessianFreeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         damping=adapted.astype(dtype),

@@ -1,0 +1,271 @@
+"""The damped step solved exactly, by one matrix: of as many rows as outputs, or parameters.
+
+With G = J̃ᵀJ̃ + weight_decay · I, J̃ a row for each output of each case, μ = λ +
+weight_decay and −∇f = J̃ᵀc + d,
+
+    (J̃ᵀJ̃ + μI) δ = −∇f
+
+is solved with a matrix of the outputs (the push-through identity),
+
+    δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ,
+
+or with J̃ᵀJ̃ + μI itself, whichever is smaller. Other λ cost a Cholesky factor each, so
+that `hfjax.backtracking.redamped` finds λ here, too. Conjugate gradients come as far only
+after many products where G is ill-conditioned, as differential equations make it: fits to
+1e-6 and below are what this is for. J̃ is written out: memory of rows · parameters.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import cho_solve
+
+from hfjax import _jacobian, _options, _sharding, _tree
+from hfjax._jacobian import Jacobian
+from hfjax._types import Batch, NumberOrSchedule, Params, Tree
+from hfjax.cg import CGResult, Reason, Solver, Subproblem, conjugate_gradient
+from hfjax.iterates import Kept
+from hfjax.objective import Objective
+
+_ROUNDING = 100
+"""Of −∇f − J̃ᵀc, in units of ε of its terms, that counts as nothing (heuristic)."""
+_RAISE, _TRIES = 10.0, 20
+"""μ is raised so, and so often at most, until a Cholesky factor is finite (heuristic)."""
+
+_MOST_ROWS, _MOST_NUMBERS = 4096, 5 * 10**8
+"""Of what `"auto"` solves exactly; measured."""
+
+
+def cholesky(
+    *, space: str = "smaller", momentum: NumberOrSchedule | None = None
+) -> Solver:
+    """Solve for the direction exactly, by a Cholesky factor.
+
+    (G + λI) δ = −∇f + λφ, with φ = `momentum` · (the last step): the step that stays as
+    near to φ as λ says, rather than to 0. G is the Gauss-Newton matrix, D = I, and no
+    preconditioner is made. λ, ρ, line search and rejection are as with conjugate
+    gradients.
+
+    An update costs, besides f and ∇f, a pass back for each output of a case; 2 · rows² ·
+    params operations in `"samples"`, 2 · rows · params² in `"parameters"`; and for each λ
+    that is looked at a third of the smaller one's cube. It holds rows · params numbers, in
+    float32 or wider. λ below the rounding of the matrix counts as that, ε times its trace.
+
+    Args:
+      space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"`, that of fewer rows.
+      momentum: in [0, 1), a number or schedule; for batches that are drawn anew in each
+        update (Goldshlager et al. 2024: 0.99 for wave functions). `None` is without.
+
+    Returns:
+      The solver.
+
+    Raises:
+      ValueError: if an option is out of range, or nothing of the kind.
+
+    Example:
+      One update solves linear least squares, of 2 cases and 3 parameters:
+
+      >>> import hfjax, jax.numpy as jnp, optax
+      >>> x, t = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]), jnp.array([3.0, 2.0])
+      >>> objective = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> tx = hfjax.hessian_free(
+      ...     objective, damping=hfjax.damping.constant(1e-6), solver=cholesky()
+      ... )
+      >>> params, batch = jnp.zeros(3), (x, t)
+      >>> value, grads = objective.value_and_grad(params, batch)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> print(updates.round(3), jnp.linalg.lstsq(x, t)[0].round(3))  # the shortest
+      [0.333 1.333 0.667] [0.333 1.333 0.667]
+
+    References:
+      Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient
+      methods"; Chen & Heyl (2024); Goldshlager, Abrahamsen & Lin (2024), "A
+      Kaczmarz-inspired approach to accelerate the optimization of neural network wave
+      functions" (SPRING); Guzmán-Cordero et al. (2025), of differential equations.
+    """
+    _options.check_choice("space", space, ("smaller", "samples", "parameters"))
+    _options.check_range("momentum", momentum, low=0.0, high=1.0)
+
+    def start(direction: Tree, count: jax.Array) -> Tree | None:
+        if momentum is None:
+            return None
+        return _tree.scale(_options.read(momentum, count), direction)
+
+    def solve(subproblem: Subproblem, x0: Tree | None) -> CGResult:
+        return _solve(subproblem, x0, space)
+
+    return Solver(
+        start=start,
+        solve=solve,
+        carry=lambda result, chosen: chosen,
+        searchable=True,
+        preconditioned=False,
+    )
+
+
+def as_solver(solver: Solver | str, *, plain: bool) -> tuple[Solver, bool]:
+    """Return the solver, and whether an update is to ask `suited` first.
+
+    Args:
+      solver: one, or `"auto"`.
+      plain: whether the curvature is `hfjax.curvature.ggn`, and D = I.
+
+    Returns:
+      Both; of `"auto"` the solver is `hfjax.cg.conjugate_gradient()`.
+
+    Raises:
+      TypeError: if it is none.
+      ValueError: if it is another word, or solves exactly what is not plain.
+    """
+    if isinstance(solver, str):
+        _options.check_choice("solver", solver, ("auto",))
+        return conjugate_gradient(), plain
+    if not isinstance(solver, Solver):
+        msg = f"`solver` must be a `Solver`, got {type(solver).__name__}: call its function."
+        raise TypeError(msg)
+    if not solver.preconditioned and not plain:
+        msg = (
+            "`solver=sample_space.cholesky()` solves with G + λI: it needs "
+            "`curvature=hfjax.curvature.ggn` and `damping` with "
+            '`matrix="identity"`. Take `cg.conjugate_gradient()`, or `"auto"`.'
+        )
+        raise ValueError(msg)
+    return solver, False
+
+
+def suited(
+    objective: Objective, params: Params, batch: Batch, otherwise: Solver
+) -> Solver:
+    """Choose as `solver="auto"` does: by sizes alone, so that it is known when traced.
+
+    Args:
+      objective: f.
+      params: θ.
+      batch: of the objective.
+      otherwise: what is taken where a matrix would cost more.
+
+    Returns:
+      `cholesky()` if the smaller of rows and parameters is at most 4,096, and J̃ has at
+      most 5e8 numbers (measured: `benchmarks/results/step7.md`); else `otherwise`.
+    """
+    rows, columns = _jacobian.size(objective, params, batch)
+    fits = min(rows, columns) <= _MOST_ROWS and rows * columns <= _MOST_NUMBERS
+    return cholesky() if fits else otherwise
+
+
+def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:
+    """Solve with the run's λ; the result knows of others, too."""
+    assert subproblem.jacobian is not None, "made by every update"
+    jacobian, decay = subproblem.jacobian()
+    rows, columns = len(jacobian.residuals), optax.tree.size(subproblem.b)
+    in_samples = space == "samples" or (space == "smaller" and rows <= columns)
+    system = _in_samples if in_samples else _in_parameters
+    change = system(jacobian, decay, subproblem.b, before)
+    b, dtype = subproblem.b, _tree.scalar_dtype(subproblem.b)
+
+    def at(damping: jax.Array) -> Tree:
+        step = change(damping)
+        return step if before is None else _tree.add(step, before)
+
+    def undamped(step: Tree) -> jax.Array:
+        curved = jnp.sum(jnp.square(jacobian.product(step)))
+        curved += decay * _tree.dot(step, step)
+        return (0.5 * curved - _tree.dot(b, step)).astype(dtype)
+
+    def model(step: Tree) -> jax.Array:
+        penalty = 0.5 * subproblem.damping * _tree.dot(step, step)
+        return undamped(step) + penalty.astype(dtype)
+
+    def other(damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
+        step = at(damping)
+        return step, model(step), undamped(step)
+
+    x = at(subproblem.damping)
+    first = jnp.zeros((), dtype) if before is None else model(before)
+    finite = _tree.is_finite(x)
+    return CGResult(
+        x=x,
+        num_iterations=jnp.ones((), jnp.int32),
+        model_values=jnp.stack([first, model(x)]),
+        kept=Kept(
+            jax.tree.map(lambda leaf: leaf[None], x),
+            jnp.ones(1, jnp.int32),
+            jnp.full(1, jnp.inf, dtype),
+        ),
+        reason=jnp.where(finite, Reason.RESIDUAL_ZERO, Reason.NONFINITE).astype(
+            jnp.int32
+        ),
+        other=other,
+    )
+
+
+def _in_samples(
+    jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
+) -> Callable[[jax.Array], Tree]:
+    """Return λ ↦ δ − φ, by J̃J̃ᵀ."""
+    within = -jacobian.residuals
+    # −∇f of other data, or the decay's part. What is only rounding would count 1/μ times.
+    spanned = jacobian.transpose(within)
+    beyond = jax.tree.map(jnp.subtract, b, _tree.cast_like(spanned, b))
+    eps = jnp.finfo(within.dtype).eps
+    seen = _tree.norm(beyond) > _ROUNDING * eps * (_tree.norm(b) + _tree.norm(spanned))
+    beyond = jax.tree.map(lambda x: jnp.where(seen, x, 0), beyond)
+    if before is not None:
+        within -= jacobian.product(before)
+        beyond = _tree.axpy(-decay, before, beyond)
+    along = jacobian.product(beyond)
+    matrix = _tree.gram(jacobian.rows, jacobian.rows)
+
+    def change(damping: jax.Array) -> Tree:
+        factor, mu = _factor(matrix, damping + decay)
+        y = cho_solve((factor, True), within - along / mu)
+        return _tree.axpy(
+            1 / mu, beyond, _tree.cast_like(jacobian.transpose(y), beyond)
+        )
+
+    return change
+
+
+def _in_parameters(
+    jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
+) -> Callable[[jax.Array], Tree]:
+    """Return λ ↦ δ − φ, by J̃ᵀJ̃: of few parameters, laid out in one vector."""
+    rows = jax.vmap(lambda row: ravel_pytree(row)[0])(jacobian.rows)
+    matrix = _sharding.contracted(rows, rows, ((0,), (0,)), _tree.EXACT)
+    rhs, unravel = ravel_pytree(b)
+    if before is not None:
+        phi = ravel_pytree(before)[0]
+        rhs -= jnp.matmul(matrix, phi, precision=_tree.EXACT) + decay * phi
+
+    def change(damping: jax.Array) -> Tree:
+        factor, _ = _factor(matrix, damping + decay)
+        return unravel(cho_solve((factor, True), rhs).astype(rhs.dtype))
+
+    return change
+
+
+def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the Cholesky factor of matrix + μI, and μ, raised where it has none."""
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    rounding = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
+
+    def attempt(mu: jax.Array) -> jax.Array:
+        return jax.lax.linalg.cholesky(matrix + mu * identity, symmetrize_input=False)
+
+    def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        factor, _, tries = tried
+        return ~jnp.isfinite(factor[-1, -1]) & (tries < _TRIES)
+
+    def again(tried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
+        _, mu, tries = tried
+        return attempt(_RAISE * mu), _RAISE * mu, tries + 1
+
+    mu = jnp.maximum(mu.astype(matrix.dtype), rounding)
+    # Of no curvature at all, and no damping.
+    mu = jnp.where(mu > 0, mu, jnp.finfo(matrix.dtype).tiny)
+    start = (jnp.full_like(matrix, jnp.nan), mu / _RAISE, jnp.zeros((), jnp.int32))
+    factor, mu, _ = jax.lax.while_loop(failed, again, start)
+    return factor, mu
