@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from hfjax import _sharding, _tree
+from hfjax import _programs, _sharding, _tree
 from hfjax._cases import as_cases
 from hfjax._objective import Objective
 from hfjax._types import Batch, Params, Tree
@@ -41,25 +41,42 @@ class Jacobian(NamedTuple):
         return _tree.combination(u, self.rows)
 
 
-def size(objective: Objective, params: Params, batch: Batch) -> tuple[int, int]:
-    """Count J̃'s rows, outputs of all cases on this device, and its columns.
+class Size(NamedTuple):
+    """What J̃ would be, and a pass forward is; Python integers.
+
+    Attributes:
+      rows: outputs of all cases, of this device.
+      columns: parameters.
+      forward: multiplications of a pass forward over those cases.
+    """
+
+    rows: int
+    columns: int
+    forward: int
+
+
+def size(objective: Objective, params: Params, batch: Batch) -> Size:
+    """Count; the model is traced on one case, and not run.
 
     Args:
-      objective: whose model it is; it is traced, and not run.
+      objective: whose model it is.
       params: θ.
       batch: of the objective.
 
     Returns:
-      Two Python integers.
+      The numbers.
     """
-    rows = 0
+    rows = forward = 0
     for _, term, own in terms_of(objective, batch):
         cases = as_cases(own)
+        count = cases.weights.shape[0]
         inputs = _sharding.first_case(cases.inputs)
-        shapes = jax.tree.leaves(jax.eval_shape(term.outputs, params, inputs))
-        per_case = sum(math.prod(leaf.shape[1:]) for leaf in shapes)
-        rows += per_case * cases.weights.shape[0]
-    return rows, optax.tree.size(params)
+        local = term.local(_sharding.gathered(params, cases))
+        program, shapes = jax.make_jaxpr(term.outputs, return_shape=True)(local, inputs)
+        leaves = jax.tree.leaves(shapes)
+        rows += count * sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+        forward += count * _programs.multiplications(program)
+    return Size(rows, optax.tree.size(params), forward)
 
 
 def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:

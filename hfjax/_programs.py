@@ -1,5 +1,6 @@
 """Programs of JAX, equation by equation."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,40 @@ def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
         debug_info=_NO_NAMES,
     )
     return jaxpr_as_fun(ClosedJaxpr(program, []))(*inputs.values())
+
+
+def multiplications(program: Any) -> int:
+    """Count the multiplications of matrix products and convolutions.
+
+    Args:
+      program: a `Jaxpr`, closed or not.
+
+    Returns:
+      A Python integer, of the programs within it, too: of a `scan` each step's, of a
+      `while` one round's, of a `cond` all branches'.
+    """
+    total = 0
+    for equation in getattr(program, "jaxpr", program).eqns:
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += depth * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            units = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += (
+                math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // units
+            )
+        within = jax.tree.leaves(
+            list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        rounds = params["length"] if equation.primitive.name == "scan" else 1
+        total += rounds * sum(
+            multiplications(part) for part in within if hasattr(part, "eqns")
+        )
+    return total
 
 
 def inner(equation: Any) -> Jaxpr | None:

@@ -35,8 +35,10 @@ _ROUNDING = 100
 _RAISE, _TRIES = 10.0, 20
 """μ is raised so, and so often at most, until a Cholesky factor is finite (heuristic)."""
 
-_MOST_ROWS, _MOST_NUMBERS = 4096, 5 * 10**8
-"""Of what `"auto"` solves exactly; measured."""
+_WORTH = 150
+"""Products that the matrix may cost as many multiplications as, for `"auto"`; measured."""
+_MOST_NUMBERS = 5 * 10**8
+"""Of J̃, for `"auto"`: 4 GB in float64 (heuristic)."""
 
 
 def cholesky(
@@ -141,6 +143,12 @@ def suited(
 ) -> Solver:
     """Choose as `solver="auto"` does: by sizes alone, so that it is known when traced.
 
+    The matrix costs rows · params · min(rows, params) multiplications. A product with G
+    costs three passes forward, and conjugate gradients need many where G is
+    ill-conditioned; a matrix product runs at several times the speed of a pass. So it is
+    solved exactly where that is at most 150 products' multiplications, and J̃ has at most
+    5e8 numbers (measured: `benchmarks/results/step7.md`).
+
     Args:
       objective: f.
       params: θ.
@@ -148,12 +156,21 @@ def suited(
       otherwise: what is taken where a matrix would cost more.
 
     Returns:
-      `cholesky()` if the smaller of rows and parameters is at most 4,096, and J̃ has at
-      most 5e8 numbers (measured: `benchmarks/results/step7.md`); else `otherwise`.
+      `cholesky()`, or `otherwise`.
+
+    Example:
+      >>> import hfjax, jax.numpy as jnp
+      >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> cg = hfjax.cg.conjugate_gradient()
+      >>> for units in (1, 10):  # 100 and 1,000 rows, 100 and 1,000 parameters
+      ...     batch = (jnp.ones((100, 100)), jnp.ones((100, units)))
+      ...     print(suited(f, jnp.zeros((100, units)), batch, otherwise=cg) is cg)
+      False
+      True
     """
-    rows, columns = _jacobian.size(objective, params, batch)
-    fits = min(rows, columns) <= _MOST_ROWS and rows * columns <= _MOST_NUMBERS
-    return cholesky() if fits else otherwise
+    rows, columns, forward = _jacobian.size(objective, params, batch)
+    worth = rows * columns * min(rows, columns) <= _WORTH * 3 * forward
+    return cholesky() if worth and rows * columns <= _MOST_NUMBERS else otherwise
 
 
 def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:

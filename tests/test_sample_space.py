@@ -14,7 +14,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import damping, sample_space
-from hfjax._jacobian import jacobian
+from hfjax._jacobian import jacobian, size
 from hfjax.objective import weighted_sum
 
 PROBLEMS = build()
@@ -300,7 +300,7 @@ def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
     assert iterations(curvature=hfjax.curvature.hessian)[0] > 1
     by_diagonal = damping.levenberg_marquardt(matrix="curvature_diagonal")
     assert iterations(damping=by_diagonal)[0] > 1
-    monkeypatch.setattr(sample_space, "_MOST_ROWS", 3)
+    monkeypatch.setattr(sample_space, "_WORTH", 0)
     assert iterations()[0] > 1
 
 
@@ -342,3 +342,29 @@ def test_no_preconditioner_is_made_and_no_memory_kept():
         tx.init(problem.params),
         problem.params,
     )
+
+
+def test_sizes_count_the_multiplications_of_a_pass_forward():
+    def model_fn(params, x):
+        def step(state, row):
+            return jnp.tanh(state @ params["w"]) + row, None
+
+        state, _ = jax.lax.scan(step, jnp.zeros((len(x), 4)), jnp.moveaxis(x, 1, 0))
+        image = jax.lax.conv(
+            state.reshape(-1, 1, 2, 2), params["kernel"], (1, 1), "VALID"
+        )
+        return image.reshape(len(x), -1) @ params["head"]
+
+    params = {
+        "w": jnp.ones((4, 4)),
+        "kernel": jnp.ones((3, 1, 2, 1)),
+        "head": jnp.ones((6, 2)),
+    }
+    one = hfjax.Objective(model_fn, SQUARED_ERROR)
+    batch = (jnp.ones((7, 5, 4)), jnp.ones((7, 2)))
+    # Five steps of 4 · 4, three channels at two places of 2, and 6 · 2.
+    forward = 5 * 16 + 3 * 2 * 2 + 12
+    assert size(one, params, batch) == (14, 34, 7 * forward)
+    half = (jnp.ones((3, 5, 4)), jnp.ones((3, 2)))
+    both = weighted_sum([(1.0, one), (2.0, one)])
+    assert size(both, params, (batch, half)) == (20, 34, 10 * forward)
