@@ -21,7 +21,7 @@ from hfjax import _layers, _sharding, _tree, diagonals
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
-from hfjax._weighted_sum import terms_of
+from hfjax._weighted_sum import WeightedSum, terms_of
 from hfjax.objective import Objective
 
 
@@ -266,7 +266,7 @@ def estimate(
             terms, models, _keys(key, len(terms)), strict=True
         )
     ]
-    if len(found) == 1:
+    if not isinstance(objective, WeightedSum):
         return found[0]
     weights = jnp.stack(
         [jnp.asarray(c, _tree.scalar_dtype(params)) for c, _, _ in terms]

@@ -59,6 +59,7 @@ class CGResult(NamedTuple):
       other: of a solver that knows it: another λ' ↦ the step with it; M there with the
         run's own λ; and M there without any. `None` else; no part of a result that
         leaves `jit`.
+      pulled: whether λ pulls steps towards another than 0, as with momentum.
     """
 
     x: Tree
@@ -68,6 +69,7 @@ class CGResult(NamedTuple):
     reason: jax.Array
     coefficients: jax.Array | None = None
     other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
+    pulled: bool = False
 
 
 class Record(NamedTuple):

@@ -71,7 +71,7 @@ def choose(
         if not backtracking.finds_damping:
             return backtracking.choose(seen, result.kept)
         models, b = result.model_values, subproblem.b
-        run = Run(models, b, before, noise, point.damping, result.other)
+        run = Run(models, b, before, noise, point.damping, result.other, result.pulled)
         return backtracking.choose(seen, result.kept, run)
 
     if backtracking.cases is None:

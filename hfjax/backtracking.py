@@ -56,6 +56,7 @@ class Run(NamedTuple):
       noise: how much of a change of f may be rounding.
       damping: λ.
       other: as in `CGResult`; `None` where the kept iterates tell.
+      pulled: as in `CGResult`.
     """
 
     model_values: jax.Array
@@ -64,6 +65,7 @@ class Run(NamedTuple):
     noise: jax.Array
     damping: jax.Array
     other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
+    pulled: bool = False
 
 
 class Backtracking(NamedTuple):
@@ -158,7 +160,8 @@ def redamped(
     was lower, and its λ is that of the next update. So a λ that is off by orders of
     magnitude costs evaluations of f, not updates, in both directions. Of two λ whose f
     differ by less than `tolerance` of the gain it takes the higher one: where λ makes
-    no difference it does not fall.
+    no difference it does not fall. (With momentum it stays: there a high λ is no short step,
+    but the last one again.)
 
     It goes with `damping.searched`, which takes the λ that is found; ρ is still told.
 
@@ -228,7 +231,8 @@ def redamped(
             slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
             slack = jnp.where(jnp.isfinite(slack), slack, 0)
             # Of equals the higher λ, unless there is nothing but rounding to tell by.
-            above = value <= search.lowest + slack
+            # But with momentum λ without end is to go on as before: equals stay.
+            above = value <= search.lowest + (-jnp.abs(slack) if run.pulled else slack)
             below = value < search.lowest - jnp.maximum(jnp.abs(slack), run.noise)
             # A step that f cannot show is no evidence against a longer one.
             hidden = search.promised <= run.noise

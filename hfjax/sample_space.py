@@ -216,6 +216,7 @@ def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:
             jnp.int32
         ),
         other=other,
+        pulled=before is not None,
     )
 
 

@@ -40,7 +40,7 @@ def step_of(objective, params, batch, solver, *, before=None, grads=None, **opti
     return tx.update(grads, state, params, batch=batch)
 
 
-def solved(objective, params, batch, solver, *, before=None, b=None):
+def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAMBDA):
     """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
     _, grads = objective.value_and_grad(params, batch)
     decay = jnp.zeros(()) if objective.decay is None else objective.decay
@@ -48,7 +48,7 @@ def solved(objective, params, batch, solver, *, before=None, b=None):
         matvec=None,
         b=jax.tree.map(jnp.negative, grads) if b is None else b,
         preconditioner=None,
-        damping=jnp.float64(LAMBDA),
+        damping=jnp.float64(damping),
         count=jnp.zeros((), jnp.int32),
         value_fn=None,
         batch_value_fn=None,
@@ -231,6 +231,24 @@ def test_without_damping_a_singular_system_has_a_finite_step(space, dtype):
     assert state.info.accepted
     residual = x @ found - batch[1]
     np.testing.assert_allclose(residual, 0, atol=100 * np.sqrt(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_hardly_any_damping_leaves_the_digits(space):
+    """Of a loss that is no square: the shortest of the undamped steps."""
+    (problem,) = (p for p in PROBLEMS if p.name == "softmax_soft_targets")
+    found, _, _ = quick_jit(
+        functools.partial(
+            solved,
+            problem.objective(),
+            solver=sample_space.cholesky(space=space),
+            damping=1e-11,
+        )
+    )(problem.params, problem.batch)
+    matrix, gradient = reference.ggn(problem), reference.gradient(problem)
+    step = np.linalg.pinv(matrix, rcond=1e-9, hermitian=True) @ -gradient
+    error = np.linalg.norm(flat(found) - step) / np.linalg.norm(step)
+    assert error < 1e-5
 
 
 def test_a_model_that_is_not_finite_is_rejected():

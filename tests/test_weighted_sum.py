@@ -45,10 +45,10 @@ PARAMS, BATCHES = make_params(), make_batches()
 UNION = jax.tree.map(lambda *x: jnp.concatenate(x), *BATCHES)
 
 
-def of_all_cases(**options):
+def of_all_cases(times=1.0, **options):
     """Return the mean over both terms' cases as a sum, and as one objective."""
     one = hfjax.Objective(model_fn, SQUARED_ERROR, **options)
-    parts = [(size / sum(SIZES), one) for size in SIZES]
+    parts = [(times * size / sum(SIZES), one) for size in SIZES]
     return weighted_sum(parts), one
 
 
@@ -154,21 +154,28 @@ def test_products_in_fewer_digits_hold_to_the_exact_sum():
     ids=["kronecker", "diagonal", "nystrom"],
 )
 def test_preconditioners_of_a_sum_are_those_of_all_its_cases(rule):
-    """With shares of the cases as weights the sum is one mean."""
-    both, one = of_all_cases(weight_decay=0.01)
+    """With three times shares of the cases as weights the sum is three means."""
+    both, one = of_all_cases(times=3.0, weight_decay=0.01)
     r = jax.tree.map(jnp.cos, PARAMS)
 
-    def inverse(objective, batch):
-        key, damping = jax.random.key(0), jnp.float64(0.1)
-        return rule.build(objective, PARAMS, batch, damping, key)(r)
+    def inverse(objective, batch, damping, r):
+        key = jax.random.key(0)
+        return rule.build(objective, PARAMS, batch, jnp.float64(damping), key)(r)
 
-    found, expected = (
-        quick_jit(inverse, static_argnums=0)(objective, batch)
-        for objective, batch in ((both, BATCHES), (one, UNION))
-    )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected
-    )
+    inverse = quick_jit(inverse, static_argnums=0)
+    expected = inverse(one, UNION, 0.1, r)
+    single = weighted_sum([(3.0, one)])
+    for objective, batch in ((both, BATCHES), (single, (UNION,))):
+        found = inverse(objective, batch, 0.3, r)
+        # Of a P of which the scale does not matter.
+        scale = expected["v"][0, 0] / found["v"][0, 0]
+        jax.tree.map(
+            lambda x, y, scale=scale: np.testing.assert_allclose(
+                scale * x, y, rtol=1e-6
+            ),
+            found,
+            expected,
+        )
 
 
 def test_a_layer_that_one_term_does_not_have_gets_a_diagonal():
