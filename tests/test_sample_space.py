@@ -233,8 +233,10 @@ def test_without_damping_a_singular_system_has_a_finite_step(space, dtype):
     np.testing.assert_allclose(residual, 0, atol=100 * np.sqrt(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_hardly_any_damping_leaves_the_digits(space):
+@pytest.mark.parametrize(
+    ("space", "damping"), [("samples", 1e-13), ("parameters", 1e-10)]
+)
+def test_hardly_any_damping_leaves_the_digits(space, damping):
     """Of a loss that is no square: the shortest of the undamped steps."""
     (problem,) = (p for p in PROBLEMS if p.name == "softmax_soft_targets")
     found, _, _ = quick_jit(
@@ -242,7 +244,7 @@ def test_hardly_any_damping_leaves_the_digits(space):
             solved,
             problem.objective(),
             solver=sample_space.cholesky(space=space),
-            damping=1e-11,
+            damping=damping,
         )
     )(problem.params, problem.batch)
     matrix, gradient = reference.ggn(problem), reference.gradient(problem)
