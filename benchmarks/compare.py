@@ -10,33 +10,26 @@ command goes on where it was killed. `benchmarks/README.md` says how to read it.
 """
 
 import argparse
-import functools
 import importlib.metadata
-import time
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from benchmarks import checkpoint, compare_history, options
+from benchmarks import compare_plans, options
 from benchmarks.checkpoint import NotWholeError
 from benchmarks.compare_history import Plan
 from benchmarks.compare_optimizers import OPTIMIZERS
 from benchmarks.compare_problems import PROBLEMS, Problem
 from benchmarks.compare_report import Report
-from benchmarks.compare_turns import Course, checkpoints_of, go, run_file
+from benchmarks.compare_turns import Course, go
 from benchmarks.problem import machine
-from benchmarks.racers import Racer, compile_ahead
+from benchmarks.racers import compile_ahead
 
 SECONDS = 180.0
-TURN = 10.0
-_CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _INTERRUPTED = 130
-_PAUSE = 0.25  # seconds of training between measurements
-_MEASURING = 5  # or so many times what a measurement takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,28 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SECONDS,
         help=f"training time of each run; default: {SECONDS:g}",
     )
-    add(
-        "--seeds",
-        type=lambda word: options.listed(_seed, word),
-        default=(0,),
-        help="of the starts, with commas; default: 0",
-    )
-    add(
-        "--clock",
-        choices=tuple(_CLOCKS),
-        default="wall",
-        help="what --seconds are: of the clock on the wall, or of processor time, all "
-        "threads together; default: wall",
-    )
-    add(
-        "--turn",
-        type=options.positive,
-        default=TURN,
-        help=f"seconds of training until the next has its turn; default: {TURN:g}",
-    )
     add("--data-dir", default="data", help="of mnist.npz; default: data")
     add("--list", action="store_true", help="say what there is, and what is skipped")
-    add("--out", default="runs/compare", help="folder; default: runs/compare")
+    compare_plans.add_arguments(parser, "runs/compare")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,49 +120,21 @@ def _solve(
             fitting.append(optimizer)
     plans = _plans(args, name, fitting)
     report.begin(name, problem, plans)
-    for seed, its in groupby(plans, key=lambda plan: plan.seed):
-        left = []
-        for plan in its:
-            if _finished(folder, plan):  # It may have been killed right after its end.
-                checkpoint.remove(checkpoints_of(folder, plan))
-            else:
-                left.append(plan)
-        if left:
-            course = _course(args, problem, seed, folder)
-            go(_builders(problem, course.params, left), course, report.turn)
-            report.save()
+    for seed, left in compare_plans.left(folder, plans):
+        course = _course(args, problem, seed, folder)
+
+        def build(plan: Plan, course: Course = course) -> Any:
+            optimizer = OPTIMIZERS[plan.optimizer]
+            return optimizer.build(problem, course.params, plan.seed)
+
+        go(compare_plans.builders(left, build), course, report.turn)
+        report.save()
 
 
 def _plans(args: argparse.Namespace, name: str, names: Sequence[str]) -> list[Plan]:
-    """List the runs on a problem: all with one start before those with another."""
-    return [
-        Plan(name, seed, optimizer, rate)
-        for seed in args.seeds
-        for optimizer in names
-        for rate in OPTIMIZERS[optimizer].rates or (None,)
-    ]
-
-
-def _builders(
-    problem: Problem, params: Any, plans: Sequence[Plan]
-) -> list[tuple[Plan, Callable[[], Racer]]]:
-    """List what compiles each run; what differs in its rate is compiled once."""
-    builders = []
-    for (seed, optimizer), its in groupby(plans, key=lambda p: (p.seed, p.optimizer)):
-        compiled = functools.cache(
-            functools.partial(OPTIMIZERS[optimizer].build, problem, params, seed)
-        )
-        for plan in its:
-            rate = plan.rate
-            build = compiled
-            if rate is not None:
-                build = functools.partial(_at_rate, compiled, rate)
-            builders.append((plan, build))
-    return builders
-
-
-def _at_rate(compiled: Callable[[], Callable[[float], Racer]], rate: float) -> Racer:
-    return compiled()(rate)
+    """List the runs on a problem."""
+    optimizers = {name: OPTIMIZERS[name] for name in names}
+    return compare_plans.plans(name, args.seeds, optimizers)
 
 
 def _course(
@@ -198,21 +144,17 @@ def _course(
     params = jax.jit(problem.start)(jax.random.key(seed))
     compiled, _ = compile_ahead(problem.objective.value, params, problem.batch)
 
-    def excess(params: Any) -> tuple[float, float]:
+    def measure(params: Any) -> tuple[float, float]:
         value = float(compiled(params, problem.batch))
         return value, value - problem.floor
 
-    excess(params)
-    start = time.perf_counter()
-    excess(params)
-    pause = max(_PAUSE, _MEASURING * (time.perf_counter() - start))
     return Course(
         params=params,
-        excess=excess,
-        pause=pause,
+        measure=measure,
+        pause=compare_plans.pause(measure, params),
         seconds=args.seconds,
         turn=args.turn,
-        clock=_CLOCKS[args.clock],
+        clock=compare_plans.CLOCKS[args.clock],
         settings=_settings(args),
         recorded=_recorded(args),
         folder=folder,
@@ -241,17 +183,8 @@ def _check(
         words = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         msg = f"nothing is left to run: {words}"
         raise ValueError(msg)
-    for plan in (plan for name in names for plan in _plans(args, name, present)):
-        checkpoint.check(checkpoints_of(folder, plan), _settings(args))
-        path = run_file(folder, plan)
-        found = compare_history.read(path)
-        for name, value in _settings(args).items():
-            if found and found.settings.get(name) != value:
-                msg = (
-                    f"{path} is of a run with {name} {found.settings.get(name)}, not "
-                    f"{value}: choose another --out"
-                )
-                raise ValueError(msg)
+    plans = [plan for name in names for plan in _plans(args, name, present)]
+    compare_plans.check(folder, plans, _settings(args))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -269,11 +202,6 @@ def _recorded(args: argparse.Namespace) -> dict[str, Any]:
     return {**_settings(args), "turn": args.turn, **machine(), **versions}
 
 
-def _finished(folder: Path, plan: Plan) -> bool:
-    found = compare_history.read(run_file(folder, plan))
-    return found is not None and found.finished
-
-
 def _list(args: argparse.Namespace, console: Console) -> None:
     """Say what there is, and what would be skipped and why."""
     found = {"Problems": {}, "Optimizers": {}}
@@ -288,10 +216,3 @@ def _list(args: argparse.Namespace, console: Console) -> None:
         for name, (title, missing) in entries.items():
             note = f"  (skipped: {missing})" if missing else ""
             console.print(f"  {name:<18} {title}{note}", markup=False)
-
-
-def _seed(word: str) -> int:
-    if not word.isdecimal():
-        msg = f"must be whole numbers of at least 0, got {word!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(word)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass
-class RunFile(History[Row]):
+class RunFile(History[Any]):
     """One run in a file of its own.
 
     Attributes:
@@ -91,20 +91,21 @@ class Ended(NamedTuple):
       plan: of the run.
       settings: under which it ran.
       finished: whether to its end.
-      run: its rows, and what compiling took.
+      run: its rows, what its updates did, and what compiling took.
     """
 
     plan: Plan
     settings: dict[str, Any]
     finished: bool
-    run: Run[Row]
+    run: Run[Any]
 
 
-def read(path: Path) -> Ended | None:
+def read(path: Path, row: Callable[..., Any] = Row) -> Ended | None:
     """Read a run's file.
 
     Args:
       path: of the file.
+      row: kind of the run's rows, made again by `row(**fields)`.
 
     Returns:
       What it holds, or `None` where there is no file, or no measurement in it.
@@ -117,8 +118,9 @@ def read(path: Path) -> Ended | None:
     try:
         document = json.loads(path.read_text())
         plan, (found,) = Plan(**document["plan"]), document["runs"]
-        rows = [Row(**_numbers(row)) for row in found["rows"]]
+        rows = [row(**_numbers(fields)) for fields in found["rows"]]
         run = Run(found["name"], found["family"], found["compile_seconds"], rows)
+        run.scalars = [_numbers(scalars) for scalars in found["updates"]]
         ended = Ended(plan, document["settings"], document["finished"], run)
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path} does not hold a run: {error!r}. Remove it."
@@ -126,11 +128,12 @@ def read(path: Path) -> Ended | None:
     return ended if rows else None
 
 
-def read_all(paths: Iterable[Path]) -> list[Ended]:
+def read_all(paths: Iterable[Path], row: Callable[..., Any] = Row) -> list[Ended]:
     """Read those of the runs that there are.
 
     Args:
       paths: of their files.
+      row: kind of the runs' rows.
 
     Returns:
       The runs.
@@ -138,7 +141,8 @@ def read_all(paths: Iterable[Path]) -> list[Ended]:
     Raises:
       ValueError: if one of the files holds something else.
     """
-    return [ended for ended in map(read, paths) if ended is not None]
+    found = (read(path, row) for path in paths)
+    return [ended for ended in found if ended is not None]
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

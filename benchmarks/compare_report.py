@@ -96,7 +96,9 @@ class Report:
             lines = compare_table.lines(ended, milestones)
             if not lines:
                 continue
-            texts.append(compare_table.markdown(problem.title, lines, milestones))
+            texts.append(
+                compare_table.markdown(problem.title, *_laid_out(lines, milestones))
+            )
             pictures.append(self._folder / f"compare-{name}.png")
             compare_figure.draw(problem.title, lines, milestones, pictures[-1])
             documents.append(_document(name, problem, ended, lines))
@@ -119,7 +121,14 @@ class Report:
         width = self.console.width if self.console.is_terminal else _WIDE
         wide = Console(width=width, file=self.console.file)
         wide.print(problem.title, highlight=False)
-        wide.print(compare_table.table(lines, problem.milestones))
+        wide.print(compare_table.table(*_laid_out(lines, problem.milestones)))
+
+
+def _laid_out(
+    lines: Sequence[Line], milestones: Sequence[float]
+) -> tuple[list[list[str]], str]:
+    """Return the cells of a table, and its caption."""
+    return compare_table.cells(lines, milestones), compare_table.caption(lines)
 
 
 def _document(

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -58,7 +58,21 @@ class Line(NamedTuple):
         }
 
 
-def lines(ended: Sequence[Ended], milestones: Sequence[float]) -> list[Line]:
+def final_excess(ended: Ended) -> float:
+    """Return a run's excess at its end.
+
+    Args:
+      ended: the run.
+    """
+    return ended.run.last.excess
+
+
+def lines(
+    ended: Sequence[Ended],
+    milestones: Sequence[float],
+    value: Callable[[Any], float] = lambda row: row.excess,
+    judged: Callable[[Ended], float] = final_excess,
+) -> list[Line]:
     """Sum up the runs on one problem.
 
     Of an optimizer's learning rates the one with the least final excess counts, by the
@@ -67,6 +81,9 @@ def lines(ended: Sequence[Ended], milestones: Sequence[float]) -> list[Line]:
     Args:
       ended: the runs.
       milestones: excesses, falling.
+      value: `row -> number` to compare with the milestones, if it is not the excess.
+      judged: `run -> number` that is least for the rate that counts, if that is not the
+        final excess.
 
     Returns:
       A line for each optimizer, as they first come.
@@ -79,14 +96,14 @@ def lines(ended: Sequence[Ended], milestones: Sequence[float]) -> list[Line]:
             [run for run in its if run.plan.rate == rate]
             for rate in dict.fromkeys(run.plan.rate for run in its)
         ]
-        runs = min(rates, key=_final_excess)
+        runs = min(rates, key=lambda runs: _median(map(judged, runs)))
         medians = [statistics.median(probes(run.run.rows)) for run in runs]
         seeds = len({run.plan.seed for run in its})
         found.append(
             Line(
                 optimizer,
                 runs,
-                [[_seconds_to(run, x) for run in runs] for x in milestones],
+                [[_seconds_to(run, value, x) for run in runs] for x in milestones],
                 statistics.median(medians) / best_probe,
                 sum(run.run.last.seconds for run in its) / seeds,
             )
@@ -115,7 +132,7 @@ def cells(found: Sequence[Line], milestones: Sequence[float]) -> list[list[str]]
     table = [head]
     for line in found:
         disturbed = " !" if line.probe > DISTURBED else ""
-        row = [line.name, *map(_spread, line.reached), _spread(line.final("excess"))]
+        row = [line.name, *map(spread, line.reached), spread(line.final("excess"))]
         row += [f"{statistics.median(line.final('updates')):,.0f}"]
         compiled = [run.run.compile_seconds for run in line.runs]
         row += [f"{statistics.median(compiled):.1f} s", f"{line.searched:.0f} s"]
@@ -138,15 +155,15 @@ def caption(found: Sequence[Line]) -> str:
     )
 
 
-def table(found: Sequence[Line], milestones: Sequence[float]) -> Table:
+def table(cells: Sequence[Sequence[str]], caption: str) -> Table:
     """Lay out a table for the terminal.
 
     Args:
-      found: a line for each optimizer.
-      milestones: excesses, falling.
+      cells: its head first.
+      caption: below it.
     """
-    head, *rows = cells(found, milestones)
-    result = Table(caption=caption(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    head, *rows = cells
+    result = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(head):
         result.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
@@ -154,32 +171,35 @@ def table(found: Sequence[Line], milestones: Sequence[float]) -> Table:
     return result
 
 
-def markdown(title: str, found: Sequence[Line], milestones: Sequence[float]) -> str:
+def markdown(title: str, cells: Sequence[Sequence[str]], caption: str) -> str:
     """Lay out a table in Markdown, with a heading and what the cells are.
 
     Args:
-      title: of the problem.
-      found: a line for each optimizer.
-      milestones: excesses, falling.
+      title: above it.
+      cells: its head first.
+      caption: below it.
     """
-    head, *rows = cells(found, milestones)
+    head, *rows = cells
     rule = ["---", *("---:" for _ in head[1:])]
     text = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-    return f"## {title}\n\n{text}\n\n{caption(found)}\n"
+    return f"## {title}\n\n{text}\n\n{caption}\n"
 
 
-def _final_excess(runs: Sequence[Ended]) -> float:
-    finals = [run.run.last.excess for run in runs]
-    return statistics.median(x if math.isfinite(x) else math.inf for x in finals)
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(x if math.isfinite(x) else math.inf for x in values)
 
 
-def _seconds_to(ended: Ended, milestone: float) -> float:
-    row = first_below(ended.run.rows, lambda row: row.excess, milestone)
+def _seconds_to(ended: Ended, value: Callable[[Any], float], milestone: float) -> float:
+    row = first_below(ended.run.rows, value, milestone)
     return math.inf if row is None else row.seconds
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Write the median, and where there are several values the least and the most."""
+def spread(values: Sequence[float]) -> str:
+    """Write the median, and where there are several values the least and the most.
+
+    Args:
+      values: by run; infinite where there is none.
+    """
     middle = _short(statistics.median_low(values))
     if len(values) == 1 or not any(map(math.isfinite, values)):
         return middle

@@ -19,7 +19,8 @@ class Course(NamedTuple):
 
     Attributes:
       params: where they start.
-      excess: `params -> (f, f − floor)`.
+      measure: `params -> measurements`, those of a row between its moment and the probe:
+        (f, f − floor).
       pause: seconds of training between measurements of small updates.
       seconds: of training for each run.
       turn: seconds of training until the next has its turn.
@@ -27,10 +28,11 @@ class Course(NamedTuple):
       settings: of the runs, in JSON's types.
       recorded: settings and what they ran on, for the files.
       folder: for files and checkpoints.
+      row: kind of the runs' rows.
     """
 
     params: Any
-    excess: Callable[[Any], tuple[float, float]]
+    measure: Callable[[Any], tuple[float, ...]]
     pause: float
     seconds: float
     turn: float
@@ -38,6 +40,7 @@ class Course(NamedTuple):
     settings: dict[str, Any]
     recorded: dict[str, Any]
     folder: Path
+    row: Callable[..., Any] = Row
 
     def file(self, plan: Plan) -> Path:
         """Return the path of a run's file."""
@@ -78,10 +81,10 @@ class Entrant:
         plan: Plan,
         build: Callable[[], Racer],
         course: Course,
-        checkpoints: Checkpoints[Row],
+        checkpoints: Checkpoints[Any],
     ) -> None:
         self.plan, self.over = plan, False
-        self.run = Run[Row](plan.racer, plan.optimizer, 0.0)
+        self.run = Run[Any](plan.racer, plan.optimizer, 0.0)
         self._course, self._build = course, build
         self._checkpoints, self._probe = checkpoints, math.nan
         self._racer: Racer | None = None
@@ -142,8 +145,9 @@ class Entrant:
         self._file.save()
         return True
 
-    def _measure(self, moment: Moment, params: Any) -> Row:
-        return Row(*moment, *self._course.excess(params), self._probe)
+    def _measure(self, moment: Moment, params: Any) -> Any:
+        course = self._course
+        return course.row(*moment, *course.measure(params), self._probe)
 
 
 def go(
@@ -166,7 +170,7 @@ def go(
         entrants = []
         for plan, build in builders:
             folder = checkpoints_of(course.folder, plan)
-            its = stack.enter_context(Checkpoints(folder, course.settings, Row))
+            its = stack.enter_context(Checkpoints(folder, course.settings, course.row))
             entrants.append(Entrant(plan, build, course, its))
         until = 0.0
         while entrants:

@@ -83,12 +83,12 @@ def test_milestones_are_read_off_where_the_excess_is_first_below():
 
 def test_the_table_says_median_range_and_what_was_not_reached():
     found = compare_table.lines(MADE_UP, (10.0, 1.0))
-    head, a, b = compare_table.cells(found, (10.0, 1.0))
+    head, a, b = cells = compare_table.cells(found, (10.0, 1.0))
     assert head[:3] == ["optimizer", "10", "1"]
     assert a[:4] == ["a 0.2", "4 (4–5)", "6 (6––)", "2 (2–3)"]
     assert b[-1] == "9.00 !"
     assert a[-3:-1] == ["2.0 s", "11 s"]
-    text = compare_table.markdown("Title", found, (10.0, 1.0))
+    text = compare_table.markdown("Title", cells, compare_table.caption(found))
     assert "| a 0.2 | 4 (4–5) | 6 (6––) |" in text
 
 
@@ -121,7 +121,7 @@ class Clock:
 def course(folder, clock):
     return Course(
         params=jnp.ones(()),
-        excess=lambda params: (float(params) + 1, float(params)),
+        measure=lambda params: (float(params) + 1, float(params)),
         pause=0.0,
         seconds=6.0,
         turn=2.0,
@@ -182,7 +182,7 @@ def test_runs_that_were_killed_end_with_the_same_rows(still, tmp_path):
 def test_a_run_that_diverges_ends(still, tmp_path):
     clock = Clock()
     plan = Plan("p", 0, "quick", None)
-    its = course(tmp_path, clock)._replace(excess=lambda params: (math.nan, math.nan))
+    its = course(tmp_path, clock)._replace(measure=lambda params: (math.nan, math.nan))
     compare_turns.go([(plan, walker("quick", 1.0, clock))], its, lambda entrant: None)
     assert read(compare_turns.run_file(tmp_path, plan)).finished
     assert clock.now == 0.0
