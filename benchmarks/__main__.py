@@ -11,6 +11,7 @@ from benchmarks import (
     low_precision,
     memory,
     multihost,
+    pinn,
     precision,
     preconditioners,
     product,
@@ -24,6 +25,7 @@ from benchmarks.options import Parser
 _COMMANDS = {
     "autoencoder": autoencoder,
     "compare": compare,
+    "pinn": pinn,
     "product": product,
     "shares": shares,
     "costs": costs,

@@ -19,7 +19,7 @@ from benchmarks.racers import Racer
 MUON_RATES = (0.2, 0.05, 0.02, 0.005)
 """Around 0.02, which its author uses."""
 
-Build = Callable[[Problem, Any, int], Any]
+Build = Callable[[Any, Any, int], Any]
 """`(problem, params, seed) -> racer`, or `-> (learning_rate -> racer)` where there are
 rates; the seed is of what the optimizer itself draws."""
 

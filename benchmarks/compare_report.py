@@ -1,30 +1,37 @@
 """What a comparison says and leaves: tables, pictures, and one file with everything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks import compare_figure, compare_history, compare_table
-from benchmarks.compare_history import Ended, Plan
+from benchmarks.compare_history import Ended, Plan, Row
 from benchmarks.compare_optimizers import OPTIMIZERS
-from benchmarks.compare_problems import Problem
 from benchmarks.compare_table import Line
 from benchmarks.compare_turns import Entrant, run_file
 from benchmarks.history import write_json
 from benchmarks.live import describe
 
-_WIDE = 160
-"""Columns of a table where there is no terminal: it goes to a file then."""
-
 
 class Report:
     """Gathers what the runs leave, and writes it down.
 
+    Another comparison has one of its own class: what it overrides is at the end.
+
     Attributes:
       console: where it is shown.
+      stem: of the files' names.
+      optimizers: by name.
+      row: kind of the runs' rows.
+      wide: columns of a table where there is no terminal: it goes to a file then.
     """
+
+    stem = "compare"
+    wide = 160
+    optimizers = OPTIMIZERS
+    row: Callable[..., Any] = Row
 
     def __init__(
         self,
@@ -36,11 +43,11 @@ class Report:
         self.console, self._folder = console, folder
         self._settings, self._skipped = settings, dict[str, str]()
         self._plans: list[Plan] = []
-        self._problems: dict[str, Problem] = {}
+        self._problems: dict[str, Any] = {}
         for name, why in skipped.items():
             self.skip(name, why)
 
-    def begin(self, name: str, problem: Problem, plans: Sequence[Plan]) -> None:
+    def begin(self, name: str, problem: Any, plans: Sequence[Plan]) -> None:
         """Note, and say, what will be run on a problem.
 
         Args:
@@ -48,7 +55,7 @@ class Report:
           problem: to be solved.
           plans: of the runs.
         """
-        self._problems[name] = problem._replace(batch=None)  # Memory is for others.
+        self._problems[name] = self._kept(problem)
         self._plans += plans
         self.console.print(problem.title)
 
@@ -78,7 +85,7 @@ class Report:
     def end(self) -> None:
         """Print the tables, and write everything down."""
         for name, problem in self._problems.items():
-            lines = compare_table.lines(self._ended(name), problem.milestones)
+            lines = self._lines(problem, self._ended(name))
             if lines:
                 self._show(problem, lines)
         names = ", ".join(path.name for path in self.save())
@@ -92,62 +99,72 @@ class Report:
         """
         documents, texts, pictures = [], [], []
         for name, problem in self._problems.items():
-            ended, milestones = self._ended(name), problem.milestones
-            lines = compare_table.lines(ended, milestones)
+            ended = self._ended(name)
+            lines = self._lines(problem, ended)
             if not lines:
                 continue
-            texts.append(
-                compare_table.markdown(problem.title, *_laid_out(lines, milestones))
-            )
-            pictures.append(self._folder / f"compare-{name}.png")
-            compare_figure.draw(problem.title, lines, milestones, pictures[-1])
-            documents.append(_document(name, problem, ended, lines))
+            laid_out = self._laid_out(problem, lines)
+            texts.append(compare_table.markdown(problem.title, *laid_out))
+            pictures.append(self._folder / f"{self.stem}-{name}.png")
+            self._draw(problem, lines, pictures[-1])
+            document = self._document(problem, ended, lines)
+            documents.append({"name": name, "title": problem.title, **document})
         document = {
             "settings": self._settings,
-            "optimizers": {name: o.title for name, o in OPTIMIZERS.items()},
+            "optimizers": {name: o.title for name, o in self.optimizers.items()},
             "skipped": self._skipped,
             "problems": documents,
         }
-        written = [self._folder / "compare.json", self._folder / "compare.md"]
+        written = [self._folder / f"{self.stem}{end}" for end in (".json", ".md")]
         write_json(written[0], document)
         written[1].write_text("\n".join(texts))
         return written + pictures
 
     def _ended(self, problem: str) -> list[Ended]:
         plans = [plan for plan in self._plans if plan.problem == problem]
-        return compare_history.read_all(run_file(self._folder, plan) for plan in plans)
+        paths = (run_file(self._folder, plan) for plan in plans)
+        return compare_history.read_all(paths, type(self).row)
 
-    def _show(self, problem: Problem, lines: Sequence[Line]) -> None:
-        width = self.console.width if self.console.is_terminal else _WIDE
+    def _show(self, problem: Any, lines: Sequence[Line]) -> None:
+        width = self.console.width if self.console.is_terminal else self.wide
         wide = Console(width=width, file=self.console.file)
         wide.print(problem.title, highlight=False)
-        wide.print(compare_table.table(*_laid_out(lines, problem.milestones)))
+        wide.print(compare_table.table(*self._laid_out(problem, lines)))
 
+    def _kept(self, problem: Any) -> Any:
+        """Return what of a problem is needed to the end: memory is for others."""
+        return problem._replace(batch=None)
 
-def _laid_out(
-    lines: Sequence[Line], milestones: Sequence[float]
-) -> tuple[list[list[str]], str]:
-    """Return the cells of a table, and its caption."""
-    return compare_table.cells(lines, milestones), compare_table.caption(lines)
+    def _lines(self, problem: Any, ended: Sequence[Ended]) -> list[Line]:
+        """Sum up the runs on a problem."""
+        return compare_table.lines(ended, problem.milestones)
 
+    def _laid_out(
+        self, problem: Any, lines: Sequence[Line]
+    ) -> tuple[list[list[str]], str]:
+        """Return the cells of a table, and its caption."""
+        cells = compare_table.cells(lines, problem.milestones)
+        return cells, compare_table.caption(lines)
 
-def _document(
-    name: str, problem: Problem, ended: Sequence[Ended], lines: Sequence[Line]
-) -> dict[str, Any]:
-    """Describe what came of a problem in JSON's types."""
-    return {
-        "name": name,
-        "title": problem.title,
-        "floor": problem.floor,
-        "milestones": list(problem.milestones),
-        "lines": [line.document() for line in lines],
-        "runs": [
-            {
-                **one.plan._asdict(),
-                "finished": one.finished,
-                "compile_seconds": one.run.compile_seconds,
-                "rows": [row._asdict() for row in one.run.rows],
-            }
-            for one in ended
-        ],
-    }
+    def _draw(self, problem: Any, lines: Sequence[Line], path: Path) -> None:
+        """Draw the picture of a problem."""
+        compare_figure.draw(problem.title, lines, problem.milestones, path)
+
+    def _document(
+        self, problem: Any, ended: Sequence[Ended], lines: Sequence[Line]
+    ) -> dict[str, Any]:
+        """Describe what came of a problem in JSON's types."""
+        return {
+            "floor": problem.floor,
+            "milestones": list(problem.milestones),
+            "lines": [line.document() for line in lines],
+            "runs": [
+                {
+                    **one.plan._asdict(),
+                    "finished": one.finished,
+                    "compile_seconds": one.run.compile_seconds,
+                    "rows": [row._asdict() for row in one.run.rows],
+                }
+                for one in ended
+            ],
+        }

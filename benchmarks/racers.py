@@ -184,13 +184,21 @@ def first_order(
     return small_updates(family, init, update, init(params), batch, most=epoch)
 
 
-def lbfgs(objective: hfjax.Objective, batch: Any, params: Any) -> Racer:
+def lbfgs(
+    objective: hfjax.Objective,
+    batch: Any,
+    params: Any,
+    *,
+    draw: Callable[[Any, jax.Array], Any] | None = None,
+) -> Racer:
     """Build `optax.lbfgs` as it comes, on all cases: memory 10, zoom line search.
 
     Args:
       objective: f.
       batch: all training cases, `(inputs, targets)`.
       params: to compile for.
+      draw: `(batch, updates so far) -> the cases of an update`, where they change: f
+        and ∇f are then computed anew, and not taken from the line search.
 
     Returns:
       The racer; a step is an update, its line search included.
@@ -200,11 +208,16 @@ def lbfgs(objective: hfjax.Objective, batch: Any, params: Any) -> Racer:
 
     # On one long vector: the same numbers, and a fourth of the time to compile.
     def step(carry: Carry, batch: Any) -> Carry:
+        cases = batch if draw is None else draw(batch, carry.updates)
+
         def value_fn(vector: jax.Array) -> jax.Array:
-            return objective.value(unravel(vector), batch)
+            return objective.value(unravel(vector), cases)
 
         vector, state = ravel_pytree(carry.params)[0], carry.state
-        value, grad = optax.value_and_grad_from_state(value_fn)(vector, state=state)
+        if draw is None:
+            value, grad = optax.value_and_grad_from_state(value_fn)(vector, state=state)
+        else:
+            value, grad = jax.value_and_grad(value_fn)(vector)
         updates, state = tx.update(
             grad, state, vector, value=value, grad=grad, value_fn=value_fn
         )
