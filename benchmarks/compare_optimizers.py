@@ -41,7 +41,7 @@ class Optimizer(NamedTuple):
     rates: tuple[float, ...] = ()
     module: str = "optax"
     package: str = "optax"
-    unfit: Callable[[Problem], str | None] = lambda problem: None
+    unfit: Callable[[Any], str | None] = lambda problem: None
 
     def missing(self) -> str | None:
         """Say what must be installed first, if anything must."""

@@ -22,7 +22,7 @@ from benchmarks import compare_plans, options, pinn_problems
 from benchmarks.checkpoint import NotWholeError
 from benchmarks.compare_history import Plan
 from benchmarks.compare_turns import Course, go
-from benchmarks.pinn_optimizers import OPTIMIZERS, drawer, points
+from benchmarks.pinn_optimizers import DEFAULT, OPTIMIZERS, drawer, points
 from benchmarks.pinn_problem import Problem
 from benchmarks.pinn_problems import PROBLEMS
 from benchmarks.pinn_report import PinnReport
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--optimizers",
         type=lambda word: options.among(OPTIMIZERS, word),
-        default=tuple(OPTIMIZERS),
-        help=f"default: {','.join(OPTIMIZERS)}",
+        default=DEFAULT,
+        help=f"among {','.join(OPTIMIZERS)}; default: {','.join(DEFAULT)}",
     )
     add(
         "--budget",
@@ -118,6 +118,11 @@ def _solve(
 ) -> None:
     """Do the runs on one problem, those of one seed in turns."""
     problem = PROBLEMS[name]
+    for optimizer in dict.fromkeys(plan.optimizer for plan in plans):
+        why = OPTIMIZERS[optimizer].unfit(problem)
+        if why:
+            report.skip(f"{optimizer} on {name}", why)
+            plans = [plan for plan in plans if plan.optimizer != optimizer]
     report.begin(name, problem, plans)
     for seed, left in compare_plans.left(folder, plans):
         course = _course(args, problem, seed, folder)

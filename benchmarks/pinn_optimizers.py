@@ -18,6 +18,14 @@ from benchmarks.compare_optimizers import Optimizer
 from benchmarks.pinn_problem import Problem
 from benchmarks.racers import Carry, Racer
 
+MOMENTUM = 0.99
+"""Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), for points that are drawn anew."""
+
+DEFAULT = ("hfjax", "cg", "martens2010", "adam", "lbfgs")
+"""What runs if nothing is asked for."""
+
+_MOST_NUMBERS = 5 * 10**8  # of a Jacobian: 4 GB
+
 
 def points(problem: Problem, seed: int) -> Any:
     """Return what updates learn from: a batch, or where that changes a key.
@@ -43,8 +51,16 @@ def drawer(problem: Problem) -> Callable[[Any, jax.Array], Any]:
 
 
 def best(problem: Problem, params: Any, seed: int) -> Racer:
-    """Build `hfjax.hessian_free` as it comes."""
-    return _ours("hfjax", hfjax.hessian_free(problem.objective), problem, params, seed)
+    """Build `hfjax.hessian_free` with the solver that suits the sizes."""
+    tx = hfjax.hessian_free(problem.objective, solver="auto")
+    return _ours("hfjax", tx, problem, params, seed)
+
+
+def spring(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it solved exactly, with momentum."""
+    solver = hfjax.sample_space.cholesky(momentum=MOMENTUM)
+    tx = hfjax.hessian_free(problem.objective, solver=solver)
+    return _ours("spring", tx, problem, params, seed)
 
 
 def cg(problem: Problem, params: Any, seed: int) -> Racer:
@@ -101,8 +117,21 @@ def _ours(
     return racers.hessian_free(name, tx, problem.objective, data, params, hand)
 
 
+def _too_large(problem: Problem) -> str | None:
+    """Say why a problem cannot be solved exactly, if it cannot."""
+    numbers = (problem.interior + problem.boundary) * problem.parameters
+    if numbers > _MOST_NUMBERS:
+        return f"its Jacobian has {numbers:,} numbers, more than {_MOST_NUMBERS:,}"
+    return None
+
+
 OPTIMIZERS = {
-    "hfjax": Optimizer("hfjax.hessian_free as it comes", best),
+    "hfjax": Optimizer('hfjax.hessian_free with solver="auto"', best),
+    "spring": Optimizer(
+        f"hfjax.hessian_free, sample_space.cholesky(momentum={MOMENTUM:g})",
+        spring,
+        unfit=_too_large,
+    ),
     "cg": Optimizer("hfjax.hessian_free with conjugate gradients", cg),
     "martens2010": Optimizer("hfjax.recipes.martens2010, λ from 1", martens2010),
     "adam": Optimizer("optax.adam, all points", adam, racers.ADAM_RATES),

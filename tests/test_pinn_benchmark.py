@@ -13,6 +13,7 @@ from benchmarks import pinn_operators, pinn_problems, pinn_table
 from benchmarks.__main__ import main
 from benchmarks.compare_history import Ended, Plan
 from benchmarks.history import Run
+from benchmarks.pinn_optimizers import OPTIMIZERS
 from benchmarks.pinn_problem import Levels
 from benchmarks.pinn_problems import PROBLEMS
 from benchmarks.pinn_table import Row
@@ -369,6 +370,12 @@ def test_the_command_leaves_numbers_a_table_and_a_picture(
         assert pinn(tmp_path, *words) == 0
         assert pinn(tmp_path, *words, "--budget", "9") == 2
     assert json.loads((tmp_path / "pinn.json").read_text())["problems"] == [found]
+
+
+def test_what_is_too_large_to_be_solved_exactly_is_said():
+    unfit = OPTIMIZERS["spring"].unfit
+    assert unfit(PROBLEMS["heat4d_large"]) is None
+    assert "3,286,141,360 numbers" in unfit(PROBLEMS["poisson100d"])
 
 
 @pytest.mark.parametrize(
