@@ -154,9 +154,8 @@ def run(
     """Run algorithm 2 on A x = b from `x0`, or from 0; within a region from 0 only."""
     # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
     # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
-    magnitude = _tree.magnitude(b)
-    size = jnp.where(jnp.isfinite(magnitude), magnitude, 1)
-    scaled = _tree.unfactored(_tree.scale(1 / size, b))
+    scaled, size = _tree.normalised(b)
+    size = jnp.where(jnp.isfinite(size), size, 1)
     precondition, of_b, p_size = _of_unit_size(preconditioner, scaled)
     x_size = size
     if region is not None:
@@ -252,7 +251,9 @@ def _step(problem: Problem, state: State) -> State:
         moves = finite & (state.ry > 0)
         alpha, leaves = _within(problem.region, state, alpha, positive)
     beyond = _tree.axpy(alpha, state.p, state.x)
-    finite &= ~moves | _tree.is_finite(_tree.scale(problem.x_size, beyond))
+    finite &= ~moves | _tree.is_finite(
+        _tree.scale(problem.x_size, _tree.maxima(beyond))
+    )
     moves &= finite
     i = state.i + moves
 

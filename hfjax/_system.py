@@ -142,7 +142,5 @@ def is_plain(curvature: Curvature, rule: Damping) -> bool:
 
 
 def _overflows(after: Tree, before: Tree) -> jax.Array:
-    """Return whether a step took a finite entry out of the range of its dtype."""
-    return ~_tree.is_finite(
-        jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(y), x, 0), after, before)
-    )
+    """Return whether a step took finite parameters out of the range of their dtype."""
+    return ~_tree.is_finite(after) & _tree.is_finite(before)

@@ -7,6 +7,8 @@ gather a sharded leaf onto every device, `sum(x * y)` does not.
 
 import functools
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,31 @@ def dot(x: Tree, y: Tree) -> jax.Array:
     Returns:
       A scalar in float32, or in the widest dtype of the leaves.
     """
-    dtype = scalar_dtype(x)
     products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(wide(a.dtype)) * b.astype(wide(b.dtype))), x, y
+        lambda a, b: a.astype(wide(a.dtype)) * b.astype(wide(b.dtype)), x, y
     )
-    return sum_leaves(products, dtype)
+    sums = [jnp.sum(product) for product in _merged(jnp.add, products)]
+    return sum_leaves(sums, scalar_dtype(x))
+
+
+def _merged(function: Callable[..., jax.Array], tree: Tree) -> list[jax.Array]:
+    """Return the leaves, with vectors of one type merged by a function of two.
+
+    A kernel takes its time to compile, however short, and a sum over few numbers is
+    three on a CPU. Matrices stay apart: of one shape, they may lie over devices
+    crosswise.
+    """
+    vectors: dict[Any, jax.Array] = {}
+    others = []
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf)
+        if leaf.ndim > 1:
+            others.append(leaf)
+        elif kind in vectors:
+            vectors[kind] = function(vectors[kind], leaf)
+        else:
+            vectors[kind] = leaf
+    return [*vectors.values(), *others]
 
 
 def sum_leaves(scalars: Tree, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -97,14 +119,14 @@ def is_finite(tree: Tree) -> jax.Array:
 def largest(tree: Tree) -> jax.Array:
     """Return max |x|, in float32 or wider: NaN or inf if some entry is, 0 of none."""
     dtype = scalar_dtype(tree)
-    return functools.reduce(
-        jnp.maximum,  # Hands NaN on.
-        [
-            jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
-            for leaf in jax.tree.leaves(tree)
-        ],
-        jnp.zeros((), dtype),
-    )
+    found = [size.astype(dtype) for size in maxima(tree)]
+    return functools.reduce(jnp.maximum, found, jnp.zeros((), dtype))  # Hands NaN on.
+
+
+def maxima(tree: Tree) -> list[jax.Array]:
+    """Return max |x| of each leaf, or of some of one dtype: what `largest` is made of."""
+    sizes = _merged(jnp.maximum, jax.tree.map(jnp.abs, tree))
+    return [jnp.max(leaf, initial=0) for leaf in sizes]
 
 
 def magnitude(tree: Tree) -> jax.Array:
@@ -132,10 +154,16 @@ def unfactored(scaled: Tree) -> Tree:
     return jax.lax.optimization_barrier(scaled)
 
 
+def normalised(tree: Tree) -> tuple[Tree, jax.Array]:
+    """Return x / s and s = `magnitude(x)`; x itself if some entry is not finite."""
+    size = magnitude(tree)
+    unit = jnp.where(jnp.isfinite(size), size, 1)
+    return unfactored(scale(1 / unit, tree)), size
+
+
 def norm(tree: Tree) -> jax.Array:
     """Return ‖x‖₂ without overflow or underflow; NaN or inf if some entry is."""
-    size = magnitude(tree)
-    scaled = unfactored(scale(1 / size, widen(tree)))
+    scaled, size = normalised(widen(tree))
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
 
 

@@ -109,11 +109,10 @@ def go_along(
 
 def slope_along(b: Tree, step: Tree) -> jax.Array:
     """Return −bᵀδ, with its sign even where it is smaller or larger than any float."""
-    sizes = _tree.magnitude(b), _tree.magnitude(step)
-    scaled = _tree.scale(1 / sizes[0], b), _tree.scale(1 / sizes[1], step)
-    slope = -_tree.dot(*_tree.unfactored(scaled))
+    (b, b_size), (step, step_size) = _tree.normalised(b), _tree.normalised(step)
+    slope = -_tree.dot(b, step)
     limits = jnp.finfo(slope.dtype)
-    length = jnp.abs(slope) * (sizes[0] * sizes[1])
+    length = jnp.abs(slope) * (b_size * step_size)
     return jnp.sign(slope) * jnp.clip(length, limits.tiny, limits.max)
 
 
@@ -174,11 +173,14 @@ def noise_of(value: jax.Array, b: Tree, params: Tree) -> jax.Array:
     ε ‖∇f ∘ θ‖ in 3.5 standard deviations. Where f is the square of a difference, this
     is far more than the rounding of f itself.
     """
+    b, b_size = _tree.normalised(b)
+    scaled, size = _tree.normalised(_tree.widen(params))
 
-    def leaf(b: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.finfo(x.dtype).eps * b * x.astype(b.dtype)
+    def rounded(b: jax.Array, scaled: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.finfo(x.dtype).eps * b * scaled.astype(b.dtype)
 
-    of_params = _tree.norm(jax.tree.map(leaf, b, params))
+    moved = jax.tree.map(rounded, b, scaled, params)
+    of_params = jnp.sqrt(_tree.dot(moved, moved)) * (b_size * size)
     # Beyond the floats it counts for nothing: f is there, too.
     return rounding_noise(value) + jnp.where(jnp.isfinite(of_params), of_params, 0)
 

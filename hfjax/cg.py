@@ -271,7 +271,8 @@ def conjugate_gradient(
         thirtieth update on, led to a lower f.
       warm_start_from: `"last"` carries the run's last iterate over (Martens'
         program), `"chosen"` the one that backtracking chose, `"best"` the one of the
-        lowest f in the run, where `keep` evaluates it (report, section 13).
+        lowest f in the run, where `keep` evaluates it (report, section 13). Without a
+        warm start it is the chosen one that the state holds.
       limit: fewer iterations, a number or schedule: shorter runs near the end, against
         overfitting of small batches (report, section 12.2). `None` is none.
       record: whether `state.record` keeps M along the last run and the coefficients
@@ -331,7 +332,9 @@ def conjugate_gradient(
             values = result.kept.values
             best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
             return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
-        return result.x if warm_start_from == "last" else chosen
+        # Without a warm start nobody reads it, and the step is at hand, and looked at.
+        last = warm_start_from == "last" and warm_start_decay is not None
+        return result.x if last else chosen
 
     recorded = max_iterations if record else 0
     # Where a residual was replaced, steps before and after are not conjugate.

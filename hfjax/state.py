@@ -78,7 +78,7 @@ class HessianFreeState(NamedTuple):
         parameters' widest dtype; read it with
         `optax.tree.get(state, "damping")`, set it with `optax.tree.set`.
       direction: like the parameters, in float32 or wider: what conjugate gradients
-        found last, for the warm start.
+        found last, for the warm start; δ where runs start from 0.
       key: a typed key if preconditioner or damping matrix may draw random numbers,
         else `None`.
       preconditioner: what it hands to the next update, or `None`.

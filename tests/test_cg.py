@@ -430,10 +430,14 @@ def test_the_start_is_the_decayed_direction():
 def test_the_last_or_the_chosen_iterate_is_carried_over():
     a, b, _, _ = system(0)
     result, chosen = solve(a, b), jnp.ones(N)
-    carry = cg.conjugate_gradient().carry
-    np.testing.assert_array_equal(carry(result, chosen), result.x)
-    carry = cg.conjugate_gradient(warm_start_from="chosen").carry
-    np.testing.assert_array_equal(carry(result, chosen), chosen)
+    for options, carried in (
+        ({"warm_start_decay": 0.95}, result.x),
+        ({"warm_start_decay": 0.95, "warm_start_from": "chosen"}, chosen),
+        ({"warm_start_from": "chosen"}, chosen),
+        ({}, chosen),  # The last is not asked for.
+    ):
+        carry = cg.conjugate_gradient(**options).carry
+        np.testing.assert_array_equal(carry(result, chosen), carried)
 
 
 @functools.partial(quick_jit, static_argnames="max_iterations")

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hfjax import _tree
 
@@ -81,16 +81,65 @@ def test_gram_holds_the_products_of_every_pair_summed_wide(dtypes):
     np.testing.assert_allclose(result, rows[0] @ rows[1].T, rtol=rtol, atol=1e-6)
 
 
-def test_sums_gather_no_sharded_array():
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sums_gather_no_sharded_array(axis_type):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
-    mesh = jax.make_mesh((4,), ("model",))
-    rows = NamedSharding(mesh, PartitionSpec("model"))
-    x = {"w": jax.device_put(jnp.arange(32.0).reshape(8, 4), rows)}
-    for verb in (lambda x: _tree.dot(x, x), _tree.norm):
-        program = jax.jit(verb).lower(x).compile().as_text()
-        assert "all-reduce" in program
-        assert "all-gather" not in program
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("model",), ()))
+    x = {
+        "w": jax.device_put(jnp.arange(32.0).reshape(8, 4), rows),
+        "b": jax.device_put(jnp.arange(8.0), rows),
+        "c": jax.device_put(jnp.arange(8.0) + 1, whole),
+    }
+    truth = sum(np.sum(np.square(leaf)) for leaf in wide_leaves(x))
+    for verb in (lambda x: _tree.dot(x, x), lambda x: _tree.norm(x) ** 2):
+        compiled = jax.jit(verb).lower(x).compile()
+        assert "all-reduce" in compiled.as_text()
+        assert "all-gather" not in compiled.as_text()
+        np.testing.assert_allclose(compiled(x), truth, rtol=1e-6)
+
+
+def test_vectors_of_one_type_are_summed_at_once():
+    rng = np.random.default_rng(4)
+    shapes = [(5,), (2, 3), (5,), (7,), (), (5,), (2, 3), ()]
+    x, y = (
+        [jnp.asarray(rng.standard_normal(shape), F32) for shape in shapes]
+        for _ in range(2)
+    )
+    x[5] = x[5].astype(BF16)  # Multiplied in float32, as its like.
+    products = [a * b for a, b in zip(wide_leaves(x), wide_leaves(y), strict=True)]
+    np.testing.assert_allclose(_tree.dot(x, y), sum(map(np.sum, products)), rtol=1e-6)
+    sizes = [np.max(np.abs(leaf)) for leaf in wide_leaves(x)]
+    np.testing.assert_allclose(_tree.largest(x), max(sizes), rtol=1e-7)
+    # (5,), (7,) and two matrices; of the scalars' sum nothing is left to sum up.
+    program = str(jax.make_jaxpr(_tree.dot)(x, y))
+    assert program.count("reduce_sum") - program.count("reduce_sum[axes=()") == 4
+    assert len(_tree.maxima(x)) == 6
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", range(6))
+def test_no_entry_hides_what_is_not_finite(place, bad):
+    x = [
+        np.full(shape, 1e30, np.float32) for shape in [(2,), (2,), (2,), (), (), (1, 2)]
+    ]
+    assert _tree.is_finite(x)
+    x[place].flat[-1:] = bad
+    assert not _tree.is_finite(x)
+
+
+def test_maxima_tell_what_scaling_takes_out_of_range():
+    for dtype, scale, stays in (
+        (F16, 8.0, True),
+        (F16, 32.0, False),
+        (BF16, 32.0, True),
+        (F32, 1e34, True),
+        (F32, 1e36, False),
+    ):
+        x = {"a": jnp.asarray([1.0, -4e3], dtype), "b": jnp.ones(3, F32)}
+        assert jnp.all(jnp.isfinite(_tree.scale(F32(scale), x)["a"])) == stays
+        assert _tree.is_finite(_tree.scale(F32(scale), _tree.maxima(x))) == stays
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
