@@ -6,8 +6,10 @@
 Some updates of `hessian_free` as it comes are timed as a whole. Each part of an update is
 compiled alone and timed, in turn with the others, and counted as often as those
 updates had it. f(θ) and the pass forward of the linearisation are the gradient's, which
-XLA finds out in one compiled step: they are not counted again. What is left is
-the vector work of conjugate gradients and of the search for λ.
+XLA finds out in one compiled step: they are not counted again. Candidates are evaluated on
+a part of the cases where there are twice as many as that part has to have, and θ there,
+too, and the step that is taken on all. What is left is the vector work of conjugate
+gradients and of the search for λ.
 
 The network is the autoencoder of curves, some updates after a sparse start.
 """
@@ -36,7 +38,7 @@ from benchmarks.product import Calls, time_rounds
 from benchmarks.racers import compile_ahead
 
 _FEW, _MANY = 1, 9  # of what is timed by the difference of two chains
-_FACTOR, _TRIES = 4.0, 8  # of `backtracking.redamped`
+_FACTOR, _TRIES, _CASES = 4.0, 8, 2000  # of `backtracking.redamped`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,11 +88,13 @@ class Run(NamedTuple):
 
     Attributes:
       iterations: of conjugate gradients.
-      evaluations: of f, at candidates.
+      evaluations: of f, at candidates; at θ, too, where they are of a part.
+      whole: of them on all cases, for the step that is taken.
     """
 
     iterations: int
     evaluations: int
+    whole: int = 0
 
 
 def evaluations(before: float, after: float) -> int:
@@ -123,7 +127,7 @@ def shares(
 
     Example:
       >>> times = dict.fromkeys(
-      ...     ("gradient", "value", "build", "few_products", "few_solves"), 1.0
+      ...     ("gradient", "value", "looks", "build", "few_products", "few_solves"), 1.0
       ... )
       >>> times |= {"many_products": 9.0, "many_solves": 1.8}
       >>> found = shares(times, 25.0, [Run(10, 3)])
@@ -146,7 +150,8 @@ def shares(
         ),
         "factors and inverses": (seconds["build"] - _FEW * solve, updates),
         "P⁻¹r": (solve, iterations + updates),
-        "value": (seconds["value"], sum(run.evaluations for run in runs)),
+        "f at candidates": (seconds["looks"], sum(run.evaluations for run in runs)),
+        "f at the step": (seconds["value"], sum(run.whole for run in runs)),
     }
     rest = whole - sum(each * often for each, often in parts.values())
     return {
@@ -169,6 +174,10 @@ def _measured(cases: int, before: int, updates: int) -> tuple[Calls, float, list
         moves, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, moves), state
 
+    stride = max(1, cases // _CASES)
+    some = (images[::stride], images[::stride])
+    partly = int(stride > 1)
+
     state: Any = tx.init(params)
     update, _ = compile_ahead(step, params, state, batch)
     for _ in range(before):
@@ -178,8 +187,8 @@ def _measured(cases: int, before: int, updates: int) -> tuple[Calls, float, list
         damping, start = float(state.damping), time.perf_counter()
         params, state = jax.block_until_ready(update(params, state, batch))
         spent += time.perf_counter() - start
-        looked = evaluations(damping, float(state.damping))
-        runs.append(Run(int(state.info.cg_iterations), looked))
+        looked = evaluations(damping, float(state.damping)) + partly
+        runs.append(Run(int(state.info.cg_iterations), looked, partly))
 
     def products(params: Any, batch: tuple, count: jax.Array) -> Any:
         product = hfjax.curvature.ggn(objective, params, batch)
@@ -195,11 +204,13 @@ def _measured(cases: int, before: int, updates: int) -> tuple[Calls, float, list
     few, many = jnp.array(_FEW), jnp.array(_MANY)
     gradient, _ = compile_ahead(objective.value_and_grad, params, batch)
     value, _ = compile_ahead(objective.value, params, batch)
+    look, _ = compile_ahead(objective.value, params, some)
     chained, _ = compile_ahead(products, params, batch, few)
     solved, _ = compile_ahead(solves, params, batch, state.damping, few)
     calls: dict[str, Callable[[], Any]] = {
         "gradient": lambda: gradient(params, batch),
         "value": lambda: value(params, batch),
+        "looks": lambda: look(params, some),
         "few_products": lambda: chained(params, batch, few),
         "many_products": lambda: chained(params, batch, many),
         "build": lambda: solved(params, batch, state.damping, few),

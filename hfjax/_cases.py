@@ -67,7 +67,7 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
 
 
 def thinned(batch: Batch, cases: int) -> Batch:
-    """Return evenly spaced cases of a batch, at least so many, or all of them.
+    """Return evenly spaced cases of a batch, at least so many, or the batch as it came.
 
     Every k-th, so that each device still holds its share of sharded cases.
     """
@@ -76,6 +76,8 @@ def thinned(batch: Batch, cases: int) -> Batch:
     every = max(1, total // cases)
     while -(-total // every) % shards:
         every -= 1
+    if every == 1:
+        return batch
     return jax.tree.map(
         lambda leaf: jax.lax.slice_in_dim(leaf, 0, total, every), tuple(batch)
     )

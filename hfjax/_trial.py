@@ -63,9 +63,17 @@ def choose(
     result: CGResult,
     value: jax.Array,
     noise: jax.Array,
+    *,
+    judges_last: bool,
 ) -> Choice:
-    """Choose a step of the run, on the evaluation data or on a part of them."""
-    value_fn = point.value_on(point.eval_batch)
+    """Choose a step of the run, on the evaluation data or on a part of them.
+
+    Then f is that on all of them: at the chosen step and, if ρ is to judge that one, at
+    the last.
+    """
+    data, cases = point.eval_batch, backtracking.cases
+    some = data if cases is None else point.objective.thinned(data, cases)
+    value_fn = point.value_on(data)
 
     def on(seen: ValueFn, before: jax.Array) -> Choice:
         if not backtracking.finds_damping:
@@ -74,16 +82,15 @@ def choose(
         run = Run(models, b, before, noise, point.damping, result.other, result.pulled)
         return backtracking.choose(seen, result.kept, run)
 
-    if backtracking.cases is None:
+    if some is data:
         return on(value_fn, value)
-    some = point.objective.thinned(point.eval_batch, backtracking.cases)
     # Candidates are compared with f(θ), too: on the same cases.
     before = point.value(some) if backtracking.finds_damping else value
     choice = on(point.value_on(some), before)
-    return choice._replace(
-        value=finite_or_inf(value_fn(choice.step)),
-        last_value=finite_or_inf(value_fn(result.x)),
-    )
+    choice = choice._replace(value=finite_or_inf(value_fn(choice.step)))
+    if not judges_last:
+        return choice
+    return choice._replace(last_value=finite_or_inf(value_fn(result.x)))
 
 
 def go_along(

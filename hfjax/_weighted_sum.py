@@ -150,11 +150,13 @@ class WeightedSum(Objective):
             part.check_batch(own, f"{name}[{k}]")
 
     def thinned(self, batch: Batch, cases: int) -> Batch:
-        """Return evenly spaced cases of each term's batch, at least so many, or all."""
-        return tuple(
+        """Thin each term's batch; return the batch as it came where none has enough."""
+        thinner = tuple(
             part.thinned(own, cases)
             for (_, part), own in zip(self.parts, batch, strict=True)
         )
+        same = all(new is own for new, own in zip(thinner, batch, strict=True))
+        return batch if same else thinner
 
     @property
     def decay(self) -> jax.Array | None:

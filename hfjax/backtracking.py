@@ -5,7 +5,7 @@ the model furthest (report, section 8.7). `early_stop` and `full_search` choose 
 the kept iterates; `redamped` chooses among the solutions for other λ over all that they
 span, and so finds λ, too. Each evaluates f at one candidate after another, in one loop;
 what is not finite counts as +∞. With `cases` they do so on a part of the evaluation
-data, and on all of it for the chosen one and the last.
+data; f of the chosen one is that on all of it.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,8 @@ class Choice(NamedTuple):
       step: δ, like the parameters.
       iteration: int32 scalar, its number; the last iterate's if it is none itself.
       value: f(θ + δ); +∞ if it is not finite.
-      last_value: f at the last kept iterate.
+      last_value: f at the last kept iterate; in an update on all of the data only if ρ
+        is to judge that one.
       model: M(δ) of a step that is no iterate, else `None`.
       damping: λ of the next update, where the rule finds it, else `None`.
     """
@@ -149,7 +150,7 @@ def redamped(
     factor: Number = 4.0,
     tolerance: Number = 0.01,
     max_tries: int = 8,
-    cases: int | None = None,
+    cases: int | None = 2000,
     otherwise: Backtracking | None = None,
 ) -> Backtracking:
     """Solve again for other λ over the kept iterates, and take the λ of the lowest f.
@@ -170,7 +171,9 @@ def redamped(
         `benchmarks/results/step6.md`; heuristic).
       tolerance: share of f's gain (0.01: heuristic).
       max_tries: evaluations of f, at most (8: a factor of 4⁷ up, 4⁶ down; heuristic).
-      cases: as in `early_stop`.
+      cases: as in `early_stop`; with fewer than twice as many, f is looked at on all of
+        them (2,000: as `preconditioners.kronecker`; λ of a quarter, 500, led as far in as
+        many iterations, `benchmarks/results/step6.md`).
       otherwise: the rule where the solver does not tell of other λ, or `damping` is not
         `searched`; `None` is an error.
 

@@ -327,7 +327,16 @@ def _update(
     # δ, one of its iterates; α, how far to go along it; accept or reject.
     value = point.value(point.eval_batch)
     noise = noise_of(value, b, params)
-    choice = choose(parts.backtracking, point, subproblem, result, value, noise)
+    rule = parts.damping.ratio
+    choice = choose(
+        parts.backtracking,
+        point,
+        subproblem,
+        result,
+        value,
+        noise,
+        judges_last=rule.step == "last",
+    )
     slope = slope_along(b, choice.step)
     rate = parts.learning_rate
     search = go_along(parts.line_search, rate, point, value, choice, slope)
@@ -337,7 +346,6 @@ def _update(
     step = _or_zero(accepted, _tree.scale(search.step_size, choice.step))
 
     # ρ, and λ for the next update.
-    rule = parts.damping.ratio
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
     part = penalty(choice.step)
     change, predicted = reduction(trial, rule, penalty, part, value_on_batch)

@@ -113,53 +113,100 @@ def scripted_solver(steps):
     )
 
 
+STEPS = np.array([[0.5], [5.5], [4.9], [5.6], [4.0], [4.5], [7.0]])
+
+
+def ten_cases():
+    """Return targets and weights, none alike."""
+    rng = np.random.default_rng(0)
+    return rng.uniform(1, 9, 10), rng.uniform(0.5, 2, 10)
+
+
+def mean(step, chosen=slice(None)):
+    """Return f of a step δ from 0, the mean of ½(δ − tᵢ)² over some of the ten cases."""
+    t, weights = ten_cases()
+    return np.average(0.5 * (step - t[chosen]) ** 2, weights=weights[chosen])
+
+
+def choosing(rule, model_fn=lambda p, x: x * p[None], **options):
+    """Return an update among the scripted steps, and its arguments."""
+    t, weights = ten_cases()
+    tx = hfjax.hessian_free(
+        hfjax.Objective(model_fn, hfjax.losses.squared_error()),
+        solver=scripted_solver(STEPS),
+        preconditioner=None,
+        backtracking=rule,
+        line_search=None,
+        **options,
+    )
+    batch = (jnp.ones((10, 1)), jnp.asarray(t)[:, None], jnp.asarray(weights))
+    params = jnp.zeros(1)
+    return tx.update, (-jnp.ones(1), tx.init(params), params), {"batch": batch}
+
+
 @pytest.mark.parametrize(
     ("cases", "stride"), [(None, 1), (10, 1), (6, 1), (5, 2), (4, 2), (3, 3), (1, 10)]
 )
 @pytest.mark.parametrize("rule", [backtracking.early_stop, backtracking.full_search])
 def test_a_part_of_the_cases_chooses_and_all_of_them_judge(rule, cases, stride):
-    # f of a step δ is the mean of ½(δ − tᵢ)² over ten cases; ten weights, none alike.
-    rng = np.random.default_rng(0)
-    t, weights = rng.uniform(1, 9, 10), rng.uniform(0.5, 2, 10)
-    steps = np.array([[0.5], [5.5], [4.9], [5.6], [4.0], [4.5], [7.0]])
-    objective = hfjax.Objective(lambda p, x: x * p[None], hfjax.losses.squared_error())
-    tx = hfjax.hessian_free(
-        objective,
-        solver=scripted_solver(steps),
-        preconditioner=None,
-        backtracking=rule(cases=cases),
-        line_search=None,
-    )
-    batch = (jnp.ones((10, 1)), jnp.asarray(t)[:, None], jnp.asarray(weights))
-    params = jnp.zeros(1)
-    updates, state = quick_jit(tx.update)(
-        -jnp.ones(1), tx.init(params), params, batch=batch
-    )
-
-    def value(step, chosen):
-        return np.average(0.5 * (step - t[chosen]) ** 2, weights=weights[chosen])
-
-    part = np.arange(0, 10, stride)
-    values = [value(step[0], part) for step in steps]
-    slot = len(steps) - 1
-    for k in range(len(steps) - 2, -1, -1):
+    update, args, data = choosing(rule(cases=cases))
+    updates, state = quick_jit(update)(*args, **data)
+    part = slice(None, None, stride)
+    values = [mean(step[0], part) for step in STEPS]
+    slot = len(STEPS) - 1
+    for k in range(len(STEPS) - 2, -1, -1):
         if values[k] < values[slot]:
             slot = k
         elif rule is backtracking.early_stop:
             break
     assert state.info.chosen_iteration == slot + 1
-    np.testing.assert_allclose(updates, steps[slot])
-    everything = np.arange(10)
-    after = value(steps[slot][0], everything)
-    np.testing.assert_allclose(state.info.value_after, after, rtol=1e-12)
-    np.testing.assert_allclose(
-        state.info.value_before, value(0.0, everything), rtol=1e-12
-    )
+    np.testing.assert_allclose(updates, STEPS[slot])
+    np.testing.assert_allclose(state.info.value_after, mean(STEPS[slot][0]), rtol=1e-12)
+    np.testing.assert_allclose(state.info.value_before, mean(0.0), rtol=1e-12)
+
+
+def test_ratio_of_the_last_iterate_is_that_on_all_cases():
+    ratio = hfjax.damping.ReductionRatio(model="damped", step="last")
+    rule = hfjax.damping.levenberg_marquardt(ratio=ratio)
+    update, args, data = choosing(backtracking.full_search(cases=3), damping=rule)
+    _, state = quick_jit(update)(*args, **data)
+    truth = mean(0.0) - mean(STEPS[-1][0])  # M is −1.
+    assert abs(truth - (mean(0.0) - mean(STEPS[-1][0], slice(None, None, 3)))) > 0.1
+    np.testing.assert_allclose(state.info.reduction_ratio, truth, rtol=1e-9)
+
+
+def test_of_all_cases_f_is_asked_where_it_is_read():
+    # f(θ), and f at the chosen step; at the last one only if ρ is to judge that. B is
+    # one pass more.
+    def passes(cases, step="chosen"):
+        seen = []
+
+        def model_fn(p, x):
+            seen.append(len(x))
+            return x * p[None]
+
+        ratio = hfjax.damping.ReductionRatio(step=step)
+        rule = hfjax.damping.levenberg_marquardt(ratio=ratio)
+        update, args, data = choosing(
+            backtracking.early_stop(cases=cases), model_fn, damping=rule
+        )
+        jax.eval_shape(update, *args, **data)
+        return seen.count(10)
+
+    assert passes(3) == passes(3, "last") - 1
+    assert passes(3) == passes(None)  # There in the walk, here after it.
+
+
+def test_too_few_cases_for_a_part_change_nothing():
+    programs = set()
+    for cases in (None, 6, 10, 2000):
+        update, args, data = choosing(backtracking.early_stop(cases=cases))
+        programs.add(jax.jit(update).lower(*args, **data).as_text())
+    assert len(programs) == 1
 
 
 def test_the_part_and_the_whole_choose_differently_in_that_test():
-    rng = np.random.default_rng(0)
-    t, weights = rng.uniform(1, 9, 10), rng.uniform(0.5, 2, 10)
+    t, weights = ten_cases()
     means = {np.average(t[::k], weights=weights[::k]).round(1) for k in (1, 2, 3, 10)}
     assert len(means) == 4
 
