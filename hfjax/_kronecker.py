@@ -199,7 +199,8 @@ def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
     )
     # Positive as a product with its own transpose, whatever is rounded.
     found = jnp.matmul(half.T, half, precision=_tree.EXACT)
-    return jnp.where(_tree.is_finite(found), found, identity / (1 + mu))
+    # A root that there is not is NaN, to its last pivot.
+    return jnp.where(jnp.isfinite(root[-1, -1]), found, identity / (1 + mu))
 
 
 def multiply(layer: _layers.Layer, pair: Pair, leaves: list[jax.Array]) -> None:
