@@ -18,8 +18,8 @@ from benchmarks.compare_optimizers import Optimizer
 from benchmarks.pinn_problem import Problem
 from benchmarks.racers import Carry, Racer
 
-MOMENTUM = 0.99
-"""Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), for points that are drawn anew."""
+MOMENTUM = 0.5
+"""Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), as `solver="auto"` has it."""
 
 DEFAULT = ("hfjax", "cg", "martens2010", "adam", "lbfgs")
 """What runs if nothing is asked for."""

@@ -39,6 +39,8 @@ _WORTH = 150
 """Products that the matrix may cost as many multiplications as, for `"auto"`; measured."""
 _MOST_NUMBERS = 5 * 10**8
 """Of J̃, for `"auto"`: 4 GB in float64 (heuristic)."""
+_MOMENTUM = 0.5
+"""Of `"auto"`; measured, on points drawn anew."""
 
 
 def cholesky(
@@ -59,7 +61,8 @@ def cholesky(
     Args:
       space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"`, that of fewer rows.
       momentum: in [0, 1), a number or schedule; for batches that are drawn anew in each
-        update (Goldshlager et al. 2024: 0.99 for wave functions). `None` is without.
+        update (Goldshlager et al. 2024: 0.99 for wave functions; measured on differential
+        equations, `benchmarks/results/step7.md`: 0.5). `None` is without.
 
     Returns:
       The solver.
@@ -156,7 +159,8 @@ def suited(
       otherwise: what is taken where a matrix would cost more.
 
     Returns:
-      `cholesky()`, or `otherwise`.
+      `cholesky(momentum=0.5)` (ibid.: on points drawn anew errors were a fifth of those
+      without, on the same ones they were level), or `otherwise`.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -170,7 +174,8 @@ def suited(
     """
     rows, columns, forward = _jacobian.size(objective, params, batch)
     worth = rows * columns * min(rows, columns) <= _WORTH * 3 * forward
-    return cholesky() if worth and rows * columns <= _MOST_NUMBERS else otherwise
+    fits = worth and rows * columns <= _MOST_NUMBERS
+    return cholesky(momentum=_MOMENTUM) if fits else otherwise
 
 
 def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:

@@ -91,7 +91,7 @@ def hessian_free(
         report, section 8.8).
       damping: λ, D and μ, of `hfjax.damping`.
       solver: of `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
-        `hfjax.sample_space`; `"auto"` is `sample_space.cholesky()` where the batch's
+        `hfjax.sample_space`; `"auto"` is `sample_space.cholesky(momentum=0.5)` where the batch's
         outputs or the parameters are few enough to be solved for exactly
         (`hfjax.sample_space.suited`), and else `cg.conjugate_gradient()`.
       preconditioner: of `hfjax.preconditioners`; `None` is the identity.
