@@ -511,6 +511,17 @@ def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
     np.testing.assert_array_equal(product, np.eye(6))  # Nothing is: leave it be.
 
 
+def test_a_factor_that_is_not_positive_counts_as_the_identity():
+    # As rounding may leave one. Of mean eigenvalues 1 and 2, so μ = √(0.02 / 2).
+    units = np.array([[3.0, 1.0], [1.0, 1.0]])
+    for inputs in (np.diag([3.0, -1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])):
+        pair = _kronecker.Pair(jnp.asarray(inputs), jnp.asarray(units))
+        found = _kronecker.inverse(pair, jnp.float64(0.02))
+        np.testing.assert_allclose(found.inputs, np.eye(2) / 1.1, rtol=1e-12)
+        truth = np.linalg.inv(units + 0.2 * np.eye(2))
+        np.testing.assert_allclose(found.units, truth, rtol=1e-12)
+
+
 @pytest.mark.parametrize("sizes", [(1e25, 1e25), (1e38, 1e10)])
 def test_factors_whose_product_overflows_leave_an_inverse_that_is_positive(sizes):
     pair = _kronecker.Pair(
