@@ -427,6 +427,18 @@ def test_the_start_is_the_decayed_direction():
     assert cg.conjugate_gradient(warm_start_decay=None).start(direction, count) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "curvature"), [("float32", 1e30, 1e-10), ("float16", 1e3, 1e-3)]
+)
+def test_an_iterate_beyond_the_floats_is_not_taken(dtype, size, curvature):
+    # In units of b it is a number, 1 / curvature.
+    b = jnp.full(3, size, dtype)
+    run = cg.solve(lambda v: (curvature * v).astype(dtype), b, stopping=None)
+    assert run.reason == Reason.NONFINITE
+    assert run.num_iterations == 0
+    np.testing.assert_array_equal(run.x, np.zeros(3))
+
+
 def test_the_last_or_the_chosen_iterate_is_carried_over():
     a, b, _, _ = system(0)
     result, chosen = solve(a, b), jnp.ones(N)

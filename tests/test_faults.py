@@ -413,6 +413,19 @@ def test_a_step_beyond_the_range_of_half_precision_is_not_taken_whole():
     assert optax.apply_updates(params, updates)[0] == pytest.approx(64e3, rel=1e-3)
 
 
+def test_a_mask_of_minus_infinity_among_the_parameters_leaves_the_others_trained():
+    objective = hfjax.Objective(
+        lambda p, x: x * (p["a"] + jnp.exp(p["mask"])), losses.squared_error()
+    )
+    params = {"a": jnp.zeros((1, 1), F32), "mask": jnp.full((1, 1), -jnp.inf, F32)}
+    tx = hfjax.hessian_free(objective, solver=SOLVER, preconditioner=None)
+    batch = (jnp.ones((4, 1), F32), jnp.full((4, 1), 2.0, F32))
+    params, state = step_of(tx, objective)(params, tx.init(params), batch)
+    assert state.info.accepted
+    assert state.info.value_after < 0.1 * state.info.value_before
+    assert params["mask"] == -jnp.inf
+
+
 ILL_SCALED = {
     "ten thousand to one": lambda p: {"a": 1e4 * p["a"], "b": 1e-4 * p["b"]},
     "exponentials": lambda p: {"a": jnp.exp(p["a"]), "b": p["b"]},
