@@ -378,6 +378,8 @@ plt.show()
 #
 # - [Swapping parts](swapping_parts.ipynb): what each of these does to one problem.
 # - [Debugging](debugging.ipynb): a run that does not learn, and how to find out why.
+# - [A differential equation to 10⁻⁶](poisson.ipynb), and [inverse
+#   problems](inverse_problem.ipynb) with error bars.
 # - [The deep autoencoder](autoencoder.ipynb), [recurrent networks](recurrent.ipynb),
 #   [many devices](devices.ipynb), [checkpoints](checkpointing.ipynb).
 # - [The maths of one update](../docs/maths.md).
