@@ -35,8 +35,10 @@ _ROUNDING = 100
 _RAISE, _TRIES = 10.0, 20
 """μ is raised so, and so often at most, until a Cholesky factor is finite (heuristic)."""
 
-_WORTH = 150
+_WORTH = 200
 """Products that the matrix may cost as many multiplications as, for `"auto"`; measured."""
+_NOTHING = 10**7
+"""Multiplications that count as none, for `"auto"`: some milliseconds (heuristic)."""
 _MOST_NUMBERS = 5 * 10**8
 """Of J̃, for `"auto"`: 4 GB in float64 (heuristic)."""
 _MOMENTUM = 0.5
@@ -149,8 +151,9 @@ def suited(
     The matrix costs rows · params · min(rows, params) multiplications. A product with G
     costs three passes forward, and conjugate gradients need many where G is
     ill-conditioned; a matrix product runs at several times the speed of a pass. So it is
-    solved exactly where that is at most 150 products' multiplications, and J̃ has at most
-    5e8 numbers (measured: `benchmarks/results/step7.md`).
+    solved exactly where that is at most 200 products' multiplications (matrix products'
+    and convolutions', as counted in the traced model), or 1e7, and J̃ has at most 5e8
+    numbers (measured on differential equations: `benchmarks/results/step7.md`).
 
     Args:
       objective: f.
@@ -166,14 +169,15 @@ def suited(
       >>> import hfjax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
       >>> cg = hfjax.cg.conjugate_gradient()
-      >>> for units in (1, 10):  # 100 and 1,000 rows, 100 and 1,000 parameters
-      ...     batch = (jnp.ones((100, 100)), jnp.ones((100, units)))
-      ...     print(suited(f, jnp.zeros((100, units)), batch, otherwise=cg) is cg)
+      >>> for units in (1, 10):  # 300 and 3,000 rows, 300 and 3,000 parameters
+      ...     batch = (jnp.ones((300, 300)), jnp.ones((300, units)))
+      ...     print(suited(f, jnp.zeros((300, units)), batch, otherwise=cg) is cg)
       False
       True
     """
     rows, columns, forward = _jacobian.size(objective, params, batch)
-    worth = rows * columns * min(rows, columns) <= _WORTH * 3 * forward
+    cost = rows * columns * min(rows, columns)
+    worth = cost <= max(_WORTH * 3 * forward, _NOTHING)
     fits = worth and rows * columns <= _MOST_NUMBERS
     return cholesky(momentum=_MOMENTUM) if fits else otherwise
 

@@ -320,6 +320,8 @@ def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
     assert iterations(curvature=hfjax.curvature.hessian)[0] > 1
     by_diagonal = damping.levenberg_marquardt(matrix="curvature_diagonal")
     assert iterations(damping=by_diagonal)[0] > 1
+    monkeypatch.setattr(sample_space, "_NOTHING", 0)
+    assert iterations()[0] == 1
     monkeypatch.setattr(sample_space, "_WORTH", 0)
     assert iterations()[0] > 1
 
