@@ -62,7 +62,7 @@ def cholesky(
 
     Args:
       space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"`, that of fewer rows.
-      momentum: in [0, 1), a number or schedule; for batches that are drawn anew in each
+      momentum: in [0, 1], a number or schedule; for batches that are drawn anew in each
         update (Goldshlager et al. 2024: 0.99 for wave functions; measured on differential
         equations, `benchmarks/results/step7.md`: 0.5). `None` is without.
 
