@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import hfjax
-from benchmarks import data, mnist, sequences
+from benchmarks import data, mnist, pinn_operators, pinn_problems, sequences
 from benchmarks.network import autoencoder
 from benchmarks.problem import SETUPS
 from benchmarks.rnn_network import recurrent_network
@@ -25,6 +25,7 @@ from benchmarks.rnn_tasks import TASKS
 _IMAGE_MILESTONES = (77.0, 27.0, 10.0, 1.0, 0.1)
 _CLASSES = (784, 100, 100, 10)
 _SEQUENCES, _LENGTH = 2_000, 30
+_POINTS = 1_000
 
 
 class Problem(NamedTuple):
@@ -189,6 +190,45 @@ def recurrent(data_dir: str, *, cases: int = _SEQUENCES) -> Problem:
     )
 
 
+def equation(data_dir: str, *, cases: int = _POINTS) -> Problem:
+    """Build a differential equation, in the precision that all of these problems have.
+
+    −Δu = f on the unit square, u = Π sin(πxᵢ) on its edges: a case is a point inside and
+    one on an edge. Below f = 1e-4 see `python -m benchmarks pinn`, in float64.
+
+    Args:
+      data_dir: not needed.
+      cases: pairs of points.
+
+    Returns:
+      The problem.
+    """
+    del data_dir
+    poisson = pinn_problems.PROBLEMS["poisson2d"]
+    inside, edge = jax.random.split(jax.random.key(0))
+    points = poisson.equation.inside(inside, cases)
+    known = poisson.equation.given(edge, cases)
+    values = poisson.equation.solution(known)
+
+    def model_fn(params: Any, inputs: Any) -> jax.Array:
+        inside, edge = inputs
+        found = poisson.residual(params, inside), pinn_operators.network(params, edge)
+        return jnp.stack(found, axis=-1)
+
+    return Problem(
+        title=f"Poisson's equation in 2d, {cases:,} points inside, as many on edges",
+        objective=hfjax.Objective(model_fn, hfjax.losses.squared_error()),
+        batch=((points, known), jnp.stack([jnp.zeros_like(values), values], axis=-1)),
+        start=poisson.init,
+        floor=0.0,
+        milestones=(1.0, 0.1, 0.01, 0.001, 0.0001),
+        parts=1,
+        damping=1.0,
+        loss="squared",
+        layered=False,
+    )
+
+
 def _autoencoder(
     name: str, images: data.Images, encoder: tuple[int, ...], parts: int
 ) -> Problem:
@@ -230,6 +270,7 @@ PROBLEMS = {
         needs_mnist=True,
     ),
     "rnn": Kind(f"recurrent network on addition, {_LENGTH} steps", recurrent),
+    "poisson": Kind(f"differential equation, {_POINTS:,} points", equation),
     "classifier": Kind(
         "classifier of MNIST's first 10,000 digits",
         functools.partial(classifier, cases=10_000),

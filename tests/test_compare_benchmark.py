@@ -16,6 +16,7 @@ from benchmarks import (
     compare_table,
     compare_turns,
     data,
+    pinn_problems,
     probe,
 )
 from benchmarks.__main__ import main
@@ -343,3 +344,20 @@ def test_the_best_constant_answers_the_additions_as_its_milestone_says():
     targets = np.asarray(problem.batch[1], np.float64)
     assert targets.var() / 2 == pytest.approx(0.083, rel=0.03)
     assert problem.milestones[0] < targets.var() / 2
+
+
+def test_the_equation_is_that_of_the_benchmark_of_equations():
+    """A case is two points; its f that of the points apart."""
+    problem = PROBLEMS["poisson"].build("")
+    (inside, edge), targets = problem.batch
+    params = problem.start(jax.random.key(1))
+    other = pinn_problems.PROBLEMS["poisson2d"].objective
+    batch = ((inside, targets[:, 0]), (edge, targets[:, 1]))
+    np.testing.assert_allclose(
+        problem.objective.value(params, problem.batch),
+        other.value(params, batch),
+        rtol=1e-5,
+    )
+    # Edges, and zeros inside and there: u is a product of sines.
+    assert np.all(np.any((edge == 0) | (edge == 1), axis=1))
+    np.testing.assert_allclose(targets, 0, atol=1e-6)
