@@ -164,7 +164,7 @@ def names(params):
 def factors(problem, num_probes=1, batch=None, **options):
     objective = problem.objective(**options)
     batch = problem.batch if batch is None else batch
-    model = _kronecker.read(objective, problem.params, batch, 100)
+    model = _kronecker.read(objective, problem.params, batch, 100)[0]
     pairs = quick_jit(
         lambda params, batch: _kronecker.factors(
             objective, params, batch, model, key=KEY, num_probes=num_probes
@@ -396,7 +396,7 @@ def test_joined_structural_damping_is_in_the_factors():
     mu, copies = 0.6, 500
     joined = hfjax.structural.joined(objective, mu)
     many = (jnp.tile(x, (copies, 1)), jnp.tile(t, (copies, 1)))
-    model = _kronecker.read(joined, params, many, 100)
+    model = _kronecker.read(joined, params, many, 100)[0]
     pairs = quick_jit(
         lambda p, b: _kronecker.factors(joined, p, b, model, key=KEY, num_probes=1)
     )(params, many)
