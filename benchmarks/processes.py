@@ -105,7 +105,11 @@ class LastWords:
     this one, and then writes the last words to standard error.
     """
 
-    _WAIT = "import sys; sys.stderr.write(['', *sys.stdin][-1].lstrip())"
+    # On a line of their own: what this process wrote last may have broken off in one.
+    _WAIT = (
+        "import sys; words = ['', *sys.stdin][-1].lstrip(); "
+        "sys.stderr.write(words and '\\n' + words)"
+    )
 
     def __init__(self, name: str) -> None:
         self._name = name

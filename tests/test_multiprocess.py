@@ -199,6 +199,21 @@ def test_a_run_that_loses_a_process_ends_and_the_same_command_goes_on(tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, carry, undisturbed)  # The same bits.
 
 
+def test_last_words_stand_on_a_line_of_their_own_whatever_broke_off_before(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from benchmarks.processes import LastWords\n"
+        "LastWords('a run').change('it ended before its time')\n"
+        "sys.stderr.write('a line that breaks')\n"
+        "sys.stderr.flush()\n"
+        "os.abort()\n"
+    )
+    with Processes(tmp_path / "said", [["-c", script]]) as run:
+        assert run.wait() == [-signal.SIGABRT]
+        assert run.last_line(0) == "a run: it ended before its time"
+    assert run.said(0, "err").startswith("a line that breaks\n")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
