@@ -7,6 +7,7 @@ loss is.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,10 +28,13 @@ class Jacobian(NamedTuple):
     Attributes:
       rows: J̃, a tree like the parameters with a leading axis of rows.
       residuals: r̃, shape `[rows]`.
+      moved: δ ↦ √(c wᵢ / Σ w) Sᵢᵀ(zᵢ(θ + δ) − zᵢ(θ)), shape `[rows]`, with Sᵢ of θ: a
+        pass forward. Of a model that is linear in θ it is J̃δ.
     """
 
     rows: Tree
     residuals: jax.Array
+    moved: Callable[[Tree], jax.Array]
 
     def product(self, v: Tree) -> jax.Array:
         """Return J̃ v, shape `[rows]`."""
@@ -89,22 +93,27 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
       batch: of the objective.
 
     Returns:
-      Both, of rows · params numbers.
+      Both, of rows · params numbers, and what tells how the outputs move.
     """
-    parts = [
-        _of_term(weight, term, params, own)
-        for weight, term, own in terms_of(objective, batch)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    parts = [_of_term(params, *term) for term in terms_of(objective, batch)]
+    rows, residuals = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *(part[:2] for part in parts)
+    )
+    return Jacobian(
+        rows,
+        residuals,
+        lambda step: jnp.concatenate([part.moved(step) for part in parts]),
+    )
 
 
 def _of_term(
-    weight: jax.Array | float, objective: Objective, params: Params, batch: Batch
+    params: Params, weight: jax.Array | float, objective: Objective, batch: Batch
 ) -> Jacobian:
     cases = _sharding.alike(as_cases(batch))
+    means = objective.means
     local = objective.local(_sharding.gathered(params, cases))
 
-    def of_case(inputs: Tree, targets: Tree) -> Jacobian:
+    def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, Tree]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
         outputs, transpose = jax.vjp(
             lambda params: objective.outputs(params, inputs), local
@@ -118,17 +127,17 @@ def _of_term(
         slope = jax.grad(lambda z: jnp.sum(objective.loss.value(z, targets)))(outputs)
         # Sᵀ, as its rows are the S eₖ.
         transposed = jax.vmap(lambda unit: ravel_pytree(unit)[0])(units)
-        return Jacobian(rows, _solved(transposed, ravel_pytree(slope)[0]))
+        residuals = _solved(transposed, ravel_pytree(slope)[0])
+        return rows, residuals, jax.tree.map(lambda leaf: leaf[0], outputs)
 
-    # Every case's outputs, one after another.
-    found = jax.lax.map(
-        lambda case: of_case(*case),
-        (cases.inputs, cases.targets),
-        batch_size=objective.microbatch_size or cases.weights.shape[0],
-    )
-    means = objective.means
+    def of_cases(compute: Callable, *trees: Tree) -> Tree:
+        if objective.microbatch_size is None:
+            return jax.vmap(compute)(*trees)
+        size = objective.microbatch_size
+        return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
 
-    def leaf(x: jax.Array) -> jax.Array:
+    def weighted(x: jax.Array) -> jax.Array:
+        """Scale what is of each case's outputs, and lay them one after another."""
         x = x.astype(_tree.wide(x.dtype))
         # In the digits of the rows: weights may have fewer.
         w, total, c = (
@@ -136,9 +145,31 @@ def _of_term(
             for number in (cases.weights, means.total(cases.weights), weight)
         )
         x *= jnp.sqrt(c * w / total).reshape(-1, *[1] * (x.ndim - 1))
+        x = _sharding.gathered(x, cases)
         return means.gathered(x.reshape(-1, *x.shape[2:]))
 
-    return jax.tree.map(leaf, found)
+    rows, residuals, outputs = of_cases(of_case, cases.inputs, cases.targets)
+
+    def moved(step: Tree) -> jax.Array:
+        there = _sharding.gathered(_tree.add(params, step), cases)
+        there = objective.local(there)
+
+        def of_case(inputs: Tree, targets: Tree, outputs: Tree) -> jax.Array:
+            inputs, targets, outputs = jax.tree.map(
+                lambda leaf: leaf[None], (inputs, targets, outputs)
+            )
+            after = objective.outputs(there, inputs)
+            change = jax.tree.map(jnp.subtract, after, outputs)
+            transpose = jax.linear_transpose(
+                objective.loss.factor(outputs, targets), outputs
+            )
+            (change,) = transpose(change)
+            return ravel_pytree(change)[0]
+
+        return weighted(of_cases(of_case, cases.inputs, cases.targets, outputs))
+
+    rows, residuals = jax.tree.map(weighted, (rows, residuals))
+    return Jacobian(rows, residuals, moved)
 
 
 def _solved(transposed: jax.Array, slope: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
+from hfjax._path import Solution
 from hfjax._types import Matvec, Preconditioner, Tree, exact_of
 from hfjax.iterates import Keeper, Kept
 from hfjax.stopping import Progress, StoppingRule
@@ -56,10 +57,10 @@ class CGResult(NamedTuple):
         iteration, which make the tridiagonal matrix of Lanczos
         (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
         `None` of solvers that have none.
-      other: of a solver that knows it: another λ' ↦ the step with it; M there with the
-        run's own λ; and M there without any. `None` else; no part of a result that
-        leaves `jit`.
+      other: of a solver that knows it: another λ ↦ the `Solution` with it. `None` else;
+        no part of a result that leaves `jit`.
       pulled: whether λ pulls steps towards another than 0, as with momentum.
+      correction: as in `Solution`, of `x`.
     """
 
     x: Tree
@@ -68,8 +69,9 @@ class CGResult(NamedTuple):
     kept: Kept
     reason: jax.Array
     coefficients: jax.Array | None = None
-    other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
+    other: Callable[[jax.Array], Solution] | None = None
     pulled: bool = False
+    correction: Tree | None = None
 
 
 class Record(NamedTuple):

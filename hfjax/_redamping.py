@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
+from hfjax._path import Solution
 from hfjax._types import Tree
 from hfjax.iterates import Kept
 
@@ -47,14 +48,14 @@ class Subspace(NamedTuple):
         """Return VᵀλI V of some λ."""
         return _penalty(damping, self.size, self.gram)
 
-    def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
+    def solve(self, damping: jax.Array) -> Solution:
         """Minimise M for λ′ over the subspace.
 
         Args:
           damping: λ′ ≥ 0.
 
         Returns:
-          The step; M there for the run's own λ; and M without any.
+          The step, and M there.
         """
         matrix = self.curvature + self.penalty(damping - self.damping)
         # In units that make its diagonal 1: steps differ by orders of magnitude.
@@ -68,7 +69,8 @@ class Subspace(NamedTuple):
         y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
-        return _tree.combination(self.size * y, self.vectors), model, undamped
+        step = _tree.combination(self.size * y, self.vectors)
+        return Solution(step, model, undamped)
 
 
 def subspace(

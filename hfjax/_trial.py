@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _sharding, _tree
+from hfjax._path import along, end
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
 from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf, last
@@ -77,7 +78,11 @@ def choose(
 
     def on(seen: ValueFn, before: jax.Array) -> Choice:
         if not backtracking.finds_damping:
-            return backtracking.choose(seen, result.kept)
+            # A solver that corrects its step has kept nothing else.
+            correction = result.correction
+            reached = lambda step: seen(end(step, correction))  # noqa: E731
+            choice = backtracking.choose(reached, result.kept)
+            return choice._replace(correction=correction)
         models, b = result.model_values, subproblem.b
         run = Run(models, b, before, noise, point.damping, result.other, result.pulled)
         return backtracking.choose(seen, result.kept, run)
@@ -87,10 +92,12 @@ def choose(
     # Candidates are compared with f(θ), too: on the same cases.
     before = point.value(some) if backtracking.finds_damping else value
     choice = on(point.value_on(some), before)
-    choice = choice._replace(value=finite_or_inf(value_fn(choice.step)))
+    reached = end(choice.step, choice.correction)
+    choice = choice._replace(value=finite_or_inf(value_fn(reached)))
     if not judges_last:
         return choice
-    return choice._replace(last_value=finite_or_inf(value_fn(result.x)))
+    of_last = value_fn(end(result.x, result.correction))
+    return choice._replace(last_value=finite_or_inf(of_last))
 
 
 def go_along(
@@ -101,12 +108,12 @@ def go_along(
     choice: Choice,
     slope: jax.Array,
 ) -> StepSize:
-    """Search along the chosen step, from the learning rate down."""
+    """Search along the chosen step's path, from the learning rate down."""
     value_fn = point.value_on(point.eval_batch)
     # Backtracking has evaluated α = 1 already.
     known = _options.is_plain_number(rate) and rate == 1
     return line_search.search(
-        lambda alpha: value_fn(_tree.scale(alpha, choice.step)),
+        lambda alpha: value_fn(along(alpha, choice.step, choice.correction)),
         value,
         slope,
         _options.read(rate, point.count).astype(value.dtype),
@@ -153,7 +160,8 @@ def reduction(
     """
     _, result, value, choice, slope, search = trial
     is_last = ratio.step == "last"
-    step = result.x if is_last else choice.step
+    step, alpha = result.x if is_last else choice.step, jnp.ones_like(value)
+    correction = result.correction if is_last else choice.correction
     after = choice.last_value if is_last else choice.value
     index = result.num_iterations if is_last else choice.iteration
     predicted = result.model_values[index]
@@ -166,10 +174,10 @@ def reduction(
         # M(αδ) = α ∇fᵀδ + ½α² δᵀBδ, and ½δᵀBδ = M(δ) − ∇fᵀδ.
         alpha = search.step_size
         predicted = alpha * slope + alpha**2 * (predicted - slope)
-        step, after = _tree.scale(alpha, step), search.value
+        after = search.value
     if value_on_batch is not None and ratio.data == "batch":
         value = value_on_batch(_sharding.zeros_like(step))
-        after = value_on_batch(step)
+        after = value_on_batch(along(alpha, step, correction))
     return after - value, predicted
 
 
@@ -231,7 +239,11 @@ def adapt(
     _, result, _, choice, _, _ = trial
     on_boundary = result.reason == Reason.BOUNDARY
     on_boundary &= choice.iteration == result.num_iterations
-    model = jnp.abs(result.model_values[choice.iteration])
+    model = choice.model
+    # Where each λ is solved for, the run's own is not, unless somebody asks for its M.
+    if model is None or result.other is None:
+        model = result.model_values[choice.iteration]
+    model = jnp.abs(model)
     # Where λ is all that matters, ‖δ‖² may be too small to be a float.
     shortest = 8 * jnp.sqrt(jnp.finfo(part.dtype).tiny)
     vanished = (part == 0) & (_tree.magnitude(choice.step) <= shortest)
@@ -257,6 +269,7 @@ def report(
     gradient_norm, result, value, choice, _, search = trial
     accepted = rejection == Rejection.NONE
     step_size = jnp.where(accepted, search.step_size, 0)
+    taken = along(step_size, choice.step, choice.correction)
     info = HessianFreeInfo(
         value_before=_finite_or(0, value),
         value_after=_finite_or(0, jnp.where(accepted, search.value, value)),
@@ -269,7 +282,7 @@ def report(
         accepted=accepted,
         rejection=rejection,
         gradient_norm=_finite_or(0, gradient_norm),
-        update_norm=jnp.where(accepted, step_size * _tree.norm(choice.step), 0),
+        update_norm=jnp.where(accepted, _tree.norm(taken), 0),
     )
     return _tree.cast_like(info, no_info(dtype))
 

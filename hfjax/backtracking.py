@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree
+from hfjax import _options, _sharding, _tree
+from hfjax._path import Solution, end
 from hfjax._redamping import subspace
 from hfjax._types import Number, Tree, ValueFn
 from hfjax.iterates import Kept
@@ -31,8 +32,9 @@ class Choice(NamedTuple):
 
     Attributes:
       step: δ, like the parameters.
+      correction: as in `Solution`, where the solver has one: f is looked at at θ + δ + c.
       iteration: int32 scalar, its number; the last iterate's if it is none itself.
-      value: f(θ + δ); +∞ if it is not finite.
+      value: f(θ + δ + c); +∞ if it is not finite.
       last_value: f at the last kept iterate; in an update on all of the data only if ρ
         is to judge that one.
       model: M(δ) of a step that is no iterate, else `None`.
@@ -45,6 +47,7 @@ class Choice(NamedTuple):
     last_value: jax.Array
     model: jax.Array | None = None
     damping: jax.Array | None = None
+    correction: Tree | None = None
 
 
 class Run(NamedTuple):
@@ -65,7 +68,7 @@ class Run(NamedTuple):
     value: jax.Array
     noise: jax.Array
     damping: jax.Array
-    other: Callable[[jax.Array], tuple[Tree, jax.Array, jax.Array]] | None = None
+    other: Callable[[jax.Array], Solution] | None = None
     pulled: bool = False
 
 
@@ -211,7 +214,7 @@ def redamped(
         _options.check_count("cases", cases, low=1)
 
     def choose(value_fn: ValueFn, kept: Kept, run: Run) -> Choice:
-        solve = run.other
+        solve, costly = run.other, run.other is not None
         if solve is None:
             solve = subspace(kept, run.model_values, run.b, run.damping).solve
         dtype = run.value.dtype
@@ -219,16 +222,17 @@ def redamped(
         def damping_at(power: jax.Array) -> jax.Array:
             return run.damping * jnp.asarray(factor, dtype) ** power
 
-        def look_at(power: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            step, _, predicted = solve(damping_at(power))
-            value = finite_or_inf(value_fn(step)).astype(dtype)
+        def look_at(solution: Solution) -> tuple[jax.Array, jax.Array, jax.Array]:
+            reached = end(solution.step, solution.correction)
+            value = finite_or_inf(value_fn(reached)).astype(dtype)
             # A fall that M knows nothing of is rounding, and would lead λ anywhere.
-            promised = -predicted.astype(dtype)
+            promised = -solution.undamped.astype(dtype)
             unknown = run.value - value > _CREDIBLE * promised
             return value, jnp.where(unknown, run.value, value), promised
 
         def look(search: _Search) -> _Search:
-            found, value, promised = look_at(search.trial)
+            solution = solve(damping_at(search.trial))
+            found, value, promised = look_at(solution)
             first, up = search.tries == 0, search.trial > search.power
             gain = run.value - search.lowest
             slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
@@ -247,6 +251,8 @@ def redamped(
             power = jnp.where(better, search.trial, search.power)
             direction = jnp.where((first | up) & ~turns, 1, -1).astype(dtype)
             lowest = jnp.minimum(value, search.lowest)
+            if costly:
+                solution = _tree.select(better, solution, search.solution)
             return _Search(
                 trial=power + direction,
                 power=power,
@@ -256,6 +262,7 @@ def redamped(
                 first_value=jnp.where(first, found, search.first_value),
                 tries=search.tries + 1,
                 going=better | turns,
+                solution=solution if costly else None,
             )
 
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
@@ -268,14 +275,24 @@ def redamped(
             first_value=infinite,
             tries=jnp.zeros((), jnp.int32),
             going=jnp.ones((), bool),
+            solution=_sharding.zeros(jax.eval_shape(solve, run.damping))
+            if costly
+            else None,
         )
-        end = jax.lax.while_loop(
+        last = jax.lax.while_loop(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
-        damping = damping_at(end.power)
-        step, model, _ = solve(damping)
-        last = kept.iterations[_last_slot(kept)]
-        return Choice(step, last, end.value, end.first_value, model, damping)
+        damping = damping_at(last.power)
+        taken = last.solution if last.solution is not None else solve(damping)
+        return Choice(
+            step=taken.step,
+            iteration=kept.iterations[_last_slot(kept)],
+            value=last.value,
+            last_value=last.first_value,
+            model=taken.model,
+            damping=damping,
+            correction=taken.correction,
+        )
 
     return Backtracking(choose, cases, finds_damping=True, otherwise=otherwise)
 
@@ -289,6 +306,7 @@ class _Search(NamedTuple):
     first_value: jax.Array  # f for the run's own λ.
     tries: jax.Array
     going: jax.Array
+    solution: Solution | None  # That of the best λ, where it is costly to solve again.
 
 
 def _backtracking(cases: int | None, *, full: bool) -> Backtracking:

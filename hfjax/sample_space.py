@@ -10,12 +10,15 @@ is solved with a matrix of the outputs (the push-through identity),
     δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ,
 
 or with J̃ᵀJ̃ + μI itself, whichever is smaller. Other λ cost a Cholesky factor each, so
-that `hfjax.backtracking.redamped` finds λ here, too. Conjugate gradients come as far only
-after many products where G is ill-conditioned, as differential equations make it: fits to
-1e-6 and below are what this is for. J̃ is written out: memory of rows · parameters.
+that `hfjax.backtracking.redamped` finds λ here, too. The same factor then puts right what
+the step misses as the outputs bend along it (`corrections`), for little more than a pass
+forward each: an update then goes as far as tens without. Fits to 1e-6 and far below are
+what this is for, where G is ill-conditioned as differential equations make it.
+J̃ is written out: memory of rows · parameters.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,9 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_solve
 
 from hfjax import _jacobian, _options, _sharding, _tree
+from hfjax._correction import corrected
 from hfjax._jacobian import Jacobian
+from hfjax._path import Solution
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem, conjugate_gradient
 from hfjax.iterates import Kept
@@ -46,7 +51,10 @@ _MOMENTUM = 0.5
 
 
 def cholesky(
-    *, space: str = "smaller", momentum: NumberOrSchedule | None = None
+    *,
+    space: str = "smaller",
+    momentum: NumberOrSchedule | None = None,
+    corrections: int = 16,
 ) -> Solver:
     """Solve for the direction exactly, by a Cholesky factor.
 
@@ -55,21 +63,36 @@ def cholesky(
     preconditioner is made. λ, ρ, line search and rejection are as with conjugate
     gradients.
 
+    The step is δ + c, corrected for what its linear model misses: with z the outputs and
+    S that of the loss, L″ = SSᵀ,
+
+        c ← −(G + λI)⁻¹ Jᵀ S Sᵀ (z(θ + δ + c) − z(θ) − J(δ + c)),
+
+    from c = 0, for as long as what is missed changes less each time and by more than a
+    tenth of the residuals left (heuristic). M and ρ are of δ, f is of θ + δ + c, and the
+    line search goes along θ + αδ + α²c.
+
     An update costs, besides f and ∇f, a pass back for each output of a case; 2 · rows² ·
     params operations in `"samples"`, 2 · rows · params² in `"parameters"`; and for each λ
-    that is looked at a third of the smaller one's cube. It holds rows · params numbers, in
-    float32 or wider. λ below the rounding of the matrix counts as that, ε times its trace.
+    that is looked at a third of the smaller one's cube, and for each of its corrections a
+    pass forward, 4 · rows · params operations and 2 · the smaller one's square. It holds
+    rows · params numbers, in float32 or wider. λ below the rounding of the matrix counts
+    as that, ε times its trace.
 
     Args:
       space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"`, that of fewer rows.
       momentum: in [0, 1], a number or schedule; for batches that are drawn anew in each
         update (Goldshlager et al. 2024: 0.99 for wave functions; measured on differential
         equations, `benchmarks/results/step7.md`: 0.5). `None` is without.
+      corrections: of a step, at most; 0 is the damped Gauss-Newton step itself. Nothing
+        where the model is linear in θ (16: measured, ibid.). Corrected steps are longer:
+        where f has several minima they may lead to another than the nearest.
 
     Returns:
       The solver.
 
     Raises:
+      TypeError: if `corrections` is no Python integer.
       ValueError: if an option is out of range, or nothing of the kind.
 
     Example:
@@ -91,10 +114,14 @@ def cholesky(
       Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient
       methods"; Chen & Heyl (2024); Goldshlager, Abrahamsen & Lin (2024), "A
       Kaczmarz-inspired approach to accelerate the optimization of neural network wave
-      functions" (SPRING); Guzmán-Cordero et al. (2025), of differential equations.
+      functions" (SPRING); Guzmán-Cordero et al. (2025), of differential equations. Of
+      corrections: Transtrum & Sethna (2012), "Improvements to the Levenberg-Marquardt
+      algorithm for nonlinear least-squares minimization" (the first of them); Kelley
+      (2003), "Solving nonlinear equations with Newton's method", 1.3 (the chord method).
     """
     _options.check_choice("space", space, ("smaller", "samples", "parameters"))
     _options.check_range("momentum", momentum, low=0.0, high=1.0)
+    _options.check_count("corrections", corrections, low=0)
 
     def start(direction: Tree, count: jax.Array) -> Tree | None:
         if momentum is None:
@@ -102,7 +129,7 @@ def cholesky(
         return _tree.scale(_options.read(momentum, count), direction)
 
     def solve(subproblem: Subproblem, x0: Tree | None) -> CGResult:
-        return _solve(subproblem, x0, space)
+        return _solve(subproblem, x0, space, corrections)
 
     return Solver(
         start=start,
@@ -182,19 +209,17 @@ def suited(
     return cholesky(momentum=_MOMENTUM) if fits else otherwise
 
 
-def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:
+def _solve(
+    subproblem: Subproblem, before: Tree | None, space: str, corrections: int
+) -> CGResult:
     """Solve with the run's λ; the result knows of others, too."""
     assert subproblem.jacobian is not None, "made by every update"
     jacobian, decay = subproblem.jacobian()
     rows, columns = len(jacobian.residuals), optax.tree.size(subproblem.b)
     in_samples = space == "samples" or (space == "smaller" and rows <= columns)
-    system = _in_samples if in_samples else _in_parameters
-    change = system(jacobian, decay, subproblem.b, before)
+    build = _in_samples if in_samples else _in_parameters
+    system = build(jacobian, decay, subproblem.b, before)
     b, dtype = subproblem.b, _tree.scalar_dtype(subproblem.b)
-
-    def at(damping: jax.Array) -> Tree:
-        step = change(damping)
-        return step if before is None else _tree.add(step, before)
 
     def undamped(step: Tree) -> jax.Array:
         curved = jnp.sum(jnp.square(jacobian.product(step)))
@@ -205,19 +230,24 @@ def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:
         penalty = 0.5 * subproblem.damping * _tree.dot(step, step)
         return undamped(step) + penalty.astype(dtype)
 
-    def other(damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
-        step = at(damping)
-        return step, model(step), undamped(step)
+    def other(damping: jax.Array) -> Solution:
+        change, inverse = system.solve(damping)
+        step = change if before is None else _tree.add(change, before)
+        correction = None
+        if corrections:
+            correction = corrected(jacobian, inverse, step, corrections)
+        return Solution(step, model(step), undamped(step), correction)
 
-    x = at(subproblem.damping)
+    own = other(subproblem.damping)
     first = jnp.zeros((), dtype) if before is None else model(before)
-    finite = _tree.is_finite(x)
+    # Not of the step: where other λ are looked at, nobody asks for this one's.
+    finite = jnp.isfinite(system.trace + jnp.sum(jacobian.residuals))
     return CGResult(
-        x=x,
+        x=own.step,
         num_iterations=jnp.ones((), jnp.int32),
-        model_values=jnp.stack([first, model(x)]),
+        model_values=jnp.stack([first, own.model]),
         kept=Kept(
-            jax.tree.map(lambda leaf: leaf[None], x),
+            jax.tree.map(lambda leaf: leaf[None], own.step),
             jnp.ones(1, jnp.int32),
             jnp.full(1, jnp.inf, dtype),
         ),
@@ -226,13 +256,26 @@ def _solve(subproblem: Subproblem, before: Tree | None, space: str) -> CGResult:
         ),
         other=other,
         pulled=before is not None,
+        correction=own.correction,
     )
+
+
+class _System(NamedTuple):
+    """(J̃ᵀJ̃ + μI) δ = −∇f, for any λ.
+
+    Attributes:
+      solve: λ ↦ δ − φ, and u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu by the same factor.
+      trace: of the matrix.
+    """
+
+    solve: Callable[[jax.Array], tuple[Tree, Callable[[jax.Array], Tree]]]
+    trace: jax.Array
 
 
 def _in_samples(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
-) -> Callable[[jax.Array], Tree]:
-    """Return λ ↦ δ − φ, by J̃J̃ᵀ."""
+) -> _System:
+    """By J̃J̃ᵀ."""
     within = -jacobian.residuals
     # −∇f of other data, or the decay's part. What is only rounding would count 1/μ times.
     spanned = jacobian.transpose(within)
@@ -246,20 +289,22 @@ def _in_samples(
     along = jacobian.product(beyond)
     matrix = _tree.gram(jacobian.rows, jacobian.rows)
 
-    def change(damping: jax.Array) -> Tree:
+    def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
         factor, mu = _factor(matrix, damping + decay)
-        y = cho_solve((factor, True), within - along / mu)
-        return _tree.axpy(
-            1 / mu, beyond, _tree.cast_like(jacobian.transpose(y), beyond)
-        )
 
-    return change
+        def inverse(u: jax.Array) -> Tree:
+            solved = jacobian.transpose(cho_solve((factor, True), u))
+            return _tree.cast_like(solved, beyond)
+
+        return _tree.axpy(1 / mu, beyond, inverse(within - along / mu)), inverse
+
+    return _System(solve, jnp.trace(matrix))
 
 
 def _in_parameters(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
-) -> Callable[[jax.Array], Tree]:
-    """Return λ ↦ δ − φ, by J̃ᵀJ̃: of few parameters, laid out in one vector."""
+) -> _System:
+    """By J̃ᵀJ̃: of few parameters, laid out in one vector."""
     rows = jax.vmap(lambda row: ravel_pytree(row)[0])(jacobian.rows)
     matrix = _sharding.contracted(rows, rows, ((0,), (0,)), _tree.EXACT)
     rhs, unravel = ravel_pytree(b)
@@ -267,11 +312,19 @@ def _in_parameters(
         phi = ravel_pytree(before)[0]
         rhs -= jnp.matmul(matrix, phi, precision=_tree.EXACT) + decay * phi
 
-    def change(damping: jax.Array) -> Tree:
+    def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
         factor, _ = _factor(matrix, damping + decay)
-        return unravel(cho_solve((factor, True), rhs).astype(rhs.dtype))
 
-    return change
+        def solved(rhs: jax.Array) -> Tree:
+            return unravel(cho_solve((factor, True), rhs).astype(rhs.dtype))
+
+        def inverse(u: jax.Array) -> Tree:
+            pulled = ravel_pytree(_tree.cast_like(jacobian.transpose(u), b))[0]
+            return solved(pulled.astype(rhs.dtype))
+
+        return solved(rhs), inverse
+
+    return _System(solve, jnp.trace(matrix))
 
 
 def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -52,7 +52,7 @@ class HessianFreeInfo(NamedTuple):
       accepted: bool.
       rejection: int32, a `Rejection`.
       gradient_norm: ‖∇f‖ as handed in (sentinel 0).
-      update_norm: ‖αδ‖; 0 if rejected.
+      update_norm: ‖αδ‖, or ‖αδ + α²c‖ of a corrected step; 0 if rejected.
     """
 
     value_before: jax.Array

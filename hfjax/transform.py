@@ -2,12 +2,13 @@
 
 Only this room knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
 
-    B, D, S, P  curvature, damping matrices and preconditioner of the batch
-    δ₁, δ₂, …   conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
-    δ           the kept iterate that backtracking on f chooses, or another λ's solution
-    ρ, λ        how well M predicted the change of f; λ for the next update
-    α           line search along δ
-    θ + α δ     if f has fallen; else θ, and the warm start dropped
+    B, D, S, P    curvature, damping matrices and preconditioner of the batch
+    δ₁, δ₂, …     conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
+    δ             the kept iterate that backtracking on f chooses, or another λ's solution
+    c             what the solver corrects δ by: 0, but for `hfjax.sample_space`
+    ρ, λ          how well M predicted the change of f; λ for the next update
+    α             line search along αδ + α²c
+    θ + αδ + α²c  if f has fallen; else θ, and the warm start dropped
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import optax
 
 from hfjax import _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
+from hfjax._path import along, end
 from hfjax._system import Point, assemble, is_plain
 from hfjax._trial import (
     Trial,
@@ -324,7 +326,7 @@ def _update(
     x0 = solver.start(state.direction, state.count)
     result = solver.solve(subproblem, x0)
 
-    # δ, one of its iterates; α, how far to go along it; accept or reject.
+    # δ, one of its iterates, and c; α, how far to go along them; accept or reject.
     value = point.value(point.eval_batch)
     noise = noise_of(value, b, params)
     rule = parts.damping.ratio
@@ -343,7 +345,7 @@ def _update(
     trial = Trial(_tree.norm(b), result, value, choice, slope, search)
     rejection = judge(trial)
     accepted = rejection == Rejection.NONE
-    step = _or_zero(accepted, _tree.scale(search.step_size, choice.step))
+    step = _or_zero(accepted, along(search.step_size, choice.step, choice.correction))
 
     # ρ, and λ for the next update.
     value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
@@ -354,7 +356,7 @@ def _update(
     stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
     adapted = jnp.where(stays, point.damping, adapted)
 
-    carried = solver.carry(result, choice.step)
+    carried = solver.carry(result, end(choice.step, choice.correction))
     new_state = HessianFreeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         damping=adapted.astype(dtype),

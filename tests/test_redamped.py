@@ -53,7 +53,7 @@ def solved(keep, limit, most, warm, scaled):
         keep=keep,
     )
     space = subspace(run.kept, run.model_values, b, jnp.float64(DAMPING))
-    steps, *models = jax.vmap(space.solve)(jnp.asarray(OTHERS))
+    steps, *models, _ = jax.vmap(space.solve)(jnp.asarray(OTHERS))
     kept = jax.vmap(joined)(run.kept.iterates)
     return kept, run.kept.iterations, jax.vmap(joined)(steps), jnp.stack(models, -1)
 

@@ -57,7 +57,8 @@ def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAM
     )
     x0 = None if before is None else solver.start(before, subproblem.count)
     result = solver.solve(subproblem, x0)
-    return result.x, result.model_values[-1], result.other(jnp.float64(OTHER))
+    other = result.other(jnp.float64(OTHER))
+    return result.x, result.model_values[-1], other[:3]
 
 
 def check(found, matrix, b, before=0.0):
@@ -104,7 +105,7 @@ def test_momentum_keeps_the_step_near_the_last_one(space):
 
 def test_an_update_starts_from_the_last_step_and_hands_its_own_on():
     f, params, batch, _ = two_terms()
-    solver = sample_space.cholesky(momentum=0.5)
+    solver = sample_space.cholesky(momentum=0.5, corrections=0)
     first, state = step_of(f, params, batch, solver)
     np.testing.assert_array_equal(flat(state.direction), flat(first))
     after = jax.tree.map(jnp.add, params, first)
@@ -153,7 +154,7 @@ def test_it_is_where_conjugate_gradients_converge_to(space):
     exact, run_out = (
         quick_jit(functools.partial(step_of, f, solver=solver))(params, batch)[0]
         for solver in (
-            sample_space.cholesky(space=space),
+            sample_space.cholesky(space=space, corrections=0),
             hfjax.cg.conjugate_gradient(stopping=None, max_iterations=400),
         )
     )
@@ -164,7 +165,9 @@ def test_it_is_where_conjugate_gradients_converge_to(space):
 def test_terms_of_a_sum_are_rows_of_one_system(space):
     f, params, batch, residuals = two_terms()
     found, _ = quick_jit(
-        functools.partial(step_of, f, solver=sample_space.cholesky(space=space))
+        functools.partial(
+            step_of, f, solver=sample_space.cholesky(space=space, corrections=0)
+        )
     )(params, batch)
     theta, unravel = ravel_pytree(params)
     r, j = (
@@ -191,7 +194,7 @@ def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
         functools.partial(
             step_of,
             f,
-            solver=sample_space.cholesky(space=space),
+            solver=sample_space.cholesky(space=space, corrections=0),
             damping=hfjax.damping.searched(init=100.0),
             backtracking=hfjax.backtracking.redamped(tolerance=0.0),
         )
@@ -269,7 +272,14 @@ def test_a_model_that_is_not_finite_is_rejected():
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize(
     "way",
-    ["jit_with_shardings", "shard_map_check_vma", "shard_map", "pmap", "vmap"],
+    [
+        "jit_with_shardings",
+        "jit_with_explicit_shardings",
+        "shard_map_check_vma",
+        "shard_map",
+        "pmap",
+        "vmap",
+    ],
 )
 def test_devices_change_nothing(way, space):
     objective = PROBLEM.objective(axis_name=axis_name(way))
@@ -291,7 +301,7 @@ def test_structural_damping_has_rows_of_its_own():
         functools.partial(
             step_of,
             objective,
-            solver=sample_space.cholesky(space="samples"),
+            solver=sample_space.cholesky(space="samples", corrections=0),
             damping=damping.constant(strong, structural=mu, tied=False),
         )
     )(problem.params, problem.batch)
@@ -343,6 +353,10 @@ def test_what_it_does_not_solve_is_refused():
         sample_space.cholesky(space="dual")
     with pytest.raises(ValueError, match="`momentum` must be"):
         sample_space.cholesky(momentum=1.5)
+    with pytest.raises(ValueError, match="`corrections` must be"):
+        sample_space.cholesky(corrections=-1)
+    with pytest.raises(TypeError, match="`corrections` must be"):
+        sample_space.cholesky(corrections=2.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_preconditioner_is_made_and_no_memory_kept():
