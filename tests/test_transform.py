@@ -440,7 +440,9 @@ def test_exclusive_or_is_learnt_to_high_precision_with_two_cg_iterations():
         (params, tx.init(params))
     )
     assert values[-1] < 1e-5
-    assert np.all(np.diff(values) <= 0)
+    # Until residuals are less than the rounding of outputs that are near 1.
+    told = values[:-1] > jnp.finfo(values.dtype).eps ** 2
+    assert np.all(np.diff(values)[told] <= 0)
 
 
 @pytest.mark.parametrize("kept", [True, False])
