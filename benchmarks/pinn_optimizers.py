@@ -63,6 +63,13 @@ def spring(problem: Problem, params: Any, seed: int) -> Racer:
     return _ours("spring", tx, problem, params, seed)
 
 
+def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build the same without corrections: damped Gauss-Newton steps as they are."""
+    solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, corrections=0)
+    tx = hfjax.hessian_free(problem.objective, solver=solver)
+    return _ours("uncorrected", tx, problem, params, seed)
+
+
 def cg(problem: Problem, params: Any, seed: int) -> Racer:
     """Build it with conjugate gradients, whatever the problem."""
     solver = hfjax.cg.conjugate_gradient()
@@ -131,6 +138,9 @@ OPTIMIZERS = {
         f"hfjax.hessian_free, sample_space.cholesky(momentum={MOMENTUM:g})",
         spring,
         unfit=_too_large,
+    ),
+    "uncorrected": Optimizer(
+        "the same with corrections=0", uncorrected, unfit=_too_large
     ),
     "cg": Optimizer("hfjax.hessian_free with conjugate gradients", cg),
     "martens2010": Optimizer("hfjax.recipes.martens2010, λ from 1", martens2010),
