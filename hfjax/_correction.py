@@ -1,18 +1,18 @@
-"""What a step misses as the outputs bend along it, put right by the same factor.
+"""What a step misses as the residuals bend along it, put right by the same factor.
 
-The damped step δ = −(J̃ᵀJ̃ + μI)⁻¹(J̃ᵀr̃ + …) takes the outputs to move by J̃δ. They move
-by z(θ + δ) − z(θ); what is missed,
+The damped step δ = −(J̃ᵀJ̃ + μI)⁻¹(J̃ᵀr̃ + …) takes the residuals to become r̃ + J̃δ. What
+is missed,
 
-    m(δ) = Sᵀ(z(θ + δ) − z(θ)) − J̃δ    (in rows),
+    m(δ) = r̃(θ + δ) − r̃ − J̃δ,
 
-is as good as known for a pass forward. So δ + c is iterated to a fixed point,
+is known for a pass forward. So δ + c is iterated to a fixed point,
 
     c ← −(J̃ᵀJ̃ + μI)⁻¹J̃ᵀ m(δ + c),
 
-at which J̃ᵀr̃(θ + δ + c) + μ(δ + c) = 0 for squared errors: not the linear model's damped
-minimum, but f's own, up to what J̃ has changed by on the way. The first c is, but for
-third derivatives, the geodesic acceleration. Each iteration costs a pass forward, two
-products with J̃ and two triangular solves, where an update costs all of J̃J̃ᵀ.
+at which, without weight decay and momentum, J̃ᵀr̃(θ + δ + c) + λ(δ + c) = 0: not the linear
+model's damped minimum, but f's own, up to what J̃ has changed by on the way. The first c
+is, but for third derivatives, half the geodesic acceleration. Each iteration costs a pass
+forward, two products with J̃ and two triangular solves, where an update costs all of J̃J̃ᵀ.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,10 @@ def corrected(
 ) -> Tree:
     """Iterate c, for as long as m changes less each time, and by something.
 
+    f is not looked at: whether it is lower at δ + c is for the search for λ to see.
+
     Args:
-      jacobian: J̃, r̃ and how the outputs move.
+      jacobian: J̃, r̃, and r̃ elsewhere.
       inverse: u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu.
       step: δ.
       most: iterations.
@@ -55,17 +57,17 @@ def corrected(
     def iterate(state: _State) -> _State:
         correction = jax.tree.map(jnp.negative, inverse(state.missed))
         whole = _tree.add(step, correction)
-        moved = jacobian.moved(whole)
-        missed = moved - jacobian.product(whole)
+        left = jacobian.residuals_at(whole)
+        missed = left - jacobian.residuals - jacobian.product(whole)
+        missed = missed.astype(state.missed.dtype)
         change = jnp.linalg.norm(missed - state.missed)
         closer = change < state.change
-        left = jnp.linalg.norm(jacobian.residuals + moved)
         return _State(
             correction=_tree.select(closer, correction, state.correction),
             missed=jnp.where(closer, missed, state.missed),
             change=change,
             tries=state.tries + 1,
-            going=closer & (change > _ENOUGH * left),
+            going=closer & (change > _ENOUGH * jnp.linalg.norm(left)),
         )
 
     nothing = _sharding.zeros_like(jacobian.residuals)

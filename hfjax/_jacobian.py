@@ -28,13 +28,13 @@ class Jacobian(NamedTuple):
     Attributes:
       rows: J̃, a tree like the parameters with a leading axis of rows.
       residuals: r̃, shape `[rows]`.
-      moved: δ ↦ √(c wᵢ / Σ w) Sᵢᵀ(zᵢ(θ + δ) − zᵢ(θ)), shape `[rows]`, with Sᵢ of θ: a
-        pass forward. Of a model that is linear in θ it is J̃δ.
+      residuals_at: δ ↦ r̃(θ + δ), but with the Sᵢ of θ, shape `[rows]`: a pass forward. Of
+        squared errors and a model that is linear in θ it is r̃ + J̃δ.
     """
 
     rows: Tree
     residuals: jax.Array
-    moved: Callable[[Tree], jax.Array]
+    residuals_at: Callable[[Tree], jax.Array]
 
     def product(self, v: Tree) -> jax.Array:
         """Return J̃ v, shape `[rows]`."""
@@ -93,7 +93,7 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
       batch: of the objective.
 
     Returns:
-      Both, of rows · params numbers, and what tells how the outputs move.
+      Both, of rows · params numbers, and what tells r̃ elsewhere.
     """
     parts = [_of_term(params, *term) for term in terms_of(objective, batch)]
     rows, residuals = jax.tree.map(
@@ -102,7 +102,7 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     return Jacobian(
         rows,
         residuals,
-        lambda step: jnp.concatenate([part.moved(step) for part in parts]),
+        lambda step: jnp.concatenate([part.residuals_at(step) for part in parts]),
     )
 
 
@@ -113,7 +113,7 @@ def _of_term(
     means = objective.means
     local = objective.local(_sharding.gathered(params, cases))
 
-    def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, Tree]:
+    def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, jax.Array]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
         outputs, transpose = jax.vjp(
             lambda params: objective.outputs(params, inputs), local
@@ -123,12 +123,18 @@ def _of_term(
         units = jax.vmap(lambda unit: factor(unflatten(unit)))(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
-        rows = jax.vmap(lambda v: transpose(v)[0])(_tree.cast_like(units, outputs))
-        slope = jax.grad(lambda z: jnp.sum(objective.loss.value(z, targets)))(outputs)
-        # Sᵀ, as its rows are the S eₖ.
+        # An S that is the same for all cases is no device's own.
+        columns = _tree.cast_like(objective.local(units), outputs)
+        rows = jax.vmap(lambda v: transpose(v)[0])(columns)
         transposed = jax.vmap(lambda unit: ravel_pytree(unit)[0])(units)
-        residuals = _solved(transposed, ravel_pytree(slope)[0])
-        return rows, residuals, jax.tree.map(lambda leaf: leaf[0], outputs)
+        inverse = _pseudoinverse(transposed.T, flat.dtype)
+        return rows, solved(inverse, outputs, targets), inverse
+
+    def solved(inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
+        """Return S⁺∇L of a case: the shortest r with the least ‖S r − ∇L‖."""
+        slope = jax.grad(lambda z: jnp.sum(objective.loss.value(z, targets)))(outputs)
+        slope = ravel_pytree(slope)[0].astype(inverse.dtype)
+        return jnp.matmul(inverse, slope, precision=_tree.EXACT)
 
     def of_cases(compute: Callable, *trees: Tree) -> Tree:
         if objective.microbatch_size is None:
@@ -136,47 +142,40 @@ def _of_term(
         size = objective.microbatch_size
         return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
 
+    total = means.total(cases.weights)
+
     def weighted(x: jax.Array) -> jax.Array:
         """Scale what is of each case's outputs, and lay them one after another."""
         x = x.astype(_tree.wide(x.dtype))
         # In the digits of the rows: weights may have fewer.
-        w, total, c = (
-            jnp.asarray(number, x.dtype)
-            for number in (cases.weights, means.total(cases.weights), weight)
+        w, all_of_them, c = (
+            jnp.asarray(number, x.dtype) for number in (cases.weights, total, weight)
         )
-        x *= jnp.sqrt(c * w / total).reshape(-1, *[1] * (x.ndim - 1))
+        x *= jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
         x = _sharding.gathered(x, cases)
         return means.gathered(x.reshape(-1, *x.shape[2:]))
 
-    rows, residuals, outputs = of_cases(of_case, cases.inputs, cases.targets)
+    rows, residuals, inverses = of_cases(of_case, cases.inputs, cases.targets)
 
-    def moved(step: Tree) -> jax.Array:
+    def residuals_at(step: Tree) -> jax.Array:
         there = _sharding.gathered(_tree.add(params, step), cases)
         there = objective.local(there)
 
-        def of_case(inputs: Tree, targets: Tree, outputs: Tree) -> jax.Array:
-            inputs, targets, outputs = jax.tree.map(
-                lambda leaf: leaf[None], (inputs, targets, outputs)
-            )
-            after = objective.outputs(there, inputs)
-            change = jax.tree.map(jnp.subtract, after, outputs)
-            transpose = jax.linear_transpose(
-                objective.loss.factor(outputs, targets), outputs
-            )
-            (change,) = transpose(change)
-            return ravel_pytree(change)[0]
+        def of_case(inputs: Tree, targets: Tree, inverse: jax.Array) -> jax.Array:
+            inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
+            return solved(inverse, objective.outputs(there, inputs), targets)
 
-        return weighted(of_cases(of_case, cases.inputs, cases.targets, outputs))
+        known = _sharding.alike((cases.inputs, cases.targets, inverses))
+        return weighted(of_cases(of_case, *known))
 
     rows, residuals = jax.tree.map(weighted, (rows, residuals))
-    return Jacobian(rows, residuals, moved)
+    return Jacobian(rows, residuals, residuals_at)
 
 
-def _solved(transposed: jax.Array, slope: jax.Array) -> jax.Array:
-    """Return the shortest r with the least ‖S r − ∇L‖."""
-    factor = transposed.T.astype(_tree.wide(slope.dtype))
-    slope = slope.astype(factor.dtype)
-    if slope.size > 1:
-        return jnp.matmul(jnp.linalg.pinv(factor), slope, precision=_tree.EXACT)
-    (size,) = factor[0]
-    return jnp.where(size == 0, 0, slope / jnp.where(size == 0, 1, size))
+def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return S⁺ of an S with the digits of a dtype; else its kernel would count."""
+    factor = factor.astype(_tree.wide(factor.dtype))
+    if factor.size > 1:
+        eps = float(jnp.finfo(dtype).eps)
+        return jnp.linalg.pinv(factor, rtol=10 * len(factor) * eps)
+    return jnp.where(factor == 0, 0, 1 / jnp.where(factor == 0, 1, factor))

@@ -15,8 +15,7 @@ class Solution(NamedTuple):
       step: δ, which lowers M.
       model: M(δ), of the run's own λ.
       undamped: M(δ) without any λ.
-      correction: c, like δ, of what M knows nothing of: f is looked at at θ + δ + c.
-        `None` is 0.
+      correction: c, like δ, added to it before f is evaluated; no part of M. `None` is 0.
     """
 
     step: Tree

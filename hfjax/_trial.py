@@ -80,7 +80,10 @@ def choose(
         if not backtracking.finds_damping:
             # A solver that corrects its step has kept nothing else.
             correction = result.correction
-            reached = lambda step: seen(end(step, correction))  # noqa: E731
+
+            def reached(step: Tree) -> jax.Array:
+                return seen(end(step, correction))
+
             choice = backtracking.choose(reached, result.kept)
             return choice._replace(correction=correction)
         models, b = result.model_values, subproblem.b

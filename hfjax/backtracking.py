@@ -279,16 +279,16 @@ def redamped(
             if costly
             else None,
         )
-        last = jax.lax.while_loop(
+        search = jax.lax.while_loop(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
-        damping = damping_at(last.power)
-        taken = last.solution if last.solution is not None else solve(damping)
+        damping = damping_at(search.power)
+        taken = solve(damping) if search.solution is None else search.solution
         return Choice(
             step=taken.step,
             iteration=kept.iterations[_last_slot(kept)],
-            value=last.value,
-            last_value=last.first_value,
+            value=search.value,
+            last_value=search.first_value,
             model=taken.model,
             damping=damping,
             correction=taken.correction,
@@ -343,9 +343,9 @@ def _walk(value_fn: ValueFn, kept: Kept, *, full: bool) -> Choice:
 
     infinite = jnp.full((), jnp.inf, _tree.scalar_dtype(kept.iterates))
     start = _Walk(final, final, infinite, infinite, jnp.ones((), bool))
-    end = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
-    step = _at(kept.iterates, end.chosen)
-    return Choice(step, kept.iterations[end.chosen], end.value, end.last_value)
+    walk = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
+    step = _at(kept.iterates, walk.chosen)
+    return Choice(step, kept.iterations[walk.chosen], walk.value, walk.last_value)
 
 
 def _last_slot(kept: Kept) -> jax.Array:

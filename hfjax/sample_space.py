@@ -47,7 +47,7 @@ _NOTHING = 10**7
 _MOST_NUMBERS = 5 * 10**8
 """Of J̃, for `"auto"`: 4 GB in float64 (heuristic)."""
 _MOMENTUM = 0.5
-"""Of `"auto"`; measured, on points drawn anew."""
+"""Of `"auto"`; measured, as above."""
 
 
 def cholesky(
@@ -63,10 +63,9 @@ def cholesky(
     preconditioner is made. λ, ρ, line search and rejection are as with conjugate
     gradients.
 
-    The step is δ + c, corrected for what its linear model misses: with z the outputs and
-    S that of the loss, L″ = SSᵀ,
+    The step is δ + c, corrected for what its linear model misses: with J̃ and r̃ as above,
 
-        c ← −(G + λI)⁻¹ Jᵀ S Sᵀ (z(θ + δ + c) − z(θ) − J(δ + c)),
+        c ← −(G + λI)⁻¹ J̃ᵀ (r̃(θ + δ + c) − r̃ − J̃(δ + c)),
 
     from c = 0, for as long as what is missed changes less each time and by more than a
     tenth of the residuals left (heuristic). M and ρ are of δ, f is of θ + δ + c, and the
@@ -189,8 +188,8 @@ def suited(
       otherwise: what is taken where a matrix would cost more.
 
     Returns:
-      `cholesky(momentum=0.5)` (ibid.: on points drawn anew errors were a fifth of those
-      without, on the same ones they were level), or `otherwise`.
+      `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for one of five
+      comparisons), or `otherwise`.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -294,7 +293,7 @@ def _in_samples(
 
         def inverse(u: jax.Array) -> Tree:
             solved = jacobian.transpose(cho_solve((factor, True), u))
-            return _tree.cast_like(solved, beyond)
+            return _sharding.like(_tree.cast_like(solved, beyond), beyond)
 
         return _tree.axpy(1 / mu, beyond, inverse(within - along / mu)), inverse
 

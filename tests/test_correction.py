@@ -1,10 +1,13 @@
-"""What an exact step misses as the outputs bend: that of a dense iteration in NumPy."""
+"""What an exact step misses as residuals bend: that of a dense iteration in NumPy."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import PROBLEM, axis_name, needs_devices, run
 from problems import build
 from reference import quick_jit
@@ -75,7 +78,7 @@ def corrections_of(objective, params, batch, solver, strength):
 
 
 def rows_of(objective, params, batch):
-    """Return θ, and θ ↦ Sᵀz(θ) with the weights, J̃ and r̃: densely, case by case."""
+    """Return θ, θ ↦ r̃(θ) with the S of θ, J̃ and r̃: densely."""
     inputs, targets, *weights = batch
     theta, unravel = ravel_pytree(params)
     count = len(jax.tree.leaves(inputs)[0])
@@ -95,37 +98,49 @@ def rows_of(objective, params, batch):
     )[0]
     # Rows of `s` are S eₖ: it is Sᵀ already.
     weighted = np.asarray(root)[:, None] * s
+    # The shortest r̃ with S r̃ = ∇L, of each case; of other cases S is 0.
+    inverse = np.asarray(root)[:, None] * np.linalg.pinv(s.T)
 
-    def scaled(theta):
-        return weighted @ ravel_pytree(objective.outputs(unravel(theta), inputs))[0]
+    def outputs_at(theta):
+        return ravel_pytree(objective.outputs(unravel(theta), inputs))[0]
 
     def loss(z):
         return jnp.sum(objective.loss.value(like(z), targets))
 
-    # The shortest r̃ with S r̃ = ∇L, of each case; of other cases S is 0.
-    residuals = np.asarray(root) * (np.linalg.pinv(s.T) @ np.asarray(jax.grad(loss)(z)))
-    return theta, scaled, np.asarray(jax.jacfwd(scaled)(theta)), residuals
+    def residuals_at(theta):
+        return inverse @ np.asarray(jax.grad(loss)(outputs_at(theta)))
+
+    jacobian = np.asarray(jax.jacfwd(lambda theta: weighted @ outputs_at(theta))(theta))
+    return theta, residuals_at, jacobian, residuals_at(theta)
 
 
 def corrected(
-    theta, scaled, jacobian, residuals, most, *, damping=LAMBDA, decay=0.0, pull=0.0
+    theta,
+    residuals_at,
+    jacobian,
+    residuals,
+    most,
+    *,
+    damping=LAMBDA,
+    decay=0.0,
+    pull=0.0,
 ):
     """Iterate as the module says; in parameters, by dense systems."""
     mu = damping + decay
     matrix = jacobian.T @ jacobian + mu * np.eye(len(theta))
     gradient = jacobian.T @ residuals + decay * theta
     step = np.linalg.solve(matrix, damping * pull - gradient)
-    start, correction, change = np.asarray(scaled(theta)), np.zeros_like(step), np.inf
+    correction, change = np.zeros_like(step), np.inf
     missed = np.zeros_like(residuals)
     for _ in range(most + 1):
         trial = -np.linalg.solve(matrix, jacobian.T @ missed)
-        moved = np.asarray(scaled(theta + step + trial)) - start
-        now = moved - jacobian @ (step + trial)
+        left = residuals_at(theta + step + trial)
+        now = left - residuals - jacobian @ (step + trial)
         before, change = change, np.linalg.norm(now - missed)
         if change >= before:
             break
         correction, missed = trial, now
-        if change <= 0.1 * np.linalg.norm(residuals + moved):
+        if change <= 0.1 * np.linalg.norm(left):
             break
     return step, correction
 
@@ -340,19 +355,73 @@ def test_what_leads_nowhere_is_no_correction(model_fn):
     np.testing.assert_array_equal(found[1], 0)
 
 
+WAYS = (
+    "jit_with_explicit_shardings",
+    "shard_map_check_vma",
+    "shard_map",
+    "pmap",
+    "vmap",
+)
+
+
 @needs_devices
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize(
-    "way",
-    ["jit_with_explicit_shardings", "shard_map_check_vma", "shard_map", "pmap", "vmap"],
+    ("way", "loss"),
+    [*((way, PROBLEM.loss) for way in WAYS), ("shard_map_check_vma", "squared_error")],
 )
-def test_devices_change_nothing(way, space):
+def test_devices_change_nothing(way, loss, space):
     solver = sample_space.cholesky(space=space)
-
-    objective = PROBLEM.objective(axis_name=axis_name(way))
+    problem = dataclasses.replace(PROBLEM, loss=loss)
+    objective = problem.objective(axis_name=axis_name(way))
 
     def of_device(params, batch, v):
         del v
         return corrections_of(objective, params, batch, solver, LAMBDA)
 
-    compare(run(way, of_device), PROBLEM)
+    compare(run(way, of_device, problem), problem)
+
+
+@needs_devices
+def test_parameters_sharded_by_type_change_nothing():
+    mesh = jax.make_mesh((4,), ("cases",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(1)
+    params = [jnp.asarray(rng.normal(size=shape)) for shape in ((4, 3), (3, 1))]
+    batch = tuple(jnp.asarray(rng.normal(size=(8, n))) for n in (4, 1))
+    f = hfjax.Objective(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], SQUARED_ERROR)
+    solver = sample_space.cholesky(space="samples")
+
+    def solve(params, batch):
+        return corrections_of(f, params, batch, solver, LAMBDA)
+
+    here = quick_jit(solve)(params, batch)
+    divided = NamedSharding(mesh, PartitionSpec("cases"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    spread = [jax.device_put(params[0], divided), jax.device_put(params[1], whole)]
+    there = quick_jit(solve)(spread, jax.device_put(batch, divided))
+    assert np.linalg.norm(flat(here[1])) > 1e-3 * np.linalg.norm(flat(here[0]))
+    for one, two in zip(there, here, strict=True):
+        np.testing.assert_allclose(
+            np.concatenate([np.ravel(leaf) for leaf in one]), flat(two), rtol=1e-9
+        )
+
+
+@pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
+def test_outputs_of_fewer_digits_have_the_same_correction_but_for_them(loss):
+    rng = np.random.default_rng(2)
+    params = [jnp.asarray(rng.normal(size=shape)) for shape in ((3, 4), (4, 3))]
+    x = jnp.asarray(rng.normal(size=(5, 3)))
+    t = jnp.asarray(rng.dirichlet(np.ones(3), size=5))
+
+    def correction(dtype):
+        def model_fn(params, x):
+            return (jnp.tanh(x @ params[0]) @ params[1]).astype(dtype)
+
+        f = hfjax.Objective(model_fn, getattr(hfjax.losses, loss)())
+        solver = sample_space.cholesky()
+        return flat(
+            quick_jit(lambda p: corrections_of(f, p, (x, t), solver, LAMBDA)[1])(params)
+        )
+
+    exact, rough = correction(jnp.float64), correction(jnp.float32)
+    assert np.linalg.norm(rough - exact) < 1e-4 * np.linalg.norm(exact)
