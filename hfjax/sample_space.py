@@ -188,7 +188,7 @@ def suited(
       otherwise: what is taken where a matrix would cost more.
 
     Returns:
-      `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for one of five
+      `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for one of four
       comparisons), or `otherwise`.
 
     Example:
