@@ -158,6 +158,18 @@ def not_convex(setup: Setup) -> Iterator[str]:
         )
 
 
+def coarse_root(given: Setup) -> Iterator[str]:
+    """Whether preconditioners and diagonals see L″ only nearly."""
+    inputs, targets, _ = jax.tree.map(lambda leaf: leaf[:1], given.batch)
+    outputs = given.objective.outputs(given.params, inputs)
+    note = given.objective.loss.coarse(outputs, targets)
+    if note is not None:
+        yield (
+            f"Preconditioners and diagonals are estimated only nearly: {note}. Take a "
+            "loss of `hfjax.losses` if there is one, or couple fewer outputs."
+        )
+
+
 def noisy(given: Setup, setup: Setup) -> Iterator[str]:
     """Whether gradient and product in the parameters' precision are those in float64."""
     # By the same key another mask may be drawn in float64: no rounding, but chance.

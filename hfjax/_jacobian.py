@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from hfjax import _programs, _sharding, _tree
+from hfjax import _linalg, _programs, _sharding, _tree
 from hfjax._cases import as_cases
 from hfjax._objective import Objective
 from hfjax._types import Batch, Params, Tree
@@ -177,5 +177,5 @@ def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:
     factor = factor.astype(_tree.wide(factor.dtype))
     if factor.size > 1:
         eps = float(jnp.finfo(dtype).eps)
-        return jnp.linalg.pinv(factor, rtol=10 * len(factor) * eps)
+        return _linalg.pinv(factor, jnp.asarray(10 * len(factor) * eps, factor.dtype))
     return jnp.where(factor == 0, 0, 1 / jnp.where(factor == 0, 1, factor))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _layers, _sharding, _tree, diagonals
+from hfjax import _layers, _linalg, _sharding, _tree, diagonals
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
@@ -66,6 +66,17 @@ def _read(
     }
     local = objective.local(_sharding.gathered(params, cases))
     return _layers.read(objective.outputs, local, inputs, large)
+
+
+def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
+    """Say where the random combinations of the outputs are drawn only nearly."""
+    for _, term, own in terms_of(objective, batch):
+        inputs, targets = _sharding.first_case(as_cases(own)[:2])
+        outputs = jax.eval_shape(term.outputs, params, inputs)
+        found = term.loss.coarse(outputs, targets)
+        if found is not None:
+            return found
+    return None
 
 
 def factors(
@@ -193,10 +204,8 @@ def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     # It reads one triangle only: as good as the mean of both.
     damped = matrix + mu * identity
-    root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
-    half = jax.lax.linalg.triangular_solve(
-        root, identity, left_side=True, lower=True, transpose_a=False
-    )
+    root = _linalg.cholesky(damped)
+    half = _linalg.solve_lower(root, identity)
     # Positive as a product with its own transpose, whatever is rounded.
     found = jnp.matmul(half.T, half, precision=_tree.EXACT)
     # A root that there is not is NaN, to its last pivot.

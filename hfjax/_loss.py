@@ -37,6 +37,8 @@ class Loss:
       predict: outputs to predictions, the matching link (identity, logistic,
         softmax).
       targets: what they are meant to be, `None` if anything goes.
+      coarse: `(outputs, targets) -> str | None`, of one case: where `factor` is only
+        nearly S, and why, in words; `None` where it is exact.
     """
 
     value: Callable[[Tree, Tree], jax.Array]
@@ -44,6 +46,7 @@ class Loss:
     factor: Callable[[Tree, Tree], LinearMap]
     predict: Callable[[Tree], Tree]
     targets: Targets | None = None
+    coarse: Callable[[Tree, Tree], str | None] = lambda outputs, targets: None
 
 
 def by_leaf(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax import _sharding, _tree
+from hfjax import _linalg, _sharding, _tree
 from hfjax._types import Batch, Matvec, Params, Preconditioner, Tree
 from hfjax.curvature import ggn
 from hfjax.objective import Objective
@@ -124,23 +124,23 @@ def approximate(
     inner = _tree.gram(omega, y)
     shift = noise = _noise(inner, y, like)
     y = _tree.axpy(shift, omega, y)
-    values, rotation = jnp.linalg.eigh(
+    values, rotation = _linalg.eigh(
         (inner + inner.T) / 2 + shift * jnp.eye(rank, dtype=shift.dtype)
     )
     factor = _tree.combination(_over_root(rotation, values, shift / 2).T, y)
 
     # G + ν ≈ F Fᵀ, so that FᵀF has its eigenvalues; and what is no noise of U.
-    values, rotation = jnp.linalg.eigh(_tree.gram(factor, factor))
+    values, rotation = _linalg.eigh(_tree.gram(factor, factor))
     rounding = _ROUNDING * jnp.finfo(values.dtype).eps * values[-1]
     noise = jnp.maximum(noise, rounding)
     known = values > 2 * noise
     vectors = _tree.combination(_over_root(rotation, values, 2 * noise).T, factor)
     # Columns of small eigenvalues have rounding of the large ones in them: once more.
     overlap = _tree.gram(vectors, vectors)
-    lengths, axes = jnp.linalg.eigh(overlap + jnp.diag((~known).astype(overlap.dtype)))
+    lengths, axes = _linalg.eigh(overlap + jnp.diag((~known).astype(overlap.dtype)))
     lengths = jnp.sqrt(jnp.maximum(lengths, 0.1))  # All near 1.
     root = _product(axes * lengths[None], axes.T)
-    values, rotation = jnp.linalg.eigh(
+    values, rotation = _linalg.eigh(
         _product(root * jnp.where(known, values, 0)[None], root)
     )
     known = values > 2 * noise
@@ -198,7 +198,7 @@ def _orthonormal(vectors: Tree) -> Tree:
     To rounding times the square of their condition number: random columns have a small
     one, and what is built from them depends on their space alone, up to ν.
     """
-    values, rotation = jnp.linalg.eigh(_tree.gram(vectors, vectors))
+    values, rotation = _linalg.eigh(_tree.gram(vectors, vectors))
     least = 10 * len(values) * jnp.finfo(values.dtype).eps * values[-1]
     return _tree.combination(_over_root(rotation, values, least).T, vectors)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _linalg, _tree
 from hfjax._path import Solution
 from hfjax._types import Tree
 from hfjax.iterates import Kept
@@ -64,7 +64,7 @@ class Subspace(NamedTuple):
         unit = jnp.where(there, jax.lax.rsqrt(jnp.where(there, diagonal, 1)), 0)
         scaled = unit[:, None] * matrix * unit[None]
         scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
-        y = unit * jnp.linalg.solve(scaled, unit * self.rhs)
+        y = unit * _linalg.solve(scaled, unit * self.rhs)
         # Of no positive curvature at all: the first iterate is a step downhill.
         y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _bfgs, _options, _sharding, _tree
+from hfjax import _bfgs, _linalg, _options, _sharding, _tree
 from hfjax._types import Matvec, Number, Preconditioner, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
@@ -211,7 +211,7 @@ def _minimise(
     max_iterations: int,
 ) -> jax.Array:
     """Minimise f over the subspace: over λ, then by BFGS; return the coordinates."""
-    curvatures, rotation = jnp.linalg.eigh(matrix)
+    curvatures, rotation = _linalg.eigh(matrix)
     largest = jnp.max(jnp.abs(curvatures))
     largest = jnp.where(largest > 0, largest, 1)
     curvatures = jnp.maximum(jnp.abs(curvatures), floor * largest)

@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from hfjax import _options, _repair
 from hfjax._loss import LinearMap, Targets, by_leaf, sum_to_cases
@@ -175,22 +174,32 @@ def from_function(
 ) -> Loss:
     """Wrap any per-case loss; its curvature comes from differentiating it.
 
-    `L″ v` is one linearisation of the gradient in the outputs, `S v` the
-    symmetric square root of each case's dense `L″` (so `factor` costs memory of
-    cases × outputs²: meant for few outputs). Where `fn` is not convex in the
-    outputs, the Gauss-Newton matrix is not positive semi-definite, unless `L″` of
-    each case, with m outputs and eigenvalues λ, is repaired:
+    `L″ v` is one linearisation of the gradient in the outputs. `S v`, for preconditioners
+    and diagonals, depends on which outputs of a case the loss couples, which is read off
+    its program:
+
+    - none, as in every elementwise loss: L″ is diagonal, and S its root;
+    - those of blocks, by one sum over each, as softmax does over its last axis: S has a
+      closed form, diag(a) + b cᵀ being known. Both cost a few passes over the outputs,
+      as the losses above do;
+    - those of blocks of up to 96 outputs in another way: S is the symmetric square root
+      of each dense block, K of its outputs for cases × outputs × K² time and cases ×
+      outputs × K memory;
+    - larger blocks: S v is the result of 12 steps of Lanczos, and S Sᵀ is L″ only nearly.
+      `hfjax.preconditioners.layers` and `hfjax.verify.check` then say so.
+
+    Where `fn` is not convex in the outputs, the Gauss-Newton matrix is not positive
+    semi-definite, unless `L″` of each case, with eigenvalues λ, is repaired:
 
     - "clip": negative λ become 0, L″ + Σ max(0, −λ) u uᵀ;
     - "shift": L″ + max(0, −min λ) I. Damps what was positive too;
-    - either for m > `_repair.MOST_FOR_EIGENVALUES`: by Gershgorin's circles, entry
-      i of the diagonal grows by max(0, Σ_{j≠i} |L″ᵢⱼ| − L″ᵢᵢ). Enough in any case,
-      and more than is needed in most; for an elementwise loss it is "clip".
+    - either where more than 64 outputs are coupled: by Gershgorin's circles, entry i of
+      the diagonal grows by max(0, Σ_{j≠i} |L″ᵢⱼ| − L″ᵢᵢ). Enough in any case, and more
+      than is needed in most.
 
-    To rounding, a convex loss stays as it is, if for many outputs it is elementwise
-    or diagonally dominant. For each new θ a repair costs one eigendecomposition a case,
-    cases × m³ and memory of cases × m²; for many outputs m products and memory of cases
-    × m. A product then costs cases × m² more for "clip" of few outputs, else cases × m.
+    To rounding, a convex loss stays as it is, if no more than 64 outputs are coupled, or
+    L″ is diagonally dominant. For each new θ a repair costs one product with L″ for each
+    of the K outputs of a block, and one eigendecomposition a block of up to 64.
 
     Better than any repair, where a nonlinearity makes the loss non-convex: **move it
     into the model**. ½‖tanh(y) − t‖² is not convex in y, ½‖z − t‖² is in z = tanh(y),
@@ -200,7 +209,8 @@ def from_function(
       fn: `(outputs, targets) -> array` whose leading axis is cases; further axes
         are summed. Optax's losses are such functions. Cases must not mix.
       positive: repair of a loss that is not convex in the outputs: "clip", "shift",
-        or `None` for none, where only `factor` drops what is negative.
+        or `None` for none, where only `factor` drops what is negative (nearly, where it
+        has a closed form).
 
     Returns:
       The loss; `predict` is the identity. Values and gradients know no repair.
@@ -248,27 +258,24 @@ def from_function(
     def total(outputs: Tree, targets: Tree) -> jax.Array:
         return jnp.sum(value(outputs, targets))
 
-    def hessian(outputs: Tree, targets: Tree) -> LinearMap:
+    def curvature(outputs: Tree, targets: Tree) -> LinearMap:
         gradient = jax.grad(lambda z: total(z, targets))
-        product = jax.linearize(gradient, outputs)[1]
+        return jax.linearize(gradient, outputs)[1]
+
+    def hessian(outputs: Tree, targets: Tree) -> LinearMap:
+        product = curvature(outputs, targets)
         if positive is None:
             return product
-        missing = _repair.missing(
-            product, lambda: matrices(outputs, targets), outputs, positive
-        )
+        missing = _repair.missing(curvature, product, outputs, targets, positive)
         return lambda v: jax.tree.map(jnp.add, product(v), missing(v))
 
     def factor(outputs: Tree, targets: Tree) -> LinearMap:
-        return _repair.root(matrices(outputs, targets), positive)
+        return _repair.root(curvature, outputs, targets, positive)
 
-    def matrices(outputs: Tree, targets: Tree) -> jax.Array:
-        def dense(z: Tree, t: Tree) -> jax.Array:
-            flat, unravel = ravel_pytree(z)
-            return jax.hessian(lambda flat: total(*_lead((unravel(flat), t))))(flat)
+    def coarse(outputs: Tree, targets: Tree) -> str | None:
+        return _repair.coarse(curvature, outputs, targets, positive)
 
-        return jax.vmap(dense)(outputs, targets)
-
-    return Loss(value, hessian, factor, lambda outputs: outputs)
+    return Loss(value, hessian, factor, lambda outputs: outputs, coarse=coarse)
 
 
 def as_loss(name: str, loss: Loss | Callable[[Tree, Tree], jax.Array]) -> Loss:
@@ -322,8 +329,3 @@ def _softmax_curvature(
         return product
 
     return hessian, factor
-
-
-def _lead(tree: Tree) -> Tree:
-    """Give every leaf a case axis of length one."""
-    return jax.tree.map(lambda leaf: leaf[None], tree)

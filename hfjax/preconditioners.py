@@ -403,6 +403,8 @@ def layers(
       ['w'] factors of 3 + 1 inputs and 2 units
     """
     model = _kronecker.read(objective, params, batch, max_size)[0]
+    note = _kronecker.coarse(objective, params, batch)
+    nearly = "" if note is None else f", nearly: {note}"
     paths = [
         jax.tree_util.keystr(path) or "params"
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -413,7 +415,7 @@ def layers(
         positions = layer.positions(model.uses)
         often = f", at {positions} positions" if positions > 1 else ""
         units = f"{layer.units} units" if layer.units > 1 else "1 unit"
-        lines[layer.kernel] = f"factors of {inputs} inputs and {units}{often}"
+        lines[layer.kernel] = f"factors of {inputs} inputs and {units}{often}{nearly}"
         if layer.bias is not None:
             lines[layer.bias] = f"bias of {paths[layer.kernel]}"
     return {path: lines[n] for n, path in enumerate(paths)}

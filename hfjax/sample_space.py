@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.scipy.linalg import cho_solve
 
-from hfjax import _jacobian, _options, _sharding, _tree
+from hfjax import _jacobian, _linalg, _options, _sharding, _tree
 from hfjax._correction import corrected
 from hfjax._jacobian import Jacobian
 from hfjax._path import Solution
@@ -292,7 +291,7 @@ def _in_samples(
         factor, mu = _factor(matrix, damping + decay)
 
         def inverse(u: jax.Array) -> Tree:
-            solved = jacobian.transpose(cho_solve((factor, True), u))
+            solved = jacobian.transpose(_linalg.cho_solve(factor, u))
             return _sharding.like(_tree.cast_like(solved, beyond), beyond)
 
         return _tree.axpy(1 / mu, beyond, inverse(within - along / mu)), inverse
@@ -315,7 +314,7 @@ def _in_parameters(
         factor, _ = _factor(matrix, damping + decay)
 
         def solved(rhs: jax.Array) -> Tree:
-            return unravel(cho_solve((factor, True), rhs).astype(rhs.dtype))
+            return unravel(_linalg.cho_solve(factor, rhs).astype(rhs.dtype))
 
         def inverse(u: jax.Array) -> Tree:
             pulled = ravel_pytree(_tree.cast_like(jacobian.transpose(u), b))[0]
@@ -332,7 +331,7 @@ def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
     rounding = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
 
     def attempt(mu: jax.Array) -> jax.Array:
-        return jax.lax.linalg.cholesky(matrix + mu * identity, symmetrize_input=False)
+        return _linalg.cholesky(matrix + mu * identity)
 
     def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         factor, _, tries = tried

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from hfjax import _options, _tree
+from hfjax import _linalg, _options, _tree
 from hfjax._types import Matvec, Number, Tree
 from hfjax.krylov import basis
 
@@ -106,7 +106,7 @@ def eigenvalues(
         dimension,
         fill=lambda k: _random(jax.random.fold_in(later, k), like),
     )
-    values, weights = jnp.linalg.eigh(built.matrix)
+    values, weights = _linalg.eigh(built.matrix)
     order = {"largest": -values, "smallest": values, "magnitude": -jnp.abs(values)}
     chosen = jnp.argsort(order[which])[:num]
     values, weights = values[chosen], weights[:, chosen]
@@ -193,7 +193,7 @@ def density(
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Signs: the share of a diagonal matrix is then exact.
         matrix = basis(matvec, _signs(key, like), dimension).matrix
-        nodes, weights = jnp.linalg.eigh(matrix)
+        nodes, weights = _linalg.eigh(matrix)
         return nodes, jnp.square(weights[0])
 
     return Density(*jax.lax.map(probe, jax.random.split(key, num_probes)))

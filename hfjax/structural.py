@@ -131,7 +131,11 @@ def _paired(
     def predict(pair: tuple) -> tuple:
         return loss.predict(pair[0]), penalty.predict(pair[1])
 
-    return losses.Loss(value, hessian, factor, predict)
+    def coarse(pair: tuple, targets: Tree) -> str | None:
+        found = loss.coarse(pair[0], targets), penalty.coarse(pair[1], None)
+        return found[0] or found[1]
+
+    return losses.Loss(value, hessian, factor, predict, coarse=coarse)
 
 
 def _distance(hidden_loss: losses.Loss) -> losses.Loss:
@@ -153,6 +157,7 @@ def _distance(hidden_loss: losses.Loss) -> losses.Loss:
         lambda hidden, _: hidden_loss.hessian(hidden, reference(hidden)),
         lambda hidden, _: hidden_loss.factor(hidden, reference(hidden)),
         hidden_loss.predict,
+        coarse=lambda hidden, _: hidden_loss.coarse(hidden, hidden),
     )
 
 

@@ -161,7 +161,8 @@ def check(
       a key of each case;
     - a derivative that is not that of the values: a wrong `jax.custom_vjp` or
       `custom_jvp`, a straight-through estimator; no forward derivative;
-    - a loss that is not convex in the outputs;
+    - a loss that is not convex in the outputs, or couples so many of a case that
+      preconditioners and diagonals are estimated only nearly;
     - `grads` that are not ∇f of this objective on this batch: another reduction, sign
       or factor, weight decay, clipping;
     - rounding: gradient or product in their own precision more than 1% from those in
@@ -227,7 +228,7 @@ def check(
     faults += _faults.unlike_gradient(given, setup, grads)
     if tx is not None and objective.axis_name is None:
         faults += _faults.bad_transformation(tx, given, batch, grads, judge=not faults)
-    return faults
+    return faults or [*_faults.coarse_root(given)]
 
 
 def _check_sum(

@@ -251,7 +251,10 @@ def test_a_repair_leaves_convex_losses_of_many_outputs(name, positive):
 @every_repair
 @pytest.mark.parametrize("units", [3, 65])
 def test_a_repair_is_made_outside_of_the_product(units, positive):
-    loss = losses.from_function(lambda z, t: jnp.cos(z) * t, positive=positive)
+    loss = losses.from_function(
+        lambda z, t: jnp.cos(z) * t * jnp.sum(z, axis=-1, keepdims=True),
+        positive=positive,
+    )
     z, t = draw("squared_error", (2, units))
     whole = str(jax.make_jaxpr(lambda z: loss.hessian(z, t)(z))(z))
     made = ("scan",) if units > 64 else ("eigh", "cos")

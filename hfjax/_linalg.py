@@ -1,0 +1,96 @@
+"""Decompositions of many matrices that never wait for each other.
+
+On a CPU, jaxlib shares out a batch of matrices over the threads that XLA runs on, and
+the thread that does so waits for the others. If as many batches are decomposed at once
+as there are threads (two, on a machine of two cores), each waits for ever. A batch of
+one is decomposed where it is, and waits for nobody.
+
+So these functions take one matrix, and `jax.vmap` of them takes one after another on a
+CPU, whoever calls it: a preconditioner of several layers under a user's `vmap` over an
+ensemble, too. Elsewhere a batch stays a batch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `jax.vmap` of a decomposition go through its batch in turn on a CPU."""
+    once = jax.custom_batching.custom_vmap(decompose)
+
+    def in_turn(*batches: jax.Array) -> Any:
+        return jax.lax.map(lambda matrices: once(*matrices), batches)
+
+    def of_a_batch(size: int, batched: list[bool], *operands: jax.Array) -> Any:
+        operands = tuple(
+            x if has_batch else jnp.broadcast_to(x, (size, *x.shape))
+            for x, has_batch in zip(operands, batched, strict=True)
+        )
+        results = jax.lax.platform_dependent(
+            *operands, cpu=_on_each_device(in_turn), default=jax.vmap(decompose)
+        )
+        return results, jax.tree.map(lambda _: True, results)
+
+    once.def_vmap(of_a_batch)
+    return functools.wraps(decompose)(once)
+
+
+def _on_each_device(in_turn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let each device go through its own matrices, where their type says who has which.
+
+    A loop refuses an axis that is sharded by type.
+    """
+
+    def mapped(*batches: jax.Array) -> Any:
+        axes = {jax.typeof(x).sharding.spec[0] for x in batches} - {None}
+        if not axes:
+            return in_turn(*batches)
+        mesh, spec = jax.typeof(batches[0]).sharding.mesh, PartitionSpec(axes.pop())
+        laid_out = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in batches]
+        run = jax.shard_map(in_turn, mesh=mesh, in_specs=spec, out_specs=spec)
+        return run(*laid_out)
+
+    return mapped
+
+
+@_one_by_one
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
+
+
+@_one_by_one
+def cholesky(matrix: jax.Array) -> jax.Array:
+    """Return the lower Cholesky factor, of the lower triangle; NaN if there is none."""
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+@_one_by_one
+def solve_lower(factor: jax.Array, right: jax.Array) -> jax.Array:
+    """Return L⁻¹B of a lower triangle L and a matrix B."""
+    return jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+
+
+@_one_by_one
+def cho_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+    """Return (L Lᵀ)⁻¹b of a lower triangle L."""
+    return jax.scipy.linalg.cho_solve((factor, True), right)
+
+
+@_one_by_one
+def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """Return A⁻¹b of a square matrix."""
+    return jnp.linalg.solve(matrix, right)
+
+
+@_one_by_one
+def pinv(matrix: jax.Array, rtol: jax.Array) -> jax.Array:
+    """Return the pseudoinverse; singular values below `rtol` of the largest count as 0."""
+    return jnp.linalg.pinv(matrix, rtol=rtol)
