@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree, cg, iterates
+from hfjax._fitting import check_curvature, check_part
 from hfjax._system import Point, assemble
 from hfjax._types import Batch, Number, Params, Tree
 from hfjax.curvature import Curvature, ggn
@@ -74,8 +75,10 @@ def cg_run(
       The run.
 
     Raises:
-      TypeError: if a count is no Python integer.
-      ValueError: if an option is out of range.
+      TypeError: if a count is no Python integer, or an argument is not a part of its
+        kind.
+      ValueError: if an option is out of range, if `rule` drives a radius, or if it is
+        structural and `objective` has no `hidden_loss`.
 
     Example:
       Where f is quadratic, M without damping is f's change:
@@ -93,6 +96,16 @@ def cg_run(
       Martens & Sutskever (2012), figure 4 and section 8.7.
     """
     _options.check_range("damping", damping, low=0.0)
+    check_part("rule", rule, Damping)
+    check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
+    check_curvature(objective, rule, curvature)
+    if rule.scalar != "damping":
+        msg = (
+            "`rule` drives the radius of a trust region: conjugate gradients would run "
+            "without damping. Pass the default, `rule=hfjax.damping."
+            "levenberg_marquardt()`, or `damping.constant(0.0)` and `damping=0.0`."
+        )
+        raise ValueError(msg)
     dtype = _tree.scalar_dtype(params)
     keys = jax.random.split(jax.random.key(seed))
     point = Point(

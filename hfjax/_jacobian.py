@@ -106,6 +106,38 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     )
 
 
+def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> Jacobian:
+    """Append the rows of a quadratic penalty, ½ `strength` ‖J̃ₚδ‖².
+
+    Structural damping is one: it is no part of f, so that its residuals elsewhere are
+    those of the linear model. (The distance of the hidden states at θ + δ to themselves,
+    which the joined loss has, is 0, and would cancel the damping.)
+
+    Args:
+      of_f: J̃ and r̃ of f.
+      strength: μ.
+      of_penalty: J̃ₚ.
+
+    Returns:
+      Both, one after the other.
+    """
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(strength).astype(x.dtype) * x
+
+    penalty = of_penalty._replace(rows=jax.tree.map(scaled, of_penalty.rows))
+    rows = jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), of_f.rows, penalty.rows
+    )
+    none = _sharding.zeros_like(penalty.residuals).astype(of_f.residuals.dtype)
+
+    def residuals_at(step: Tree) -> jax.Array:
+        own = of_f.residuals_at(step)
+        return jnp.concatenate([own, penalty.product(step).astype(own.dtype)])
+
+    return Jacobian(rows, jnp.concatenate([of_f.residuals, none]), residuals_at)
+
+
 def _of_term(
     params: Params, weight: jax.Array | float, objective: Objective, batch: Batch
 ) -> Jacobian:

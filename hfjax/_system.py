@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
-from hfjax._jacobian import Jacobian, jacobian
+from hfjax._jacobian import Jacobian, jacobian, with_penalty
 from hfjax._types import Batch, Matvec, Params, Tree, ValueFn
 from hfjax.cg import Subproblem
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, damped
-from hfjax.damping_matrices import identity
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.structural import hidden_distance, joined
@@ -120,7 +119,11 @@ def assemble(
 
     def written_out() -> tuple[Jacobian, jax.Array]:
         decay = jnp.zeros(()) if objective.decay is None else objective.decay
-        return jacobian(curved, params, batch), decay.astype(damping.dtype)
+        found = jacobian(objective, params, batch)
+        if mu is not None:
+            distance = jacobian(hidden_distance(objective), params, batch)
+            found = with_penalty(found, mu, distance)
+        return found, decay.astype(damping.dtype)
 
     subproblem = Subproblem(
         matvec=total,
@@ -134,11 +137,6 @@ def assemble(
         jacobian=written_out,
     )
     return subproblem, penalty, memory
-
-
-def is_plain(curvature: Curvature, rule: Damping) -> bool:
-    """Return whether A is the Gauss-Newton matrix, exact, and λI."""
-    return curvature is ggn and rule.matrix is identity()
 
 
 def _overflows(after: Tree, before: Tree) -> jax.Array:

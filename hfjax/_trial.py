@@ -9,8 +9,8 @@ from hfjax import _options, _sharding, _tree
 from hfjax._path import along, end
 from hfjax._system import Point
 from hfjax._types import Number, NumberOrSchedule, Tree, ValueFn
-from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf, last
-from hfjax.cg import CGResult, Reason, Solver, Subproblem
+from hfjax.backtracking import Backtracking, Choice, Run, finite_or_inf
+from hfjax.cg import CGResult, Reason, Subproblem
 from hfjax.damping import Damping, ReductionRatio, measured_ratio, rounding_noise
 from hfjax.linesearch import LineSearch, StepSize
 from hfjax.state import HessianFreeInfo, Rejection, no_info
@@ -29,32 +29,6 @@ class Trial(NamedTuple):
     choice: Choice
     slope: jax.Array  # ∇fᵀδ
     search: StepSize
-
-
-def fitting(
-    backtracking: Backtracking | None, damping: Damping, solver: Solver
-) -> Backtracking:
-    """Return the rule, or what takes its place where it cannot find λ, or is not to.
-
-    Raises if nothing does, and a run does not tell what it would have come to with other
-    λ, or `damping` would not take the one that is found.
-    """
-    if backtracking is None or not backtracking.finds_damping:
-        return backtracking or last()
-    if solver.searchable and damping.limit is not None:
-        return backtracking
-    if backtracking.otherwise is not None:
-        return backtracking.otherwise
-    came = "another solver, `keep` or `replace_every`"
-    if solver.searchable:
-        came = "another `damping`"
-    msg = (
-        "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
-        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))` or "
-        f"`hfjax.sample_space.cholesky()`; got {came}. "
-        "Take `backtracking.early_stop()`."
-    )
-    raise ValueError(msg)
 
 
 def choose(

@@ -226,6 +226,11 @@ class Solver(NamedTuple):
         `hfjax.backtracking.redamped` needs: by `other`, or by the kept iterates of
         conjugate gradients, with M at each.
       preconditioned: whether it asks for the preconditioner.
+      scalar: what it takes `Subproblem.damping` for: a `"damping"` λ, or the `"radius"`
+        of a trust region. `hfjax.hessian_free` compares it with the damping rule's.
+      finds_damping: whether it looks for λ by itself, so that no rule may adapt one.
+      writes_out: whether it solves with G + λI by `Subproblem.jacobian` in place of
+        `matvec`, so that no other curvature and no damping matrix go with it.
     """
 
     start: Callable[[Tree, jax.Array], Tree | None]
@@ -234,6 +239,9 @@ class Solver(NamedTuple):
     recorded: int = 0
     searchable: bool = False
     preconditioned: bool = True
+    scalar: str = "damping"
+    finds_damping: bool = False
+    writes_out: bool = False
 
 
 def conjugate_gradient(

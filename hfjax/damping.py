@@ -84,7 +84,7 @@ class Structural(NamedTuple):
 
 
 class Damping(NamedTuple):
-    """A rule for λ.
+    """A rule for λ, or for the radius of a trust region.
 
     Attributes:
       init: `() -> λ` before the first update.
@@ -97,6 +97,9 @@ class Damping(NamedTuple):
       structural: μ, or `None`.
       limit: `(found, λ) -> λ` for the next update, of a rule that takes what
         `hfjax.backtracking.redamped` has found; `None` of one that goes its own way.
+      scalar: what it drives: a `"damping"` λ, or the `"radius"` of a trust region.
+        `hfjax.hessian_free` compares it with the solver's.
+      adapts: whether λ moves by what came of a step, and not by the caller alone.
     """
 
     init: Callable[[], jax.Array]
@@ -106,6 +109,8 @@ class Damping(NamedTuple):
     matrix: DampingMatrix | None = identity()
     structural: Structural | None = None
     limit: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    scalar: str = "damping"
+    adapts: bool = False
 
 
 def constant(
@@ -130,13 +135,20 @@ def constant(
 
     Raises:
       TypeError: if `matrix` is nothing of the kind.
-      ValueError: if a plain number is negative, or a name is not known.
+      ValueError: if a plain number is negative, if a name is not known, or if
+        `structural` is tied to a λ of 0.
 
     References:
       Martens & Sutskever (2012), section 8.1 (Tikhonov damping).
     """
     _options.check_range("value", value, low=0.0)
     settable = _options.is_plain_number(value)
+    if settable and value == 0 and tied and structural is not None:
+        msg = (
+            "`structural` is tied to λ, and λ is 0: nothing would be damped. Pass "
+            "`tied=False`, so that `structural` is μ itself, or a λ above 0."
+        )
+        raise ValueError(msg)
 
     def first() -> jax.Array:  # No array here: JAX may not have begun.
         return _options.read(value, jnp.zeros((), jnp.int32))
@@ -244,6 +256,7 @@ def levenberg_marquardt(
         ratio=ratio,
         matrix=damping_matrices.as_matrix(matrix),
         structural=_structural(structural, tied),
+        adapts=True,
     )
 
 

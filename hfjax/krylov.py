@@ -118,7 +118,8 @@ def subspace_descent(
     Vinyals & Povey do. The start is the best of the Tikhonov-damped steps over a grid
     of λ from 1e-6 to 1e3 of the largest curvature; BFGS goes on from there, in
     coordinates where the curvature is I, so the result is never worse than it. Use it
-    with `damping=hfjax.damping.constant(0.0)`.
+    with `damping=hfjax.damping.constant(0.0)`: a rule that adapts or searches for λ is
+    refused, since a step that minimises f is the solution for no particular λ.
 
     Args:
       dimension: K, with the last step (20: Vinyals & Povey 2012).
@@ -183,6 +184,7 @@ def subspace_descent(
         start=lambda direction, count: direction,
         solve=solve,
         carry=lambda result, chosen: chosen,
+        finds_damping=True,
     )
 
 

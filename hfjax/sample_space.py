@@ -30,7 +30,7 @@ from hfjax._correction import corrected
 from hfjax._jacobian import Jacobian
 from hfjax._path import Solution
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
-from hfjax.cg import CGResult, Reason, Solver, Subproblem, conjugate_gradient
+from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
 from hfjax.objective import Objective
 
@@ -135,37 +135,8 @@ def cholesky(
         carry=lambda result, chosen: chosen,
         searchable=True,
         preconditioned=False,
+        writes_out=True,
     )
-
-
-def as_solver(solver: Solver | str, *, plain: bool) -> tuple[Solver, bool]:
-    """Return the solver, and whether an update is to ask `suited` first.
-
-    Args:
-      solver: one, or `"auto"`.
-      plain: whether the curvature is `hfjax.curvature.ggn`, and D = I.
-
-    Returns:
-      Both; of `"auto"` the solver is `hfjax.cg.conjugate_gradient()`.
-
-    Raises:
-      TypeError: if it is none.
-      ValueError: if it is another word, or solves exactly what is not plain.
-    """
-    if isinstance(solver, str):
-        _options.check_choice("solver", solver, ("auto",))
-        return conjugate_gradient(), plain
-    if not isinstance(solver, Solver):
-        msg = f"`solver` must be a `Solver`, got {type(solver).__name__}: call its function."
-        raise TypeError(msg)
-    if not solver.preconditioned and not plain:
-        msg = (
-            "`solver=sample_space.cholesky()` solves with G + λI: it needs "
-            "`curvature=hfjax.curvature.ggn` and `damping` with "
-            '`matrix="identity"`. Take `cg.conjugate_gradient()`, or `"auto"`.'
-        )
-        raise ValueError(msg)
-    return solver, False
 
 
 def suited(

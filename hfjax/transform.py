@@ -19,13 +19,13 @@ import optax
 
 from hfjax import _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
+from hfjax._fitting import check_part, fitted
 from hfjax._path import along, end
-from hfjax._system import Point, assemble, is_plain
+from hfjax._system import Point, assemble
 from hfjax._trial import (
     Trial,
     adapt,
     choose,
-    fitting,
     go_along,
     judge,
     noise_of,
@@ -41,8 +41,8 @@ from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, searched
 from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
-from hfjax.preconditioners import PreconditionerRule, kronecker
-from hfjax.sample_space import as_solver, suited
+from hfjax.preconditioners import PreconditionerRule
+from hfjax.sample_space import suited
 from hfjax.state import (
     HessianFreeState,
     Rejection,
@@ -58,7 +58,7 @@ def hessian_free(
     learning_rate: NumberOrSchedule = 1.0,
     damping: Damping = searched(),
     solver: Solver | str = conjugate_gradient(),
-    preconditioner: PreconditionerRule | None = kronecker(),
+    preconditioner: PreconditionerRule | str | None = "auto",
     backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     line_search: LineSearch | None = armijo(),
     curvature: Curvature = ggn,
@@ -91,12 +91,15 @@ def hessian_free(
       objective: f, with its weight decay.
       learning_rate: the first α that the line search tries; number or schedule (1:
         report, section 8.8).
-      damping: λ, D and μ, of `hfjax.damping`.
+      damping: λ, D and μ, of `hfjax.damping`; with
+        `solver=hfjax.trust_region.steihaug_toint()`, `hfjax.trust_region.radius()`.
       solver: of `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
         `hfjax.sample_space`; `"auto"` is `sample_space.cholesky(momentum=0.5)` where the batch's
         outputs or the parameters are few enough to be solved for exactly
-        (`hfjax.sample_space.suited`), and else `cg.conjugate_gradient()`.
-      preconditioner: of `hfjax.preconditioners`; `None` is the identity.
+        (`hfjax.sample_space.suited`), curvature and damping are the plain ones that it
+        solves with, and damping is not structural; and else `cg.conjugate_gradient()`.
+      preconditioner: of `hfjax.preconditioners`; `None` is the identity; `"auto"` is
+        `kronecker()` where the solver asks for one, and `None` where it does not.
       backtracking: of `hfjax.backtracking`; `None` takes the last iterate. As it comes,
         `early_stop` takes the place of `redamped` unless `damping` is `searched`, and
         where the solver does not allow a search.
@@ -113,11 +116,14 @@ def hessian_free(
       An `optax.GradientTransformationExtraArgs` with a `HessianFreeState`.
 
     Raises:
-      TypeError: if `objective` is no `Objective`; in `update`, if `params` or `batch`
-        is missing.
-      ValueError: if an option is out of range, if `damping` is structural and
-        `objective` has no `hidden_loss`, or if `backtracking=redamped()` is asked for
-        without conjugate gradients or `damping.searched()`.
+      TypeError: if `objective` is no `Objective`, or another argument is not a part of
+        its kind; in `update`, if `params` or `batch` is missing.
+      ValueError: if an option is out of range, or if two parts do not go together: a
+        solver that reads a radius and a rule that drives λ, or the reverse;
+        `krylov.subspace_descent()` and a λ that is adapted or searched for;
+        `sample_space.cholesky()` and a preconditioner, a damping matrix or another
+        curvature; structural damping without a `hidden_loss`; `backtracking=redamped()`
+        without `damping.searched()`, or with a solver that cannot search for λ.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:
@@ -147,15 +153,10 @@ def hessian_free(
         )
         raise TypeError(msg)
     _options.check_range("learning_rate", learning_rate, low=0.0)
-    if damping.structural is not None and objective.hidden_loss is None:
-        msg = (
-            "`damping` is structural, but `objective` has no hidden states: give it a "
-            "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
-        )
-        raise ValueError(msg)
-    solver, exact = as_solver(solver, plain=is_plain(curvature, damping))
-    if not solver.preconditioned:
-        preconditioner = None
+    check_part("line_search", line_search, LineSearch, none=True)
+    solver, exact, preconditioner, backtracking = fitted(
+        objective, damping, solver, preconditioner, backtracking, curvature
+    )
     random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
     needs_key = any(rule.needs_key for rule in random)
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
@@ -166,7 +167,7 @@ def hessian_free(
         solver=solver,
         exact_if_suited=exact,
         preconditioner=preconditioner,
-        backtracking=fitting(backtracking, damping, solver),
+        backtracking=backtracking,
         line_search=line_search or whole(),
         curvature=curvature,
     )
@@ -212,7 +213,7 @@ def scale_by_hessian_free(
     *,
     damping: Damping = searched(),
     solver: Solver | str = conjugate_gradient(),
-    preconditioner: PreconditionerRule | None = kronecker(),
+    preconditioner: PreconditionerRule | str | None = "auto",
     backtracking: Backtracking | None = redamped(otherwise=early_stop()),
     curvature: Curvature = ggn,
     seed: int = 0,

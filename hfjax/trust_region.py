@@ -160,6 +160,7 @@ def steihaug_toint(
         solve_within,
         lambda result, chosen: chosen,
         max_iterations if record else 0,
+        scalar="radius",
     )
 
 
@@ -243,6 +244,8 @@ def radius(
         update=update,
         ratio=ratio,
         matrix=None,
+        scalar="radius",
+        adapts=True,
     )
 
 

@@ -52,6 +52,7 @@ ROOMS = [
     "linesearch",
     "state",
     "_system",
+    "_fitting",
     "_trial",
     "transform",
     "recipes",

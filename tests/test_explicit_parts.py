@@ -55,7 +55,10 @@ CONFIGURATIONS = {
         "solver": hfjax.trust_region.steihaug_toint(),
         "damping": hfjax.trust_region.radius(init=0.1),
     },
-    "krylov": {"solver": hfjax.krylov.subspace_descent(dimension=5)},
+    "krylov": {
+        "solver": hfjax.krylov.subspace_descent(dimension=5),
+        "damping": damping.constant(0.0),
+    },
     "best": {
         "solver": cg.conjugate_gradient(keep=iterates.best()),
         "backtracking": backtracking.full_search(cases=20),

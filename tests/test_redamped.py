@@ -12,7 +12,7 @@ from problems import layers, mlp, normal
 from reference import model, quick_jit
 
 import hfjax
-from hfjax import _trial, backtracking, cg, iterates, stopping
+from hfjax import _fitting, backtracking, cg, iterates, stopping
 from hfjax._redamping import subspace
 from hfjax.backtracking import Run
 from hfjax.stopping import Progress
@@ -444,7 +444,10 @@ UNTOLD = [
     {"damping": hfjax.damping.levenberg_marquardt()},
     {"solver": cg.conjugate_gradient(keep=iterates.best())},
     {"solver": cg.conjugate_gradient(keep=iterates.guarded())},
-    {"solver": hfjax.krylov.subspace_descent()},
+    {
+        "solver": hfjax.krylov.subspace_descent(),
+        "damping": hfjax.damping.constant(0.0),
+    },
     {
         "solver": hfjax.trust_region.steihaug_toint(),
         "damping": hfjax.trust_region.radius(),
@@ -459,8 +462,8 @@ def test_another_rule_takes_its_place_where_damping_cannot_or_is_not_to_be_found
     other = backtracking.full_search()
     rule = backtracking.redamped(otherwise=other)
     parts = {"damping": hfjax.damping.searched(), "solver": SOLVER}
-    assert _trial.fitting(rule, **parts) is rule
-    assert _trial.fitting(rule, **{**parts, **options}) is other
+    assert _fitting.fitting(rule, **parts) is rule
+    assert _fitting.fitting(rule, **{**parts, **options}) is other
     hfjax.hessian_free(OBJECTIVE, **options)  # Nor does it come with an error.
 
 

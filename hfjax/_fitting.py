@@ -1,0 +1,264 @@
+"""Which parts go together: compared by what they declare, when an optimizer is built.
+
+A part that another one never reads, or reads as something else, would spoil every step
+without an error. So each mismatch is refused here, with a sentence that says what came
+and what to pass instead. Parts of the user's own declare the same things: see the
+attributes of `hfjax.cg.Solver` and `hfjax.damping.Damping`.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+from hfjax import _options
+from hfjax._weighted_sum import WeightedSum
+from hfjax.backtracking import Backtracking, last
+from hfjax.cg import Solver, conjugate_gradient
+from hfjax.curvature import Curvature, ggn
+from hfjax.damping import Damping
+from hfjax.damping_matrices import identity
+from hfjax.objective import Objective
+from hfjax.preconditioners import PreconditionerRule, kronecker
+
+_SCALARS = ("damping", "radius")
+
+
+class Fitted(NamedTuple):
+    """Parts that go together.
+
+    Attributes:
+      solver: the one that was given; for `"auto"`, conjugate gradients.
+      exact_if_suited: whether each update asks `hfjax.sample_space.suited` first.
+      preconditioner: the rule that `solver` will ask, or `None`.
+      backtracking: the rule, or what takes its place.
+    """
+
+    solver: Solver
+    exact_if_suited: bool
+    preconditioner: PreconditionerRule | None
+    backtracking: Backtracking
+
+
+def fitted(
+    objective: Objective,
+    damping: Damping,
+    solver: Solver | str,
+    preconditioner: PreconditionerRule | str | None,
+    backtracking: Backtracking | None,
+    curvature: Curvature,
+) -> Fitted:
+    """Return the parts that an optimizer is to use, or raise if two do not fit.
+
+    Args:
+      objective: f.
+      damping: of `hfjax.damping`, or `hfjax.trust_region.radius()`.
+      solver: a solver, or `"auto"`.
+      preconditioner: a rule, `"auto"` or `None`.
+      backtracking: a rule, or `None`.
+      curvature: what makes B.
+
+    Returns:
+      The parts.
+
+    Raises:
+      TypeError: if an argument is not a part of its kind.
+      ValueError: if two parts do not fit, or a word is not known.
+    """
+    check_part("damping", damping, Damping)
+    check_part("backtracking", backtracking, Backtracking, none=True)
+    if not isinstance(solver, str):
+        check_part("solver", solver, Solver)
+    if not isinstance(preconditioner, str):
+        check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
+    check_curvature(objective, damping, curvature)
+
+    plain = curvature is ggn and damping.matrix is identity()
+    chosen = _solver_of(solver, damping, plain=plain)
+    _check_scalars(chosen, damping)
+    asks = chosen.preconditioned
+    if isinstance(preconditioner, str):
+        _options.check_choice("preconditioner", preconditioner, ("auto",))
+        preconditioner = kronecker() if asks else None
+    elif preconditioner is not None and not asks:
+        msg = (
+            "`preconditioner` was given, but `solver` never asks for one "
+            "(`sample_space.cholesky()` solves exactly). Leave it out, or take "
+            "`solver=hfjax.cg.conjugate_gradient()`."
+        )
+        raise ValueError(msg)
+    return Fitted(
+        solver=chosen,
+        # `suited` counts the outputs of the loss, and hidden states may be many more.
+        exact_if_suited=isinstance(solver, str)
+        and plain
+        and damping.structural is None,
+        preconditioner=preconditioner,
+        backtracking=fitting(backtracking, damping, chosen),
+    )
+
+
+def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:
+    """Raise `TypeError` unless an argument is a part of its kind.
+
+    Args:
+      name: of the argument.
+      came: what the user passed.
+      kind: the NamedTuple that it should be.
+      none: whether `None` will do.
+
+    Raises:
+      TypeError: saying what came; for a function, to call it.
+    """
+    if isinstance(came, kind) or (none and came is None):
+        return
+    hint = ": call its function." if inspect.isroutine(came) else "."
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    msg = (
+        f"`{name}` must be {article} `{kind.__name__}`{' or `None`' if none else ''}, "
+        f"got {type(came).__name__}{hint}"
+    )
+    raise TypeError(msg)
+
+
+def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> None:
+    """Raise unless B + μS can be made of these.
+
+    Args:
+      objective: f.
+      damping: what has μ, if anything has.
+      curvature: what makes B.
+
+    Raises:
+      TypeError: if `curvature` is no function.
+      ValueError: if `damping` is structural, and one of the others knows nothing of it.
+    """
+    if not callable(curvature):
+        msg = (
+            "`curvature` must be a function (objective, params, batch) -> (v -> B v), as "
+            f"`hfjax.curvature.ggn`, got {curvature!r}."
+        )
+        raise TypeError(msg)
+    if damping.structural is None:
+        return
+    if objective.hidden_loss is None:
+        cure = (
+            "give it a `hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+        )
+        if isinstance(objective, WeightedSum):
+            cure = (
+                "a weighted sum has none, even if its terms do. Leave out `structural`, "
+                "or put the terms into one `Objective`."
+            )
+        msg = f"`damping` is structural, but `objective` has no hidden states: {cure}"
+        raise ValueError(msg)
+    if not _takes_structural(curvature):
+        msg = (
+            "`damping` is structural, but `curvature` does not take `structural=μ`. "
+            "Add the argument (see `hfjax.curvature.ggn`), or leave out `structural`."
+        )
+        raise ValueError(msg)
+
+
+def _takes_structural(curvature: Any) -> bool:
+    try:
+        parameters = inspect.signature(curvature).parameters
+    except ValueError:  # Of a function that is not written in Python.
+        return True
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return "structural" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:
+    """Return the solver; `"auto"` is conjugate gradients, unless a batch is small."""
+    if isinstance(solver, str):
+        _options.check_choice("solver", solver, ("auto",))
+        return conjugate_gradient()
+    if not solver.writes_out or plain:
+        return solver
+    came = "another `curvature`"
+    if damping.matrix is not identity():
+        came = "a damping matrix"
+        if damping.scalar == "radius":
+            came = "a trust-region radius: pass `damping=hfjax.damping.searched()`"
+    msg = (
+        "`solver=sample_space.cholesky()` solves with G + λI: it needs "
+        "`curvature=hfjax.curvature.ggn` and `damping` with "
+        f'`matrix="identity"`, got {came}. Take `cg.conjugate_gradient()`, or `"auto"`.'
+    )
+    raise ValueError(msg)
+
+
+def _check_scalars(solver: Solver, damping: Damping) -> None:
+    """Raise unless the solver reads what the rule drives, and the rule knows how."""
+    _options.check_choice("solver.scalar", solver.scalar, _SCALARS)
+    _options.check_choice("damping.scalar", damping.scalar, _SCALARS)
+    if solver.scalar != damping.scalar and solver.scalar == "radius":
+        msg = (
+            "`solver` works in a trust region and reads a radius, but `damping` drives "
+            "a damping λ (as the default, `damping.searched()`): λ would be taken for "
+            "the radius, and be added to the curvature as well. Pass "
+            "`damping=hfjax.trust_region.radius()`. (A rule of your own for a radius "
+            'declares `scalar="radius"` and `matrix=None`.)'
+        )
+        raise ValueError(msg)
+    if solver.scalar != damping.scalar:
+        msg = (
+            "`damping` drives the radius of a trust region, but `solver` reads a "
+            "damping λ: nothing would hold its steps back. Pass "
+            "`damping=hfjax.damping.searched()` or `levenberg_marquardt()`, or "
+            "`solver=hfjax.trust_region.steihaug_toint()`."
+        )
+        raise ValueError(msg)
+    tied = damping.structural is not None and damping.structural.tied
+    if damping.scalar == "radius" and (damping.matrix is not None or tied):
+        msg = (
+            "`damping` drives a radius, so that it must not scale a matrix too: give "
+            "the rule `matrix=None`, and no structural damping that is tied to it."
+        )
+        raise ValueError(msg)
+    # Its step minimises f over the whole subspace. It is the solution for no particular
+    # λ, so ρ says nothing of the λ that was added, and λ would drift anywhere.
+    if solver.finds_damping and damping.adapts:
+        msg = (
+            "`solver` minimises f over all λ by itself (`krylov.subspace_descent()`), "
+            "but `damping` adapts or searches for a λ (as the default, "
+            "`damping.searched()`), which would drift. Pass "
+            "`damping=hfjax.damping.constant(0.0)`."
+        )
+        raise ValueError(msg)
+
+
+def fitting(
+    backtracking: Backtracking | None, damping: Damping, solver: Solver
+) -> Backtracking:
+    """Return `backtracking`, or its fallback where λ cannot be searched for.
+
+    Args:
+      backtracking: a rule; `None` takes the last iterate.
+      damping: the rule that would take the λ that is found.
+      solver: what would have to tell of other λ.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: if `backtracking` searches for λ, has no fallback, and the solver does
+        not know what other λ would have led to or `damping` would not take the λ.
+    """
+    if backtracking is None or not backtracking.finds_damping:
+        return backtracking or last()
+    # On the subspace of a run, and in the exact solver, λ multiplies I.
+    takes = damping.limit is not None and damping.matrix is identity()
+    if solver.searchable and takes:
+        return backtracking
+    if backtracking.otherwise is not None:
+        return backtracking.otherwise
+    came = "another solver, `keep` or `replace_every`"
+    if solver.searchable:
+        came = "another `damping`"
+    msg = (
+        "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
+        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))` or "
+        f"`hfjax.sample_space.cholesky()`; got {came}. "
+        "Take `backtracking.early_stop()`."
+    )
+    raise ValueError(msg)
