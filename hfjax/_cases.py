@@ -60,6 +60,11 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
         return leaf.reshape(rounds, count, *leaf.shape[1:])
 
     folded = jax.tree.map(fold, cases)
+    if count > _tree.FEW:
+        # Sums are then loops within loops. XLA moves constants into loops, and copies
+        # them in each round of the outer one: a batch that the caller's compiled function
+        # closes over is not to be taken for one.
+        folded = jax.lax.optimization_barrier(folded)
     padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
     return Microbatches(
         count, folded._replace(weights=jnp.where(padding, 0, folded.weights))

@@ -42,13 +42,11 @@ class Means(NamedTuple):
         if parts.count == 1:
             return _tree.widen(sum_over_cases(parts.cases))
 
-        def step(total: Tree, k: jax.Array) -> tuple[Tree, None]:
-            part = _tree.widen(sum_over_cases(parts.take(k)))
-            return jax.tree.map(jnp.add, total, part), None
-
         shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
         zeros = self.local(_tree.widen(_sharding.zeros(shapes)))
-        return jax.lax.scan(step, zeros, jnp.arange(parts.count))[0]
+        return _tree.summed(
+            lambda k: _tree.widen(sum_over_cases(parts.take(k))), parts.count, zeros
+        )
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Divide the sum over all devices by that of their weights."""

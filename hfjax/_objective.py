@@ -295,9 +295,8 @@ class Objective:
         if parts.count == 1:
             outputs = self.outputs(params, cases.inputs)
         else:
-            stacked = jax.lax.map(
-                lambda k: self.outputs(params, parts.take(k).inputs),
-                jnp.arange(parts.count),
+            stacked = _tree.mapped(
+                lambda k: self.outputs(params, parts.take(k).inputs), parts.count
             )
             outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
         check_outputs(outputs, total)

@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 
-from hfjax import _case_gradients, _options, _sharding
+from hfjax import _case_gradients, _options, _sharding, _tree
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
@@ -315,12 +315,7 @@ def _mean_of_squares(
         if probes == 1:
             return one(zero)
         total = _sharding.zeros(jax.eval_shape(one, zero))
-        return jax.lax.fori_loop(
-            0,
-            probes,
-            lambda k, total: jax.tree.map(jnp.add, total, one(k)),
-            objective.local(total),
-        )
+        return _tree.summed(one, probes, objective.local(total))
 
     held = _case_gradients.held_entries(
         gradient_of(zero), (cases.inputs, cases.targets)
