@@ -237,6 +237,29 @@ def step_of(model_fn, params, matrix, lam):
     return step(params, lam)
 
 
+@pytest.mark.parametrize("lam", [0.1, 10.0])
+def test_the_preconditioner_is_told_the_diagonal_of_lambda_d(lam):
+    # With P = 1 + diag(λD) one iteration leads along P⁻¹b: λ multiplies D.
+    d = np.asarray(ravel_pytree(SCALE)[0])
+    rule = hfjax.damping.constant(
+        lam, matrix=hfjax.damping_matrices.custom(lambda *_: (lambda v: v, SCALE))
+    )
+    p = hfjax.preconditioners.custom(
+        lambda objective, params, batch, damping: (
+            lambda r: jax.tree.map(lambda r, t: r / (1 + t), r, damping)
+        )
+    )
+    gradient = reference.gradient(PROBLEM)
+    solver = hfjax.cg.conjugate_gradient(stopping=None, max_iterations=1)
+    tx = plain(PROBLEM.objective(), rule, preconditioner=p, solver=solver)
+    updates, _ = one_update(tx, PROBLEM.params, PROBLEM.batch, UNRAVEL(gradient))
+    along = -gradient / (1 + lam * d)
+    step = flat(updates)
+    np.testing.assert_allclose(
+        step / np.linalg.norm(step), along / np.linalg.norm(along), rtol=1e-7, atol=1e-9
+    )
+
+
 def test_damping_by_the_curvature_shortens_every_step_by_one_plus_lambda():
     w = normal(np.random.default_rng(9), 6)
     whole, _ = step_of(network, w, "curvature", 0.0)

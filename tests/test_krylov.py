@@ -320,6 +320,36 @@ def test_a_product_that_is_not_finite_gives_no_step():
     assert np.all(np.isfinite(result.model_values))
 
 
+def test_one_product_that_is_not_finite_gives_no_step():
+    # The last: that all of the matrix but a column is finite is not enough.
+    a, b, _, direction = system(0)
+
+    def solve(a, b, direction):
+        def matvec(v):
+            return jnp.where(jnp.all(v == last), jnp.nan, a @ v)
+
+        vectors = krylov.basis(lambda v: a @ v, b, K, direction=direction).vectors
+        last = vectors[-1]
+        subproblem = Subproblem(
+            matvec=matvec,
+            b=b,
+            preconditioner=None,
+            damping=jnp.zeros((), b.dtype),
+            count=jnp.int32(0),
+            value_fn=lambda x: 0.5 * x @ a @ x - b @ x,
+            batch_value_fn=lambda x: 0.5 * x @ a @ x - b @ x,
+            value_and_grad_fn=jax.value_and_grad(lambda x: 0.5 * x @ a @ x - b @ x),
+        )
+        return krylov.subspace_descent(dimension=K).solve(subproblem, direction)
+
+    # Eagerly, so that the basis is built twice by the same operations.
+    b = b * 2.0 ** -np.floor(np.log2(np.max(np.abs(b))))
+    result = solve(a, jnp.asarray(b), jnp.asarray(direction))
+    assert Reason(int(result.reason)) is Reason.NONFINITE
+    np.testing.assert_array_equal(result.x, 0)
+    np.testing.assert_array_equal(result.model_values, 0)
+
+
 def test_f_that_is_finite_nowhere_gives_a_finite_step():
     a, b, inverse, direction = system(0)
     result = descend(a, b, inverse, direction, np.zeros((4, N)), 0.0, -1.0)

@@ -195,6 +195,36 @@ def test_ritz_values_end_where_the_run_meets_negative_curvature(radius):
     assert np.all((found > 0) & (found <= 9 + 1e-9))
 
 
+@pytest.mark.parametrize("why", ["curvature", "product"])
+def test_the_coefficients_of_a_stopped_iteration_are_zero_and_those_before_lanczos(why):
+    # α and β of the textbook up to the last step that was taken; nothing of what ended it.
+    diagonal, b = np.array([1.0, 3.0, 7.0, 20.0]), np.array([1.0, 1.0, 1.0, 0.1])
+    if why == "curvature":
+        diagonal[3], b[3] = -50.0, 1e-3
+    expected, r, p = [], -b, b.copy()
+    while p @ (diagonal * p) > 0 and len(expected) < 2:
+        alpha = (r @ r) / (p @ (diagonal * p))
+        after = r + alpha * diagonal * p
+        beta = (after @ after) / (r @ r)
+        expected.append((alpha, beta))
+        r, p = after, -after + beta * p
+
+    def matvec(v):
+        # The cosines of the directions with b are 1, 0.58 and 0.47: break the third.
+        cosine = jnp.sum(v * b) / jnp.linalg.norm(v) / np.linalg.norm(b)
+        bad = (jnp.abs(cosine) < 0.52) & (why == "product")
+        return jnp.where(bad, jnp.nan, jnp.asarray(diagonal) * v)
+
+    run = hfjax.cg.solve(matvec, jnp.asarray(b), stopping=None, max_iterations=12)
+    reasons = hfjax.cg.Reason
+    ended = {"curvature": reasons.NONPOSITIVE_CURVATURE, "product": reasons.NONFINITE}
+    assert run.reason == ended[why]
+    count = int(run.num_iterations)
+    assert count == len(expected) == 2
+    np.testing.assert_allclose(run.coefficients[:count], expected[:count], rtol=1e-6)
+    np.testing.assert_array_equal(run.coefficients[count:], 0)
+
+
 def test_a_run_without_iterations_has_no_ritz_values():
     run = hfjax.cg.solve(lambda v: v, jnp.zeros(3))
     assert spectrum.ritz_values(run.coefficients).shape == (0,)

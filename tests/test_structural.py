@@ -12,7 +12,7 @@ from problems import HIDDEN, every_hidden_problem, layers, normal
 from reference import quick_jit
 
 import hfjax
-from hfjax import curvature, diagonals
+from hfjax import curvature, diagonals, structural
 
 TRUTHS = {
     "ggn": reference.ggn,
@@ -115,6 +115,22 @@ def test_the_distance_is_of_states_near_by_from_those_at_theta():
     for name in ("ggn", "hessian"):
         product = getattr(curvature, name)(objective, w, (x, 0 * x), structural=1.0)
         np.testing.assert_allclose(product(jnp.ones(())), truth, rtol=1e-6)
+
+
+def test_predictions_of_a_joined_loss_are_those_of_outputs_and_of_hidden_states():
+    # Each by its own link, from its own place in the pair.
+    f = hfjax.Objective(
+        lambda p, x: (x @ p, 2 * x @ p),
+        hfjax.losses.sigmoid_cross_entropy(),
+        hidden_loss=hfjax.losses.softmax_cross_entropy(),
+    )
+    outputs, hidden = jnp.array([[1.0, -2.0]]), jnp.array([[0.5, 3.0]])
+    of_outputs, of_hidden = structural.joined(f, 0.3).loss.predict((outputs, hidden))
+    np.testing.assert_allclose(of_outputs, 1 / (1 + np.exp(-outputs)), rtol=1e-12)
+    exponentials = np.exp(hidden)
+    np.testing.assert_allclose(of_hidden, exponentials / exponentials.sum(), rtol=1e-12)
+    distance = structural.hidden_distance(f).loss.predict(hidden)
+    np.testing.assert_allclose(distance, of_hidden, rtol=1e-12)
 
 
 def test_outputs_leave_the_hidden_states_out():
