@@ -35,6 +35,15 @@ def test_a_size_once_at_the_last_stays_whatever_the_count():
         assert size(10**6) == 1000
 
 
+@pytest.mark.parametrize(
+    ("first", "factor", "size"),
+    [(100, 1.15, 115), (100, 1.1, 110), (1000, 1.001, 1001)],
+)
+def test_a_size_that_is_whole_is_not_rounded_below(first, factor, size):
+    # In floats 100 · 1.15 is 114.99999999999999.
+    assert minibatching.growing(first, 10**6, factor=factor, interval=1)(1) == size
+
+
 def test_bad_options_of_growing_are_refused():
     with pytest.raises(ValueError, match="`first` must be at least 1"):
         minibatching.growing(0, 10)

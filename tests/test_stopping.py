@@ -156,3 +156,31 @@ def test_bad_options_are_refused():
             rule(minimum_window=0)
     with pytest.raises(ValueError, match="`tolerance` must be at least 0"):
         stopping.residual(-1.0)
+
+
+@pytest.mark.parametrize(("cost", "window"), [(1.0, 4), (6.0, 4), (9.0, 1), (0.5, 3)])
+def test_marginal_compares_the_gain_of_an_iteration_with_the_rate_of_the_update(
+    cost, window
+):
+    # (M(x_{j−k}) − M(x_j)) / k < −M(x_j) / (cost + j), k = min(window, j): with a window
+    # that reaches back to the start, too, however cheap an update is.
+    for seed in (0, 1, 2):
+        falls = np.random.default_rng(seed).random(30) * 0.6 ** np.arange(30)
+        values = np.append(0.0, -np.cumsum(falls))
+        expected = [False]
+        for j in range(1, len(values)):
+            k = min(window, j)
+            rate = (values[j - k] - values[j]) / k
+            expected.append(rate < -values[j] / (cost + j))
+        found = decisions(stopping.marginal(cost=cost, window=window), values)
+        np.testing.assert_array_equal(found, expected)
+        assert 0 < np.sum(found) < len(values) - 1
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_run_stops_while_the_window_begins_where_m_is_not_negative(name):
+    # However high the tolerance: Martens' program asks for M(x_{j−k}) < 0.
+    rule = RULES[name][0](50.0, minimum_window=2)
+    values = [0.5, 0.3, 0.1, 0.01, -1.0, -1.1, -1.2]
+    found = decisions(rule, values)
+    np.testing.assert_array_equal(found, [False] * 6 + [True])
