@@ -214,3 +214,20 @@ def test_a_spectrum_is_drawn_by_rank_and_sign():
     assert list(damping.get_ydata()) == [0.1, 0.1]
     with pytest.raises(ValueError, match="not zero"):
         diagnostics.plot_spectrum([])
+
+
+def test_a_line_shows_ratios_down_to_minus_99():
+    row = dict.fromkeys(hfjax.HessianFreeInfo._fields, 0) | {"damping": 1.0}
+    row |= {"rejection": "none", "value_after": 1.0}
+    shown = [
+        diagnostics.line(row | {"reduction_ratio": rho}).split("ρ ")[1].split()[0]
+        for rho in (-50.0, -1e9)
+    ]
+    assert shown == ["-50.00", "-99.00"]
+
+
+def test_the_record_of_a_run_that_broke_is_finite():
+    values = jnp.array([0.0, -1.0, jnp.nan, jnp.inf])
+    run = hfjax.cg.solve(lambda v: v, jnp.ones(2), max_iterations=3)
+    record = hfjax.state.record_of(run._replace(model_values=values), 3, jnp.float32)
+    np.testing.assert_array_equal(record.model_values, [0, -1, 0, 0])
