@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hfjax._types import Params, Tree
+from hfjax._types import Approximate, Matvec, Params, Tree
 
 _SHOWN = 8
 """Leaves of a tree that a message lists."""
@@ -127,6 +127,183 @@ def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
                 f"{jnp.shape(leaf)} for {ours.shape}. {cure}"
             )
             raise ValueError(msg)
+
+
+def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> Tree:
+    """Return what a user hands in as a vector: a tree of arrays of real floats.
+
+    Numbers and NumPy's arrays become arrays; integers and booleans become floats, as
+    the solution of an integer system is no integer.
+
+    Args:
+      name: of the argument, for the error.
+      tree: what came.
+      like: what it must have the structure and shapes of; `None` is anything.
+      whose: what that is called in the error.
+
+    Returns:
+      The same tree.
+
+    Raises:
+      TypeError: naming the first leaf that is something else.
+      ValueError: if it is no tree like `like`.
+    """
+    if tree is None:
+        msg = f"`{name}` must be an array of real floats, or a tree of them, got None."
+        raise TypeError(msg)
+
+    def leaf(path: tuple, x: Any) -> jax.Array:
+        if isinstance(x, bool | int | float):
+            return jnp.asarray(x, float)
+        dtype = getattr(x, "dtype", np.dtype(object))
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.asarray(x)
+        if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+            return jnp.asarray(x).astype(float)
+        cure = (
+            " Hand real and imaginary parts as leaves of their own."
+            if isinstance(x, complex) or jnp.issubdtype(dtype, jnp.complexfloating)
+            else ""
+        )
+        msg = (
+            f"`{name}` must be an array of real floats, or a tree of them, got "
+            f"{_kind(x)} at {name}{jax.tree_util.keystr(path)}.{cure}"
+        )
+        raise TypeError(msg)
+
+    tree = jax.tree_util.tree_map_with_path(leaf, tree)
+    if like is not None:
+        _check_alike(name, tree, like, whose)
+    return tree
+
+
+def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
+    """Return a user's product, which says so where what it returns is none.
+
+    Args:
+      name: of the argument, for the errors.
+      product: `v -> A v`, or an `Approximate` of them.
+      matrix: the product, written with the matrix that may have come in its place.
+
+    Returns:
+      The product, of the same kind.
+
+    Raises:
+      TypeError: if it is not callable.
+    """
+    if isinstance(product, Approximate):
+        return Approximate(*(as_product(name, each) for each in product))
+    if not callable(product):
+        cure = (
+            f"pass `lambda v: {matrix}`"
+            if hasattr(product, "shape")
+            else "call `build` of a rule to have its product"
+            if hasattr(product, "build")
+            else "a product with a matrix is a function of one vector"
+        )
+        msg = (
+            f"`{name}` must be a function `v -> {matrix}`, got {describe(product)}: "
+            f"{cure}."
+        )
+        raise TypeError(msg)
+
+    def checked(v: Tree) -> Tree:
+        with noting_call(f"`{name}(v)`", v=v):
+            found = product(v)
+        return as_vector_of(name, found, v)
+
+    return checked
+
+
+def as_vector_of(name: str, found: Any, v: Tree) -> Tree:
+    """Return what a user's product returned, which must be a vector like `v`.
+
+    Args:
+      name: of the product, for the errors.
+      found: what it returned.
+      v: what it was given.
+
+    Returns:
+      Arrays; they keep the dtype that they came in.
+
+    Raises:
+      TypeError: if a leaf is no array of real floats.
+      ValueError: if it is no tree like `v`.
+    """
+    whose = "the vector that it is given"
+    _check_alike(f"{name}(v)", found, v, whose)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, float) and not _is_real(leaf):
+            msg = (
+                f"`{name}(v)` must be real floats, as {whose}, got {_kind(leaf)} at "
+                f"{name}(v){jax.tree_util.keystr(path)}."
+            )
+            raise TypeError(msg)
+    return jax.tree.map(jnp.asarray, found)
+
+
+def _check_alike(name: str, tree: Tree, like: Tree, whose: str) -> None:
+    came, wanted = (
+        (jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)])
+        for x in (tree, like)
+    )
+    if came != wanted:
+        msg = (
+            f"`{name}` must be a tree like {whose}, got {describe(tree)} for "
+            f"{describe(like)}."
+        )
+        raise ValueError(msg)
+
+
+def as_key(name: str, key: Any) -> jax.Array:
+    """Return a typed key.
+
+    Args:
+      name: of the argument, for the error.
+      key: what came: a key, or the two numbers of an old-style one.
+
+    Returns:
+      The key.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    dtype = getattr(key, "dtype", np.dtype(object))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    msg = f"`{name}` must be one key, as `jax.random.key(0)`, got {describe(key)}."
+    raise TypeError(msg)
+
+
+def as_tangent(v: Tree, params: Params) -> Tree:
+    """Return what a user hands to a product as `v`: a tree like the parameters.
+
+    Args:
+      v: what came.
+      params: arrays.
+
+    Returns:
+      Arrays of real floats, in the dtypes that they came in.
+    """
+    return as_vector("v", v, like=params, whose="`params`")
+
+
+def check_function(name: str, function: Any, call: str) -> None:
+    """Raise unless a function came.
+
+    Args:
+      name: of the argument, for the error.
+      function: what came.
+      call: what it takes and returns, in words.
+
+    Raises:
+      TypeError: if it is not callable.
+    """
+    if not callable(function):
+        msg = f"`{name}` must be a function `{call}`, got {describe(function)}."
+        raise TypeError(msg)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree, cg, iterates
+from hfjax import _compiled, _options, _tree, cg, iterates
+from hfjax._arguments import as_params, as_vector, describe
 from hfjax._fitting import check_curvature, check_part
 from hfjax._system import Point, assemble
 from hfjax._types import Batch, Number, Params, Tree
@@ -75,10 +76,10 @@ def cg_run(
       The run.
 
     Raises:
-      TypeError: if a count is no Python integer, or an argument is not a part of its
-        kind.
-      ValueError: if an option is out of range, if `rule` drives a radius, or if it is
-        structural and `objective` has no `hidden_loss`.
+      TypeError: if a count is no Python integer, or an argument is not of its kind.
+      ValueError: if an option is out of range, if `rule` drives a radius, if it is
+        structural and `objective` has no `hidden_loss`, or if `x0` is no tree like
+        `params`.
 
     Example:
       Where f is quadratic, M without damping is f's change:
@@ -96,6 +97,9 @@ def cg_run(
       Martens & Sutskever (2012), figure 4 and section 8.7.
     """
     _options.check_range("damping", damping, low=0.0)
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
     check_part("rule", rule, Damping)
     check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
     check_curvature(objective, rule, curvature)
@@ -106,18 +110,46 @@ def cg_run(
             "levenberg_marquardt()`, or `damping.constant(0.0)` and `damping=0.0`."
         )
         raise ValueError(msg)
+    params = as_params(params)
+    if x0 is not None:
+        x0 = as_vector("x0", x0, like=params, whose="`params`")
     dtype = _tree.scalar_dtype(params)
-    keys = jax.random.split(jax.random.key(seed))
-    point = Point(
-        objective=objective,
-        params=params,
-        batch=batch,
-        eval_batch=batch if eval_batch is None else eval_batch,
-        damping=jnp.asarray(damping, dtype),
-        count=jnp.zeros((), jnp.int32),
-        keys=(keys[0], keys[1]),
-    )
-    _, gradient = objective.value_and_grad(params, batch)
+
+    def ran(
+        params: Params,
+        batch: Batch,
+        eval_batch: Batch,
+        damping: Number,
+        x0: Tree | None,
+    ) -> CGRun:
+        point = Point(
+            objective=objective,
+            params=params,
+            batch=batch,
+            eval_batch=eval_batch,
+            damping=jnp.asarray(damping, dtype),
+            count=jnp.zeros((), jnp.int32),
+            keys=tuple(jax.random.split(jax.random.key(seed))),
+        )
+        return _run(
+            point, curvature, rule, preconditioner, x0, max_iterations, interval
+        )
+
+    eval_batch = batch if eval_batch is None else eval_batch
+    return _compiled.run(ran, params, batch, eval_batch, damping, x0)
+
+
+def _run(
+    point: Point,
+    curvature: Curvature,
+    rule: Damping,
+    preconditioner: PreconditionerRule | None,
+    x0: Tree | None,
+    max_iterations: int,
+    interval: int,
+) -> CGRun:
+    """Run, and evaluate f."""
+    _, gradient = point.objective.value_and_grad(point.params, point.batch)
     b = jax.tree.map(jnp.negative, _tree.widen(gradient))
     subproblem, _, _ = assemble(point, b, curvature, rule, preconditioner)
     result = cg.solve(

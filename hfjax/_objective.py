@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree, losses
+from hfjax import _compiled, _options, _tree, losses
 from hfjax._arguments import as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, thinned, unfold
 from hfjax._means import AxisName, Means
@@ -207,9 +207,12 @@ class Objective:
         Returns:
           A scalar in float32 or wider.
         """
-        params = as_params(params)
-        mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
-        return mean + self._penalty(params)
+
+        def value(params: Params, batch: Batch) -> jax.Array:
+            mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
+            return mean + self._penalty(params)
+
+        return _compiled.run(value, as_params(params), batch)
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         """Compute f(θ) and ∇f(θ) on `batch`.
@@ -225,13 +228,17 @@ class Objective:
         Returns:
           The value, and the gradient with the structure and dtypes of `params`.
         """
-        params = as_params(params)
-        local = self.local(params)
-        value, gradient = self.mean(
-            lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases), batch
-        )
-        gradient = self.decayed(gradient, params)
-        return value + self._penalty(params), _tree.cast_like(gradient, params)
+
+        def both(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+            local = self.local(params)
+            value, gradient = self.mean(
+                lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
+                batch,
+            )
+            gradient = self.decayed(gradient, params)
+            return value + self._penalty(params), _tree.cast_like(gradient, params)
+
+        return _compiled.run(both, as_params(params), batch)
 
     def case_values(self, params: Params, batch: Batch) -> jax.Array:
         """Compute L(F(θ, xᵢ), tᵢ) for each case: no weights, no weight decay.
@@ -244,16 +251,18 @@ class Objective:
           Shape `[cases]`, in the order of the batch; under `axis_name`, of this
           device's cases.
         """
-        params, cases = as_params(params), as_cases(batch)
-        parts = split(cases, self.microbatch_size)
-        if parts.count == 1:
-            return self.losses_of(params, cases)
-        _, values = jax.lax.scan(
-            lambda carry, k: (carry, self.losses_of(params, parts.take(k))),
-            None,
-            jnp.arange(parts.count),
-        )
-        return unfold(values, cases.weights.shape[0])
+
+        def values(params: Params, batch: Batch) -> jax.Array:
+            cases = as_cases(batch)
+            parts = split(cases, self.microbatch_size)
+            if parts.count == 1:
+                return self.losses_of(params, cases)
+            stacked = jax.lax.map(
+                lambda k: self.losses_of(params, parts.take(k)), jnp.arange(parts.count)
+            )
+            return unfold(stacked, cases.weights.shape[0])
+
+        return _compiled.run(values, as_params(params), batch)
 
     def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: Batch) -> Tree:
         """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ over microbatches and devices.

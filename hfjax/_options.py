@@ -26,19 +26,30 @@ def check_range(
     high: float | None = None,
     open_low: bool = False,
 ) -> None:
-    """Raise `ValueError` if `option` is a plain number outside `[low, high]`.
+    """Raise if `option` is no number, or a plain one outside `[low, high]`.
 
     Args:
       name: of the option, as the user wrote it.
-      option: a number, array or schedule; the last two pass unchecked.
+      option: a number, array or schedule, of which only the first can be judged; or
+        `None`, where an option may be left out.
       low: least admissible value, excluded if `open_low`.
       high: greatest admissible value.
       open_low: whether `low` itself is refused.
 
     Raises:
+      TypeError: naming the option and what came, if it is no real number.
       ValueError: naming the option, its range and what came.
     """
     if not is_plain_number(option):
+        dtype = getattr(option, "dtype", None)
+        is_array = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
+        if not (is_array or callable(option) or isinstance(option, bool | None)):
+            came = type(option).__name__ if dtype is None else dtype
+            msg = f"`{name}` must be a real number, got {came}."
+            raise TypeError(msg)
+        if is_array and jnp.ndim(option) > 0:
+            msg = f"`{name}` must be one number, got shape {jnp.shape(option)}."
+            raise ValueError(msg)
         return
     too_low = low is not None and (option <= low if open_low else option < low)  # pyright: ignore[reportOperatorIssue]
     too_high = high is not None and option > high  # pyright: ignore[reportOperatorIssue]

@@ -27,11 +27,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _sharding, _tree
+from hfjax import _compiled, _options, _sharding, _tree
+from hfjax._arguments import as_product, as_vector, check_function, describe
 from hfjax._pcg import CGResult as CGResult
 from hfjax._pcg import Reason as Reason
 from hfjax._pcg import Record as Record
 from hfjax._pcg import run
+from hfjax._refusal import without_derivative
 from hfjax._types import (
     Matvec,
     Number,
@@ -40,9 +42,10 @@ from hfjax._types import (
     Tree,
     ValueAndGradFn,
     ValueFn,
+    exact_of,
 )
 from hfjax.iterates import Keep, every, grid
-from hfjax.stopping import StoppingRule, marginal, martens2010, residual
+from hfjax.stopping import RULES, StoppingRule, marginal, martens2010, residual
 
 
 def solve(
@@ -65,11 +68,12 @@ def solve(
     Does not support complex numbers. Where A turns out not to be positive along a
     direction p, the run ends at the iterate it has; in the very first iteration it
     takes a step along p = P⁻¹(b − A x₀), of about the length of b: M falls along it for
-    ever.
+    ever. The result has no derivative, and says so: a run that stops early is no smooth
+    function of `b`. `inverse` has one.
 
     Args:
       matvec: `v -> A v`, on trees like `b`.
-      b: the right-hand side.
+      b: the right-hand side, real; integers are taken for floats.
       x0: where to start; `None` is 0 and saves a product.
       preconditioner: `r -> P⁻¹ r`; its scale does not matter. `None` is the identity.
       max_iterations: sizes `model_values`, so a Python integer (250: Martens'
@@ -89,8 +93,9 @@ def solve(
       The result; its `x` has the dtypes of `b`.
 
     Raises:
-      TypeError: if an iteration limit is not a Python integer.
-      ValueError: if a limit is negative, or `x0` is no tree like `b`.
+      TypeError: if an iteration limit is not a Python integer, or something else is not
+        of its kind.
+      ValueError: if a limit is negative, or `x0` or a product is no tree like `b`.
 
     References:
       Martens & Sutskever (2012), section 4, algorithm 2; van der Vorst & Ye (2000),
@@ -101,20 +106,70 @@ def solve(
     if replace_every is not None:
         _options.check_count("replace_every", replace_every, low=1)
     _options.check_range("limit", limit, low=0)
+    check_run(stopping, keep)
+    if value_fn is not None:
+        check_function("value_fn", value_fn, "x -> f")
+    matvec, b = as_product("matvec", matvec), as_vector("b", b)
     if x0 is not None:
-        x0 = _like("x0", x0, b)
-    return run(
-        matvec,
-        b,
-        x0,
-        preconditioner,
-        keep.build(max_iterations, value_fn),
-        max_iterations=max_iterations,
-        limit=max_iterations if limit is None else jnp.minimum(limit, max_iterations),
-        min_iterations=min_iterations,
-        stopping=stopping,
-        replace_every=replace_every,
-    )
+        x0 = _tree.cast_like(as_vector("x0", x0, like=b, whose="`b`"), b)
+    preconditioner = as_preconditioner(preconditioner)
+
+    def solved(b: Tree, x0: Tree | None, limit: jax.Array | int | None) -> CGResult:
+        return run(
+            matvec,
+            b,
+            x0,
+            preconditioner,
+            keep.build(max_iterations, value_fn),
+            max_iterations=max_iterations,
+            limit=max_iterations
+            if limit is None
+            else jnp.minimum(limit, max_iterations),
+            min_iterations=min_iterations,
+            stopping=stopping,
+            replace_every=replace_every,
+        )
+
+    result = _compiled.run(solved, b, x0, limit)._replace(pulled=False)
+    return without_derivative("A run of conjugate gradients", result)
+
+
+def check_run(stopping: StoppingRule | None, keep: Keep) -> None:
+    """Raise unless a run can be ended and kept so.
+
+    Args:
+      stopping: a rule of `hfjax.stopping`, or `None`.
+      keep: of `hfjax.iterates`.
+
+    Raises:
+      TypeError: if one is not of its kind.
+    """
+    if stopping is not None:
+        check_function("stopping", stopping, "progress -> bool")
+        if stopping in RULES:
+            name = stopping.__name__
+            msg = f"`stopping` is the function `{name}`: call it, as in `{name}(…)`."
+            raise TypeError(msg)
+    if not isinstance(keep, Keep):
+        msg = (
+            "`keep` must be a `Keep` of `hfjax.iterates`, as `grid()`, got "
+            f"{describe(keep)}."
+        )
+        raise TypeError(msg)
+
+
+def as_preconditioner(preconditioner: Preconditioner | None) -> Preconditioner | None:
+    """Return a user's P⁻¹, which says so where what it returns is no vector.
+
+    Args:
+      preconditioner: `r -> P⁻¹ r`, or `None`.
+
+    Returns:
+      The same.
+    """
+    if preconditioner is None:
+        return None
+    return as_product("preconditioner", preconditioner, matrix="P⁻¹ v")
 
 
 def inverse(
@@ -132,6 +187,10 @@ def inverse(
     `max_iterations`, or A + λI turns out not to be positive, x is the last iterate: ask
     `solve` for the reason.
 
+    It has derivatives of any order, in forward and reverse mode, by v, λ and all that
+    `matvec` closes over: (A + λI) dx = dv − (dA + dλ I) x is solved as x is, to the same
+    `tolerance`. The preconditioner counts for nothing there.
+
     Args:
       matvec: `v -> A v`, symmetric positive semi-definite.
       damping: λ.
@@ -141,10 +200,12 @@ def inverse(
       max_iterations: a Python integer (250: as `solve`).
 
     Returns:
-      The product with the inverse, on trees as `matvec` takes.
+      The product with the inverse, on trees as `matvec` takes. Integers are taken for
+      floats.
 
     Raises:
-      TypeError: if `max_iterations` is no Python integer.
+      TypeError: if `max_iterations` is no Python integer, or `matvec` or
+        `preconditioner` no function.
       ValueError: if an option is out of range.
 
     Example:
@@ -169,20 +230,39 @@ def inverse(
       Koh & Liang (2017), "Understanding black-box predictions via influence functions".
     """
     _options.check_range("damping", damping, low=0.0)
-    rule = residual(tolerance)
+    _options.check_count("max_iterations", max_iterations, low=0)
+    rule, keep = residual(tolerance), every(max(1, max_iterations))
+    matvec = as_product("matvec", matvec)
+    preconditioner = as_preconditioner(preconditioner)
 
-    def damped(v: Tree) -> Tree:
-        return _tree.axpy(jnp.asarray(damping), v, matvec(v))
+    def damped(matvec: Matvec) -> Matvec:
+        def product(v: Tree) -> Tree:
+            total = _tree.axpy(jnp.asarray(damping), v, matvec(v))
+            return _tree.cast_like(total, v)
+
+        return product
+
+    def run_on(matvec: Matvec, b: Tree) -> Tree:
+        del matvec  # Of which derivatives are taken; nearly the same.
+        return run(
+            nearly,
+            b,
+            None,
+            preconditioner,
+            keep.build(max_iterations, None),
+            max_iterations=max_iterations,
+            limit=max_iterations,
+            min_iterations=1,
+            stopping=rule,
+        ).x
+
+    nearly, exactly = damped(matvec), damped(exact_of(matvec))
 
     def product(v: Tree) -> Tree:
-        return solve(
-            damped,
-            v,
-            preconditioner=preconditioner,
-            max_iterations=max_iterations,
-            stopping=rule,
-            keep=every(max(1, max_iterations)),
-        ).x
+        def solved(v: Tree) -> Tree:
+            return jax.lax.custom_linear_solve(exactly, v, run_on, symmetric=True)
+
+        return _compiled.run(solved, as_vector("v", v))
 
     return product
 
@@ -352,18 +432,6 @@ def conjugate_gradient(
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.floor(_options.read(limit, count)), jnp.int32)
-
-
-def _like(name: str, tree: Tree, b: Tree) -> Tree:
-    """Return `tree` in the dtypes of `b`; raise unless it has its structure."""
-    came, wanted = (
-        (jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)])
-        for x in (tree, b)
-    )
-    if came != wanted:
-        msg = f"`{name}` must be a tree like `b`, got {came} for {wanted}."
-        raise ValueError(msg)
-    return _tree.cast_like(tree, b)
 
 
 def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:

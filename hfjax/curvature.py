@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hfjax import _options, _sharding, _tree
-from hfjax._arguments import describe
+from hfjax import _compiled, _options, _sharding, _tree
+from hfjax._arguments import as_params, as_tangent, describe
 from hfjax._cases import Cases
 from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean
@@ -39,6 +39,7 @@ damping it is given `structural=μ` too."""
 
 
 _Arguments = ParamSpec("_Arguments")
+_GIVEN = ("objective", "params", "batch")
 
 
 def _of_an_objective(
@@ -51,18 +52,39 @@ def _of_an_objective(
 
     @functools.wraps(make)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Matvec:
-        if args and not isinstance(args[0], Objective):
+        options: dict[str, Any] = dict(kwargs)
+        given = dict(zip(_GIVEN, args, strict=False))
+        given |= {name: options.pop(name) for name in _GIVEN if name in options}
+        objective = given.get("objective")
+        if "objective" in given and not isinstance(objective, Objective):
             msg = (
                 "`objective` must be an `hfjax.Objective`, got "
-                f"{describe(args[0])}. (`optax.inject_hyperparams` calls every callable "
+                f"{describe(objective)}. (`optax.inject_hyperparams` calls every callable "
                 'as a schedule: give it `static_args="curvature"`.)'
             )
             raise TypeError(msg)
-        if args and isinstance(args[0], WeightedSum):
-            return _summed(make, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        return make(*args, **kwargs)
+        if len(args) > 3 or set(given) != set(_GIVEN):
+            return make(*args, **kwargs)  # Python says what is wrong.
+        is_sum = isinstance(objective, WeightedSum)
+        made: Any = functools.partial(_summed, make) if is_sum else make
+        params = as_params(given["params"])
+        product = _compiled.built(
+            lambda params, batch: made(objective, params, batch, **options),
+            params,
+            given["batch"],
+            like=params,
+        )
+        return _of_tangents(product, params)
 
     return checked
+
+
+def _of_tangents(product: Matvec, params: Params) -> Matvec:
+    """Return the product of what can be a vector; say so of what cannot."""
+    if isinstance(product, Approximate):
+        return Approximate(*(_of_tangents(each, params) for each in product))
+    once = _compiled.once(product)
+    return lambda v: once(as_tangent(v, params))
 
 
 def _summed(
@@ -252,6 +274,7 @@ def finite_difference_hessian(
       Martens & Sutskever (2012), section 5.
     """
     _options.check_range("epsilon", epsilon, low=0.0, open_low=True)
+    params = as_params(params)
     dtype = _tree.scalar_dtype(params)
     if epsilon is None:
         coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))

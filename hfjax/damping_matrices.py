@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, diagonals
+from hfjax._arguments import as_product, as_tangent, check_like
 from hfjax._types import Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 
@@ -193,6 +194,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         )
 
         def matvec(v: Tree) -> Tree:
+            v = as_tangent(v, params)
             like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
             product = transpose(tangent(like))[0]
             return jax.tree.map(lambda x, v: x.astype(v.dtype), product, v)
@@ -207,14 +209,15 @@ def custom(build: Builder) -> DampingMatrix:
 
     Args:
       build: `(objective, params, batch) -> (v -> D v, its diagonal)`, called once in
-        each update; the diagonal is a tree like the parameters or a scalar, for the
-        preconditioner: an estimate will do.
+        each update; v comes in float32 or wider. The diagonal is a tree like the parameters
+        or a scalar, for the preconditioner: an estimate will do.
 
     Returns:
       The matrix.
 
     Raises:
-      TypeError: if `build` is not callable; in the update, if it returns no pair.
+      TypeError: if `build` is not callable; in the update, if it returns no pair, or its
+        product no vector.
     """
     if not callable(build):
         msg = (
@@ -235,7 +238,11 @@ def custom(build: Builder) -> DampingMatrix:
             )
             raise TypeError(msg)
         matvec, diagonal = pair
-        return Matrix(matvec, jax.tree.map(jnp.asarray, diagonal))
+        diagonal = jax.tree.map(jnp.asarray, diagonal)
+        if jax.tree.structure(diagonal) != jax.tree.structure(0) or diagonal.ndim > 0:
+            cure = "Hand one number where all entries are alike."
+            check_like("diagonal", diagonal, params, cure)
+        return Matrix(as_product("matrix", matvec, matrix="D @ v"), diagonal)
 
     return _without_key(checked)
 

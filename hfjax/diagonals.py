@@ -26,7 +26,8 @@ from typing import Any, ParamSpec, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 
-from hfjax import _case_gradients, _options, _sharding, _tree
+from hfjax import _case_gradients, _compiled, _options, _sharding, _tree
+from hfjax._arguments import as_key, as_params, describe
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
@@ -46,16 +47,29 @@ def _by_terms(estimate: Callable[_Arguments, Params]) -> Callable[_Arguments, Pa
     def summed(*args: _Arguments.args, **options: _Arguments.kwargs) -> Params:
         objective, params, batch, *rest = args
         assert not rest, "the rest are keyword options"
-        if not isinstance(objective, WeightedSum):
-            return estimate(*args, **options)
+        if not isinstance(objective, Objective):
+            msg = (
+                f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+            )
+            raise TypeError(msg)
+        given: dict[str, Any] = dict(options)
+        key = given.pop("key", None)
 
-        def of_term(term: Objective, own: Batch, k: int) -> Params:
-            given: dict[str, Any] = dict(options)
-            if "key" in given:
-                given["key"] = jax.random.fold_in(given["key"], k)
-            return cast(Callable[..., Params], estimate)(term, params, own, **given)
+        def of_terms(params: Params, batch: Batch, key: jax.Array | None) -> Params:
+            def of_term(term: Objective, own: Batch, k: int) -> Params:
+                a_sum = isinstance(objective, WeightedSum)
+                own_key = (
+                    jax.random.fold_in(key, k) if key is not None and a_sum else key
+                )
+                keyed = {} if own_key is None else {"key": own_key}
+                of_one = cast(Callable[..., Params], estimate)
+                return of_one(term, params, own, **given, **keyed)
 
-        return sum_of_terms(objective, cast(Batch, batch), of_term)
+            return sum_of_terms(objective, batch, of_term)
+
+        params = as_params(cast(Params, params))
+        key = None if key is None else as_key("key", key)
+        return _compiled.run(of_terms, params, batch, key)
 
     return summed
 

@@ -8,12 +8,13 @@
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _options
+from hfjax._arguments import as_key, check_function, describe
 from hfjax._types import Number
 
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -51,7 +52,8 @@ def sparse(
       of their own.
 
     Raises:
-      TypeError: if `connections` or `tanh_sides` is not a Python integer.
+      TypeError: if `connections` or `tanh_sides` is not a Python integer; in the
+        initializer, if the key is none, or the dtype is not of real floats.
       ValueError: if an option is out of range; in the initializer, for a shape of
         less than two axes.
 
@@ -70,6 +72,7 @@ def sparse(
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
+        key = _checked(key, shape, dtype)
         if len(shape) < 2:
             msg = (
                 "Sparse initialisation is for kernels (inputs, units), got shape "
@@ -117,6 +120,7 @@ def spectral_radius(
       own. It works in float32 or wider, on every device.
 
     Raises:
+      TypeError: as of `sparse`; if `base` is no function.
       ValueError: if `radius` is negative; in the initializer, if the last two axes
         are not equal.
 
@@ -130,12 +134,14 @@ def spectral_radius(
     """
     _options.check_range("radius", radius, low=0.0)
     draw = sparse() if base is None else base
+    check_function("base", draw, "(key, shape, dtype) -> array")
 
     def init(
         key: jax.Array,
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
+        key = _checked(key, shape, dtype)
         if len(shape) < 2 or shape[-1] != shape[-2]:
             msg = (
                 "A spectral radius is for square recurrent matrices (units, units), "
@@ -149,6 +155,17 @@ def spectral_radius(
         return (wide * factor[..., None, None]).astype(dtype)
 
     return init
+
+
+def _checked(key: Any, shape: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the key, typed; raise unless all three are what an initializer takes."""
+    if not isinstance(shape, tuple | list):
+        msg = f"`shape` must be a tuple (inputs, units), got {describe(shape)}."
+        raise TypeError(msg)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        msg = f"`dtype` must be one of real floats, got {jnp.dtype(dtype)}."
+        raise TypeError(msg)
+    return as_key("key", key)
 
 
 def _spectral_radius(matrix: jax.Array) -> jax.Array:

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _bfgs, _linalg, _options, _sharding, _tree
+from hfjax import _bfgs, _compiled, _linalg, _options, _sharding, _tree
+from hfjax._arguments import as_product, as_vector
+from hfjax._refusal import without_derivative
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import CGResult, Reason, Solver, Subproblem
+from hfjax.cg import CGResult, Reason, Solver, Subproblem, as_preconditioner
 from hfjax.iterates import Kept
 
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
@@ -48,11 +50,12 @@ def basis(
     """Build an orthonormal basis of the Krylov space, and A in it.
 
     Each vector is orthogonalised twice against all before it, as rounding undoes the
-    short recurrence of Lanczos. One product for each.
+    short recurrence of Lanczos. One product for each. The result has no derivative, as
+    that of `hfjax.cg.solve`.
 
     Args:
       matvec: `v -> A v`, symmetric.
-      b: the right-hand side, like the parameters.
+      b: the right-hand side, like the parameters; integers are taken for floats.
       dimension: K, a Python integer.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
       direction: one more vector, the last of the basis; `None` is one more of Krylov's.
@@ -63,8 +66,9 @@ def basis(
       The basis.
 
     Raises:
-      TypeError: if `dimension` is no Python integer.
-      ValueError: if it is less than 1.
+      TypeError: if `dimension` is no Python integer, or something else is not of its
+        kind.
+      ValueError: if it is less than 1, or `direction` or a product is no tree like `b`.
 
     Example:
       >>> d = jnp.array([1.0, 2.0, 4.0])
@@ -73,8 +77,29 @@ def basis(
       [1. 2. 4.]
     """
     _options.check_count("dimension", dimension, low=1)
+    matvec, b = as_product("matvec", matvec), as_vector("b", b)
+    if direction is not None:
+        direction = as_vector("direction", direction, like=b, whose="`b`")
+        direction = _tree.cast_like(direction, b)
+    precondition = as_preconditioner(preconditioner) or (lambda r: r)
+
+    def built(b: Tree, direction: Tree | None) -> Basis:
+        return _built(matvec, b, dimension, precondition, direction, fill)
+
+    found = _compiled.run(built, b, direction)
+    return without_derivative("A basis of a Krylov space", found)
+
+
+def _built(
+    matvec: Matvec,
+    b: Tree,
+    dimension: int,
+    precondition: Preconditioner,
+    direction: Tree | None,
+    fill: Callable[[jax.Array], Tree] | None,
+) -> Basis:
+    """Build the basis, vector by vector."""
     dtype = _tree.scalar_dtype(b)
-    precondition = (lambda r: r) if preconditioner is None else preconditioner
     vectors = jax.tree.map(
         lambda x: jnp.broadcast_to(x[None], (dimension, *x.shape)),
         _sharding.zeros_like(b),
@@ -95,12 +120,13 @@ def basis(
         )
         product = matvec(v)
         matrix = matrix.at[:, k].set(_tree.coordinates(vectors, product))
-        following = precondition(product)
+        following = _tree.cast_like(precondition(product), v)
         if direction is not None:
             following = _tree.select(k == dimension - 2, direction, following)
         return Basis(vectors, matrix), following
 
-    start = (Basis(vectors, jnp.zeros((dimension, dimension), dtype)), precondition(b))
+    first = _tree.cast_like(precondition(b), b)
+    start = (Basis(vectors, jnp.zeros((dimension, dimension), dtype)), first)
     if direction is not None and dimension == 1:
         start = (start[0], direction)
     built, _ = jax.lax.fori_loop(0, dimension, add, start)
@@ -166,7 +192,7 @@ def subspace_descent(
         x = _tree.combination(weights, vectors)
         curved = jnp.matmul(matrix, weights, precision=_tree.EXACT)
         model = jnp.sum(weights * (0.5 * curved - slope))
-        return CGResult(
+        result = CGResult(
             x=x,
             num_iterations=jnp.asarray(dimension, jnp.int32),
             model_values=jnp.zeros(dimension + 1, slope.dtype).at[-1].set(model),
@@ -179,6 +205,7 @@ def subspace_descent(
                 jnp.int32
             ),
         )
+        return without_derivative("A descent in a Krylov space", result)
 
     return Solver(
         start=lambda direction, count: direction,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hfjax import _options
+from hfjax._arguments import describe
 from hfjax._types import Tree
 
 
@@ -85,7 +86,7 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
       A tree like `data` with `size` cases.
 
     Raises:
-      TypeError: if `size` is no Python integer.
+      TypeError: if `size` is no Python integer, or a leaf of `data` no array of cases.
       ValueError: if `size` is not between 1 and the number of cases, or if the leaves
         differ in it.
 
@@ -97,6 +98,14 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
     References:
       Martens (2010): his program takes the chunks of its data in turn.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if not hasattr(leaf, "shape") or not leaf.shape:
+            where = f"data{jax.tree_util.keystr(path)}"
+            msg = (
+                "Every leaf of `data` must be an array that leads with the cases, got "
+                f"{describe(leaf)} at {where}."
+            )
+            raise TypeError(msg)
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
     if len(counts) != 1:
         msg = f"The leaves of `data` must lead with as many cases, got {counts}."

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _kronecker, _nystrom, _options, diagonals
+from hfjax._arguments import as_params, describe
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -389,6 +390,9 @@ def layers(
     Returns:
       A line for each parameter, by its path.
 
+    Raises:
+      TypeError: if `objective` is no `Objective`, or `max_size` no Python integer.
+
     Example:
       >>> import hfjax, jax.numpy as jnp
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
@@ -402,6 +406,11 @@ def layers(
       ['scale'] diagonal: `mul` uses it
       ['w'] factors of 3 + 1 inputs and 2 units
     """
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
+    _options.check_count("max_size", max_size, low=1)
+    params = as_params(params)
     model = _kronecker.read(objective, params, batch, max_size)[0]
     note = _kronecker.coarse(objective, params, batch)
     nearly = "" if note is None else f", nearly: {note}"

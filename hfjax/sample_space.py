@@ -29,6 +29,7 @@ from hfjax import _jacobian, _linalg, _options, _sharding, _tree
 from hfjax._correction import corrected
 from hfjax._jacobian import Jacobian
 from hfjax._path import Solution
+from hfjax._refusal import without_derivative
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 from hfjax.cg import CGResult, Reason, Solver, Subproblem
 from hfjax.iterates import Kept
@@ -127,7 +128,8 @@ def cholesky(
         return _tree.scale(_options.read(momentum, count), direction)
 
     def solve(subproblem: Subproblem, x0: Tree | None) -> CGResult:
-        return _solve(subproblem, x0, space, corrections)
+        result = _solve(subproblem, x0, space, corrections)
+        return without_derivative("A corrected step", result)
 
     return Solver(
         start=start,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options
+from hfjax._arguments import check_function
 from hfjax._types import Tree
 
 
@@ -53,7 +54,7 @@ def checkpointed(
       The last carry, and the outputs, stacked along a leading axis of T.
 
     Raises:
-      TypeError: if `length` or `chunk` is not a Python integer.
+      TypeError: if `length` or `chunk` is not a Python integer, or `step` no function.
       ValueError: if `chunk` is less than 1, or T is unknown or ambiguous.
 
     Example:
@@ -81,6 +82,7 @@ def checkpointed(
     References:
       Martens & Sutskever (2012), section 7.1.
     """
+    check_function("step", step, "(carry, x) -> (carry, y)")
     steps = _steps(xs, length)
     if chunk is None:
         chunk = 1 + math.isqrt(max(steps - 1, 0))

@@ -9,10 +9,10 @@ For any `Matvec`, of `hfjax.curvature` or your own; no matrix is formed.
 | `trace` | Σᵢ Aᵢᵢ, with its standard error | 1 for each probe |
 | `ritz_values` | what the last run of conjugate gradients saw of P⁻¹A | none |
 
-(A + λI)⁻¹v is `hfjax.cg.inverse`; diagonals are `hfjax.diagonals`. Nothing here is
-compiled: wrap calls in `jax.jit` as you like. Memory is that of K vectors. Trees of many
-arrays compile slowly: on one device, a product on the ravelled vector
-(`jax.flatten_util.ravel_pytree`) takes a fifth of the time to compile.
+(A + λI)⁻¹v is `hfjax.cg.inverse`; diagonals are `hfjax.diagonals`. Memory is that of K
+vectors. Trees of many arrays compile slowly: on one device, a product on the ravelled
+vector (`jax.flatten_util.ravel_pytree`) takes a fifth of the time to compile. A product is
+handed vectors in the dtypes of `like`; sums and vectors are kept in float32 or wider.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from hfjax import _linalg, _options, _tree
+from hfjax import _compiled, _linalg, _options, _tree
+from hfjax._arguments import as_key, as_product, as_vector, describe
+from hfjax._refusal import without_derivative
 from hfjax._types import Matvec, Number, Tree
 from hfjax.krylov import basis
 
@@ -74,8 +76,9 @@ def eigenvalues(
       The eigenpairs, in the dtype of `like`, float32 or wider.
 
     Raises:
-      TypeError: if a count is no Python integer.
-      ValueError: if `num` is larger than K, or `which` is another word.
+      TypeError: if a count is no Python integer, or something else is not of its kind.
+      ValueError: if `num` is larger than K, `which` is another word, or a product is no
+        tree like `like`.
 
     Example:
       >>> d = jnp.array([1.0, 5.0, 3.0, 5.0])
@@ -88,7 +91,8 @@ def eigenvalues(
     """
     _options.check_count("num", num, low=1)
     _options.check_choice("which", which, ("largest", "smallest", "magnitude"))
-    size = optax.tree.size(like)
+    like, key = _like(like), as_key("key", key)
+    product, size = _on_wide(matvec, like), optax.tree.size(like)
     dimension = 2 * num + 20 if num_iterations is None else num_iterations
     _options.check_count("num_iterations", dimension, low=1)
     dimension = min(dimension, size)
@@ -99,9 +103,20 @@ def eigenvalues(
         )
         raise ValueError(msg)
 
+    return _compiled.run(
+        lambda like, key: _eigenpairs(product, like, key, num, which, dimension),
+        like,
+        key,
+    )
+
+
+def _eigenpairs(
+    product: Matvec, like: Tree, key: jax.Array, num: int, which: str, dimension: int
+) -> Eigenpairs:
+    """Find the eigenpairs in a space of so many dimensions."""
     first, later = jax.random.split(key)
     built = basis(
-        matvec,
+        lambda v: jax.lax.stop_gradient(product(v)),
         _random(first, like),
         dimension,
         fill=lambda k: _random(jax.random.fold_in(later, k), like),
@@ -112,11 +127,46 @@ def eigenvalues(
     values, weights = values[chosen], weights[:, chosen]
     vectors = _tree.combination(weights.T, built.vectors)
 
-    def residual(pair: tuple[jax.Array, Tree]) -> jax.Array:
+    def looked_at(pair: tuple[jax.Array, Tree]) -> tuple[jax.Array, jax.Array]:
         value, v = pair
-        return _tree.norm(_tree.axpy(-value, v, matvec(v)))
+        after = product(v)
+        rest = _tree.axpy(-value, v, jax.lax.stop_gradient(after))
+        return _tree.dot(v, after), _tree.norm(rest)
 
-    return Eigenpairs(values, vectors, jax.lax.map(residual, (values, vectors)))
+    quotients, residuals = jax.lax.map(looked_at, (values, vectors))
+    return Eigenpairs(
+        values=_with_derivative_of(quotients, values),
+        vectors=jax.tree.map(lambda v: _with_nan_derivative(quotients, v), vectors),
+        residuals=_with_nan_derivative(quotients, residuals),
+    )
+
+
+@jax.custom_jvp
+def _with_derivative_of(quotients: jax.Array, values: jax.Array) -> jax.Array:
+    """Return `values`, whose derivatives are those of the Rayleigh quotients vᵀA v."""
+    del quotients
+    return values
+
+
+@_with_derivative_of.defjvp
+def _derivative_of_quotients(primals: tuple, tangents: tuple) -> tuple:
+    quotients, values = primals
+    # Second derivatives would miss how v turns.
+    once = _with_nan_derivative(quotients, jnp.ones_like(values))
+    return values, once * tangents[0].astype(values.dtype)
+
+
+@jax.custom_jvp
+def _with_nan_derivative(quotients: jax.Array, x: jax.Array) -> jax.Array:
+    """Return `x`; 0 would be silently wrong where A depends on what one derives by."""
+    del quotients
+    return x
+
+
+@_with_nan_derivative.defjvp
+def _nan_derivative(primals: tuple, tangents: tuple) -> tuple:
+    x = primals[1]
+    return x, jnp.full_like(x, jnp.nan) * jnp.sum(tangents[0]).astype(x.dtype)
 
 
 class Density(NamedTuple):
@@ -159,6 +209,8 @@ def density(
 ) -> Density:
     """Estimate the density of all eigenvalues, by stochastic Lanczos quadrature.
 
+    The result has no derivative, as that of `hfjax.cg.solve`.
+
     Args:
       matvec: `v -> A v`, symmetric.
       like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
@@ -171,8 +223,8 @@ def density(
       The density.
 
     Raises:
-      TypeError: if a count is no Python integer.
-      ValueError: if a count is less than 1.
+      TypeError: if a count is no Python integer, or something else is not of its kind.
+      ValueError: if a count is less than 1, or a product is no tree like `like`.
 
     Example:
       The log-determinant of A + I, as in a Laplace approximation:
@@ -188,15 +240,21 @@ def density(
     """
     _options.check_count("num_probes", num_probes, low=1)
     _options.check_count("num_iterations", num_iterations, low=1)
+    like, key = _like(like), as_key("key", key)
+    product = _on_wide(matvec, like)
     dimension = min(num_iterations, optax.tree.size(like))
 
-    def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Signs: the share of a diagonal matrix is then exact.
-        matrix = basis(matvec, _signs(key, like), dimension).matrix
-        nodes, weights = _linalg.eigh(matrix)
-        return nodes, jnp.square(weights[0])
+    def probed(like: Tree, key: jax.Array) -> Density:
+        def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # Signs: the share of a diagonal matrix is then exact.
+            matrix = basis(product, _signs(key, like), dimension).matrix
+            nodes, weights = _linalg.eigh(matrix)
+            return nodes, jnp.square(weights[0])
 
-    return Density(*jax.lax.map(probe, jax.random.split(key, num_probes)))
+        return Density(*jax.lax.map(probe, jax.random.split(key, num_probes)))
+
+    found = _compiled.run(probed, like, key)
+    return without_derivative("A spectral density", found)
 
 
 class Estimate(NamedTuple):
@@ -216,6 +274,8 @@ def trace(
 ) -> Estimate:
     """Estimate tr A as the mean of vᵀA v over random signs v.
 
+    It is linear in A, and its derivative estimates that of the trace.
+
     Args:
       matvec: `v -> A v`.
       like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
@@ -226,8 +286,9 @@ def trace(
       The estimate; exact for a diagonal A.
 
     Raises:
-      TypeError: if `num_probes` is no Python integer.
-      ValueError: if it is less than 2.
+      TypeError: if `num_probes` is no Python integer, or something else is not of its
+        kind.
+      ValueError: if it is less than 2, or a product is no tree like `like`.
 
     Example:
       >>> a = jnp.array([[2.0, 1.0], [1.0, 3.0]])
@@ -239,14 +300,20 @@ def trace(
       Hutchinson (1990).
     """
     _options.check_count("num_probes", num_probes, low=2)
+    like, key = _like(like), as_key("key", key)
+    product = _on_wide(matvec, like)
 
-    def probe(key: jax.Array) -> jax.Array:
-        v = _signs(key, like)
-        return _tree.dot(v, matvec(v))
+    def probed(like: Tree, key: jax.Array) -> Estimate:
+        def probe(key: jax.Array) -> jax.Array:
+            v = _signs(key, like)
+            return _tree.dot(v, product(v))
 
-    shares = jax.lax.map(probe, jax.random.split(key, num_probes))
-    spread = jnp.std(shares, ddof=1)
-    return Estimate(jnp.mean(shares), spread / np.sqrt(num_probes).astype(spread.dtype))
+        shares = jax.lax.map(probe, jax.random.split(key, num_probes))
+        spread = jnp.std(shares, ddof=1)
+        error = spread / np.sqrt(num_probes).astype(spread.dtype)
+        return Estimate(jnp.mean(shares), error)
+
+    return _compiled.run(probed, like, key)
 
 
 def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarray:
@@ -267,6 +334,10 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     Returns:
       The Ritz values, descending, float64; empty if there was no iteration.
 
+    Raises:
+      TypeError: inside of `jit` and other transformations.
+      ValueError: if `coefficients` are no pairs.
+
     Example:
       >>> import hfjax
       >>> d = jnp.array([1.0, 2.0, 4.0])
@@ -277,6 +348,15 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     References:
       Golub & Van Loan (2013), section 11.3.
     """
+    if isinstance(coefficients, jax.core.Tracer):
+        msg = "`coefficients` are traced: call `ritz_values` outside of `jax.jit`."
+        raise TypeError(msg)
+    if np.ndim(coefficients) != 2 or np.shape(coefficients)[1] != 2:
+        msg = (
+            "`coefficients` must be those of a run, of shape [max_iterations, 2], got "
+            f"{describe(coefficients)}."
+        )
+        raise ValueError(msg)
     alpha, beta = np.asarray(coefficients, np.float64).T
     length = int(np.argmin(np.append(alpha, 0) > 0))
     alpha, beta = alpha[:length], beta[:length]
@@ -287,6 +367,26 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     values = np.linalg.eigvalsh(matrix)[::-1]
     gaps = np.append(np.inf, values[:-1] - values[1:])
     return values[gaps > tolerance * np.abs(values)]
+
+
+def _like(like: Tree) -> Tree:
+    """Return arrays of the shapes and dtypes of `like`."""
+    arrays = jax.tree.map(
+        lambda x: (
+            jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+        ),
+        like,
+    )
+    if optax.tree.size(arrays := as_vector("like", arrays)) == 0:
+        msg = f"`like` holds no numbers, and a matrix of none no eigenvalues: {like!r}."
+        raise ValueError(msg)
+    return arrays
+
+
+def _on_wide(matvec: Matvec, like: Tree) -> Matvec:
+    """Return the product on wide vectors, of one that takes the dtypes of `like`."""
+    checked = as_product("matvec", matvec)
+    return lambda v: _tree.cast_like(checked(_tree.cast_like(v, like)), v)
 
 
 def _random(key: jax.Array, like: Tree) -> Tree:

@@ -157,6 +157,10 @@ def residual(tolerance: Number) -> StoppingRule:
     return lambda progress: progress.residual_norm <= tolerance * progress.rhs_norm
 
 
+RULES = (martens2010, martens_sutskever2012, marginal, residual)
+"""What makes the rules; none is one itself."""
+
+
 def _relative_progress(
     tolerance: Number, fraction: Number, minimum_window: int, *, per_iteration: bool
 ) -> StoppingRule:

@@ -13,7 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hfjax import losses
+from hfjax import _options, losses
+from hfjax._arguments import describe
 from hfjax._types import Number, Tree
 from hfjax.objective import Objective
 
@@ -32,6 +33,7 @@ def joined(objective: Objective, strength: Number) -> Objective:
       The objective, without a `hidden_loss` of its own.
 
     Raises:
+      TypeError: if `objective` is no `Objective`.
       ValueError: if there is no `hidden_loss`.
 
     Example:
@@ -47,10 +49,12 @@ def joined(objective: Objective, strength: Number) -> Objective:
     References:
       Martens & Sutskever (2012), section 8.4.
     """
+    _options.check_range("strength", strength, low=0.0)
+    hidden_loss = _needed(objective)
     return dataclasses.replace(
         objective,
         model_fn=objective.outputs_and_hidden,
-        loss=_paired(objective.loss, _needed(objective), strength),
+        loss=_paired(objective.loss, hidden_loss, strength),
         hidden_loss=None,
     )
 
@@ -65,6 +69,7 @@ def hidden_distance(objective: Objective) -> Objective:
       The objective; its value is least where it is taken, so that it has no gradient.
 
     Raises:
+      TypeError: if `objective` is no `Objective`.
       ValueError: if there is no `hidden_loss`.
 
     Example:
@@ -75,16 +80,20 @@ def hidden_distance(objective: Objective) -> Objective:
       >>> print(hfjax.curvature.ggn(hidden_distance(f), p, batch)(p))
       [[4.]]
     """
+    hidden_loss = _needed(objective)
     return dataclasses.replace(
         objective,
         model_fn=lambda params, inputs: objective.outputs_and_hidden(params, inputs)[1],
-        loss=_distance(_needed(objective)),
+        loss=_distance(hidden_loss),
         weight_decay=0.0,
         hidden_loss=None,
     )
 
 
 def _needed(objective: Objective) -> losses.Loss:
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
     if objective.hidden_loss is None:
         msg = (
             "Structural damping needs hidden states: give `Objective` a "

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax import _options, _tree
+from hfjax import _compiled, _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
 from hfjax._fitting import check_part, fitted
 from hfjax._path import along, end
+from hfjax._refusal import without_derivative
 from hfjax._system import Point, assemble
 from hfjax._trial import (
     Trial,
@@ -80,7 +81,8 @@ def hessian_free(
       `batch`. Where batches are drawn anew in each update, let the gradient's hold both:
       on data that it has not seen ρ is noise, and λ climbs.
 
-    Other keyword arguments are ignored. `docs/faults.md` has the wrappers of Optax and
+    Other keyword arguments are ignored. An update has no derivative, and says so: for that of
+    a fit, by data or hyperparameters, there is `hfjax.cg.inverse`. `docs/faults.md` has the wrappers of Optax and
     Flax that hand them on, and those that do not.
 
     As it comes it is `recipes.kronecker_factored`, the fastest on every problem that it
@@ -172,6 +174,16 @@ def hessian_free(
         curvature=curvature,
     )
 
+    @_compiled.once
+    def changed(
+        grads: Params,
+        state: Any,
+        params: Params,
+        batch: Batch,
+        eval_batch: Batch | None,
+    ) -> tuple[Params, Any]:
+        return _update(parts, grads, state, params, batch, eval_batch)
+
     def init(params: Params) -> Any:
         params = as_params(params)
         dtype = _tree.scalar_dtype(params)
@@ -203,7 +215,8 @@ def hessian_free(
         check_state(state, params, memory, needs_key=needs_key)
         if eval_batch is not None:
             objective.check_batch(eval_batch, "eval_batch")
-        return _update(parts, updates, state, params, batch, eval_batch)
+        new = changed(updates, state, params, batch, eval_batch)
+        return without_derivative("An update", new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

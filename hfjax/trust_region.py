@@ -19,10 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options
+from hfjax import _compiled, _options
+from hfjax._arguments import as_product, as_vector
 from hfjax._pcg import Reason, Region, run
+from hfjax._refusal import without_derivative
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import CGResult, Solver, Subproblem
+from hfjax.cg import CGResult, Solver, Subproblem, as_preconditioner, check_run
 from hfjax.damping import Damping, ReductionRatio, levenberg_marquardt
 from hfjax.iterates import Keep, every, grid
 from hfjax.stopping import StoppingRule, martens2010
@@ -64,10 +66,11 @@ def solve(
     in that norm do the iterates grow, and only then does the bound of one half hold (for
     positive semi-definite A).
     With another norm, as the Euclidean one, the run still ends where they first leave.
+    The result has no derivative, as that of `hfjax.cg.solve`.
 
     Args:
       matvec: `v -> A v`, on trees like `b`.
-      b: the right-hand side, −∇f.
+      b: the right-hand side, −∇f, real; integers are taken for floats.
       radius: r > 0.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
       norm: `v -> P v` of the region; `None` is the Euclidean ball.
@@ -79,25 +82,34 @@ def solve(
       The result. On the boundary ‖x‖ is the radius to rounding.
 
     Raises:
-      TypeError: if `max_iterations` is no Python integer.
+      TypeError: if `max_iterations` is no Python integer, or something else is not of its
+        kind.
       ValueError: if `radius` is a plain number and not above 0, or `max_iterations` is
-        negative.
+        negative, or a product is no tree like `b`.
 
     References:
       Martens & Sutskever (2012), section 8.6; Steihaug (1983); Toint (1981).
     """
     _options.check_range("radius", radius, low=0.0, open_low=True)
     _options.check_count("max_iterations", max_iterations, low=0)
-    region = Region(jnp.asarray(radius), (lambda v: v) if norm is None else norm)
-    result = _run(
-        matvec,
-        b,
-        preconditioner,
-        region,
-        max_iterations,
-        stopping,
-        every(max(1, max_iterations)),
+    norm = (lambda v: v) if norm is None else as_product("norm", norm, matrix="P @ v")
+    matvec, preconditioner = (
+        as_product("matvec", matvec),
+        as_preconditioner(preconditioner),
     )
+
+    def solved(b: Tree, radius: Number) -> CGResult:
+        return _run(
+            matvec,
+            b,
+            preconditioner,
+            Region(jnp.asarray(radius), norm),
+            max_iterations,
+            stopping,
+            every(max(1, max_iterations)),
+        )
+
+    result = _compiled.run(solved, as_vector("b", b), radius)
     return TrustRegionResult(
         x=result.x,
         on_boundary=result.reason == Reason.BOUNDARY,
@@ -258,7 +270,8 @@ def _run(
     stopping: StoppingRule | None,
     keep: Keep,
 ) -> CGResult:
-    return run(
+    check_run(stopping, keep)
+    result = run(
         matvec,
         b,
         None,
@@ -270,3 +283,4 @@ def _run(
         stopping=stopping,
         region=region,
     )
+    return without_derivative("A run of conjugate gradients", result)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hfjax import _faults, _finite_differences
+from hfjax._arguments import as_key
 from hfjax._setup import Setup, flat, rows, unlike, unrows, unusable
 from hfjax._types import Batch, Params
 from hfjax._weighted_sum import WeightedSum, terms_of
@@ -114,7 +115,7 @@ def products(
         def values(z: jax.Array) -> jax.Array:
             return f.loss.value(to_tree(z), targets)
 
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(as_key("key", key), 4)
         v = _unit(jax.random.normal(keys[0], theta.shape))
         u, w = (_unit(jax.random.normal(key, z.shape)) for key in keys[1:3])
         tried = jax.random.permutation(keys[3], theta.size)[:columns]

@@ -11,6 +11,8 @@ ROOMS = [
     "_sharding",
     "_tree",
     "_arguments",
+    "_refusal",
+    "_compiled",
     "_linalg",
     "_programs",
     "_coupling",
@@ -142,13 +144,14 @@ def test_only_jax_optax_and_numpy_are_needed_at_run_time():
                 assert path.stem in {"flax", "_recurrent"}
 
 
-def test_nothing_is_compiled_printed_or_configured_in_the_library():
+def test_one_room_compiles_and_nothing_is_printed_or_configured_in_the_library():
     for path in PACKAGE.glob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in {"jax.jit", "print", "jax.pmap"}, path.name
+                assert name not in {"print", "jax.pmap"}, path.name
+                assert name != "jax.jit" or path.stem == "_compiled", path.name
                 assert not name.startswith("jax.config"), path.name
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 decorators = [ast.unparse(d) for d in node.decorator_list]
