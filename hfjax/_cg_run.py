@@ -119,7 +119,7 @@ def cg_run(
         params: Params,
         batch: Batch,
         eval_batch: Batch,
-        damping: Number,
+        damping: jax.Array,
         x0: Tree | None,
     ) -> CGRun:
         point = Point(
@@ -127,7 +127,7 @@ def cg_run(
             params=params,
             batch=batch,
             eval_batch=eval_batch,
-            damping=jnp.asarray(damping, dtype),
+            damping=damping,
             count=jnp.zeros((), jnp.int32),
             keys=tuple(jax.random.split(jax.random.key(seed))),
         )
@@ -136,7 +136,9 @@ def cg_run(
         )
 
     eval_batch = batch if eval_batch is None else eval_batch
-    return _compiled.run(ran, params, batch, eval_batch, damping, x0)
+    return _compiled.run(
+        ran, params, batch, eval_batch, jnp.asarray(damping, dtype), x0
+    )
 
 
 def _run(

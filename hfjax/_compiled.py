@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import (
     ClosedJaxpr,
     Jaxpr,
@@ -150,8 +151,7 @@ def _is_outside(args: tuple) -> bool:
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         return False
     return not any(
-        isinstance(leaf, jax.core.Tracer)
-        or not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float))
+        isinstance(leaf, Tracer) or not hasattr(leaf, "dtype")
         for leaf in jax.tree.leaves(args)
     )
 

@@ -6,6 +6,7 @@ NumPy number can be judged while the program is built.
 """
 
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def is_plain_number(option: object) -> bool:
 
 def check_range(
     name: str,
-    option: object,
+    option: Any,
     *,
     low: float | None = None,
     high: float | None = None,
@@ -41,18 +42,18 @@ def check_range(
       ValueError: naming the option, its range and what came.
     """
     if not is_plain_number(option):
-        dtype = getattr(option, "dtype", None)
+        dtype, shape = getattr(option, "dtype", None), getattr(option, "shape", ())
         is_array = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
         if not (is_array or callable(option) or isinstance(option, bool | None)):
             came = type(option).__name__ if dtype is None else dtype
             msg = f"`{name}` must be a real number, got {came}."
             raise TypeError(msg)
-        if is_array and jnp.ndim(option) > 0:
-            msg = f"`{name}` must be one number, got shape {jnp.shape(option)}."
+        if is_array and shape != ():
+            msg = f"`{name}` must be one number, got shape {shape}."
             raise ValueError(msg)
         return
-    too_low = low is not None and (option <= low if open_low else option < low)  # pyright: ignore[reportOperatorIssue]
-    too_high = high is not None and option > high  # pyright: ignore[reportOperatorIssue]
+    too_low = low is not None and (option <= low if open_low else option < low)
+    too_high = high is not None and option > high
     if too_low or too_high or option != option:
         bounds = [
             *(

@@ -75,7 +75,7 @@ def _shape(tangent: Any, *, what: str) -> Any:
     return tangent
 
 
-def _lower(context: Any, tangent: Any, *, what: str) -> None:
+def _lower(context: Any, tangent: Any, *, what: str) -> Any:
     del context, tangent
     _raise(what)
 

@@ -114,7 +114,7 @@ def solve(
         x0 = _tree.cast_like(as_vector("x0", x0, like=b, whose="`b`"), b)
     preconditioner = as_preconditioner(preconditioner)
 
-    def solved(b: Tree, x0: Tree | None, limit: jax.Array | int | None) -> CGResult:
+    def solved(b: Tree, x0: Tree | None) -> CGResult:
         return run(
             matvec,
             b,
@@ -130,7 +130,7 @@ def solve(
             replace_every=replace_every,
         )
 
-    result = _compiled.run(solved, b, x0, limit)._replace(pulled=False)
+    result = _compiled.run(solved, b, x0)._replace(pulled=False)
     return without_derivative("A run of conjugate gradients", result)
 
 
@@ -232,12 +232,13 @@ def inverse(
     _options.check_range("damping", damping, low=0.0)
     _options.check_count("max_iterations", max_iterations, low=0)
     rule, keep = residual(tolerance), every(max(1, max_iterations))
+    damping = jnp.asarray(damping)  # So that another λ is no other program.
     matvec = as_product("matvec", matvec)
     preconditioner = as_preconditioner(preconditioner)
 
     def damped(matvec: Matvec) -> Matvec:
         def product(v: Tree) -> Tree:
-            total = _tree.axpy(jnp.asarray(damping), v, matvec(v))
+            total = _tree.axpy(damping, v, matvec(v))
             return _tree.cast_like(total, v)
 
         return product

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hfjax import _compiled, _linalg, _options, _tree
@@ -348,7 +349,7 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     References:
       Golub & Van Loan (2013), section 11.3.
     """
-    if isinstance(coefficients, jax.core.Tracer):
+    if isinstance(coefficients, Tracer):
         msg = "`coefficients` are traced: call `ritz_values` outside of `jax.jit`."
         raise TypeError(msg)
     if np.ndim(coefficients) != 2 or np.shape(coefficients)[1] != 2:

@@ -81,7 +81,8 @@ def hessian_free(
       `batch`. Where batches are drawn anew in each update, let the gradient's hold both:
       on data that it has not seen ρ is noise, and λ climbs.
 
-    Other keyword arguments are ignored. An update has no derivative, and says so: for that of
+    Other keyword arguments are ignored. Outside of `jit`, too, an update is compiled once: what
+    `model_fn`, the loss or a rule closes over is read when that is done. An update has no derivative, and says so: for that of
     a fit, by data or hyperparameters, there is `hfjax.cg.inverse`. `docs/faults.md` has the wrappers of Optax and
     Flax that hand them on, and those that do not.
 

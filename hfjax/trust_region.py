@@ -98,18 +98,18 @@ def solve(
         as_preconditioner(preconditioner),
     )
 
-    def solved(b: Tree, radius: Number) -> CGResult:
+    def solved(b: Tree, radius: jax.Array) -> CGResult:
         return _run(
             matvec,
             b,
             preconditioner,
-            Region(jnp.asarray(radius), norm),
+            Region(radius, norm),
             max_iterations,
             stopping,
             every(max(1, max_iterations)),
         )
 
-    result = _compiled.run(solved, as_vector("b", b), radius)
+    result = _compiled.run(solved, as_vector("b", b), jnp.asarray(radius))
     return TrustRegionResult(
         x=result.x,
         on_boundary=result.reason == Reason.BOUNDARY,

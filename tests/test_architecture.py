@@ -128,6 +128,7 @@ def test_only_jax_optax_and_numpy_are_needed_at_run_time():
         "operator",
         "time",
         "typing",
+        "weakref",
     }
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
