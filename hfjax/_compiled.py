@@ -150,10 +150,15 @@ def _is_outside(args: tuple) -> bool:
         return False
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return not any(
-        isinstance(leaf, Tracer) or not hasattr(leaf, "dtype")
-        for leaf in jax.tree.leaves(args)
-    )
+    return all(map(_is_array, jax.tree.leaves(args)))
+
+
+def _is_array(leaf: Any) -> bool:
+    """Return whether it holds numbers; what does not, the function itself refuses."""
+    if isinstance(leaf, jax.Array):
+        return not isinstance(leaf, Tracer)
+    dtype = getattr(leaf, "dtype", np.dtype(object))
+    return jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
 
 
 def _opened(program: Any) -> Jaxpr:
