@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hfjax import _layers, _linalg, _sharding, _tree, diagonals
 from hfjax._cases import Cases, as_cases
+from hfjax._merged_layers import Merged, Part
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
 from hfjax._weighted_sum import WeightedSum, terms_of
@@ -40,32 +41,30 @@ class Pair(NamedTuple):
 def read(
     objective: Objective, params: Params, batch: Batch, max_size: int
 ) -> list[_layers.Model]:
-    """Find the layers of each term's model, without those that are too large.
-
-    Of a weighted sum they are those that all its terms have.
-    """
+    """Find the layers of the model of each term, without those that are too large."""
     terms = terms_of(objective, batch)
-    models = [_read(term, params, own, max_size) for _, term, own in terms]
-    return models if len(models) == 1 else _layers.in_common(models)
-
-
-def _read(
-    objective: Objective, params: Params, batch: Batch, max_size: int
-) -> _layers.Model:
-    inputs = _sharding.first_case(as_cases(batch).inputs)
-    # As `factors` evaluates it: else what marks or gathers is in the program.
-    cases = _sharding.alike(as_cases(batch))
-    leaves = enumerate(jax.tree.leaves(params))
-    if _sharding.lies_elsewhere(params, cases):
+    leaves = list(enumerate(jax.tree.leaves(params)))
+    data = [_sharding.alike(as_cases(own)) for _, _, own in terms]
+    if any(_sharding.lies_elsewhere(params, cases) for cases in data):
         why = "its type, or another's, lies over an axis that the cases do not"
-        return _layers.Model((), (), {n: why for n, _ in leaves}, None, None)
+        others = {n: why for n, _ in leaves}
+        return [_layers.Model((), (), others, frozenset(), None, None)] * len(terms)
     large = {
         n: f"a side is longer than {max_size}"
         for n, leaf in leaves
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
     }
-    local = objective.local(_sharding.gathered(params, cases))
-    return _layers.read(objective.outputs, local, inputs, large)
+
+    def of_term(objective: Objective, cases: Cases, batch: Batch) -> _layers.Model:
+        # As `factors` evaluates it: else what marks or gathers is in the program.
+        local = objective.local(_sharding.gathered(params, cases))
+        inputs = _sharding.first_case(as_cases(batch).inputs)
+        return _layers.read(objective.outputs, local, inputs, large)
+
+    return [
+        of_term(term, cases, own)
+        for (_, term, own), cases in zip(terms, data, strict=True)
+    ]
 
 
 def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
@@ -238,31 +237,34 @@ class Blocks(NamedTuple):
     Attributes:
       pairs: of each layer.
       diagonals: of each other parameter, by its number.
+      beside: of a layer's parameters, the diagonal of those terms of a sum in which they
+        are none; of the inverse nothing, as it counts in the pairs.
     """
 
     pairs: list[Pair]
     diagonals: dict[int, jax.Array]
+    beside: dict[int, jax.Array]
 
 
 def estimate(
     objective: Objective,
     params: Params,
     batch: Batch,
-    models: list[_layers.Model],
+    model: Merged,
     *,
     key: jax.Array,
     num_probes: int,
 ) -> Blocks:
     """Compute factors of the layers, and the diagonal of G for the rest.
 
-    A weighted sum counts as one objective of all its terms' cases: Ā is the terms' mean,
-    weighted by cₖ, and Ḡ the sum.
+    A weighted sum counts as one objective of all its terms' cases: of the terms that have
+    a layer, Ā is the mean, weighted by cₖ, and Ḡ the sum.
 
     Args:
       objective: whose G it is, weight decay apart.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      models: as `read` found them.
+      model: of the models that `read` found.
       key: a typed key.
       num_probes: as in `factors`.
 
@@ -270,35 +272,63 @@ def estimate(
       The blocks, undamped.
     """
     terms = terms_of(objective, batch)
+    keys = _keys(key, len(terms))
     found = [
-        _estimate(term, params, own, model, key=own_key, num_probes=num_probes)
-        for (_, term, own), model, own_key in zip(
-            terms, models, _keys(key, len(terms)), strict=True
-        )
+        _estimate(term, params, own, part, key=own_key, num_probes=num_probes)
+        for (_, term, own), part, own_key in zip(terms, model.parts, keys, strict=True)
     ]
-    if not isinstance(objective, WeightedSum):
-        return found[0]
-    weights = jnp.stack(
-        [jnp.asarray(c, _tree.scalar_dtype(params)) for c, _, _ in terms]
-    )
-    whole = jnp.sum(weights)
-    shares = weights / jnp.where(whole > 0, whole, 1)
-
-    def combined(by: jax.Array, *matrices: jax.Array) -> jax.Array:
-        return sum(c.astype(x.dtype) * x for c, x in zip(by, matrices, strict=True))  # pyright: ignore[reportReturnType]
-
+    weights = [
+        None
+        if not isinstance(objective, WeightedSum)
+        else jnp.asarray(c, _tree.scalar_dtype(params))
+        for c, _, _ in terms
+    ]
     pairs = [
-        Pair(
-            combined(shares, *(pair.inputs for pair in layer)),
-            combined(weights, *(pair.units for pair in layer)),
+        _pair(
+            layer,
+            [
+                (c, part_pairs[part.places.index(place)])
+                for c, part, (part_pairs, _) in zip(
+                    weights, model.parts, found, strict=True
+                )
+                if place in part.places
+            ],
         )
-        for layer in zip(*(blocks.pairs for blocks in found), strict=True)
+        for place, layer in enumerate(model.layers)
     ]
-    diagonals = {
-        n: combined(weights, *(blocks.diagonals[n] for blocks in found))
-        for n in found[0].diagonals
-    }
-    return Blocks(pairs, diagonals)
+    leaves = jax.tree.leaves(params)
+
+    def entries(n: int) -> jax.Array:
+        own = [(c, of[n]) for c, (_, of) in zip(weights, found, strict=True) if n in of]
+        return _total(own) if own else _sharding.zeros_like(_tree.widen(leaves[n]))
+
+    return Blocks(
+        pairs,
+        {n: entries(n) for n in model.others},
+        {n: entries(n) for n in model.beside},
+    )
+
+
+def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
+    """Put together the factors that terms have of a layer, each with its cₖ."""
+    size = layer.inputs + (layer.bias is not None)
+
+    def with_bias(inputs: jax.Array) -> jax.Array:
+        # A term without the bias knows nothing of it: zeros.
+        return jnp.pad(inputs, (0, size - len(inputs)))
+
+    whole = _total([(c, jnp.ones(())) for c, _ in found])
+    inputs = _total([(c, with_bias(pair.inputs)) for c, pair in found])
+    units = _total([(c, pair.units) for c, pair in found])
+    if found[0][0] is not None:
+        inputs = inputs / jnp.where(whole > 0, whole, 1).astype(inputs.dtype)
+    return Pair(inputs, units)
+
+
+def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:
+    """Sum arrays, each times its cₖ; `None` is 1."""
+    terms = [x if c is None else c.astype(x.dtype) * x for c, x in found]
+    return sum(terms[1:], terms[0])
 
 
 def _keys(key: jax.Array, count: int) -> list[jax.Array]:
@@ -309,16 +339,18 @@ def _estimate(
     objective: Objective,
     params: Params,
     batch: Batch,
-    model: _layers.Model,
+    part: Part,
     *,
     key: jax.Array,
     num_probes: int,
-) -> Blocks:
+) -> tuple[list[Pair], dict[int, jax.Array]]:
+    """Compute a term's factors, and its diagonal for the parameters it counts for."""
     objective = objective.without_decay()
     cases = _sharding.alike(as_cases(batch))
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(_sharding.gathered(params, cases))
-    others: dict[int, jax.Array] = {n: leaves[n] for n in sorted(model.others)}
+    others: dict[int, jax.Array] = {n: leaves[n] for n in part.diagonals}
+    model = part.model
     pairs: list[Pair] = []
     if model.layers:
         pairs = factors(objective, params, batch, model, key=key, num_probes=num_probes)
@@ -335,12 +367,10 @@ def _estimate(
             key=key,
             num_probes=num_probes,
         )
-    return Blocks(pairs, others)
+    return pairs, others
 
 
-def inverted(
-    blocks: Blocks, model: _layers.Model, damping: Tree, share: Number
-) -> Blocks:
+def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blocks:
     """Damp and invert.
 
     Args:
@@ -358,8 +388,19 @@ def inverted(
     def of(number: int) -> jax.Array:
         return jnp.asarray(found[0] if scalar else found[number])
 
+    def of_layer(layer: _layers.Layer) -> jax.Array:
+        """Return λ, and the mean entry of what stands beside the layer's factors."""
+        numbers = [n for n in (layer.kernel, layer.bias) if n in blocks.beside]
+        entries = [blocks.beside[n] for n in numbers]  # pyright: ignore[reportArgumentType]
+        damped = jnp.mean(of(layer.kernel))
+        if not entries:
+            return damped
+        count = layer.units * (layer.inputs + (layer.bias is not None))
+        mean = sum(jnp.sum(x / count) for x in entries)
+        return damped + jnp.asarray(mean).astype(damped.dtype)
+
     pairs = [
-        inverse(pair, jnp.asarray(share * jnp.mean(of(layer.kernel))))
+        inverse(pair, jnp.asarray(share * of_layer(layer)))
         for layer, pair in zip(model.layers, blocks.pairs, strict=True)
     ]
 
@@ -370,10 +411,10 @@ def inverted(
         return 1 / jnp.where(total > 0, total, 1)
 
     rest = {n: reciprocal(n, entries) for n, entries in blocks.diagonals.items()}
-    return Blocks(pairs, rest)
+    return Blocks(pairs, rest, {})
 
 
-def product(blocks: Blocks, model: _layers.Model, r: Tree) -> Tree:
+def product(blocks: Blocks, model: Merged, r: Tree) -> Tree:
     """Multiply a tree like the parameters by all blocks."""
     leaves, structure = jax.tree.flatten(r)
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
@@ -411,7 +452,7 @@ def may_be_kernel(shape: tuple[int, ...], max_size: int) -> bool:
     return len(shape) >= 2 and max(math.prod(shape[:-1]), shape[-1]) <= max_size
 
 
-def pack(blocks: Blocks, model: _layers.Model, room: tuple) -> tuple:
+def pack(blocks: Blocks, model: Merged, room: tuple) -> tuple:
     """Put blocks into the room that a state has for them."""
     packed = [list(entries) for entries in room]
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
@@ -420,12 +461,12 @@ def pack(blocks: Blocks, model: _layers.Model, room: tuple) -> tuple:
             slot[place] = (
                 slot[place].at[:size, :size].set(matrix.astype(slot[place].dtype))
             )
-    for n, entries in blocks.diagonals.items():
+    for n, entries in (blocks.diagonals | blocks.beside).items():
         packed[n][0] = entries
     return tuple(tuple(entries) for entries in packed)
 
 
-def unpack(packed: tuple, model: _layers.Model) -> Blocks:
+def unpack(packed: tuple, model: Merged) -> Blocks:
     """Take blocks out of a state."""
 
     def pair(layer: _layers.Layer) -> Pair:
@@ -437,8 +478,11 @@ def unpack(packed: tuple, model: _layers.Model) -> Blocks:
             )
         )
 
-    rest = {n: packed[n][0] for n in sorted(model.others)}
-    return Blocks([pair(layer) for layer in model.layers], rest)
+    return Blocks(
+        [pair(layer) for layer in model.layers],
+        {n: packed[n][0] for n in model.others},
+        {n: packed[n][0] for n in model.beside},
+    )
 
 
 def _places(layer: _layers.Layer) -> tuple[int, int]:

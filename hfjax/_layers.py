@@ -62,11 +62,13 @@ class Model:
       uses: of kernels.
       layers: with those uses.
       others: of each parameter that is no layer's, its number and why.
+      unread: those of them that the model does not read.
     """
 
     uses: tuple[Use, ...]
     layers: tuple[Layer, ...]
     others: Mapping[int, str]
+    unread: frozenset[int]
     _program: Any
     _structure: Any
 
@@ -128,49 +130,11 @@ def read(
     for atom in jaxpr.outvars:
         reader.spoil(_mark(marks, atom), "the model returns it")
     uses, layers = reader.layers()
-    return Model(uses, layers, reader.others, program, jax.tree.structure(shapes))
-
-
-def in_common(models: Sequence[Model]) -> list[Model]:
-    """Leave each of several models of the same parameters the layers that all have.
-
-    Args:
-      models: as `read` found them.
-
-    Returns:
-      The models; their `layers` differ in `uses` alone, their `others` in nothing.
-    """
-
-    def identity(layer: Layer) -> Layer:
-        return layer._replace(uses=())
-
-    first, *rest = models
-    shared = [
-        layer
-        for layer in map(identity, first.layers)
-        if all(layer in map(identity, model.layers) for model in rest)
-    ]
-    others: dict[int, str] = {}
-    for model in models:
-        for n, why in model.others.items():
-            others.setdefault(n, why)
-        for layer in model.layers:
-            if identity(layer) not in shared:
-                for n in {layer.kernel, layer.bias} - {None}:
-                    others.setdefault(n, "it is another layer in another term")  # pyright: ignore[reportArgumentType]
-    return [
-        dataclasses.replace(
-            model,
-            layers=tuple(
-                layer
-                for wanted in shared
-                for layer in model.layers
-                if identity(layer) == wanted
-            ),
-            others=others,
-        )
-        for model in models
-    ]
+    known = {n for layer in layers for n in (layer.kernel, layer.bias)}
+    unread = frozenset(range(len(leaves))) - known - reader.others.keys()
+    others = reader.others | dict.fromkeys(unread, "the model does not read it")
+    structure = jax.tree.structure(shapes)
+    return Model(uses, layers, others, unread, program, structure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +237,6 @@ class _Reader:
             at = tuple(range(len(uses), len(uses) + len(numbers)))
             uses += [self._uses[n] for n in numbers]
             layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
-        known = {n for layer in layers for n in (layer.kernel, layer.bias)}
-        for n in range(len(self.shapes)):
-            if n not in known:
-                self.others.setdefault(n, "the model does not read it")
         return tuple(uses), tuple(layers)
 
     def _equation(

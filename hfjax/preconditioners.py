@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hfjax import _kronecker, _nystrom, _options, diagonals
 from hfjax._arguments import as_params, describe
+from hfjax._merged_layers import Merged, merged
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -146,7 +147,14 @@ def kronecker(
     its bias. Of Flax that is Dense, Conv without groups, and most recurrent cells; it is
     not what a scan takes layer by layer, kernels that are concatenated first (linen's
     `OptimizedLSTMCell`), or attention's projections to several heads. `layers` tells
-    what was found in a model. On a mesh of `Explicit` axes parameters may be sharded
+    what was found in a model.
+
+    In a weighted sum a term that does not read a kernel adds nothing to its factors: Ā is
+    the mean over the terms that have the layer, weighted by cₖ, and Ḡ their sum. A term
+    that reads the kernel otherwise (a penalty on parameters) adds the mean of its
+    diagonal of G there to λ. A kernel that one term uses transposed has no factors.
+
+    On a mesh of `Explicit` axes parameters may be sharded
     over the axis of the cases; where some lie over others, all have the diagonal.
 
     A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
@@ -228,13 +236,12 @@ def kronecker(
     ) -> Any:
         if cases is not None:
             batch = objective.thinned(batch, cases)
-        models = _kronecker.read(objective, params, batch, max_size)
-        model = models[0]
+        model = merged(_kronecker.read(objective, params, batch, max_size))
         damping = _with_decay(damping, objective)
 
         def fresh(memory: dict[str, tuple]) -> tuple[_kronecker.Blocks, dict]:
             blocks = _kronecker.estimate(
-                objective, params, batch, models, key=key, num_probes=num_probes
+                objective, params, batch, model, key=key, num_probes=num_probes
             )
             if "kronecker_factors" in memory:
                 old = memory["kronecker_factors"]
@@ -411,7 +418,7 @@ def layers(
         raise TypeError(msg)
     _options.check_count("max_size", max_size, low=1)
     params = as_params(params)
-    model = _kronecker.read(objective, params, batch, max_size)[0]
+    model = merged(_kronecker.read(objective, params, batch, max_size))
     note = _kronecker.coarse(objective, params, batch)
     nearly = "" if note is None else f", nearly: {note}"
     paths = [
@@ -419,12 +426,19 @@ def layers(
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
     lines = {n: f"diagonal: {why}" for n, why in model.others.items()}
-    for layer in model.layers:
+    for place, layer in enumerate(model.layers):
         inputs = f"{layer.inputs}" + (" + 1" if layer.bias is not None else "")
-        positions = layer.positions(model.uses)
-        often = f", at {positions} positions" if positions > 1 else ""
+        positions = model.positions(place)
+        words = " or ".join(map(str, positions))
+        often = f", at {words} positions" if positions[-1] > 1 else ""
         units = f"{layer.units} units" if layer.units > 1 else "1 unit"
-        lines[layer.kernel] = f"factors of {inputs} inputs and {units}{often}{nearly}"
+        beside = [
+            f"; term {k} ({why}) adds the mean of its diagonal to the damping"
+            for k, why in model.beside.get(layer.kernel, {}).items()
+        ]
+        lines[layer.kernel] = (
+            f"factors of {inputs} inputs and {units}{often}{nearly}{''.join(beside)}"
+        )
         if layer.bias is not None:
             lines[layer.bias] = f"bias of {paths[layer.kernel]}"
     return {path: lines[n] for n, path in enumerate(paths)}
@@ -437,7 +451,7 @@ def _with_decay(damping: Tree, objective: Objective) -> Tree:
     return jax.tree.map(lambda d: d + decay.astype(d.dtype), damping)
 
 
-def _product(blocks: _kronecker.Blocks, model: Any) -> Preconditioner:
+def _product(blocks: _kronecker.Blocks, model: Merged) -> Preconditioner:
     return lambda r: _kronecker.product(blocks, model, r)
 
 

@@ -35,6 +35,7 @@ ROOMS = [
     "diagonals",
     "_uses",
     "_layers",
+    "_merged_layers",
     "_kronecker",
     "_nystrom",
     "stopping",

@@ -178,22 +178,6 @@ def test_preconditioners_of_a_sum_are_those_of_all_its_cases(rule):
         )
 
 
-def test_a_layer_that_one_term_does_not_have_gets_a_diagonal():
-    def squared(params, x):
-        return model_fn(params | {"v": params["v"] ** 2}, x)
-
-    f = weighted_sum(
-        [(1.0, hfjax.Objective(m, SQUARED_ERROR)) for m in (model_fn, squared)]
-    )
-    found = hfjax.preconditioners.layers(f, PARAMS, BATCHES)
-    assert found["['w']"].startswith("factors of 2 + 1 inputs and 4 units")
-    assert found["['v']"].startswith("diagonal: ")
-    rule = hfjax.preconditioners.kronecker()
-    invert = rule.build(f, PARAMS, BATCHES, jnp.float64(0.1), jax.random.key(0))
-    rows = dense(invert)
-    assert np.all(np.linalg.eigvalsh((rows + rows.T) / 2) > 0)
-
-
 def test_training_on_a_sum_is_training_on_all_its_cases():
     both, one = of_all_cases()
 
