@@ -142,9 +142,8 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
     if isinstance(first, _Outer):
         if name == "transpose" and params["permutation"][0] == 0:
             return [first.transpose(params["permutation"])]
-        if name == "convert_element_type" and jnp.issubdtype(
-            params["new_dtype"], jnp.floating
-        ):
+        if name == "convert_element_type" and _is_real(first, params["new_dtype"]):
+            # Its square then keeps the digits that a narrower dtype drops.
             return [dataclasses.replace(first, dtype=params["new_dtype"])]
     operands = [x.form() if isinstance(x, _Outer) else x for x in operands]
     if name == "dot_general" and _is_outer(operands, params["dimension_numbers"]):
@@ -154,6 +153,12 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
         left, right = operands
         return [_Outer(left, right, contracted, axes, product.dtype)]
     return _programs.run(equation, operands)
+
+
+def _is_real(product: _Outer, *dtypes: jax.typing.DTypeLike) -> bool:
+    """Return whether a product stays open: Re(x dᵀ)² of complex factors is no product."""
+    known = (product.left.dtype, product.right.dtype, product.dtype, *dtypes)
+    return all(jnp.issubdtype(dtype, jnp.floating) for dtype in known)
 
 
 def _is_outer(operands: list[jax.Array], dimension_numbers: tuple) -> bool:

@@ -94,12 +94,21 @@ class Model:
         jaxpr, consts = self._program.jaxpr, self._program.consts
         outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
         rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
+        rows = [
+            jnp.concatenate([x.real, x.imag]) if use.is_complex else x
+            for x, use in zip(rows, self.uses, strict=True)
+        ]
         return self._structure.unflatten(outputs), rows
 
     def errors(self, number: int, derivative: jax.Array) -> jax.Array:
         """Lay out the derivative by what is added to a use: `[positions, units]`."""
         use = self.uses[number]
-        return as_rows(derivative, [len(use.loops) + axis for axis in use.output_axes])
+        axes = [len(use.loops) + axis for axis in use.output_axes]
+        rows = as_rows(derivative, axes)
+        if use.is_complex:
+            # JAX's derivative by x + iy is ∂/∂x − i ∂/∂y.
+            rows = jnp.concatenate([rows.real, -rows.imag])
+        return rows
 
 
 def read(
@@ -330,7 +339,9 @@ class _Reader:
             (units,) = use.output_axes
             length = use.shape[units]
             here = bias.axes[axis] == 0 if length > 1 else True
-            if shape == (length,) and here and n not in self._biases:
+            # To the real parts alone: no bias of a kernel that imaginary ones use, too.
+            fits = shape == (length,) and here and not use.is_complex
+            if fits and n not in self._biases:
                 self._biases[n] = bias.number
                 return _Sum(uses)
         self.spoil(bias, "it is added to no product that lacks a bias")
@@ -382,7 +393,7 @@ def _relabelled(equation: Any, mark: _Mark) -> _Mark:
     name, params = equation.primitive.name, equation.params
     if name in _SAME:
         dtype = equation.outvars[0].aval.dtype
-        return mark if jnp.issubdtype(dtype, jnp.floating) else None
+        return mark if jnp.issubdtype(dtype, jnp.inexact) else None
     if name == "transpose":
         order = tuple(params["permutation"])
         if isinstance(mark, _Sum):

@@ -45,9 +45,19 @@ class Use(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How often a case uses the kernel here: in time, in space."""
+        """How often a case uses the kernel here: in time, in space.
+
+        A real kernel in a complex product is used twice: by the real parts of the inputs,
+        and by the imaginary ones.
+        """
         units = math.prod(self.shape[axis] for axis in self.output_axes)
-        return math.prod((*self.loops, *self.shape)) // max(units, 1)
+        parts = 2 if self.is_complex else 1
+        return parts * math.prod((*self.loops, *self.shape)) // max(units, 1)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the product is of complex numbers."""
+        return jnp.issubdtype(self.dtype, jnp.complexfloating)
 
 
 class Run(NamedTuple):
