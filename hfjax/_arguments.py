@@ -19,6 +19,10 @@ _SHOWN = 8
 """Leaves of a tree that a message lists."""
 
 
+class ShapeError(ValueError):
+    """Outputs, targets or losses whose shapes are not those of so many cases."""
+
+
 def as_params(params: Params) -> Params:
     """Return parameters as arrays, which must be real floats.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hfjax import _sharding, _tree
+from hfjax._arguments import ShapeError
 from hfjax._types import Batch, Tree
 
 
@@ -124,7 +125,10 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
     if not sizes or len(set(sizes.values())) > 1 or () in sizes.values():
         msg = (
             f"Every leaf of `{name}` must lead with the same number of cases, got "
-            f"leading axes { ({where: list(size) for where, size in sizes.items()}) }."
+            f"leading axes { ({where: list(size) for where, size in sizes.items()}) }. "
+            "What all cases share is not part of a batch: let `model_fn` close over it. "
+            "Pad graphs and sequences to one size, stack them, and `jax.vmap` the model "
+            "over them."
         )
         raise ValueError(msg)
     (cases,) = next(iter(sizes.values()))
@@ -165,9 +169,15 @@ def check_outputs(outputs: Tree, cases: int) -> None:
             )
             raise TypeError(msg)
         if leaf.shape[:1] != (cases,):
+            often = f"{cases} case{'s' * (cases != 1)}"
             msg = (
                 "`model_fn` must keep the case axis first: got "
-                f"{where} of shape {leaf.shape} for {cases} cases (it is run on other "
+                f"{where} of shape {leaf.shape} for {often} (it is run on other "
                 "numbers of them, too)."
             )
-            raise ValueError(msg)
+            if cases == 1:
+                msg += (
+                    " `squeeze()` drops the case axis of a single case: write "
+                    "`squeeze(-1)`."
+                )
+            raise ShapeError(msg)

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 from hfjax import _tree
+from hfjax._arguments import ShapeError
 from hfjax._gradient_faults import Facts, explain
+from hfjax._loss import PAIRS
 from hfjax._setup import Setup, flat, walk, waves
 from hfjax._spectrum import extreme_curvature
 from hfjax._types import Batch, Params
@@ -64,6 +66,25 @@ def random(setup: Setup) -> Iterator[str]:
         )
 
 
+def bound_to_a_number(setup: Setup) -> Iterator[str]:
+    """Whether model and loss run on other numbers of cases: one, and half the batch."""
+    cases = len(setup.batch[2])
+    for number in sorted({1, (cases + 1) // 2} - {cases}):
+        try:
+            setup.case_values(slice(number))
+        except ShapeError:
+            raise
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            yield (
+                f"The model or the loss runs on the {cases} cases of the batch, but fails "
+                f"on {number} of them ({type(error).__name__}: {first}). It must run on "
+                "any number of cases: do not write the number into it, and do not set "
+                "cases against one another."
+            )
+            return
+
+
 def dependent(setup: Setup) -> Iterator[str]:
     """Whether a case's loss is its own, whatever stands beside it."""
     whole = setup.case_values()
@@ -76,6 +97,10 @@ def dependent(setup: Setup) -> Iterator[str]:
             "Cases depend on one another: their losses are others in half the batch "
             "than in the whole. Is batch normalisation in training mode? Use the "
             "evaluation mode."
+            if _outputs_differ(setup, half)
+            else "The loss mixes cases: a case's loss is another in half the batch than "
+            "in the whole, though the model's outputs are the same. Compute it from the "
+            f"case's own outputs and targets. {PAIRS}"
         )
     elif _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
         yield (
@@ -282,6 +307,18 @@ def bad_transformation(
         yield (
             f"`tx` rejects its first update: {rejection.name}, see `hfjax.Rejection`."
         )
+
+
+def _outputs_differ(setup: Setup, half: int) -> bool:
+    """Return whether the model's outputs of the first cases depend on the rest."""
+    inputs = setup.batch[0]
+    first = jax.tree.map(lambda leaf: leaf[:half], inputs)
+    whole, alone = (setup.objective.outputs(setup.params, x) for x in (inputs, first))
+    return any(
+        _differ(np.asarray(x), np.asarray(y[:half]), setup)
+        for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True)
+        if x.size
+    )
 
 
 def _listed(cases: np.ndarray) -> str:

@@ -322,7 +322,8 @@ def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> P
     units = _total([(c, pair.units) for c, pair in found])
     if found[0][0] is not None:
         inputs = inputs / jnp.where(whole > 0, whole, 1).astype(inputs.dtype)
-    return Pair(inputs, units)
+    dtype = jnp.result_type(inputs, units)  # Of a product that widens its inputs.
+    return Pair(inputs.astype(dtype), units.astype(dtype))
 
 
 def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:

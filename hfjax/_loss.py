@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from hfjax import _case_axes
+from hfjax._arguments import ShapeError, describe
 from hfjax._types import Tree
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
@@ -60,11 +62,16 @@ def by_leaf(
 ) -> Loss:
     """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf.
 
-    Targets have the shape of the outputs without its last `label_axes` axes.
+    Targets have the shape of the outputs without its last `label_axes` axes. Booleans
+    and integers that are no labels count as floats: −t of an unsigned one is none.
     """
 
+    def as_targets(z: jax.Array, t: jax.Array) -> jax.Array:
+        is_float = jnp.issubdtype(t.dtype, jnp.inexact)
+        return t if is_float or label_axes else jnp.asarray(t).astype(z.dtype)
+
     def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return sum_to_cases(value(z, t), z, "the loss")
+        return sum_to_cases(value(z, as_targets(z, t)), z, "the loss")
 
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
         _check_targets(outputs, targets, label_axes)
@@ -78,7 +85,7 @@ def by_leaf(
             _check_targets(outputs, targets, label_axes)
             structure = jax.tree.structure(outputs)
             maps = [
-                build(z, t)
+                build(z, as_targets(z, t))
                 for z, t in zip(
                     structure.flatten_up_to(outputs),
                     structure.flatten_up_to(targets),
@@ -130,18 +137,99 @@ def _check_targets(outputs: Tree, targets: Tree, label_axes: int) -> None:
                 f"shape {list(z.shape[1:])} a case, got {list(jnp.shape(t)[1:])}: they "
                 "would be broadcast."
             )
-            raise ValueError(msg)
+            raise ShapeError(msg)
+
+
+PAIRS = (
+    "A loss that compares cases with one another (pairs, contrastive learning) takes "
+    "the whole batch as one case: give every leaf a leading axis of length 1."
+)
+"""What to do with a loss that mixes cases on purpose."""
 
 
 def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
     """Sum every axis but the first, which must be the outputs' case axis."""
     cases = jax.tree.leaves(outputs)[0].shape[:1]
     if values.shape[:1] != cases or not cases:
-        name = getattr(source, "__name__", source)
         msg = (
-            f"{name} must return one value per case (leading axis {cases or 'missing'}"
-            f"), got shape {values.shape}: do not average or sum over the cases, "
-            "`Objective` does."
+            f"{_name(source)} must return one value per case (leading axis "
+            f"{cases or 'missing'}), got shape {values.shape}: do not average or sum "
+            f"over the cases, `Objective` does. {PAIRS}"
         )
-        raise ValueError(msg)
+        raise ShapeError(msg)
     return jnp.sum(values, axis=range(1, values.ndim))
+
+
+def case_by_case(
+    fn: Callable[[Tree, Tree], jax.Array],
+) -> Callable[[Tree, Tree], jax.Array]:
+    """Return a function's values summed to one per case, unless shapes show that it mixes.
+
+    It does where outputs `[cases, 1]` and targets `[cases]` are broadcast to
+    `[cases, cases]`: outputs meet targets with the cases on another axis, or axes beside
+    the first depend on the number of cases.
+
+    Args:
+      fn: `(outputs, targets) -> [cases, …]`, of the user.
+    """
+    known: set = set()  # Shapes that passed: they are looked at once.
+
+    def value(outputs: Tree, targets: Tree) -> jax.Array:
+        values = fn(outputs, targets)
+        summed = sum_to_cases(values, outputs, fn)
+        given = jax.tree.map(jax.typeof, (outputs, targets))
+        leaves, structure = jax.tree.flatten(given)
+        shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if shapes not in known:
+            _check_unmixed(fn, given, values.shape)
+            known.add(shapes)
+        return summed
+
+    return value
+
+
+def _check_unmixed(
+    fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], shape: tuple
+) -> None:
+    """Raise if a loss mixes cases, by its program for one case more."""
+    cases = shape[0]
+    if any(leaf.shape[:1] != (cases,) for leaf in jax.tree.leaves(given)):
+        return
+    program = _program(fn, given, cases + 1)
+    if program is None and cases > 1:
+        # It is right, perhaps, for this number of cases alone.
+        program = _program(fn, given, cases)
+    if program is None:
+        return
+    (result,) = (atom.aval.shape for atom in program.jaxpr.outvars)
+    if _case_axes.crosses(program, len(jax.tree.leaves(given[0]))):
+        how = "sets the outputs of one case against the targets of others"
+    elif result[:1] == (cases + 1,) and result[1:] != shape[1:]:
+        how = f"makes {list(shape)}, and of one case more {list(result)}"
+    else:
+        return
+    outputs, targets = map(describe, given)
+    msg = (
+        f"`loss` must not mix cases: of outputs {outputs} and targets {targets} it "
+        f"{how}. If they are broadcast, give both the same shape, by `squeeze(-1)` or "
+        f"`targets[:, None]`. {PAIRS}"
+    )
+    raise ShapeError(msg)
+
+
+def _program(
+    fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], cases: int
+) -> Any:
+    """Trace a loss for a number of cases; `None` if it is for no such number."""
+
+    def resized(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((cases, *leaf.shape[1:]), leaf.dtype)
+
+    try:
+        return jax.make_jaxpr(fn)(*jax.tree.map(resized, given))
+    except Exception:
+        return None
+
+
+def _name(source: object) -> object:
+    return getattr(source, "__name__", source)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _compiled, _options, _tree, losses
-from hfjax._arguments import as_params, noting_call
+from hfjax._arguments import ShapeError, as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, thinned, unfold
 from hfjax._means import AxisName, Means
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
@@ -171,11 +171,16 @@ class Objective:
           inputs: x of some cases.
 
         Returns:
-          What the loss compares with the targets.
+          What the loss compares with the targets; every leaf leads with the cases.
         """
         if self.hidden_loss is None:
-            return self._model(params, inputs)
-        return self.outputs_and_hidden(params, inputs)[0]
+            outputs = self._model(params, inputs)
+        else:
+            outputs = self.outputs_and_hidden(params, inputs)[0]
+        cases = [leaf.shape[0] for leaf in jax.tree.leaves(inputs)]
+        if cases:  # Else the targets tell how many there are.
+            check_outputs(outputs, cases[0])
+        return outputs
 
     def outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
         """Run a model with hidden states.
@@ -354,6 +359,12 @@ class Objective:
             "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
         ):
             values = self.loss.value(outputs, cases.targets)
+        if values.shape != cases.weights.shape:
+            msg = (
+                f"`loss.value` must have shape {list(cases.weights.shape)}, a number for "
+                f"each case, got {list(values.shape)}."
+            )
+            raise ShapeError(msg)
         return values.astype(_tree.wide(values.dtype))
 
     def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _repair
-from hfjax._loss import LinearMap, Targets, by_leaf, sum_to_cases
+from hfjax._loss import LinearMap, Targets, by_leaf, case_by_case
 from hfjax._loss import Loss as Loss
 from hfjax._types import Tree
 
@@ -252,8 +252,7 @@ def from_function(
     if positive is not None:
         _options.check_choice("positive", positive, ("clip", "shift"))
 
-    def value(outputs: Tree, targets: Tree) -> jax.Array:
-        return sum_to_cases(fn(outputs, targets), outputs, fn)
+    value = case_by_case(fn)
 
     def total(outputs: Tree, targets: Tree) -> jax.Array:
         return jnp.sum(value(outputs, targets))

@@ -18,7 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hfjax import _faults, _finite_differences
-from hfjax._arguments import as_key
+from hfjax._arguments import ShapeError, as_key
 from hfjax._setup import Setup, flat, rows, unlike, unrows, unusable
 from hfjax._types import Batch, Params
 from hfjax._weighted_sum import WeightedSum, terms_of
@@ -157,9 +157,11 @@ def check(
 
     - `grads` unlike `params`; numbers that are not finite; weights that are negative
       or all zero; targets that the loss is not meant for;
+    - outputs without a case axis, or broadcast against targets of another shape; a model
+      or a loss that fails for one case, or for half the batch;
     - a model that gives other values when called again, or cases that depend on one
       another or on their place: batch normalisation in training mode, dropout without
-      a key of each case;
+      a key of each case, a loss that mixes cases;
     - a derivative that is not that of the values: a wrong `jax.custom_vjp` or
       `custom_jvp`, a straight-through estimator; no forward derivative;
     - a loss that is not convex in the outputs, or couples so many of a case that
@@ -189,7 +191,7 @@ def check(
 
     Raises:
       TypeError: if `objective` is no `Objective`.
-      ValueError: whatever `objective` finds wrong with the shapes of the batch.
+      ValueError: if `batch` is none: see `hfjax.Objective`.
 
     Example:
       >>> import hfjax
@@ -203,8 +205,18 @@ def check(
       ...     print(fault[:78])
       `grads` is 2 times the gradient of this objective: a sum over the cases, where
     """
-    if isinstance(objective, WeightedSum):
-        return _check_sum(objective, tx, params, batch, grads)
+    try:
+        if isinstance(objective, WeightedSum):
+            return _check_sum(objective, tx, params, batch, grads)
+        return _check(objective, tx, params, batch, grads)
+    except ShapeError as error:
+        return [str(error)]
+
+
+def _check(
+    objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
+) -> list[str]:
+    """Check one objective."""
     _check_objective(objective)
     fault = _first(unlike(params, grads)) or _first(unusable(params, batch))
     if fault:
@@ -215,6 +227,7 @@ def check(
         _faults.bad_targets,
         _faults.not_finite,
         _faults.random,
+        _faults.bound_to_a_number,
         _faults.dependent,
         _faults.wrong_derivative,
     ):
@@ -241,8 +254,11 @@ def _check_sum(
         return [fault]
     terms = terms_of(objective.at(0), batch)
     for k, (_, term, own) in enumerate(terms):
-        gradient = term.value_and_grad(params, own)[1]
-        faults = check(term, None, params, own, gradient)
+        try:
+            gradient = term.value_and_grad(params, own)[1]
+            faults = _check(term, None, params, own, gradient)
+        except ShapeError as error:
+            faults = [str(error)]
         if faults:
             return [f"Of the sum's term {k}: {fault}" for fault in faults]
     given = Setup(objective.at(0), params, batch, 0.0, False)

@@ -17,6 +17,8 @@ ROOMS = [
     "_programs",
     "_coupling",
     "_repair",
+    "_programs",
+    "_case_axes",
     "_loss",
     "losses",
     "_cases",

@@ -274,4 +274,5 @@ def test_a_sum_with_a_penalty_is_trained():
     for _ in range(4):
         params, state, value = step(params, state)
         values.append(float(value))
-    assert values == sorted(values, reverse=True) and values[-1] < 0.5 * values[0]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.5 * values[0]
