@@ -145,7 +145,9 @@ def _of_term(
     means = objective.means
     local = objective.local(_sharding.gathered(params, cases))
 
-    def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, jax.Array]:
+    def of_case(
+        inputs: Tree, targets: Tree
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
         outputs, transpose = jax.vjp(
             lambda params: objective.outputs(params, inputs), local
@@ -158,6 +160,8 @@ def _of_term(
         # An S that is the same for all cases is no device's own.
         columns = _tree.cast_like(objective.local(units), outputs)
         rows = jax.vmap(lambda v: transpose(v)[0])(columns)
+        # Of parameters without entries nothing is gathered, or mapped.
+        rows = [leaf for leaf in jax.tree.leaves(rows) if leaf.size]
         transposed = jax.vmap(lambda unit: ravel_pytree(unit)[0])(units)
         inverse = _pseudoinverse(transposed.T, flat.dtype)
         return rows, solved(inverse, outputs, targets), inverse
@@ -201,7 +205,15 @@ def _of_term(
         return weighted(of_cases(of_case, *known))
 
     rows, residuals = jax.tree.map(weighted, (rows, residuals))
-    return Jacobian(rows, residuals, residuals_at)
+    leaves, structure = jax.tree.flatten(params)
+    found = iter(rows)
+    rows = [
+        next(found)
+        if leaf.size
+        else jnp.zeros((len(residuals), *leaf.shape), _tree.wide(leaf.dtype))
+        for leaf in leaves
+    ]
+    return Jacobian(structure.unflatten(rows), residuals, residuals_at)
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -49,17 +49,17 @@ def read(
         why = "its type, or another's, lies over an axis that the cases do not"
         others = {n: why for n, _ in leaves}
         return [_layers.Model((), (), others, frozenset(), None, None)] * len(terms)
-    large = {
+    unfit = {
         n: f"a side is longer than {max_size}"
         for n, leaf in leaves
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
-    }
+    } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
     def of_term(objective: Objective, cases: Cases, batch: Batch) -> _layers.Model:
         # As `factors` evaluates it: else what marks or gathers is in the program.
         local = objective.local(_sharding.gathered(params, cases))
         inputs = _sharding.first_case(as_cases(batch).inputs)
-        return _layers.read(objective.outputs, local, inputs, large)
+        return _layers.read(objective.outputs, local, inputs, unfit)
 
     return [
         of_term(term, cases, own)

@@ -161,8 +161,8 @@ class Run(NamedTuple):
 def as_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """Move axes to the end, and make two of all: `[positions, …]`."""
     rest = [axis for axis in range(x.ndim) if axis not in axes]
-    columns = math.prod(x.shape[axis] for axis in axes)
-    return x.transpose(*rest, *axes).reshape(-1, columns)
+    sizes = [math.prod(x.shape[axis] for axis in some) for some in (rest, axes)]
+    return x.transpose(*rest, *axes).reshape(sizes)
 
 
 def _patches(equation: Any, use: Use, inputs: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from hfjax._arguments import as_key, as_params, describe
 from hfjax._cases import Cases, as_cases
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
-from hfjax._weighted_sum import WeightedSum, sum_of_terms
+from hfjax._weighted_sum import WeightedSum, sum_of_terms, terms_of
 from hfjax.objective import Objective
 
 Estimate: TypeAlias = Callable[..., Tree]
@@ -272,11 +272,15 @@ def outputs_per_case(objective: Objective, params: Params, batch: Batch) -> int:
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
     Returns:
-      A Python integer; the model is traced, and not run.
+      A Python integer, of a weighted sum the largest; the model is traced, and not run.
     """
-    inputs = _sharding.first_case(as_cases(batch).inputs)
-    shapes = jax.eval_shape(objective.outputs, params, inputs)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    def of_term(objective: Objective, batch: Batch) -> int:
+        inputs = _sharding.first_case(as_cases(batch).inputs)
+        shapes = jax.eval_shape(objective.outputs, params, inputs)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    return max(of_term(term, own) for _, term, own in terms_of(objective, batch))
 
 
 def _factored(

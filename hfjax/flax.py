@@ -22,10 +22,12 @@ every evaluation within an update then sees the same noise.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
@@ -56,9 +58,11 @@ if TYPE_CHECKING or nnx is not None:
             a type of variable or any nnx filter.
           call: `(model, inputs) -> outputs`; `None` is `model(inputs)`. For structural
             damping, `lambda model, x: model(x, return_hidden=True)`.
-          per_case_keys: let `inputs` be `(inputs, keys)`, with a typed key for each
-            case, shape `[cases]`, and call the module case by case (by `vmap`, on a
-            batch of one), its random streams started from the case's key. For dropout.
+          per_case_keys: let `inputs` be `(inputs, keys)`, with a key for each
+            case, shape `[cases]` (raw: `[cases, 2]`), and call the module case by case (by `vmap`, on a
+            batch of one), its random streams started from the case's key, each split to
+            the stream's shape (of scanned blocks). For dropout. A module, or a `call`,
+            that takes `rngs` is given `nnx.Rngs` of the key.
 
         Returns:
           `(params, inputs) -> outputs`. `params` may be the state, or the pure tree
@@ -106,15 +110,24 @@ if TYPE_CHECKING or nnx is not None:
         graph, _, rest = nnx.split(model, wrt, ...)
         frozen = jax.tree.map(lambda x: x, rest)  # The model's own change in place.
         tags = _streams(model) if per_case_keys else ()
-        run = call or (lambda model, inputs: model(inputs))
+        run: Callable[..., Any] = call or (
+            lambda model, *args, **kw: model(*args, **kw)
+        )
+        takes_rngs = per_case_keys and _takes_rngs(call or type(model).__call__)
 
         def apply(params: Params, inputs: Any, key: jax.Array | None) -> Any:
             # A copy: a module that counts its random draws would change `frozen`.
             module = nnx.merge(graph, params, frozen, copy=True)
+            options: dict[str, Any] = {}
             if key is not None:
-                keys = jax.random.split(key, len(tags))
-                nnx.reseed(module, **dict(zip(tags, keys, strict=True)))
-            outputs = run(module, inputs)
+                if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+                    key = jax.random.wrap_key_data(key)
+                if takes_rngs:
+                    key, own = jax.random.split(key)
+                    options = {"rngs": nnx.Rngs(own)}
+                keys = dict(zip(tags, jax.random.split(key, len(tags)), strict=True))
+                nnx.reseed(module, policy="match_shape", **keys)
+            outputs = run(module, inputs, **options)
             _check_unchanged(module, wrt, frozen, keyed=per_case_keys)
             return outputs
 
@@ -194,6 +207,14 @@ def _streams(model: Any) -> tuple[str, ...]:
     """Return the names of a module's random streams."""
     found = (part for _, part in nnx.iter_graph(model))
     return tuple(sorted({p.key.tag for p in found if isinstance(p, nnx.RngStream)}))
+
+
+def _takes_rngs(call: Callable[..., Any]) -> bool:
+    """Return whether a call asks for random streams, as `rngs`."""
+    try:
+        return "rngs" in inspect.signature(call).parameters
+    except ValueError:  # A callable without a signature.
+        return False
 
 
 def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> None:

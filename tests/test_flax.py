@@ -329,3 +329,48 @@ def test_the_part_of_an_equinox_model_that_is_trained_trains():
     values, params = train(objective, params, [make_batch()] * 3)
     assert values[2] < values[1] < values[0]
     assert params.layers[0].bias is None
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.drop(jnp.ones_like(x))
+
+
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Block, axis_size=3))
+        self.blocks = make(rngs)
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, block: (block(x), None))(x, self.blocks)[0]
+
+
+class Called(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.drop = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5)
+
+    def __call__(self, x, rngs=None):
+        return self.drop(jnp.ones_like(self.linear(x)), rngs=rngs)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("make", [Stack, Called])
+def test_a_case_draws_masks_by_its_own_key(make, raw):
+    """In a scanned stack, each block another; in a module that takes `rngs`, too."""
+    module, x = make(nnx.Rngs(0)), jnp.zeros((6, 4))
+    keys = jax.random.split(jax.random.key(1), 6)
+    given = jax.random.key_data(keys) if raw else keys
+    model_fn = jax.jit(flax.nnx_model_fn(module, per_case_keys=True))
+    params = nnx.state(module, nnx.Param)
+    masks = np.asarray(model_fn(params, (x, given)))
+    np.testing.assert_array_equal(masks, model_fn(params, (x, given)))
+    alone = model_fn(params, (x[2:4], given[2:4]))
+    np.testing.assert_array_equal(masks[2:4], alone)
+    assert len(np.unique(masks, axis=0)) > 1
+    # A block adds 0 or 2: were all masks the same, 0 or 6 would come out, nothing else.
+    expected = {0.0, 2.0, 4.0, 6.0} if make is Stack else {0.0, 2.0}
+    assert set(np.unique(masks)) == expected
