@@ -120,12 +120,12 @@ if TYPE_CHECKING or nnx is not None:
             module = nnx.merge(graph, params, frozen, copy=True)
             options: dict[str, Any] = {}
             if key is not None:
-                if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-                    key = jax.random.wrap_key_data(key)
+                typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+                own: jax.Array = key if typed else jax.random.wrap_key_data(key)
                 if takes_rngs:
-                    key, own = jax.random.split(key)
-                    options = {"rngs": nnx.Rngs(own)}
-                keys = dict(zip(tags, jax.random.split(key, len(tags)), strict=True))
+                    own, called = jax.random.split(own)
+                    options = {"rngs": nnx.Rngs(called)}
+                keys = dict(zip(tags, jax.random.split(own, len(tags)), strict=True))
                 nnx.reseed(module, policy="match_shape", **keys)
             outputs = run(module, inputs, **options)
             _check_unchanged(module, wrt, frozen, keyed=per_case_keys)
