@@ -4,7 +4,7 @@ They are run from Python, on concrete arrays; `hfjax.verify.check` puts them in 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import optax
 from hfjax import _tree
 from hfjax._arguments import ShapeError
 from hfjax._gradient_faults import Facts, explain
+from hfjax._linearize import noted
 from hfjax._loss import PAIRS
 from hfjax._setup import Setup, flat, walk, waves
 from hfjax._spectrum import extreme_curvature
@@ -149,19 +150,41 @@ def wrong_derivative(setup: Setup) -> Iterator[str]:
         )
 
 
+def no_reverse_derivative(setup: Setup) -> Iterator[str]:
+    """Whether there is a gradient at all."""
+    yield from _lacking(setup.objective.value_and_grad, setup.params, setup.batch)
+
+
 def no_forward_derivative(setup: Setup) -> Iterator[str]:
-    """Whether the Gauss-Newton product can be made at all."""
+    """Whether Gauss-Newton products can be made at all."""
+
+    def product(params: Params, batch: Batch) -> Params:
+        return ggn(setup.objective, params, batch)(params)
+
+    yield from _lacking(product, setup.params, setup.batch)
+
+
+def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
+    """Return whether updates can be made, though Gauss-Newton products cannot."""
+
+    def update(grads: Params, params: Params, batch: Batch) -> Any:
+        return tx.update(grads, tx.init(params), params, batch=batch)
+
     try:
-        # Run, as the shapes alone would pass.
-        ggn(setup.objective, setup.params, setup.batch)(setup.params)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        yield (
-            "The model or the loss has a `jax.custom_vjp`, which has no forward "
-            "derivative, as the Gauss-Newton product needs: make it a "
-            "`jax.custom_jvp`, or use `curvature.finite_difference_hessian`."
-        )
+        jax.eval_shape(update, grads, given.params, batch)
+    except Exception:  # Whatever it is, it is found again where an update is run.
+        return False
+    return True
+
+
+def _lacking(run: Callable[..., Any], *args: Any) -> Iterator[str]:
+    """Trace something, as `jit` does, and yield a sentence if it lacks a derivative."""
+    try:
+        jax.eval_shape(run, *args)
+    except Exception as error:  # Others are raised where the same is run.
+        note = noted(error)
+        if note is not None:
+            yield note
 
 
 def not_convex(setup: Setup) -> Iterator[str]:

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _linalg, _programs, _sharding, _tree
 from hfjax._cases import as_cases
+from hfjax._linearize import noting_no_reverse
 from hfjax._objective import Objective
 from hfjax._types import Batch, Params, Tree
 from hfjax._weighted_sum import terms_of
@@ -83,6 +84,7 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
     return Size(rows, optax.tree.size(params), forward)
 
 
+@noting_no_reverse()
 def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     """Compute J̃ and r̃: a pass forward, and one back for each output of a case.
 

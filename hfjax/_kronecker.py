@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hfjax import _layers, _linalg, _sharding, _tree, diagonals
 from hfjax._cases import Cases, as_cases
+from hfjax._linearize import noting_no_reverse
 from hfjax._merged_layers import Merged, Part
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
@@ -78,6 +79,7 @@ def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
     return None
 
 
+@noting_no_reverse()
 def factors(
     objective: Objective,
     params: Params,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from hfjax import _compiled, _options, _tree, losses
 from hfjax._arguments import ShapeError, as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, thinned, unfold
+from hfjax._linearize import noting_no_reverse
 from hfjax._means import AxisName, Means
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 
@@ -236,10 +237,11 @@ class Objective:
 
         def both(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
             local = self.local(params)
-            value, gradient = self.mean(
-                lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
-                batch,
-            )
+            with noting_no_reverse():
+                value, gradient = self.mean(
+                    lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
+                    batch,
+                )
             gradient = self.decayed(gradient, params)
             return value + self._penalty(params), _tree.cast_like(gradient, params)
 

@@ -12,6 +12,7 @@ import jax
 from hfjax import _tree
 from hfjax._arguments import as_params
 from hfjax._cases import Cases, as_cases, split
+from hfjax._linearize import linearized
 from hfjax._types import Batch, Matvec, Params, Tree
 from hfjax.objective import Objective
 
@@ -76,13 +77,12 @@ def gauss_newton(
     Returns:
       The product.
     """
-    outputs, tangent = jax.linearize(forward, params)
-    transpose = jax.linear_transpose(tangent, params)
+    outputs, tangent, transpose = linearized(forward, params)
     curved = hessian(outputs)
 
     def product(v: Tree) -> Tree:
         weighted = _weighted(cases.weights, curved(tangent(v)))
-        return transpose(_tree.cast_like(weighted, outputs))[0]
+        return transpose(_tree.cast_like(weighted, outputs))
 
     return product
 

@@ -76,6 +76,24 @@ def multiplications(program: Any) -> int:
     return total
 
 
+def contains(program: Any, name: str) -> bool:
+    """Return whether an operation occurs in a program, or in one within it.
+
+    Args:
+      program: a `Jaxpr`, closed or not.
+      name: of a primitive.
+    """
+    for equation in getattr(program, "jaxpr", program).eqns:
+        within = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        if equation.primitive.name == name or any(
+            contains(part, name) for part in within if hasattr(part, "eqns")
+        ):
+            return True
+    return False
+
+
 def inner(equation: Any) -> Jaxpr | None:
     """Return the program that an equation is of, if it is one to be read."""
     name = equation.primitive.name

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from hfjax import _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_params, as_tangent, describe
 from hfjax._cases import Cases
+from hfjax._linearize import derivative_of_gradient
 from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean
 from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree, exact_of
@@ -127,8 +128,11 @@ def ggn(
 
     The model is linearised here, once; a product is one forward tangent pass and
     its transpose, about 4/3 of a gradient, and runs the model no more (unless the
-    objective's microbatches are linearised anew in each product). The model needs
-    forward derivatives: a `jax.custom_vjp` without them is not supported.
+    objective's microbatches are linearised anew in each product). A `jax.custom_vjp` in
+    the model has no forward derivative. The forward pass is then the transpose of its
+    backward rule, at about the same price, where that rule can be differentiated (that
+    of `odeint` can, that of Diffrax's default adjoint cannot: take `DirectAdjoint`).
+    Where it cannot, a note in the error says what to use.
 
     Args:
       objective: whose model, loss, weights and weight decay define G.
@@ -218,7 +222,7 @@ def hessian(
                 lambda part: jax.grad(objective.weighted_loss)(params, part), cases
             )
 
-        return jax.linearize(gradient, params)[1]
+        return derivative_of_gradient(gradient, params)
 
     return linear_mean(term, objective, params, batch)
 
@@ -239,8 +243,8 @@ def finite_difference_hessian(
         ∇²f v ≈ (∇f(θ + h v) − ∇f(θ)) / h                   (one-sided)
 
     with h = `epsilon` (1 + ‖θ‖) / ‖v‖: the step is scaled to v, and large enough to
-    be seen beside θ. For models without forward derivatives, and to check `hessian`:
-    that is exact, and as fast. Parameters behind a `stop_gradient` still move f: there
+    be seen beside θ. For models with a `jax.custom_vjp` whose backward rule cannot be
+    differentiated, and to check `hessian`: that is exact, and as fast. Parameters behind a `stop_gradient` still move f: there
     the two differ.
 
     Args:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from hfjax import _options, diagonals
 from hfjax._arguments import as_product, as_tangent, check_like
+from hfjax._linearize import linearized
 from hfjax._types import Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 
@@ -180,8 +181,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         key: jax.Array | None,
     ) -> Matrix:
         del objective, batch, curvature
-        weights, tangent = jax.linearize(original, params)
-        transpose = jax.linear_transpose(tangent, params)
+        weights, tangent, transpose = linearized(original, params)
         leaves, structure = jax.tree.flatten(weights)
         assert key is not None
         signs = structure.unflatten(
@@ -196,10 +196,10 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         def matvec(v: Tree) -> Tree:
             v = as_tangent(v, params)
             like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-            product = transpose(tangent(like))[0]
+            product = transpose(tangent(like))
             return jax.tree.map(lambda x, v: x.astype(v.dtype), product, v)
 
-        return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)[0]))
+        return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)))
 
     return DampingMatrix(build, needs_key=True)
 

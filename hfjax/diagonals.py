@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from hfjax import _case_gradients, _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_key, as_params, describe
 from hfjax._cases import Cases, as_cases
+from hfjax._linearize import noting_no_reverse
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
 from hfjax._weighted_sum import WeightedSum, sum_of_terms, terms_of
@@ -294,6 +295,7 @@ def _factored(
     return outputs, lambda v: transpose(v)[0], factor
 
 
+@noting_no_reverse()
 def _mean_of_squares(
     objective: Objective,
     params: Params,

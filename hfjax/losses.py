@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _repair
+from hfjax._linearize import derivative_of_gradient
 from hfjax._loss import LinearMap, Targets, by_leaf, case_by_case
 from hfjax._loss import Loss as Loss
 from hfjax._types import Tree
@@ -259,7 +260,7 @@ def from_function(
 
     def curvature(outputs: Tree, targets: Tree) -> LinearMap:
         gradient = jax.grad(lambda z: total(z, targets))
-        return jax.linearize(gradient, outputs)[1]
+        return derivative_of_gradient(gradient, outputs)
 
     def hessian(outputs: Tree, targets: Tree) -> LinearMap:
         product = curvature(outputs, targets)

@@ -61,7 +61,7 @@ def cholesky(
     (G + λI) δ = −∇f + λφ, with φ = `momentum` · (the last step): the step that stays as
     near to φ as λ says, rather than to 0. G is the Gauss-Newton matrix, D = I, and no
     preconditioner is made. λ, ρ, line search and rejection are as with conjugate
-    gradients.
+    gradients. The model needs reverse-mode derivatives only.
 
     The step is δ + c, corrected for what its linear model misses: with J̃ and r̃ as above,
 

@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _faults, _finite_differences
 from hfjax._arguments import ShapeError, as_key
+from hfjax._linearize import NO_FORWARD, linearized
 from hfjax._setup import Setup, flat, rows, unlike, unrows, unusable
 from hfjax._types import Batch, Params
 from hfjax._weighted_sum import WeightedSum, terms_of
@@ -126,8 +127,8 @@ def products(
         g = jnp.einsum("i,pia,iab,qib->pq", share, j, hessians, j)
         g += setup.decay * jnp.eye(tried.size)
 
-        _, tangent = jax.linearize(forward, theta)
-        (transposed,) = jax.linear_transpose(tangent, theta)(w)
+        _, tangent, transpose = linearized(forward, theta)
+        transposed = transpose(w)
         curved = rows(f.loss.hessian(outputs, targets)(to_tree(u)))
         product = ggn(f, params, batch)
 
@@ -163,7 +164,8 @@ def check(
       another or on their place: batch normalisation in training mode, dropout without
       a key of each case, a loss that mixes cases;
     - a derivative that is not that of the values: a wrong `jax.custom_vjp` or
-      `custom_jvp`, a straight-through estimator; no forward derivative;
+      `custom_jvp`, a straight-through estimator; a derivative that `tx` needs, and
+      that the model or the loss does not have;
     - a loss that is not convex in the outputs, or couples so many of a case that
       preconditioners and diagonals are estimated only nearly;
     - `grads` that are not ∇f of this objective on this batch: another reduction, sign
@@ -229,6 +231,7 @@ def _check(
         _faults.random,
         _faults.bound_to_a_number,
         _faults.dependent,
+        _faults.no_reverse_derivative,
         _faults.wrong_derivative,
     ):
         with setup.precision():
@@ -236,9 +239,12 @@ def _check(
         if fault:
             return [fault]
 
-    faults = [*_faults.no_forward_derivative(given)]
-    if not faults:
+    faults = []
+    lacking = _first(_faults.no_forward_derivative(given))
+    if lacking is None:
         faults += [*_faults.not_convex(setup), *_faults.noisy(given, setup)]
+    elif not _faults.does_without(tx, given, batch, grads):
+        faults.append(lacking)
     faults += _faults.unlike_gradient(given, setup, grads)
     if tx is not None and objective.axis_name is None:
         faults += _faults.bad_transformation(tx, given, batch, grads, judge=not faults)
@@ -253,15 +259,17 @@ def _check_sum(
     if fault:
         return [fault]
     terms = terms_of(objective.at(0), batch)
+    given = Setup(objective.at(0), params, batch, 0.0, False)
     for k, (_, term, own) in enumerate(terms):
         try:
             gradient = term.value_and_grad(params, own)[1]
             faults = _check(term, None, params, own, gradient)
         except ShapeError as error:
             faults = [str(error)]
+        if faults == [NO_FORWARD] and _faults.does_without(tx, given, batch, grads):
+            continue
         if faults:
             return [f"Of the sum's term {k}: {fault}" for fault in faults]
-    given = Setup(objective.at(0), params, batch, 0.0, False)
     exact, found = flat(given.gradient(params)), flat(grads)
     size = max(np.linalg.norm(exact), float(np.finfo(np.float64).tiny))
     error = float(np.linalg.norm(found - exact) / size)

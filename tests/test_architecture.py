@@ -10,6 +10,8 @@ ROOMS = [
     "_options",
     "_sharding",
     "_tree",
+    "_programs",
+    "_linearize",
     "_arguments",
     "_refusal",
     "_compiled",
