@@ -112,6 +112,14 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
     inputs, targets, *rest = batch
     sizes = {}
     for part, tree in (("inputs", inputs), ("targets", targets)):
+        if any(_is_sparse(x) for x in jax.tree.leaves(tree, is_leaf=_is_sparse)):
+            msg = (
+                f"`{name}` holds a sparse matrix in its {part}, of which no single case "
+                "can be taken. Hand in what it is made of, with the cases first: `data` "
+                "and `indices` of `BCOO.fromdense(x, n_batch=1)`, and multiply with them "
+                "in `model_fn`. (It may close over a sparse matrix.)"
+            )
+            raise TypeError(msg)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             where = f"{part}{jax.tree_util.keystr(path)}"
             if not _is_array(leaf):
@@ -144,6 +152,10 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
         msg = f"`{name}` weights must be real, got {weights.dtype}."
         raise TypeError(msg)
     return Cases(inputs, targets, weights.astype(_tree.wide(weights.dtype)))
+
+
+def _is_sparse(leaf: object) -> bool:
+    return hasattr(leaf, "todense") and hasattr(leaf, "nse")
 
 
 def _is_array(leaf: object) -> bool:

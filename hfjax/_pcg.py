@@ -257,7 +257,7 @@ def _step(problem: Problem, state: State) -> State:
         _tree.scale(problem.x_size, _tree.maxima(beyond))
     )
     moves &= finite
-    i = state.i + moves
+    i = state.i + moves.astype(state.i.dtype)
 
     # `select`, not alpha = 0: what is not finite must not touch x.
     x = _tree.select(moves, beyond, state.x)
@@ -281,7 +281,7 @@ def _step(problem: Problem, state: State) -> State:
         conjugate = _tree.dot(y, product) / jnp.where(positive, curvature, 1)
         beta = jnp.where(due, conjugate, beta)
     p = _tree.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
-    later = jnp.arange(problem.max_iterations + 1) >= i
+    later = jnp.arange(problem.max_iterations + 1, dtype=i.dtype) >= i
     model_values = jnp.where(later, model, state.model_values)
 
     reason = _judge(problem, i, r, model_values)
@@ -300,7 +300,8 @@ def _step(problem: Problem, state: State) -> State:
         ry + beta**2 * pp,
     )
     found = jnp.stack([lanczos, jnp.where(lanczos > 0, beta, 0)])
-    here = jnp.arange(problem.max_iterations)[:, None] == state.i
+    numbers = jnp.arange(problem.max_iterations, dtype=i.dtype)
+    here = numbers[:, None] == state.i
     coefficients = jnp.where(here, found[None], state.coefficients)
     return State(
         i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients

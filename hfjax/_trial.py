@@ -169,7 +169,7 @@ def noise_of(value: jax.Array, b: Tree, params: Tree) -> jax.Array:
     scaled, size = _tree.normalised(_tree.widen(params))
 
     def rounded(b: jax.Array, scaled: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.finfo(x.dtype).eps * b * scaled.astype(b.dtype)
+        return float(jnp.finfo(x.dtype).eps) * b * scaled.astype(b.dtype)
 
     moved = jax.tree.map(rounded, b, scaled, params)
     of_params = jnp.sqrt(_tree.dot(moved, moved)) * (b_size * size)

@@ -203,7 +203,7 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
         leaves, structure = jax.tree.flatten(outputs)
         units, at = [], 0
         for z in leaves:
-            place = jnp.arange(at, at + z.size).reshape(z.shape)
+            place = jnp.arange(at, at + z.size, dtype=index.dtype).reshape(z.shape)
             units.append((place == index).astype(z.dtype))
             at += z.size
         return transpose(objective.local(factor(structure.unflatten(units))))

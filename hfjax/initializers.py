@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options
+from hfjax import _options, _tree
 from hfjax._arguments import as_key, check_function, describe
 from hfjax._types import Number
 
@@ -149,7 +149,7 @@ def spectral_radius(
             )
             raise ValueError(msg)
         kernel = draw(key, shape, dtype)
-        wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        wide = kernel.astype(_tree.wide(kernel.dtype))
         found = _spectral_radius(wide)
         factor = jnp.where(found > 0, radius / jnp.where(found > 0, found, 1), 1)
         return (wide * factor[..., None, None]).astype(dtype)

@@ -270,7 +270,8 @@ def _write(
     kept: Kept, slot: jax.Array, i: jax.Array, x: Tree, value: jax.Array
 ) -> Kept:
     write = jax.lax.dynamic_update_index_in_dim
-    here = jnp.arange(len(kept.iterations)) == slot
+    slot = jnp.asarray(slot, jnp.int32)
+    here = jnp.arange(len(kept.iterations), dtype=jnp.int32) == slot
     return Kept(
         jax.tree.map(
             lambda buffer, leaf: write(buffer, leaf, slot, 0), kept.iterates, x

@@ -245,7 +245,8 @@ def kronecker(
             )
             if "kronecker_factors" in memory:
                 old = memory["kronecker_factors"]
-                kept = jnp.minimum(decay, 1 - 1 / (count // interval + 1.0))
+                builds = jnp.asarray(count // interval + 1, float)
+                kept = jnp.minimum(jnp.asarray(decay, builds.dtype), 1 - 1 / builds)
                 new = _kronecker.pack(blocks, model, old)
                 new = jax.tree.map(
                     lambda x, y: _mixed(kept.astype(x.dtype), x, y), old, new

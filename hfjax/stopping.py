@@ -139,7 +139,8 @@ def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
         j, values = progress.iteration, progress.model_values
         k = jnp.minimum(j, window)
         gain, now = values[j - k] - values[j], values[j]
-        return (now < 0) & (gain * (cost + j) < -now * k)
+        spent = jnp.asarray(cost, now.dtype) + j.astype(now.dtype)
+        return (now < 0) & (gain * spent < -now * k.astype(now.dtype))
 
     return rule
 
@@ -170,9 +171,12 @@ def _relative_progress(
 
     def rule(progress: Progress) -> jax.Array:
         j, values = progress.iteration, progress.model_values
-        window = jnp.maximum(jnp.ceil(fraction * j), minimum_window).astype(j.dtype)
+        share = jnp.asarray(fraction)
+        window = jnp.ceil(share * j.astype(share.dtype)).astype(j.dtype)
+        window = jnp.maximum(window, jnp.asarray(minimum_window).astype(j.dtype))
         now, before = values[j], values[jnp.maximum(j - window, 0)]
-        bound = tolerance * window if per_iteration else tolerance
+        bound = jnp.asarray(tolerance, now.dtype)
+        bound = bound * window.astype(now.dtype) if per_iteration else bound
         # Martens' program asks M(x_{j−k}) < 0; M falls, so M(x_j) < 0 is implied.
         started = (j > window) & (before < 0)
         # s_j < bound without the division: both sides times M(x_j) < 0.
