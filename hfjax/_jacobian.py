@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _linalg, _programs, _sharding, _tree
 from hfjax._cases import as_cases
+from hfjax._convolutions import for_loops
 from hfjax._linearize import noting_no_reverse
 from hfjax._objective import Objective
 from hfjax._types import Batch, Params, Tree
@@ -104,7 +105,9 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     return Jacobian(
         rows,
         residuals,
-        lambda step: jnp.concatenate([part.residuals_at(step) for part in parts]),
+        for_loops(
+            lambda step: jnp.concatenate([part.residuals_at(step) for part in parts])
+        ),
     )
 
 
@@ -178,6 +181,7 @@ def _of_term(
         if objective.microbatch_size is None:
             return jax.vmap(compute)(*trees)
         size = objective.microbatch_size
+        compute = for_loops(compute)
         return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
 
     total = means.total(cases.weights)

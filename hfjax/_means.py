@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
 from hfjax._cases import Cases, Microbatches, as_cases, split
+from hfjax._convolutions import for_loops
 from hfjax._types import Batch, Params, Tree
 
 AxisName: TypeAlias = Any
@@ -45,7 +46,9 @@ class Means(NamedTuple):
         shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
         zeros = self.local(_tree.widen(_sharding.zeros(shapes)))
         return _tree.summed(
-            lambda k: _tree.widen(sum_over_cases(parts.take(k))), parts.count, zeros
+            lambda k: _tree.widen(for_loops(sum_over_cases)(parts.take(k))),
+            parts.count,
+            zeros,
         )
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from hfjax import _compiled, _options, _tree, losses
 from hfjax._arguments import ShapeError, as_params, noting_call
 from hfjax._cases import Cases, as_cases, check_outputs, split, thinned, unfold
+from hfjax._convolutions import for_loops
 from hfjax._linearize import noting_no_reverse
 from hfjax._means import AxisName, Means
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
@@ -264,8 +265,9 @@ class Objective:
             parts = split(cases, self.microbatch_size)
             if parts.count == 1:
                 return self.losses_of(params, cases)
+            losses_of = for_loops(self.losses_of)
             stacked = jax.lax.map(
-                lambda k: self.losses_of(params, parts.take(k)), jnp.arange(parts.count)
+                lambda k: losses_of(params, parts.take(k)), jnp.arange(parts.count)
             )
             return unfold(stacked, cases.weights.shape[0])
 

@@ -12,6 +12,7 @@ import jax
 from hfjax import _tree
 from hfjax._arguments import as_params
 from hfjax._cases import Cases, as_cases, split
+from hfjax._convolutions import for_loops
 from hfjax._linearize import linearized
 from hfjax._types import Batch, Matvec, Params, Tree
 from hfjax.objective import Objective
@@ -44,7 +45,8 @@ def linear_mean(
         # sums in the dtype of what it is taken by.
         source, local = _narrowed(objective, params), _tree.widen(local)
     once = parts.count == 1 or objective.linearize_once
-    whole = term(source, local, cases) if once else None
+    # Conjugate gradients are a loop.
+    whole = for_loops(term(source, local, cases)) if once else None
 
     def matvec(v: Tree) -> Tree:
         tangent = objective.local(_tree.cast_like(v, params))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _tree
+from hfjax._convolutions import for_loops
 from hfjax._jacobian import Jacobian, jacobian, with_penalty
 from hfjax._types import Batch, Matvec, Params, Tree, ValueFn
 from hfjax.cg import Subproblem
@@ -52,12 +53,16 @@ class Point(NamedTuple):
             # A saturated model has a value even there.
             return jnp.where(_overflows(at, self.params), jnp.inf, value)
 
-        return value_fn
+        return for_loops(value_fn)
 
     def value_and_grad(self, step: Tree) -> tuple[jax.Array, Params]:
         """Return f and ∇f at θ + δ on the evaluation data."""
-        at = _tree.add(self.params, step)
-        return self.objective.value_and_grad(at, self.eval_batch)
+
+        def value_and_grad(step: Tree) -> tuple[jax.Array, Params]:
+            at = _tree.add(self.params, step)
+            return self.objective.value_and_grad(at, self.eval_batch)
+
+        return for_loops(value_and_grad)(step)
 
 
 def assemble(

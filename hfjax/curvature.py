@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from hfjax import _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_params, as_tangent, describe
 from hfjax._cases import Cases
+from hfjax._convolutions import for_loops
 from hfjax._linearize import derivative_of_gradient
 from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean
@@ -303,6 +304,7 @@ def finite_difference_hessian(
         product = jax.tree.map(lambda x: jnp.where(size == 0, 0, x), product)
         return _tree.cast_like(product, v)
 
+    matvec = for_loops(matvec)
     return _plus_distance(structural, objective, params, batch, matvec)
 
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from hfjax import _case_gradients, _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_key, as_params, describe
 from hfjax._cases import Cases, as_cases
+from hfjax._convolutions import for_loops
 from hfjax._linearize import noting_no_reverse
 from hfjax._probes import probes
 from hfjax._types import Batch, Number, Params, Tree
@@ -335,7 +336,7 @@ def _mean_of_squares(
         if probes == 1:
             return one(zero)
         total = _sharding.zeros(jax.eval_shape(one, zero))
-        return _tree.summed(one, probes, objective.local(total))
+        return _tree.summed(for_loops(one), probes, objective.local(total))
 
     held = _case_gradients.held_entries(
         gradient_of(zero), (cases.inputs, cases.targets)

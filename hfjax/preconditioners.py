@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hfjax import _kronecker, _nystrom, _options, diagonals
 from hfjax._arguments import as_params, describe
+from hfjax._convolutions import for_loops
 from hfjax._merged_layers import Merged, merged
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
@@ -265,7 +266,7 @@ def kronecker(
         if interval > 1:
             memory = jax.lax.cond(
                 count % interval == 0,
-                lambda memory: fresh(memory)[1],
+                for_loops(lambda memory: fresh(memory)[1]),
                 lambda memory: memory,
                 memory,
             )
