@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from benchmarks import (
     autoencoder,
     compare,
+    convolutions,
     costs,
     imports,
     losses,
@@ -29,6 +30,7 @@ _COMMANDS = {
     "pinn": pinn,
     "product": product,
     "losses": losses,
+    "convolutions": convolutions,
     "shares": shares,
     "costs": costs,
     "precision": precision,

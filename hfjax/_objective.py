@@ -314,7 +314,8 @@ class Objective:
             outputs = self.outputs(params, cases.inputs)
         else:
             stacked = _tree.mapped(
-                lambda k: self.outputs(params, parts.take(k).inputs), parts.count
+                for_loops(lambda k: self.outputs(params, parts.take(k).inputs)),
+                parts.count,
             )
             outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
         check_outputs(outputs, total)

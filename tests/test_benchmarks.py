@@ -315,6 +315,15 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
     assert "784-2, 3 images" in printed
 
 
+def test_products_of_a_convolutional_network_are_timed(tmp_path, capsys):
+    path = tmp_path / "convolutions.json"
+    words = ("--cases", "4", "--channels", "2", "3", "4", "--layout", "NCHW")
+    assert main(["convolutions", *words, "--rounds", "1", "--out", str(path)]) == 0
+    found = json.loads(path.read_text())["seconds"]
+    assert set(found) == {"gradient", "hfjax", "JAX alone"}
+    assert "G v in a loop" in capsys.readouterr().out
+
+
 def test_costs_of_nothing_are_an_error(capsys):
     assert main(["costs", "--only", "adam"]) == 2
     assert "no set-up has 'adam'" in capsys.readouterr().err
