@@ -38,7 +38,7 @@ def scalar_dtype(tree: Tree) -> jnp.dtype:
 def _widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     # Whoever has set strict promotion means arrays that meet; here none do.
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, map(jnp.dtype, dtypes))
+        return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
 
 
 def widen(tree: Tree) -> Tree:
