@@ -5,40 +5,28 @@ entry, it tells which entries of v may reach which of L″v: those that are conn
 a block, and L″ is zero between two blocks, whatever the numbers are. An elementwise loss
 has blocks of one output, a softmax over the last axis one block for each position.
 
-Within blocks, L″ is read further where it can be: as a diagonal and one outer product,
-
-    L″ = diag(a) + b cᵀ        in each block, as of every softmax,
-
-if all that couples the outputs of a block is one sum over them.
-
 What an equation does to entries is known of arithmetic, sums, matrix products and of
 what moves entries about. Of any other (sorting, indexing by numbers, loops) every result
 is taken to depend on every entry: blocks may come out too large, and never too small.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from hfjax import _programs
 
-_ARITHMETIC = frozenset(
+ARITHMETIC = frozenset(
     {"add", "add_any", "sub", "mul", "div", "neg", "select_n", "convert_element_type"}
     | {"copy", "copy_p", "reduce_precision", "real", "pvary", "pcast", "reshard"}
 )
 """Equations that take entries at one place to the same place, if the shapes agree."""
 
-_SUMS_OF_OPERANDS = frozenset({"add", "add_any", "sub"})
 _INDEPENDENT = -1
-
-
-class Unreadable(Exception):  # noqa: N818 (nothing is wrong: L″ is just no such matrix)
-    """L″ is not a diagonal and one outer product in each block, as far as is known."""
 
 
 def trace(product: Callable[..., Any], outputs: Any, targets: Any) -> Any:
@@ -69,7 +57,7 @@ def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
     Returns:
       The number of each output's block, shape `[outputs]`, in the order of the leaves.
     """
-    entries = _entries(shapes)
+    entries = numbered(shapes)
     jaxpr = program.jaxpr
     known = len(jaxpr.invars) - len(entries)
     given = [None] * known + entries
@@ -114,7 +102,7 @@ class _Blocks(NamedTuple):
         def read(atom: Any) -> Any:
             return None if isinstance(atom, Literal) else found.get(atom)
 
-        for equation in _needed(jaxpr):
+        for equation in needed(jaxpr):
             operands = [read(atom) for atom in equation.invars]
             if any(x is not None for x in operands):
                 results = self.equation(equation, operands)
@@ -149,7 +137,7 @@ class _Blocks(NamedTuple):
         name, params = equation.primitive.name, equation.params
         shape = equation.outvars[0].aval.shape
         dependent = [x for x in operands if x is not None]
-        if name in _ARITHMETIC:
+        if name in ARITHMETIC:
             nothing = np.full(shape, _INDEPENDENT)
             return [functools.reduce(self.connect, dependent, nothing)]
         if name in ("concatenate", "stack"):
@@ -173,8 +161,8 @@ class _Blocks(NamedTuple):
             return [np.broadcast_to(self.merged(x, (params["axis"],)), shape)]
         if name == "dot_general":
             return [self._dot(params, x, int(operands[0] is None), shape)]
-        moved = _moved(name, params, x, shape)
-        return None if moved is None else [moved]
+        found = moved(name, params, x, shape)
+        return None if found is None else [found]
 
     def _dot(
         self, params: Any, x: np.ndarray, side: int, shape: tuple[int, ...]
@@ -192,183 +180,7 @@ class _Blocks(NamedTuple):
         return np.broadcast_to(x.reshape(lengths), shape)
 
 
-class Outer(NamedTuple):
-    """diag(a) + b cᵀ of one case, block by block, for all outputs in one vector.
-
-    Attributes:
-      diagonal: a, shape `[outputs]`.
-      left: b.
-      right: c.
-    """
-
-    diagonal: jax.Array
-    left: jax.Array
-    right: jax.Array
-
-
-def outer(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
-    """Read L″ of one case as a diagonal and one outer product in each block.
-
-    Args:
-      program: of `trace`.
-      args: the leaves of its outputs and targets.
-      numbers: of `blocks`.
-
-    Returns:
-      What L″ is there; sums of the program are not run, but read.
-
-    Raises:
-      Unreadable: if it is no such matrix, or is not known to be.
-    """
-    walk = _Outer(numbers, [])
-    shapes = [x.shape for x in program.out_avals]
-    entries = _entries(shapes)
-    dtype = jnp.result_type(*(x.dtype for x in program.out_avals))
-    given = [
-        _Form({0: _Part(jnp.ones(entry.shape, out.dtype), entry)})
-        for entry, out in zip(entries, program.out_avals, strict=True)
-    ]
-    results = walk.program(program.jaxpr, program.consts, [*args, *given])
-    count = len(numbers)
-    diagonal, left, right = (jnp.zeros(count, dtype) for _ in range(3))
-    for entry, result in zip(entries, results, strict=True):
-        if not isinstance(result, _Form):
-            continue
-        for source, (factor, places) in result.parts.items():
-            wanted = entry if source == 0 else numbers[entry]
-            if not np.array_equal(places, wanted):
-                raise Unreadable
-            flat = factor.reshape(-1).astype(dtype)
-            if source == 0:
-                diagonal = diagonal.at[entry.ravel()].set(flat)
-            else:
-                left = left.at[entry.ravel()].add(flat)
-    for factor, places in walk.sums:
-        right = right.at[places.ravel()].add(factor.reshape(-1).astype(dtype))
-    return Outer(diagonal, left, right)
-
-
-class _Part(NamedTuple):
-    """`factor` times entries of a vector: `places` has the number of each."""
-
-    factor: jax.Array
-    places: np.ndarray
-
-
-class _Form(NamedTuple):
-    """A value that depends on v: a sum of parts; 0 is of v, 1 of the blocks' sums."""
-
-    parts: dict[int, _Part]
-
-
-class _Outer(NamedTuple):
-    """Evaluates a program on forms; `sums` are what the blocks' sums are of."""
-
-    numbers: np.ndarray
-    sums: list[_Part]
-
-    def program(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
-    ) -> list[Any]:
-        values = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
-        )
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else values[atom]
-
-        for equation in _needed(jaxpr):
-            operands = [read(atom) for atom in equation.invars]
-            results = self.equation(equation, operands)
-            values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def equation(self, equation: Any, operands: list[Any]) -> list[Any]:
-        if not any(isinstance(x, _Form) for x in operands):
-            return _programs.run(equation, operands)
-        inner = _programs.inner(equation)
-        name = equation.primitive.name
-        if inner is not None and name != "scan":
-            consts = getattr(equation.params["jaxpr"], "consts", ())
-            return self.program(inner, consts, operands)
-        sources = dict.fromkeys(
-            source for x in operands if isinstance(x, _Form) for source in x.parts
-        )
-        found: dict[int, _Part] = {}
-        for source in sources:
-            for kind, part in self._applied(equation, operands, source):
-                if kind in found and not np.array_equal(
-                    found[kind].places, part.places
-                ):
-                    raise Unreadable
-                old = found[kind].factor if kind in found else None
-                total = part.factor if old is None else old + part.factor
-                found[kind] = _Part(total, part.places)
-        return [_Form(found)]
-
-    def _applied(
-        self, equation: Any, operands: list[Any], source: int
-    ) -> Iterator[tuple[int, _Part]]:
-        """Apply an equation to one part of its operands."""
-        name, params = equation.primitive.name, equation.params
-        shape = equation.outvars[0].aval.shape
-        parts = [
-            x.parts.get(source) if isinstance(x, _Form) else None for x in operands
-        ]
-        places = [part.places for part in parts if part is not None]
-        if name == "reduce_sum":
-            (part,) = parts
-            assert part is not None
-            yield self._sum(part, params["axes"], shape, source)
-            return
-        if name in _ARITHMETIC and not (name in ("mul", "div") and len(places) > 1):
-            moved = [np.broadcast_to(x, shape) for x in places]
-        elif len(operands) == 1:
-            moved = [_moved(name, params, places[0], shape)]
-        else:
-            raise Unreadable
-        if any(x is None or not np.array_equal(x, moved[0]) for x in moved):
-            raise Unreadable
-        adds = name in _SUMS_OF_OPERANDS
-        inputs = []
-        for atom, x, part in zip(equation.invars, operands, parts, strict=True):
-            absent = isinstance(x, _Form) or adds
-            if part is not None:
-                inputs.append(part.factor)
-            elif absent:  # What is added to something linear in v is 0, too.
-                inputs.append(jnp.zeros(atom.aval.shape, atom.aval.dtype))
-            else:
-                inputs.append(x)
-        (factor,) = _programs.run(equation, inputs)
-        assert moved[0] is not None
-        yield source, _Part(factor, moved[0])
-
-    def _sum(
-        self, part: _Part, axes: Sequence[int], shape: tuple[int, ...], source: int
-    ) -> tuple[int, _Part]:
-        factor, places = part
-        groups = self.numbers[places] if source == 0 else places
-        first = np.max(groups, axis=tuple(axes), keepdims=True)
-        if not np.array_equal(np.broadcast_to(first, groups.shape), groups):
-            raise Unreadable  # It couples blocks, or is itself no sum over one.
-        same = np.max(places, axis=tuple(axes), keepdims=True)
-        if np.array_equal(np.broadcast_to(same, places.shape), places):
-            summed = jnp.sum(factor, axis=tuple(axes))
-            return source, _Part(summed, same.reshape(shape))
-        _, counts = np.unique(first, return_counts=True)
-        if self.sums and set(np.unique(first)) & set(
-            np.unique(
-                self.numbers[np.concatenate([s.places.ravel() for s in self.sums])]
-            )
-        ):
-            raise Unreadable  # A second sum over the same outputs.
-        if np.any(counts > 1):
-            raise Unreadable
-        self.sums.append(part)
-        return 1, _Part(jnp.ones(shape, factor.dtype), first.reshape(shape))
-
-
-def _needed(jaxpr: Any) -> list[Any]:
+def needed(jaxpr: Any) -> list[Any]:
     """Return the equations that the results of a program depend on, in their order."""
     wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
@@ -379,7 +191,7 @@ def _needed(jaxpr: Any) -> list[Any]:
     return kept[::-1]
 
 
-def _entries(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def numbered(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """Number the entries of several arrays, one after another."""
     entries, count = [], 0
     for shape in shapes:
@@ -389,11 +201,11 @@ def _entries(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     return entries
 
 
-def _moved(
+def moved(
     name: str, params: Any, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
     """Move entries as an equation of one array does, or return `None`."""
-    if name in _ARITHMETIC:
+    if name in ARITHMETIC:
         return np.broadcast_to(x, shape)
     if name in ("reshape", "squeeze", "expand_dims"):
         return x.reshape(shape)

@@ -8,7 +8,7 @@
 | what L″ is | S | R |
 |---|---|---|
 | a diagonal: K = 1 | its root; one product with L″ | exact |
-| a diagonal and an outer product in each block | in closed form; some sums | as below |
+| a diagonal and an outer product in each block (`_outer`) | in closed form; some sums | as below |
 | blocks of K ≤ `MOST_FOR_EIGENVALUES` | by eigenvectors; K products | exact |
 | of K ≤ `_MOST_FOR_ROOT` | the same | Gershgorin's circles |
 | larger blocks | S v by `_STEPS` steps of Lanczos, nearly | the same |
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hfjax import _coupling, _linalg, _sharding, _tree
+from hfjax import _coupling, _linalg, _outer, _sharding, _tree
 from hfjax._types import Tree
 
 MOST_FOR_EIGENVALUES = 64
@@ -103,7 +103,7 @@ def root(
     if positive is None:
         try:
             return _root_of_outer(blocks, outputs, targets)
-        except _coupling.Unreadable:
+        except _outer.Unreadable:
             pass
     if positive is not None and blocks.largest > MOST_FOR_EIGENVALUES:
         lacking = _gershgorin(product, blocks, outputs)
@@ -190,10 +190,10 @@ def _read(curvature: _Curvature, one: tuple[Tree, Tree]) -> _Blocks:
 def _is_outer(blocks: _Blocks, one: tuple[Tree, Tree]) -> bool:
     try:
         jax.eval_shape(
-            lambda *args: _coupling.outer(blocks.program, args, blocks.numbers),
+            lambda *args: _outer.read(blocks.program, args, blocks.numbers),
             *jax.tree.leaves(one),
         )
-    except _coupling.Unreadable:
+    except _outer.Unreadable:
         return False
     return True
 
@@ -210,9 +210,9 @@ def _root_of_outer(
     Where a, or 1 + σ‖w‖², is negative, it counts as 0.
     """
 
-    def of_case(outputs: Tree, targets: Tree) -> _coupling.Outer:
+    def of_case(outputs: Tree, targets: Tree) -> _outer.Outer:
         leaves = [leaf[None] for leaf in jax.tree.leaves((outputs, targets))]
-        return _coupling.outer(blocks.program, leaves, blocks.numbers)
+        return _outer.read(blocks.program, leaves, blocks.numbers)
 
     parts = jax.vmap(of_case)(outputs, targets)
     a, b, c = (blocks.take(x.astype(_tree.wide(x.dtype))) for x in parts)

@@ -18,6 +18,7 @@ ROOMS = [
     "_linalg",
     "_convolutions",
     "_coupling",
+    "_outer",
     "_repair",
     "_case_axes",
     "_loss",
