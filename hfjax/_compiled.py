@@ -177,8 +177,8 @@ class _Program:
     """A program without its constants, equal to those of the same equations."""
 
     def __init__(self, program: Any) -> None:
-        self.open = _opened(program)
-        self.key = _key_of(self.open)
+        self.bare = _opened(program)
+        self.key = _key_of(self.bare)
         self.hash = hash(self.key)
 
     def __hash__(self) -> int:
@@ -190,7 +190,7 @@ class _Program:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _compiled(program: _Program) -> Callable[[list[Any]], list[Any]]:
-    evaluate = jaxpr_as_fun(ClosedJaxpr(program.open, []))
+    evaluate = jaxpr_as_fun(ClosedJaxpr(program.bare, []))
     return jax.jit(lambda operands: evaluate(*operands))
 
 

@@ -24,16 +24,26 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
     """Make `jax.vmap` of a decomposition go through its batch in turn on a CPU."""
     once = jax.custom_batching.custom_vmap(decompose)
 
-    def in_turn(*batches: jax.Array) -> Any:
-        return jax.lax.map(lambda matrices: once(*matrices), batches)
-
     def of_a_batch(size: int, batched: list[bool], *operands: jax.Array) -> Any:
-        operands = tuple(
-            x if has_batch else jnp.broadcast_to(x, (size, *x.shape))
-            for x, has_batch in zip(operands, batched, strict=True)
-        )
+        del size
+
+        def in_turn(*operands: jax.Array) -> Any:
+            def one(matrices: list[jax.Array]) -> Any:
+                rest = iter(matrices)
+                return once(
+                    *(
+                        next(rest) if has_batch else x
+                        for x, has_batch in zip(operands, batched, strict=True)
+                    )
+                )
+
+            pairs = zip(operands, batched, strict=True)
+            return jax.lax.map(one, [x for x, has_batch in pairs if has_batch])
+
         results = jax.lax.platform_dependent(
-            *operands, cpu=_on_each_device(in_turn), default=jax.vmap(decompose)
+            *operands,
+            cpu=_on_each_device(in_turn, batched),
+            default=jax.vmap(decompose, [0 if each else None for each in batched]),
         )
         return results, jax.tree.map(lambda _: True, results)
 
@@ -41,19 +51,29 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
     return functools.wraps(decompose)(once)
 
 
-def _on_each_device(in_turn: Callable[..., Any]) -> Callable[..., Any]:
+def _on_each_device(
+    in_turn: Callable[..., Any], batched: list[bool]
+) -> Callable[..., Any]:
     """Let each device go through its own matrices, where their type says who has which.
 
     A loop refuses an axis that is sharded by type.
     """
 
-    def mapped(*batches: jax.Array) -> Any:
-        axes = {jax.typeof(x).sharding.spec[0] for x in batches} - {None}
-        if not axes:
-            return in_turn(*batches)
-        mesh, spec = jax.typeof(batches[0]).sharding.mesh, PartitionSpec(axes.pop())
-        laid_out = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in batches]
-        run = jax.shard_map(in_turn, mesh=mesh, in_specs=spec, out_specs=spec)
+    def mapped(*operands: jax.Array) -> Any:
+        typed = [
+            sharding
+            for x, has_batch in zip(operands, batched, strict=True)
+            if has_batch and (sharding := jax.typeof(x).sharding).spec[0] is not None
+        ]
+        if not typed:
+            return in_turn(*operands)
+        mesh, along = typed[0].mesh, PartitionSpec(typed[0].spec[0])
+        specs = tuple(along if each else PartitionSpec() for each in batched)
+        laid_out = [
+            jax.sharding.reshard(x, NamedSharding(mesh, spec))
+            for x, spec in zip(operands, specs, strict=True)
+        ]
+        run = jax.shard_map(in_turn, mesh=mesh, in_specs=specs, out_specs=along)
         return run(*laid_out)
 
     return mapped

@@ -189,7 +189,11 @@ def test_the_product_in_a_loop_runs_the_model_outside_of_it():
 def test_microbatches_run_the_model_once_in_a_product():
     problem = named("mlp_softmax")
     objective, calls = counted(problem)
-    ggn(objective.with_microbatches(2), problem.params, problem.batch)
+
+    def building(params):  # Outside of `jit`, what is built is traced at once.
+        ggn(objective.with_microbatches(2), params, problem.batch)
+
+    jax.eval_shape(building, problem.params)
     assert not calls
 
 

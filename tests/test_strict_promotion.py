@@ -23,7 +23,10 @@ PARTS = {
     "default": {},
     "warm start": {"solver": SOLVERS["cg"], "damping": damping.levenberg_marquardt()},
     "cholesky": {"solver": SOLVERS["cholesky"]},
-    "krylov": {"solver": hfjax.krylov.subspace_descent()},
+    "krylov": {
+        "solver": hfjax.krylov.subspace_descent(),
+        "damping": hfjax.damping.constant(0.0),
+    },
     "auto": {"solver": "auto"},
     "averaged factors": {
         "preconditioner": preconditioners.kronecker(decay=0.9, interval=2)
