@@ -31,8 +31,13 @@ _KEPT = 64
 _OUTSIDE = get_opaque_trace_state(convention="flax")
 """That of Python itself, outside of all transformations."""
 
-_RULES_OF_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-"""Equations with functions of Python beside their program; nobody derives what runs here."""
+_RULES = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
+"""Equations with rules of Python beside their program, and the program's name: what runs
+here is neither differentiated nor mapped any more."""
 
 _NEEDS_NUMBERS = (
     jax.errors.ConcretizationTypeError,
@@ -222,8 +227,9 @@ def _key_of(program: Any) -> tuple:
 
     def equation(eqn: Any) -> tuple:
         options = eqn.params
-        if eqn.primitive.name in _RULES_OF_DERIVATIVES:
-            options = {"call_jaxpr": options["call_jaxpr"]}
+        if eqn.primitive.name in _RULES:
+            own = _RULES[eqn.primitive.name]
+            options = {own: options[own]}
         return (
             eqn.primitive,
             tuple(map(named, eqn.invars)),

@@ -48,7 +48,17 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
         return results, jax.tree.map(lambda _: True, results)
 
     once.def_vmap(of_a_batch)
-    return functools.wraps(decompose)(once)
+
+    # A function with a rule for batches alone cannot be linearised.
+    @jax.custom_jvp
+    def differentiable(*operands: jax.Array) -> Any:
+        return once(*operands)
+
+    @differentiable.defjvp
+    def tangent(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        return jax.jvp(decompose, primals, tangents)
+
+    return functools.wraps(decompose)(differentiable)
 
 
 def _on_each_device(
