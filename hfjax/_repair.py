@@ -207,7 +207,10 @@ def _root_of_outer(
 
         S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
 
-    Where a, or 1 + σ‖w‖², is negative, it counts as 0.
+    Where a, or 1 + σ‖w‖², is negative, it counts as 0. Of a loss of a sum alone, as
+    ½(Σz)², a is 0 where u is not. With σ = 1, and e that part of u at length 1, it is then
+
+        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, as √a e = 0.
     """
 
     def of_case(outputs: Tree, targets: Tree) -> _outer.Outer:
@@ -220,7 +223,12 @@ def _root_of_outer(
     u = jnp.sign(c) * jnp.sqrt(jnp.abs(b)) * jnp.sqrt(jnp.abs(c))
     sign = jnp.sign(jnp.sum(jnp.sign(b) * jnp.sign(c), axis=-1, keepdims=True))
     roots = jnp.sqrt(jnp.maximum(a, 0))
-    w = jnp.where(roots > 0, u / jnp.where(roots > 0, roots, 1), 0)
+    # Where √a is nothing beside u: their product is rounding of u uᵀ.
+    alone = roots <= jnp.finfo(u.dtype).eps * jnp.abs(u)
+    bare = jnp.where(alone & (sign > 0), u, 0)
+    height = jnp.linalg.norm(bare, axis=-1, keepdims=True)
+    e = bare / jnp.where(height > 0, height, 1)
+    w = jnp.where(alone, 0, u / jnp.where(alone, 1, roots))
     size = jnp.sum(w * w, axis=-1, keepdims=True)
     # Of softmax this is 0, and its rounding has a root far above rounding.
     along_w = 1 + sign * size
@@ -231,7 +239,9 @@ def _root_of_outer(
     def product(v: jax.Array) -> jax.Array:
         x = blocks.take(v)
         along = jnp.sum(w * x, axis=-1, keepdims=True)
-        return blocks.put(roots * (x + share * along * w))
+        along_e = jnp.sum(e * x, axis=-1, keepdims=True)
+        stretched = roots * (x + share * along * w)
+        return blocks.put(jnp.where(height > 0, roots * x + along_e * u, stretched))
 
     return _unflat(product)
 
@@ -296,8 +306,9 @@ def _repaired(values: jax.Array, positive: str) -> jax.Array:
     """Lift eigenvalues, `[cases, …]`: each to 0 by itself, or all by the lowest's lack."""
     if positive == "clip":
         return jnp.maximum(values, 0)
-    lowest = jnp.min(values, axis=range(1, values.ndim), keepdims=True)
-    return values + jnp.maximum(-lowest, 0)
+    axes = range(1, values.ndim)
+    lowest = jnp.min(values, axis=axes, keepdims=True, initial=0)
+    return values - lowest
 
 
 def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:

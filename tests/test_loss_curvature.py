@@ -80,6 +80,24 @@ def cases(seed=0):
             softmaxed(rng, 3, 6),
             [6],
         ),
+        "square_of_a_sum": (
+            lambda z, t: (jnp.sum(z - t, axis=-1)) ** 2,
+            flat,
+            flat,
+            [6],
+        ),
+        "margin": (
+            lambda z, t: jax.nn.softplus(-jnp.sum(z * (2 * t - 1), axis=-1)),
+            deep,
+            jnp.broadcast_to(jnp.eye(2, 4), deep.shape),
+            [4],
+        ),
+        "sum_and_some_squares": (
+            lambda z, t: jnp.sum(z, axis=-1) ** 2 + jnp.sum(z[:, :2] ** 2, axis=-1) * t,
+            flat,
+            jnp.asarray([1.0, 0.0, 1e-30]),
+            [6],
+        ),
         "neighbours": (neighbours, flat, flat, [6]),
         "cosine": (optax.losses.cosine_distance, flat, binary + 1, [6]),
     }
@@ -274,3 +292,10 @@ def test_the_limits_are_those_that_the_docstring_names():
         _repair._STEPS,
     ):
         assert f" {number} " in " ".join(text.split())
+
+
+@pytest.mark.parametrize("positive", [None, "clip", "shift"])
+def test_outputs_without_entries_have_a_root_and_a_product(positive):
+    loss = losses.from_function(optax.losses.l2_loss, positive=positive)
+    z = jnp.zeros((3, 0))
+    assert loss.factor(z, z)(z).shape == loss.hessian(z, z)(z).shape == (3, 0)
