@@ -166,7 +166,7 @@ def case_by_case(
     """Return a function's values summed to one per case, unless shapes show that it mixes.
 
     It does where outputs `[cases, 1]` and targets `[cases]` are broadcast to
-    `[cases, cases]`: outputs meet targets with the cases on another axis, or axes beside
+    `[cases, cases]`: two values meet with the cases on different axes, or axes beside
     the first depend on the number of cases.
 
     Args:
@@ -202,8 +202,8 @@ def _check_unmixed(
     if program is None:
         return
     (result,) = (atom.aval.shape for atom in program.jaxpr.outvars)
-    if _case_axes.crosses(program, len(jax.tree.leaves(given[0]))):
-        how = "sets the outputs of one case against the targets of others"
+    if _case_axes.crosses(program):
+        how = "sets the outputs or targets of one case against those of others"
     elif result[:1] == (cases + 1,) and result[1:] != shape[1:]:
         how = f"makes {list(shape)}, and of one case more {list(result)}"
     else:

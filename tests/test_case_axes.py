@@ -70,6 +70,32 @@ MIXED = {
         {"u": {"v": COLUMN}},
         {"u": {"v": np.asarray(ROW)}},
     ),
+    "slice_of_outputs": (lambda z, t: summed(z[:, :1], t), WIDE, ROW),
+    "column_of_targets": (lambda z, t: summed(z, t[:, 0]), COLUMN, WIDE),
+    "leaves_of_outputs": (
+        lambda z, t: jnp.sum(half_squares(z["mean"], t) * jnp.exp(z["scale"]), axis=-1),
+        {"mean": COLUMN, "scale": ROW},
+        COLUMN,
+    ),
+    "leaves_of_targets": (
+        lambda z, t: half_squares(z, t["y"]) * jnp.mean(t["w"] * t["mask"], axis=-1),
+        ROW,
+        {"y": ROW, "w": COLUMN, "mask": ROW},
+    ),
+    "put_together": (
+        lambda z, t: summed(jnp.concatenate([z, z], 1)[:, 1:], t),
+        COLUMN,
+        ROW,
+    ),
+    "split": (lambda z, t: summed(jnp.split(z, 3, 1)[1], t), WIDE, ROW),
+    "stacked": (lambda z, t: summed(jnp.stack([z, z], 2)[:, :, 0], t), COLUMN, ROW),
+    "multiplied": (lambda z, t: summed(z @ jnp.ones((3, 1)), t), WIDE, ROW),
+    "square_multiplied": (lambda z, t: summed(z, t @ jnp.eye(CASES)), ROW, SQUARE),
+    "in_a_branch": (
+        lambda z, t: jax.lax.cond(SCALE > 0, summed, lambda z, t: z[:, 0] * t, z, t),
+        COLUMN,
+        ROW,
+    ),
     "own_outputs": (lambda z, t: half_squares(z, t) + z @ z.T, COLUMN, COLUMN),
 }
 
@@ -95,6 +121,14 @@ UNMIXED = {
     "flat": (lambda z, t: half_squares(z.reshape(-1), t), COLUMN, ROW),
     "squeezed": (lambda z, t: half_squares(z.squeeze(), t), COLUMN, ROW),
     "transposed": (lambda z, t: half_squares(z.T, t).sum(0), WIDE, ROW),
+    "slices": (lambda z, t: summed(z[:, :1], t[:, None]) + z[:, 1] * t, WIDE, ROW),
+    "branches": (
+        lambda z, t: jax.lax.cond(SCALE > 0, half_squares, lambda z, t: z * t, z, t), ROW, ROW
+    ),
+    "pairs_within": (
+        lambda z, t: (z[:, :, None] - z[:, None]) ** 2 * t[:, :, None], SQUARE, SQUARE
+    ),
+    "products_within": (lambda z, t: z @ z.mT - t @ t.mT, SQUARE[:, None], SQUARE[:, None]),
     "by_case": (jax.vmap(half_squares), COLUMN, COLUMN),
     "weights": (lambda z, t: t["w"][:, None] * (z - t["y"]) ** 2, WIDE, {"y": WIDE, "w": ROW}),
     "labels": (
@@ -199,8 +233,8 @@ def test_a_loss_of_ones_own_must_have_a_number_for_each_case():
             r"fails on 1 of them \(TypeError",
         ),
         (
-            # A product hides whose cases they are.
-            lambda z, t: summed(z, t @ jnp.eye(CASES)),
+            # Indexing by numbers hides whose cases they are.
+            lambda z, t: summed(z, t[:, jnp.arange(CASES)]),
             ROW,
             SQUARE,
             r"fails on 3 of them \(ValueError: Incompatible shapes",
