@@ -306,7 +306,7 @@ def _repaired(values: jax.Array, positive: str) -> jax.Array:
     """Lift eigenvalues, `[cases, …]`: each to 0 by itself, or all by the lowest's lack."""
     if positive == "clip":
         return jnp.maximum(values, 0)
-    axes = range(1, values.ndim)
+    axes = tuple(range(1, values.ndim))
     lowest = jnp.min(values, axis=axes, keepdims=True, initial=0)
     return values - lowest
 
