@@ -453,4 +453,5 @@ def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
         return rounds + 1, zero, run(x0)
 
     start = (jnp.zeros((), jnp.int32), x0, unknown)
-    return jax.lax.while_loop(unfinished, again, start)[2]
+    result = jax.lax.while_loop(unfinished, again, start)[2]
+    return result._replace(pulled=False)  # The loop has made it an array.
