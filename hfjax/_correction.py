@@ -58,7 +58,8 @@ def corrected(
         correction = jax.tree.map(jnp.negative, inverse(state.missed))
         whole = _tree.add(step, correction)
         left = jacobian.residuals_at(whole)
-        missed = left - jacobian.residuals - jacobian.product(whole)
+        linear = jacobian.product(whole).astype(left.dtype)
+        missed = left - jacobian.residuals - linear
         missed = missed.astype(state.missed.dtype)
         change = jnp.linalg.norm(missed - state.missed)
         closer = change < state.change

@@ -324,7 +324,8 @@ def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> P
     units = _total([(c, pair.units) for c, pair in found])
     if found[0][0] is not None:
         inputs = inputs / jnp.where(whole > 0, whole, 1).astype(inputs.dtype)
-    dtype = jnp.result_type(inputs, units)  # Of a product that widens its inputs.
+    # Those of a product that widens its inputs differ.
+    dtype = _tree.widest(inputs.dtype, units.dtype)
     return Pair(inputs.astype(dtype), units.astype(dtype))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax import _case_axes
+from hfjax import _case_axes, _tree
 from hfjax._arguments import ShapeError, describe
 from hfjax._types import Tree
 
@@ -64,19 +64,34 @@ def by_leaf(
 
     Targets have the shape of the outputs without its last `label_axes` axes. Booleans
     and integers that are no labels count as floats: −t of an unsigned one is none.
+    Outputs and targets of two dtypes meet in the wider one; products are like `v`.
     """
 
-    def as_targets(z: jax.Array, t: jax.Array) -> jax.Array:
+    def met(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z, t = jnp.asarray(z), jnp.asarray(t)
+        if label_axes:
+            return z, t
         is_float = jnp.issubdtype(t.dtype, jnp.inexact)
-        return t if is_float or label_axes else jnp.asarray(t).astype(z.dtype)
+        dtype = _tree.widest(z.dtype, t.dtype) if is_float else z.dtype
+        return z.astype(dtype), t.astype(dtype)
 
     def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return sum_to_cases(value(z, as_targets(z, t)), z, "the loss")
+        return sum_to_cases(value(*met(z, t)), z, "the loss")
+
+    def leaf_product(
+        build: Callable[[jax.Array, jax.Array], LinearMap], z: jax.Array, t: jax.Array
+    ) -> LinearMap:
+        z, t = met(z, t)
+        apply = build(z, t)
+        return lambda v: apply(v.astype(z.dtype)).astype(v.dtype)
 
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
         _check_targets(outputs, targets, label_axes)
         values = jax.tree.map(leaf_value, outputs, targets)
-        return jax.tree.reduce(jnp.add, values)
+        dtype = _tree.widest(*(leaf.dtype for leaf in jax.tree.leaves(values)))
+        return jax.tree.reduce(
+            jnp.add, jax.tree.map(lambda leaf: leaf.astype(dtype), values)
+        )
 
     def lift(
         build: Callable[[jax.Array, jax.Array], LinearMap],
@@ -85,7 +100,7 @@ def by_leaf(
             _check_targets(outputs, targets, label_axes)
             structure = jax.tree.structure(outputs)
             maps = [
-                build(z, as_targets(z, t))
+                leaf_product(build, z, t)
                 for z, t in zip(
                     structure.flatten_up_to(outputs),
                     structure.flatten_up_to(targets),
@@ -106,13 +121,13 @@ def by_leaf(
     def predictions(outputs: Tree) -> Tree:
         return jax.tree.map(predict, outputs)
 
-    meant = None if targets is None else _on_trees(targets)
+    meant = None if targets is None else _on_trees(targets, met)
     return Loss(summed, lift(hessian), lift(factor), predictions, meant)
 
 
-def _on_trees(targets: Targets) -> Targets:
+def _on_trees(targets: Targets, met: Callable[..., tuple]) -> Targets:
     def leaf(z: jax.Array, t: jax.Array) -> jax.Array:
-        fits = targets.allowed(z, t)
+        fits = targets.allowed(*met(z, t))
         return jnp.all(fits, axis=range(1, fits.ndim))
 
     def allowed(outputs: Tree, targets: Tree) -> jax.Array:

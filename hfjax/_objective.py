@@ -217,7 +217,7 @@ class Objective:
 
         def value(params: Params, batch: Batch) -> jax.Array:
             mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
-            return mean + self._penalty(params)
+            return self._penalised(mean, params)
 
         return _compiled.run(value, as_params(params), batch)
 
@@ -244,7 +244,7 @@ class Objective:
                     batch,
                 )
             gradient = self.decayed(gradient, params)
-            return value + self._penalty(params), _tree.cast_like(gradient, params)
+            return self._penalised(value, params), _tree.cast_like(gradient, params)
 
         return _compiled.run(both, as_params(params), batch)
 
@@ -406,11 +406,14 @@ class Objective:
         zero = _options.is_plain_number(self.weight_decay) and self.weight_decay == 0
         return None if zero else jnp.asarray(self.weight_decay)
 
-    def _penalty(self, params: Params) -> jax.Array:
-        decay = self.decay
+    def _penalised(self, mean: jax.Array, params: Params) -> jax.Array:
+        """Add ½β‖θ‖², in the wider of two dtypes."""
+        dtype = _tree.widest(mean.dtype, _tree.scalar_dtype(params))
+        mean, decay = mean.astype(dtype), self.decay
         if decay is None:
-            return jnp.zeros((), _tree.scalar_dtype(params))
-        return 0.5 * decay * _tree.dot(params, params)
+            return mean
+        square = _tree.dot(params, params).astype(dtype)
+        return mean + 0.5 * decay.astype(dtype) * square
 
     def decayed(self, tree: Tree, v: Tree) -> Tree:
         """Add the weight decay's part: `tree` + `weight_decay` · v.

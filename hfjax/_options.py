@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hfjax._types import NumberOrSchedule
+from hfjax._types import Number, NumberOrSchedule
 
 
 def is_plain_number(option: object) -> bool:
@@ -113,3 +113,11 @@ def check_choice(name: str, option: object, choices: tuple[str, ...]) -> None:
 def read(option: NumberOrSchedule, count: jax.Array) -> jax.Array:
     """Return the option's value at `count`: a schedule is called, a number is itself."""
     return jnp.asarray(option(count) if callable(option) else option)
+
+
+def like(option: Number, x: jax.Array) -> jax.Array:
+    """Return the option in the dtype of what it meets.
+
+    A NumPy number or an array, as of `optax.inject_hyperparams`, has a dtype of its own.
+    """
+    return jnp.asarray(option, x.dtype)

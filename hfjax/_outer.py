@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from hfjax import _coupling, _programs
+from hfjax import _coupling, _programs, _tree
 
 _SUMS_OF_OPERANDS = frozenset({"add", "add_any", "sub"})
 
@@ -55,7 +55,7 @@ def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
     walk = _Outer(numbers, [])
     shapes = [x.shape for x in program.out_avals]
     entries = _coupling.numbered(shapes)
-    dtype = jnp.result_type(*(x.dtype for x in program.out_avals))
+    dtype = _tree.widest(*(x.dtype for x in program.out_avals))
     given = [
         _Form({0: _Part(jnp.ones(entry.shape, out.dtype), entry)})
         for entry, out in zip(entries, program.out_avals, strict=True)

@@ -38,7 +38,9 @@ class Rounding(NamedTuple):
         dtype = self.dtype
 
         def model_fn(params: Params, inputs: Tree) -> Tree:
-            outputs = objective.model_fn(_in(dtype, params), _in(dtype, inputs))
+            # Its constants keep their dtypes, and may now meet others.
+            with jax.numpy_dtype_promotion("standard"):
+                outputs = objective.model_fn(_in(dtype, params), _in(dtype, inputs))
             return _in(_tree.scalar_dtype(params), outputs)
 
         return dataclasses.replace(objective, model_fn=model_fn)

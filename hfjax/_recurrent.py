@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from hfjax import initializers, scan
+from hfjax import _tree, initializers, scan
 from hfjax.initializers import Initializer
 
 nnx_error: Exception | None = None
@@ -239,7 +239,8 @@ def _run(
     chunk: Chunk,
     return_hidden: bool,
 ) -> Any:
-    dtype = jnp.result_type(inputs, *jax.tree.leaves(weights))
+    arrays = (inputs, *jax.tree.leaves(weights))
+    dtype = _tree.widest(*(x.dtype for x in arrays))
     weights, inputs = jax.tree.map(lambda x: x.astype(dtype), (weights, inputs))
 
     def drive(x: jax.Array) -> jax.Array:

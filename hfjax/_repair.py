@@ -289,9 +289,10 @@ def _eigen(
     Product k is with every block's k-th output at once. What fills up smaller blocks is
     decomposed apart, at the eigenvalue 0.
     """
-    columns = jax.vmap(
-        lambda probe: blocks.take(product(_ones(outputs) * probe[None]))
-    )(jnp.asarray(_probes(blocks)))
+    ones = _ones(outputs)
+    columns = jax.vmap(lambda probe: blocks.take(product(ones * probe[None])))(
+        jnp.asarray(_probes(blocks), ones.dtype)
+    )
     return jax.vmap(jax.vmap(_linalg.eigh))(jnp.moveaxis(columns, 0, -1))
 
 
@@ -356,7 +357,7 @@ def _unflat(product: Callable[[jax.Array], jax.Array]) -> Callable[[Tree], Tree]
 def _rows(tree: Tree) -> jax.Array:
     """Lay out each case's outputs in one vector, `[cases, outputs]`."""
     leaves = jax.tree.leaves(_tree.widen(tree))
-    dtype = jnp.result_type(*leaves)
+    dtype = _tree.widest(*(leaf.dtype for leaf in leaves))
     return jnp.concatenate(
         [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves], axis=1
     )

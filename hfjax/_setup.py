@@ -53,9 +53,18 @@ class Setup(NamedTuple):
         except TypeError:  # As of a `lax.scan` whose carry is float32 by name.
             return self
 
-    def precision(self) -> contextlib.AbstractContextManager:
-        """Return the setting to compute in."""
-        return jax.enable_x64(True) if self.wide else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Set what to compute in.
+
+        In float64, constants of the model in float32 are promoted: its own dtypes,
+        which may be strict, are no longer those that meet.
+        """
+        if not self.wide:
+            yield
+            return
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            yield
 
     @property
     def decay(self) -> float:
@@ -138,12 +147,16 @@ def in_float64(tree: Tree) -> Tree:
 
 def rows(outputs: Tree) -> jax.Array:
     """Return outputs as `[cases, m]`."""
-    return jax.vmap(lambda case: ravel_pytree(case)[0])(outputs)
+    # Of several dtypes in the widest.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.vmap(lambda case: ravel_pytree(case)[0])(outputs)
 
 
 def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
     """Return the map from `[cases, m]` back to trees like `outputs`."""
-    return jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1])
+    with jax.numpy_dtype_promotion("standard"):
+        to_tree = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1]
+    return jax.vmap(to_tree)
 
 
 def flat(tree: Tree) -> np.ndarray:
@@ -156,7 +169,7 @@ def waves(tree: Tree, frequency: float) -> Tree:
     """Return a fixed direction without pattern: cosines of the entries' numbers."""
 
     def leaf(x: jax.Array) -> jax.Array:
-        return jnp.cos(frequency * (1 + jnp.arange(x.size))).reshape(x.shape)
+        return jnp.cos(frequency * jnp.arange(1.0, x.size + 1)).reshape(x.shape)
 
     return _tree.cast_like(jax.tree.map(leaf, tree), tree)
 

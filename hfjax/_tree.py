@@ -26,17 +26,18 @@ EXACT = jax.lax.Precision.HIGHEST
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Return the dtype that sums of `dtype` accumulate in: float32 or wider."""
-    return _widest(dtype, jnp.float32)
+    return widest(dtype, jnp.float32)
 
 
 def scalar_dtype(tree: Tree) -> jnp.dtype:
     """Return the dtype of scalars that summarise `tree`: float32 or its widest leaf."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    return _widest(jnp.float32, *dtypes)
+    return widest(jnp.float32, *dtypes)
 
 
-def _widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    # Whoever has set strict promotion means arrays that meet; here none do.
+def widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that arrays of these are cast to before they meet."""
+    # Whoever has set strict promotion means arrays that meet uncast; here none do.
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
 

@@ -195,7 +195,7 @@ def ratio_of(
     judged = rejection == Rejection.NONE
     unseen &= judged | (rejection == Rejection.NO_DECREASE)
     ratio = jnp.where(judged, measured_ratio(change, predicted, noise), -jnp.inf)
-    return jnp.where(unseen, 1, ratio / expected), ~unseen
+    return jnp.where(unseen, 1, ratio / _options.like(expected, ratio)), ~unseen
 
 
 def adapt(

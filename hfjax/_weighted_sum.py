@@ -69,8 +69,9 @@ def sum_of_terms(objective: Objective, batch: Batch, compute: Callable) -> Tree:
     ]
 
     def leaf(*leaves: jax.Array) -> jax.Array:
+        dtype = _tree.widest(*(x.dtype for x in leaves))
         scaled = [
-            jnp.asarray(weight, x.dtype) * x
+            jnp.asarray(weight, dtype) * x.astype(dtype)
             for (weight, _, _), x in zip(terms, leaves, strict=True)
         ]
         return sum(scaled[1:], scaled[0])
@@ -162,8 +163,12 @@ class WeightedSum(Objective):
     def decay(self) -> jax.Array | None:
         """The weight decay, Σₖ cₖ of the terms', `None` where it is known to be zero."""
         decays = [
-            jnp.asarray(weight) * part.decay
+            (jnp.asarray(weight), part.decay)
             for weight, part in self.parts
             if part.decay is not None
         ]
-        return sum(decays[1:], decays[0]) if decays else None
+        if not decays:
+            return None
+        dtype = _tree.widest(*(x.dtype for pair in decays for x in pair))
+        terms = [weight.astype(dtype) * decay.astype(dtype) for weight, decay in decays]
+        return sum(terms[1:], terms[0])

@@ -235,7 +235,8 @@ def redamped(
             found, value, promised = look_at(solution)
             first, up = search.tries == 0, search.trial > search.power
             gain = run.value - search.lowest
-            slack = jnp.where(gain > run.noise, tolerance * gain, -run.noise)
+            share = _options.like(tolerance, gain)
+            slack = jnp.where(gain > run.noise, share * gain, -run.noise)
             slack = jnp.where(jnp.isfinite(slack), slack, 0)
             # Of equals the higher λ, unless there is nothing but rounding to tell by.
             # But with momentum λ without end is to go on as before: equals stay.

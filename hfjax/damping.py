@@ -157,7 +157,7 @@ def constant(
         if not settable:
             return _options.read(value, count)
         # A caller may have set it to anything, and NaN would stay for ever.
-        return jnp.where(jnp.isfinite(state), state, first())
+        return jnp.where(jnp.isfinite(state), state, first().astype(state.dtype))
 
     return Damping(
         init=first,
@@ -239,14 +239,17 @@ def levenberg_marquardt(
     ) -> jax.Array:
         del on_boundary
         # Written so that NaN raises: both comparisons are false.
-        grown = jnp.where(ratio >= lower, damping, damping * increase)
-        adapted = jnp.where(ratio > upper, damping * decrease, grown)
+        more, less = (_options.like(x, damping) for x in (increase, decrease))
+        low, high = (_options.like(x, ratio) for x in (lower, upper))
+        grown = jnp.where(ratio >= low, damping, damping * more)
+        adapted = jnp.where(ratio > high, damping * less, grown)
         return _limited(adapted, damping, minimum)
 
     def current(damping: jax.Array, count: jax.Array) -> jax.Array:
         del count
         # A caller may have set it to anything, and NaN would stay for ever.
-        known = jnp.where(jnp.isfinite(damping), damping, init).astype(damping.dtype)
+        first = _options.like(init, damping)
+        known = jnp.where(jnp.isfinite(damping), damping, first)
         return jnp.clip(known, 0, _SET_TO)
 
     return Damping(
@@ -295,7 +298,7 @@ def searched(
 
 def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array:
     # Zero would never rise again.
-    lowest = jnp.maximum(minimum, jnp.finfo(damping.dtype).tiny)
+    lowest = jnp.maximum(_options.like(minimum, damping), jnp.finfo(damping.dtype).tiny)
     # Where a caller has set it higher.
     highest = jnp.maximum(damping, _RAISED_TO)
     return jnp.clip(found, lowest, highest).astype(damping.dtype)
@@ -314,7 +317,8 @@ def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> 
     """
 
     def product(v: Tree) -> Tree:
-        return _tree.axpy(damping, v if matrix is None else matrix(v), matvec(v))
+        d_v = v if matrix is None else matrix(v)
+        return _tree.axpy(jnp.asarray(damping), d_v, matvec(v))
 
     if not isinstance(matvec, Approximate):
         return product

@@ -151,7 +151,8 @@ def spectral_radius(
         kernel = draw(key, shape, dtype)
         wide = kernel.astype(_tree.wide(kernel.dtype))
         found = _spectral_radius(wide)
-        factor = jnp.where(found > 0, radius / jnp.where(found > 0, found, 1), 1)
+        wanted = jnp.asarray(radius, found.dtype)
+        factor = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1), 1)
         return (wide * factor[..., None, None]).astype(dtype)
 
     return init

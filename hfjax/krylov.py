@@ -243,7 +243,8 @@ def _minimise(
     curvatures, rotation = _linalg.eigh(matrix)
     largest = jnp.max(jnp.abs(curvatures))
     largest = jnp.where(largest > 0, largest, 1)
-    curvatures = jnp.maximum(jnp.abs(curvatures), floor * largest)
+    lowest = _options.like(floor, largest) * largest
+    curvatures = jnp.maximum(jnp.abs(curvatures), lowest)
     rotate = functools.partial(jnp.matmul, rotation, precision=_tree.EXACT)
     rotated = jnp.matmul(rotation.T, slope, precision=_tree.EXACT)
 

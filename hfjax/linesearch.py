@@ -88,7 +88,8 @@ def armijo(
         alpha: jax.Array, at: jax.Array, value: jax.Array, slope: jax.Array
     ) -> jax.Array:
         # False for NaN. Up a slope no α will do.
-        sufficient = at <= value + sufficient_decrease * alpha * slope
+        part = _options.like(sufficient_decrease, value)
+        sufficient = at <= value + part * alpha * slope
         return sufficient & (slope < 0) & jnp.isfinite(at)
 
     def search(
@@ -98,8 +99,9 @@ def armijo(
         first: jax.Array,
         first_value: jax.Array | None,
     ) -> StepSize:
-        def shorter(tried: _Tried) -> _Tried:
-            alpha = jnp.where(tried.count == 0, first, tried.alpha * shrink)
+        def next_try(tried: _Tried) -> _Tried:
+            shorter = tried.alpha * _options.like(shrink, tried.alpha)
+            alpha = jnp.where(tried.count == 0, first, shorter)
             at = along(alpha).astype(value.dtype)
             return _Tried(tried.count + 1, alpha, at, enough(alpha, at, value, slope))
 
@@ -108,7 +110,7 @@ def armijo(
             good = enough(first, first_value, value, slope)
             start = start._replace(good=good)
         return _search(
-            lambda tried: (slope < 0) & (tried.count < max_tries), shorter, start
+            lambda tried: (slope < 0) & (tried.count < max_tries), next_try, start
         )
 
     return LineSearch(search)

@@ -212,7 +212,8 @@ def _solve(
     own = other(subproblem.damping)
     first = jnp.zeros((), dtype) if before is None else model(before)
     # Not of the step: where other λ are looked at, nobody asks for this one's.
-    finite = jnp.isfinite(system.trace + jnp.sum(jacobian.residuals))
+    residuals = jnp.sum(jacobian.residuals)
+    finite = jnp.isfinite(system.trace) & jnp.isfinite(residuals)
     return CGResult(
         x=own.step,
         num_iterations=jnp.ones((), jnp.int32),
@@ -247,15 +248,17 @@ def _in_samples(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
 ) -> _System:
     """By J̃J̃ᵀ."""
-    within = -jacobian.residuals
+    # Residuals have the outputs' dtype, rows that of the parameters.
+    within = -jacobian.residuals.astype(_tree.scalar_dtype(jacobian.rows))
     # −∇f of other data, or the decay's part. What is only rounding would count 1/μ times.
-    spanned = jacobian.transpose(within)
-    beyond = jax.tree.map(jnp.subtract, b, _tree.cast_like(spanned, b))
+    spanned = _tree.cast_like(jacobian.transpose(within), b)
+    beyond = jax.tree.map(jnp.subtract, b, spanned)
     eps = jnp.finfo(within.dtype).eps
-    seen = _tree.norm(beyond) > _ROUNDING * eps * (_tree.norm(b) + _tree.norm(spanned))
+    size = _tree.norm(b) + _tree.norm(spanned)
+    seen = _tree.norm(beyond) > _ROUNDING * eps * size
     beyond = jax.tree.map(lambda x: jnp.where(seen, x, 0), beyond)
     if before is not None:
-        within -= jacobian.product(before)
+        within -= jacobian.product(before).astype(within.dtype)
         beyond = _tree.axpy(-decay, before, beyond)
     along = jacobian.product(beyond)
     matrix = _tree.gram(jacobian.rows, jacobian.rows)
@@ -264,6 +267,7 @@ def _in_samples(
         factor, mu = _factor(matrix, damping + decay)
 
         def inverse(u: jax.Array) -> Tree:
+            u = u.astype(matrix.dtype)
             solved = jacobian.transpose(_linalg.cho_solve(factor, u))
             return _sharding.like(_tree.cast_like(solved, beyond), beyond)
 
@@ -276,22 +280,27 @@ def _in_parameters(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
 ) -> _System:
     """By J̃ᵀJ̃: of few parameters, laid out in one vector."""
-    rows = jax.vmap(lambda row: ravel_pytree(row)[0])(jacobian.rows)
+    dtype = _tree.widest(*(leaf.dtype for leaf in jax.tree.leaves((jacobian.rows, b))))
+
+    def in_one(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    rows = jax.vmap(lambda row: ravel_pytree(row)[0])(in_one(jacobian.rows))
     matrix = _sharding.contracted(rows, rows, ((0,), (0,)), _tree.EXACT)
-    rhs, unravel = ravel_pytree(b)
+    rhs, unravel = ravel_pytree(in_one(b))
     if before is not None:
-        phi = ravel_pytree(before)[0]
+        phi = ravel_pytree(in_one(before))[0]
         rhs -= jnp.matmul(matrix, phi, precision=_tree.EXACT) + decay * phi
 
     def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
         factor, _ = _factor(matrix, damping + decay)
 
         def solved(rhs: jax.Array) -> Tree:
-            return unravel(_linalg.cho_solve(factor, rhs).astype(rhs.dtype))
+            found = unravel(_linalg.cho_solve(factor, rhs).astype(rhs.dtype))
+            return _tree.cast_like(found, b)
 
         def inverse(u: jax.Array) -> Tree:
-            pulled = ravel_pytree(_tree.cast_like(jacobian.transpose(u), b))[0]
-            return solved(pulled.astype(rhs.dtype))
+            return solved(ravel_pytree(in_one(jacobian.transpose(u)))[0])
 
         return solved(rhs), inverse
 

@@ -155,7 +155,12 @@ def residual(tolerance: Number) -> StoppingRule:
       The rule.
     """
     _options.check_range("tolerance", tolerance, low=0.0)
-    return lambda progress: progress.residual_norm <= tolerance * progress.rhs_norm
+
+    def rule(progress: Progress) -> jax.Array:
+        part = _options.like(tolerance, progress.rhs_norm)
+        return progress.residual_norm <= part * progress.rhs_norm
+
+    return rule
 
 
 RULES = (martens2010, martens_sutskever2012, marginal, residual)

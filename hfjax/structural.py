@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, losses
+from hfjax import _options, _tree, losses
 from hfjax._arguments import describe
 from hfjax._types import Number, Tree
 from hfjax.objective import Objective
@@ -121,7 +121,7 @@ def _paired(
     def value(pair: tuple, targets: Tree) -> jax.Array:
         outputs, hidden = pair
         data = loss.value(outputs, targets)
-        return data + (strength * penalty.value(hidden, None)).astype(data.dtype)
+        return data + _scaled(strength, penalty.value(hidden, None)).astype(data.dtype)
 
     def hessian(pair: tuple, targets: Tree) -> losses.LinearMap:
         outputs, hidden = pair
@@ -171,4 +171,4 @@ def _distance(hidden_loss: losses.Loss) -> losses.Loss:
 
 
 def _scaled(strength: Number, tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: (strength * x).astype(x.dtype), tree)
+    return _tree.scale(jnp.asarray(strength), tree)

@@ -247,8 +247,9 @@ def radius(
     def current(radius: jax.Array, count: jax.Array) -> jax.Array:
         del count
         # A caller may have set it to anything, and NaN would stay for ever.
-        known = jnp.where(jnp.isfinite(radius), radius, init).astype(radius.dtype)
-        return jnp.clip(known, _SMALLEST, maximum)
+        first = _options.like(init, radius)
+        known = jnp.where(jnp.isfinite(radius), radius, first)
+        return jnp.clip(known, _SMALLEST, _options.like(maximum, radius))
 
     return Damping(
         init=lambda: jnp.asarray(init),

@@ -103,7 +103,7 @@ def products(
     _check_objective(objective)
     setup = Setup.of(objective, params, batch).in_float64()
     f, params, batch = setup.objective, setup.params, setup.batch
-    with jax.enable_x64(True):
+    with setup.precision():
         inputs, targets, weights = batch
         theta, unravel = ravel_pytree(params)
         outputs = f.outputs(params, inputs)
