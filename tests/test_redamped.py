@@ -632,10 +632,10 @@ def test_the_subspace_needs_no_memory_beside_the_iterates():
 
 def test_the_search_for_damping_goes_with_a_warm_start():
     """A run from the last direction is in a loop, of which everything is an array."""
-    objective = hfjax.Objective(lambda p, x: x * p, SQUARED)
+    objective = hfjax.Objective(lambda p, x: x @ p, SQUARED)
     tx = hfjax.hessian_free(
         objective,
         solver=cg.conjugate_gradient(warm_start_decay=0.9, max_iterations=3),
     )
-    params, batch = jnp.zeros(1), (jnp.ones((2, 1)), jnp.ones((2, 1)))
+    params, batch = jnp.zeros((1, 1)), (jnp.ones((2, 1)), jnp.ones((2, 1)))
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, batch=batch), params)
