@@ -99,16 +99,24 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
       Both, of rows · params numbers, and what tells r̃ elsewhere.
     """
     parts = [_of_term(params, *term) for term in terms_of(objective, batch)]
-    rows, residuals = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves), *(part[:2] for part in parts)
-    )
+    rows, residuals = jax.tree.map(_joined, *(part[:2] for part in parts))
     return Jacobian(
         rows,
         residuals,
-        for_loops(
-            lambda step: jnp.concatenate([part.residuals_at(step) for part in parts])
-        ),
+        for_loops(lambda step: _joined(*(part.residuals_at(step) for part in parts))),
     )
+
+
+def _joined(*arrays: jax.Array) -> jax.Array:
+    """Lay arrays one after another, in the widest of their dtypes."""
+    dtype = _tree.widest(*(x.dtype for x in arrays))
+    return jnp.concatenate([x.astype(dtype) for x in arrays])
+
+
+def _ravelled(tree: Tree) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
+    """Lay a tree out in one vector, of the widest dtype, and tell how to undo it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return ravel_pytree(tree)
 
 
 def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> Jacobian:
@@ -157,7 +165,7 @@ def _of_term(
         outputs, transpose = jax.vjp(
             lambda params: objective.outputs(params, inputs), local
         )
-        flat, unflatten = ravel_pytree(outputs)
+        flat, unflatten = _ravelled(outputs)
         factor = objective.loss.factor(outputs, targets)
         units = jax.vmap(lambda unit: factor(unflatten(unit)))(
             jnp.eye(flat.size, dtype=flat.dtype)
@@ -167,14 +175,14 @@ def _of_term(
         rows = jax.vmap(lambda v: transpose(v)[0])(columns)
         # Of parameters without entries nothing is gathered, or mapped.
         rows = [leaf for leaf in jax.tree.leaves(rows) if leaf.size]
-        transposed = jax.vmap(lambda unit: ravel_pytree(unit)[0])(units)
+        transposed = jax.vmap(lambda unit: _ravelled(unit)[0])(units)
         inverse = _pseudoinverse(transposed.T, flat.dtype)
         return rows, solved(inverse, outputs, targets), inverse
 
     def solved(inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
         """Return S⁺∇L of a case: the shortest r with the least ‖S r − ∇L‖."""
         slope = jax.grad(lambda z: jnp.sum(objective.loss.value(z, targets)))(outputs)
-        slope = ravel_pytree(slope)[0].astype(inverse.dtype)
+        slope = _ravelled(slope)[0].astype(inverse.dtype)
         return jnp.matmul(inverse, slope, precision=_tree.EXACT)
 
     def of_cases(compute: Callable, *trees: Tree) -> Tree:
