@@ -29,6 +29,7 @@ from benchmarks.history import write_json
 from benchmarks.problem import machine
 
 _ITERATIONS = 5
+_LOSSES = ("sigmoid", "softmax", "labels", "square", "vae")
 _INPUTS, _HIDDEN = 50, 64
 
 
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", type=options.count, default=256, help="of a batch; default: 256")
     add("--vae-cases", type=options.count, default=64, help="default: 64")
+    add("--losses", choices=_LOSSES, nargs="+", default=_LOSSES, help="default: all")
     add("--outputs", type=options.count, nargs="+", default=[10, 500, 5000])
     add("--rounds", type=options.count, default=7, help="of timing; default: 7")
     add("--out", default="runs/losses.json", help="default: runs/losses.json")
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     table = Table("problem", "form", "s", "compile s", "MiB", "ratio", box=SIMPLE_HEAD)
     for outputs in args.outputs:
         for name, forms, targets in _losses(args.cases, outputs):
+            if name not in args.losses:
+                continue
             rows += _race(
                 f"{name}, {outputs} outputs",
                 {form: _updater(_objective(loss)) for form, loss in forms.items()},
@@ -84,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
                 (_inputs(args.cases), targets),
                 args.rounds,
             )
-    vae = {"plain": _updater(hfjax.Objective(_vae, _vae_loss))}
-    rows += _race("VAE", vae, *_vae_problem(args.vae_cases), args.rounds)
+    if "vae" in args.losses:
+        vae = {"plain": _updater(hfjax.Objective(_vae, _vae_loss))}
+        rows += _race("VAE", vae, *_vae_problem(args.vae_cases), args.rounds)
     closed = {row.problem: row.seconds for row in rows if row.form == "closed"}
     for row in rows:
         ratio = row.seconds / closed.get(row.problem, row.seconds)

@@ -358,6 +358,9 @@ class Objective:
 
         Returns:
           Shape `[cases]`, in float32 or wider.
+
+        Raises:
+          ShapeError: if the loss returns another shape; a `ValueError`.
         """
         outputs = self.forward(params, cases)
         with noting_call(

@@ -324,6 +324,16 @@ def test_products_of_a_convolutional_network_are_timed(tmp_path, capsys):
     assert "G v in a loop" in capsys.readouterr().out
 
 
+def test_plain_losses_are_timed_beside_their_closed_forms(tmp_path, capsys):
+    path = tmp_path / "losses.json"
+    words = ("--losses", "labels", "--outputs", "3", "--cases", "4", "--rounds", "1")
+    assert main(["losses", *words, "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["form"] for row in rows] == ["plain", "closed"]
+    assert all(row["seconds"] > 0 and row["compile_seconds"] > 0 for row in rows)
+    assert "labels, 3 outputs" in capsys.readouterr().out
+
+
 def test_costs_of_nothing_are_an_error(capsys):
     assert main(["costs", "--only", "adam"]) == 2
     assert "no set-up has 'adam'" in capsys.readouterr().err
