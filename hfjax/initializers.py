@@ -72,7 +72,8 @@ def sparse(
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
-        key = _checked(key, shape, dtype)
+        _check(shape, dtype)
+        key = as_key("key", key)
         if len(shape) < 2:
             msg = (
                 "Sparse initialisation is for kernels (inputs, units), got shape "
@@ -141,7 +142,7 @@ def spectral_radius(
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
-        key = _checked(key, shape, dtype)
+        _check(shape, dtype)  # The key is `base`'s, which may do without.
         if len(shape) < 2 or shape[-1] != shape[-2]:
             msg = (
                 "A spectral radius is for square recurrent matrices (units, units), "
@@ -158,15 +159,14 @@ def spectral_radius(
     return init
 
 
-def _checked(key: Any, shape: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the key, typed; raise unless all three are what an initializer takes."""
+def _check(shape: Any, dtype: jax.typing.DTypeLike) -> None:
+    """Raise unless a shape and a dtype are what an initializer takes."""
     if not isinstance(shape, tuple | list):
         msg = f"`shape` must be a tuple (inputs, units), got {describe(shape)}."
         raise TypeError(msg)
     if not jnp.issubdtype(dtype, jnp.floating):
         msg = f"`dtype` must be one of real floats, got {jnp.dtype(dtype)}."
         raise TypeError(msg)
-    return as_key("key", key)
 
 
 def _spectral_radius(matrix: jax.Array) -> jax.Array:

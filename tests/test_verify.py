@@ -351,7 +351,8 @@ def test_negative_curvature_of_many_outputs_is_found():
 
 def test_a_gradient_that_is_rounding_is_named():
     def cancels(params, x):
-        return (3e6 + mlp(params, x)) - 3e6
+        # XLA would cancel it.
+        return jax.lax.optimization_barrier(3e6 + mlp(params, x)) - 3e6
 
     params, batch = single((PROBLEM.params, PROBLEM.batch))
     with jax.enable_x64(False):
