@@ -210,8 +210,8 @@ def from_function(
       fn: `(outputs, targets) -> array` whose leading axis is cases; further axes
         are summed. Optax's losses are such functions. Cases must not mix.
       positive: repair of a loss that is not convex in the outputs: "clip", "shift",
-        or `None` for none, where only `factor` drops what is negative (nearly, where it
-        has a closed form).
+        or `None` for none, where only `factor` drops what is negative: of the diagonal
+        apart from the outer product, where it has that closed form.
 
     Returns:
       The loss; `predict` is the identity. Values and gradients know no repair.
