@@ -5,7 +5,9 @@ judged by the update itself (`_trial`).
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -308,6 +310,22 @@ def check_function(name: str, function: Any, call: str) -> None:
     if not callable(function):
         msg = f"`{name}` must be a function `{call}`, got {describe(function)}."
         raise TypeError(msg)
+
+
+def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
+    """Return a function with its `key` given, if it asks for one: draws random numbers.
+
+    Args:
+      function: which has, or has not, a parameter `key` without a default.
+      key: a typed key.
+
+    Returns:
+      A function of the other arguments.
+    """
+    parameter = inspect.signature(function).parameters.get("key")
+    if parameter is None or parameter.default is not inspect.Parameter.empty:
+        return function
+    return functools.partial(function, key=key)
 
 
 @contextlib.contextmanager

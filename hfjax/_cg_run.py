@@ -129,7 +129,7 @@ def cg_run(
             eval_batch=eval_batch,
             damping=damping,
             count=jnp.zeros((), jnp.int32),
-            keys=tuple(jax.random.split(jax.random.key(seed))),
+            key=jax.random.key(seed),
         )
         return _run(
             point, curvature, rule, preconditioner, x0, max_iterations, interval

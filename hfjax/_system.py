@@ -27,7 +27,7 @@ class Point(NamedTuple):
       eval_batch: the evaluation data.
       damping: λ.
       count: updates so far.
-      keys: for the preconditioner and the damping matrix, or `None` each.
+      key: for the preconditioner and the damping matrix, new in each update.
       memory: of the preconditioner, or `None`.
     """
 
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     eval_batch: Batch
     damping: jax.Array
     count: jax.Array
-    keys: tuple[jax.Array | None, jax.Array | None]
+    key: jax.Array
     memory: Tree = None
 
     def value(self, data: Batch) -> jax.Array:
@@ -84,7 +84,7 @@ def assemble(
     Returns:
       What a solver is given, δ ↦ ½ δᵀ(A − B)δ, and the preconditioner's new memory.
     """
-    objective, params, batch, eval_batch, damping, count, keys, memory = point
+    objective, params, batch, eval_batch, damping, count, key, memory = point
     mu = None if rule.structural is None else rule.structural.at(damping, count)
     if mu is None:
         curved, matvec = objective, curvature(objective, params, batch)
@@ -96,7 +96,8 @@ def assemble(
     diagonal: Tree = jnp.zeros((), damping.dtype)
     total = matvec
     if rule.matrix is not None:
-        matrix = rule.matrix.build(objective, params, batch, matvec, keys[1])
+        of_matrix = jax.random.fold_in(key, 1)
+        matrix = rule.matrix.build(objective, params, batch, matvec, of_matrix)
         total = damped(matvec, damping, matrix.matvec)
         penalties.append((damping, matrix.matvec))
         if matrix.diagonal is not None:
@@ -109,9 +110,6 @@ def assemble(
     precondition = None
     if preconditioner is not None:
         data = batch if preconditioner.data == "batch" else eval_batch
-        key = keys[0]
-        if preconditioner.seed is not None:
-            key = jax.random.fold_in(jax.random.key(preconditioner.seed), count)
         known = (curved, params, data, diagonal, key)
         if memory is None:
             precondition = preconditioner.build(*known)

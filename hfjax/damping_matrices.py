@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, diagonals
-from hfjax._arguments import as_product, as_tangent, check_like
+from hfjax._arguments import as_product, as_tangent, check_like, with_key
 from hfjax._linearize import linearized
 from hfjax._types import Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
@@ -48,12 +48,10 @@ class DampingMatrix(NamedTuple):
 
     Attributes:
       build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
-        the product with B.
-      needs_key: whether `build` draws random numbers; `key` is `None` if not.
+        the product with B, and a typed key that is new in each update.
     """
 
     build: Callable[..., Matrix]
-    needs_key: bool = False
 
 
 Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
@@ -70,7 +68,7 @@ def identity() -> DampingMatrix:
     References:
       Martens & Sutskever (2012), section 8.1.
     """
-    return _without_key(lambda *_: Matrix(lambda v: v, jnp.ones(())))
+    return DampingMatrix(lambda *_: Matrix(lambda v: v, jnp.ones(())))
 
 
 def curvature() -> DampingMatrix:
@@ -85,8 +83,8 @@ def curvature() -> DampingMatrix:
     References:
       Martens & Sutskever (2012), section 8.3; ERRATA: 1 / (1 + λ).
     """
-    return _without_key(
-        lambda objective, params, batch, curvature: Matrix(curvature, None)
+    return DampingMatrix(
+        lambda objective, params, batch, curvature, key: Matrix(curvature, None)
     )
 
 
@@ -128,18 +126,21 @@ def diagonal(
         params: Params,
         batch: Batch,
         curvature: Matvec,
-        key: jax.Array | None,
+        key: jax.Array,
     ) -> Matrix:
         del curvature
-        d = _estimate(estimate, objective, params, batch, key)
+        chosen = estimate
+        if chosen is None:
+            few = diagonals.outputs_per_case(objective, params, batch) <= _FEW_OUTPUTS
+            chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
+        d = with_key(chosen, key)(objective, params, batch)
         entries = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
         return Matrix(
             lambda v: jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v),
             entries,
         )
 
-    random = estimate is None or diagonals.needs_key(estimate)
-    return DampingMatrix(build, needs_key=random)
+    return DampingMatrix(build)
 
 
 def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
@@ -178,12 +179,11 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         params: Params,
         batch: Batch,
         curvature: Matvec,
-        key: jax.Array | None,
+        key: jax.Array,
     ) -> Matrix:
         del objective, batch, curvature
         weights, tangent, transpose = linearized(original, params)
         leaves, structure = jax.tree.flatten(weights)
-        assert key is not None
         signs = structure.unflatten(
             [
                 jax.random.rademacher(leaf_key, w.shape, w.dtype)
@@ -201,7 +201,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
 
         return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)))
 
-    return DampingMatrix(build, needs_key=True)
+    return DampingMatrix(build)
 
 
 def custom(build: Builder) -> DampingMatrix:
@@ -227,9 +227,13 @@ def custom(build: Builder) -> DampingMatrix:
         raise TypeError(msg)
 
     def checked(
-        objective: Objective, params: Params, batch: Batch, curvature: Matvec
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        curvature: Matvec,
+        key: jax.Array,
     ) -> Matrix:
-        del curvature
+        del curvature, key
         pair = build(objective, params, batch)
         if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[0]):
             msg = (
@@ -244,7 +248,7 @@ def custom(build: Builder) -> DampingMatrix:
             check_like("diagonal", diagonal, params, cure)
         return Matrix(as_product("matrix", matvec, matrix="D @ v"), diagonal)
 
-    return _without_key(checked)
+    return DampingMatrix(checked)
 
 
 NAMED: dict[str, Callable[[], DampingMatrix]] = {
@@ -278,32 +282,3 @@ def as_matrix(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
         _options.check_choice("matrix", matrix, tuple(NAMED))
         return NAMED[matrix]()
     return custom(matrix)
-
-
-def _without_key(build: Callable[..., Matrix]) -> DampingMatrix:
-    def keyless(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        curvature: Matvec,
-        key: jax.Array | None,
-    ) -> Matrix:
-        del key
-        return build(objective, params, batch, curvature)
-
-    return DampingMatrix(keyless)
-
-
-def _estimate(
-    estimate: diagonals.Estimate | None,
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None,
-) -> Tree:
-    if estimate is None:
-        few = diagonals.outputs_per_case(objective, params, batch) <= _FEW_OUTPUTS
-        estimate = diagonals.ggn_exact if few else diagonals.ggn_rademacher
-    if diagonals.needs_key(estimate):
-        return estimate(objective, params, batch, key=key)
-    return estimate(objective, params, batch)

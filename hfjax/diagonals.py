@@ -19,7 +19,6 @@ formed for as many cases at a time as fit in 64 MiB, at many times that cost.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeAlias, cast
 
@@ -237,32 +236,6 @@ def interpolate(
         return jnp.maximum(total, 0) ** jnp.asarray(exponent, d.dtype)
 
     return jax.tree.map(leaf, diagonal, ones)
-
-
-def needs_key(estimate: Estimate) -> bool:
-    """Return whether an estimate is random: whether it takes a `key`.
-
-    Args:
-      estimate: a function of this room, a `functools.partial` of one, or the caller's.
-
-    Returns:
-      Whether there is a parameter `key` that is still to be given.
-
-    Raises:
-      TypeError: if it is no function.
-
-    Example:
-      >>> needs_key(empirical_fisher), needs_key(ggn_rademacher)
-      (False, True)
-    """
-    if not callable(estimate):
-        msg = (
-            "`estimate` must be a function of `hfjax.diagonals`, or the caller's "
-            f"(objective, params, batch) -> diagonal, got {estimate!r}."
-        )
-        raise TypeError(msg)
-    parameter = inspect.signature(estimate).parameters.get("key")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def outputs_per_case(objective: Objective, params: Params, batch: Batch) -> int:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _kronecker, _nystrom, _options, diagonals
-from hfjax._arguments import as_params, describe
+from hfjax._arguments import as_params, check_function, describe, with_key
 from hfjax._convolutions import for_loops
 from hfjax._merged_layers import Merged, merged
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
@@ -32,22 +32,18 @@ class PreconditionerRule(NamedTuple):
       build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`, with
         `damping` the diagonal of λD: the scalar λ where D = I, else a tree like the
         parameters, or 0 where D = B, as P's scale does not matter. With structural
-        damping `objective` has its distance in its loss.
-      needs_key: whether `build` draws random numbers; `key` is `None` if not.
+        damping `objective` has its distance in its loss. The typed key is new in each
+        update: of `hessian_free`'s seed and the number of the update alone.
       data: that `build` is given as its batch: the update's `"batch"`, as the
         curvature, or its `"eval_batch"`.
       init: `params -> memory`, of a rule that hands something to the next update; its
         `build` then takes `memory` and `count`, updates so far, too, and returns
         `(r -> P⁻¹ r, memory)`. `None` of one that does not.
-      seed: of a key that is made from it and the number of the update alone, so that
-        the state needs none; `None` of a rule without.
     """
 
     build: Callable[..., Any]
-    needs_key: bool = False
     data: str = "batch"
     init: Callable[[Params], Tree] | None = None
-    seed: int | None = None
 
 
 def diagonal(
@@ -93,18 +89,17 @@ def diagonal(
     _options.check_range("exponent", exponent, low=0.0, high=1.0)
     _options.check_range("kappa", kappa, low=0.0)
     _options.check_choice("data", data, ("batch", "eval_batch"))
-
-    random = diagonals.needs_key(estimate)
+    call = "(objective, params, batch) -> diagonal"
+    check_function("estimate", estimate, call)
 
     def build(
         objective: Objective,
         params: Params,
         batch: Batch,
         damping: Tree,
-        key: jax.Array | None,
+        key: jax.Array,
     ) -> Preconditioner:
-        options = {"key": key} if random else {}
-        entries = _within_range(estimate(objective, params, batch, **options))
+        entries = _within_range(with_key(estimate, key)(objective, params, batch))
         powers = diagonals.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
@@ -114,7 +109,7 @@ def diagonal(
             lambda r, p: (r.astype(p.dtype) / p).astype(r.dtype), r, powers
         )
 
-    return PreconditionerRule(build, needs_key=random, data=data)
+    return PreconditionerRule(build, data=data)
 
 
 def kronecker(
@@ -126,7 +121,6 @@ def kronecker(
     max_size: int = 8192,
     cases: int | None = 2000,
     data: str = "batch",
-    seed: int = 0,
 ) -> PreconditionerRule:
     """Precondition by the Kronecker factors of each layer, and a diagonal for the rest.
 
@@ -180,7 +174,6 @@ def kronecker(
         many; `None` is all (2,000: a quarter of 2,000 did nearly as well,
         `benchmarks/results/step6.md`; heuristic).
       data: as in `diagonal`.
-      seed: of the vᵢ, which are drawn anew in each update.
 
     Returns:
       The rule. With a `decay`, or an `interval` above 1, the state has room for two
@@ -277,9 +270,7 @@ def kronecker(
         return _product(blocks, model), memory
 
     remembers = averages or interval > 1
-    return PreconditionerRule(
-        build, data=data, init=init if remembers else None, seed=seed
-    )
+    return PreconditionerRule(build, data=data, init=init if remembers else None)
 
 
 def nystrom(
@@ -288,7 +279,6 @@ def nystrom(
     chunk: int | None = None,
     interval: int = 1,
     data: str = "batch",
-    seed: int = 0,
 ) -> PreconditionerRule:
     """Precondition by a random sketch of G: its largest eigenvalues, and one for the rest.
 
@@ -319,7 +309,6 @@ def nystrom(
       interval: updates from one sketch to the next; those between have its U and Λ, and
         their own λ.
       data: as in `diagonal`.
-      seed: of Ω, which is drawn anew in each update.
 
     Returns:
       The rule. With an `interval` above 1 the state has room for `rank` + 1 vectors.
@@ -380,9 +369,7 @@ def nystrom(
     def init(params: Params) -> dict[str, tuple]:
         return {"nystrom": tuple(_nystrom.room_for(params, rank))}
 
-    return PreconditionerRule(
-        build, data=data, init=init if interval > 1 else None, seed=seed
-    )
+    return PreconditionerRule(build, data=data, init=init if interval > 1 else None)
 
 
 def layers(
@@ -463,18 +450,14 @@ def _mixed(kept: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(jnp.all(jnp.isfinite(new)), mixed, old)
 
 
-def custom(
-    build: Callable[..., Preconditioner], *, needs_key: bool = False
-) -> PreconditionerRule:
+def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
     """Precondition by the caller's own P.
 
     Args:
       build: `(objective, params, batch, damping) -> (r -> P⁻¹ r)`, called once in
         each update, with arguments as in `PreconditionerRule`; P must be symmetric
-        positive definite. With `needs_key` it takes a fifth argument, a typed key,
-        new in each update.
-      needs_key: whether `build` draws random numbers; the state then holds a key,
-        made from `hessian_free`'s `seed`.
+        positive definite. If it has one more parameter, `key`, it is given a typed key
+        that is new in each update.
 
     Returns:
       The rule.
@@ -491,20 +474,17 @@ def custom(
     if not callable(build):
         msg = f"`build` must be callable, got {type(build).__name__}."
         raise TypeError(msg)
-    if needs_key:
-        return PreconditionerRule(build, needs_key=True)
 
-    def without_key(
+    def with_or_without_key(
         objective: Objective,
         params: Params,
         batch: Batch,
         damping: Tree,
-        key: None,
+        key: jax.Array,
     ) -> Preconditioner:
-        del key
-        return build(objective, params, batch, damping)
+        return with_key(build, key)(objective, params, batch, damping)
 
-    return PreconditionerRule(without_key)
+    return PreconditionerRule(with_or_without_key)
 
 
 def _within_range(entries: Tree) -> Tree:

@@ -79,8 +79,6 @@ class HessianFreeState(NamedTuple):
         `optax.tree.get(state, "damping")`, set it with `optax.tree.set`.
       direction: like the parameters, in float32 or wider: what conjugate gradients
         found last, for the warm start; δ where runs start from 0.
-      key: a typed key if preconditioner or damping matrix may draw random numbers,
-        else `None`.
       preconditioner: what it hands to the next update, or `None`.
       record: of the last run of conjugate gradients if the solver is told to `record`,
         else `None`; for people, as `info`.
@@ -100,7 +98,6 @@ class HessianFreeState(NamedTuple):
     count: jax.Array
     damping: jax.Array
     direction: Params
-    key: jax.Array | None
     preconditioner: Tree
     record: Record | None
     info: HessianFreeInfo
@@ -162,18 +159,17 @@ def record_of(
     return Record(values.astype(dtype), result.coefficients.astype(dtype))
 
 
-def check_state(state: Any, params: Params, memory: Tree, *, needs_key: bool) -> None:
+def check_state(state: Any, params: Params, memory: Tree) -> None:
     """Raise unless `state` is of this optimizer and these parameters.
 
     Args:
       state: what came.
       params: θ.
       memory: shapes of what the preconditioner keeps, or `None`.
-      needs_key: whether the optimizer draws random numbers.
 
     Raises:
       TypeError: if it is no `HessianFreeState`.
-      ValueError: if it is of other parameters or another preconditioner, or lacks a key.
+      ValueError: if it is of other parameters or another preconditioner.
     """
     if not isinstance(state, HessianFreeState):
         msg = (
@@ -188,11 +184,5 @@ def check_state(state: Any, params: Params, memory: Tree, *, needs_key: bool) ->
         msg = (
             "`state.preconditioner` is of another preconditioner, `decay` or "
             "`interval`: start from `tx.init(params)`."
-        )
-        raise ValueError(msg)
-    if needs_key and state.key is None:
-        msg = (
-            "`state` has no key, which a random preconditioner or damping matrix "
-            "needs: it is of an optimizer without one. Start from `tx.init(params)`."
         )
         raise ValueError(msg)

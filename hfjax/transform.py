@@ -112,8 +112,8 @@ def hessian_free(
         is given `structural=μ` too if `damping` has one. Under
         `optax.inject_hyperparams` list it in `static_args`, even if it is left out:
         Optax takes every callable for a schedule.
-      seed: for a preconditioner or damping matrix that draws random numbers
-        (`kronecker` has its own, and no key in the state).
+      seed: of all random numbers: an update draws with a key of the seed and the number
+        of the update alone.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `HessianFreeState`.
@@ -160,8 +160,6 @@ def hessian_free(
     solver, exact, preconditioner, backtracking = fitted(
         objective, damping, solver, preconditioner, backtracking, curvature
     )
-    random = [rule for rule in (preconditioner, damping.matrix) if rule is not None]
-    needs_key = any(rule.needs_key for rule in random)
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     parts = _Parts(
         objective=objective,
@@ -173,6 +171,7 @@ def hessian_free(
         backtracking=backtracking,
         line_search=line_search or whole(),
         curvature=curvature,
+        seed=seed,
     )
 
     @_compiled.once
@@ -192,7 +191,6 @@ def hessian_free(
             count=jnp.zeros((), jnp.int32),
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(_tree.widen(params)),
-            key=jax.random.key(seed) if needs_key else None,
             preconditioner=remembered(params),
             record=record_of(None, solver.recorded, dtype),
             info=no_info(dtype),
@@ -213,7 +211,7 @@ def hessian_free(
         params = as_params(params)
         check_gradient(updates, params)
         memory = jax.eval_shape(remembered, params)
-        check_state(state, params, memory, needs_key=needs_key)
+        check_state(state, params, memory)
         if eval_batch is not None:
             objective.check_batch(eval_batch, "eval_batch")
         new = changed(updates, state, params, batch, eval_batch)
@@ -300,6 +298,7 @@ class _Parts(NamedTuple):
     backtracking: Backtracking
     line_search: LineSearch
     curvature: Curvature
+    seed: int
 
 
 def _update(
@@ -313,9 +312,6 @@ def _update(
     """Do one update: algorithm 3, line by line."""
     dtype = _tree.scalar_dtype(params)
     b = jax.tree.map(jnp.negative, _tree.cast_like(grads, _tree.widen(params)))
-    key, preconditioner_key, matrix_key = (
-        (None,) * 3 if state.key is None else jax.random.split(state.key, 3)
-    )
     damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     solver, preconditioner = parts.solver, parts.preconditioner
     if parts.exact_if_suited:
@@ -330,7 +326,7 @@ def _update(
         eval_batch=batch if eval_batch is None else eval_batch,
         damping=damping.astype(dtype),
         count=state.count,
-        keys=(preconditioner_key, matrix_key),
+        key=jax.random.fold_in(jax.random.key(parts.seed), state.count),
         memory=state.preconditioner,
     )
     subproblem, penalty, memory = assemble(
@@ -376,7 +372,6 @@ def _update(
         count=jnp.asarray(optax.safe_increment(state.count)),
         damping=adapted.astype(dtype),
         direction=_or_zero(accepted & jnp.isfinite(_tree.magnitude(carried)), carried),
-        key=key,
         preconditioner=memory,
         record=record_of(result, parts.solver.recorded, dtype),
         info=report(trial, rejection, ratio, predicted, dtype),

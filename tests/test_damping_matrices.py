@@ -1,6 +1,7 @@
 """Damping matrices: whole updates against a dense solve of (B + λD + μS) δ = −∇f."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -465,13 +466,29 @@ def test_bad_options_are_named(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_a_key_is_in_the_state_where_the_matrix_draws(name):
-    rule = constant(1.0, matrix=MATRICES[name][0])
-    state = plain(PROBLEM.objective(), rule).init(PROBLEM.params)
-    assert (state.key is not None) == (
-        name in {"curvature_diagonal", "reparameterization"}
+def test_a_matrix_draws_by_another_key_than_the_preconditioner():
+    keys = {}
+
+    def noted(name, key):
+        note = functools.partial(keys.__setitem__, name)
+        jax.debug.callback(note, jax.random.key_data(key))
+
+    def matrix(objective, params, batch, curvature, key):
+        noted("matrix", key)
+        return damping_matrices.identity().build(objective, params, batch, curvature, key)
+
+    def preconditioner(objective, params, batch, damping, key):
+        noted("preconditioner", key)
+        return lambda r: r
+
+    tx = plain(
+        PROBLEM.objective(),
+        constant(1.0, matrix=damping_matrices.DampingMatrix(matrix)),
+        preconditioner=hfjax.preconditioners.custom(preconditioner),
     )
+    one_update(tx, PROBLEM.params, PROBLEM.batch, PROBLEM.params)
+    jax.effects_barrier()
+    assert np.any(keys["matrix"] != keys["preconditioner"])
 
 
 def test_a_parameter_without_curvature_is_not_damped_by_the_diagonal():

@@ -12,6 +12,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import _case_gradients, diagonals
+from hfjax._arguments import with_key
 
 SQUARED = hfjax.losses.squared_error()
 
@@ -362,22 +363,21 @@ def test_random_diagonal_takes_keys_of_any_implementation(implementation):
     np.testing.assert_allclose(diagonal, [5.0, 2.0])
 
 
-def test_estimates_that_take_a_key_are_known():
+def test_estimates_that_ask_for_a_key_are_given_one():
     def with_default(objective, params, batch, *, key=None):
         raise NotImplementedError
 
-    def with_key(objective, params, batch, *, key):
-        raise NotImplementedError
+    def asking(objective, params, batch, *, key):
+        return key
 
+    key = jax.random.key(3)
+    for estimate in (diagonals.ggn_exact, diagonals.empirical_fisher, with_default):
+        assert with_key(estimate, key) is estimate
+    given = functools.partial(asking, key=jax.random.key(0))
+    assert with_key(given, key) is given
     bound = functools.partial(diagonals.ggn_rademacher, num_probes=4)
-    given = functools.partial(diagonals.ggn_rademacher, key=jax.random.key(0))
-    assert diagonals.needs_key(diagonals.ggn_rademacher)
-    assert diagonals.needs_key(bound)
-    assert diagonals.needs_key(with_key)
-    assert not diagonals.needs_key(diagonals.ggn_exact)
-    assert not diagonals.needs_key(diagonals.empirical_fisher)
-    assert not diagonals.needs_key(with_default)
-    assert not diagonals.needs_key(given)
+    assert with_key(bound, key).keywords == {"num_probes": 4, "key": key}
+    assert with_key(asking, key)(None, None, None) is key
 
 
 @pytest.mark.parametrize(

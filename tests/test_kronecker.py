@@ -732,7 +732,6 @@ def test_only_who_remembers_has_room():
         rule = preconditioners.kronecker(**options)
         state = hfjax.hessian_free(LINEAR, preconditioner=rule).init(LINEAR_PARAMS)
         assert sorted(state.preconditioner or {}) == rooms
-        assert state.key is None
 
 
 @pytest.mark.parametrize("kept", [{"decay": 0.9}, {"interval": 2}])

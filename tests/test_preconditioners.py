@@ -114,7 +114,7 @@ def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural
         p = build(objective, problem.params, problem.batch, unravel(damping), key)
         return p(r)
 
-    key = jax.random.key(0) if rule.needs_key else None
+    key = jax.random.key(0)
     ours = ravel_pytree(apply(unravel(jnp.ones_like(theta)), key))[0]
     if estimate is diagonals.empirical_fisher:
         # The distance of hidden states has no gradient: μ is not in it.
@@ -124,24 +124,26 @@ def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural
         d = np.diag(full)
     truth = (d + damping + 0.2 * scale) ** -0.6
     # A probe is off by √2 of a case at most: here by 5 times that over √4000.
-    random = rule.needs_key
+    random = structural == 0
     np.testing.assert_allclose(ours, truth, rtol=0.12 if random else 1e-9)
-    assert random == (structural == 0)
 
 
 @pytest.mark.parametrize(
-    ("estimate", "needs_key"),
+    ("estimate", "draws"),
     [
         (diagonals.ggn_exact, False),
         (diagonals.ggn_rademacher, True),
         (functools.partial(diagonals.ggn_rademacher, num_probes=2), True),
     ],
 )
-def test_a_random_estimate_asks_for_a_key(estimate, needs_key):
-    rule = preconditioners.diagonal(estimate)
-    assert rule.needs_key == needs_key
-    state = hfjax.hessian_free(OBJECTIVE, preconditioner=rule).init(PARAMS)
-    assert (state.key is not None) == needs_key
+def test_only_a_random_estimate_depends_on_the_key(estimate, draws):
+    problem = HIDDEN[2]
+    rule, r = preconditioners.diagonal(estimate), problem.params
+    given = (problem.objective(), problem.params, problem.batch, jnp.float64(1.0))
+    one, other = (
+        ravel_pytree(rule.build(*given, jax.random.key(k))(r))[0] for k in (0, 1)
+    )
+    assert np.any(one != other) == draws
 
 
 def test_the_key_of_an_update_is_new_in_the_next():
@@ -151,7 +153,7 @@ def test_the_key_of_an_update_is_new_in_the_next():
         jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key))
         return lambda r: r
 
-    rule = preconditioners.custom(build, needs_key=True)
+    rule = preconditioners.custom(build)
     tx = hfjax.hessian_free(OBJECTIVE, preconditioner=rule)
     update, batch = quick_jit(tx.update), make_batch()
     grads, state = PARAMS, tx.init(PARAMS)
