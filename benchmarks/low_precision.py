@@ -34,6 +34,7 @@ from benchmarks.history import write_json
 from benchmarks.network import autoencoder
 from benchmarks.problem import SETUPS, machine
 from benchmarks.racers import compile_ahead
+from hfjax._system import damped
 
 _PARTS = ("runs", "products", "systems")
 _DAMPINGS = (10.0, 1.0, 0.1, 0.01)
@@ -275,8 +276,8 @@ def systems(problem: Problem, params: Any, way: Way, limit: int) -> dict[str, An
         _, grads = objective.value_and_grad(params, batch)
         b = jax.tree.map(jnp.negative, grads)
         truth = hfjax.curvature.with_precision("float32")(objective, params, batch)
-        exact = hfjax.damping.damped(truth, damping)
-        nearly = hfjax.damping.damped(way.curvature(objective, params, batch), damping)
+        exact = damped(truth, damping)
+        nearly = damped(way.curvature(objective, params, batch), damping)
         result = hfjax.cg.solve(
             nearly,
             b,

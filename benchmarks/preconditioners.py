@@ -28,6 +28,7 @@ from benchmarks import data, options, rnn_training
 from benchmarks.history import write_json
 from benchmarks.network import autoencoder
 from benchmarks.problem import SETUPS, machine
+from hfjax._system import damped
 
 _RECIPE = "empirical Fisher, ξ = 0.75"
 
@@ -173,7 +174,7 @@ def compare(setting: Setting, updates: int, every: int, limit: int) -> Any:
             known = (objective, params, batch, damping)
             precondition = rule.build(*known, jax.random.fold_in(key, 1))
         run = hfjax.cg.solve(
-            hfjax.damping.damped(product, damping),
+            damped(product, damping),
             jax.tree.map(jnp.negative, grads),
             preconditioner=precondition,
             max_iterations=limit,

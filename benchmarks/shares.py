@@ -38,7 +38,7 @@ from benchmarks.product import Calls, time_rounds
 from benchmarks.racers import compile_ahead
 
 _FEW, _MANY = 1, 9  # of what is timed by the difference of two chains
-_FACTOR, _TRIES, _CASES = 4.0, 8, 2000  # of `backtracking.redamped`
+_FACTOR, _TRIES, _CASES = 4.0, 8, 2000  # of `damping.searched`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """What users hand in, looked at while the program is built: structures, shapes, dtypes.
 
 Every error names the argument, says what came and what to do. Numbers are traced, and
-judged by the update itself (`_trial`).
+judged by the update itself (`_judge`).
 """
 
 import contextlib

@@ -125,9 +125,10 @@ def cg_run(
         point = Point(
             objective=objective,
             params=params,
+            gradient=objective.value_and_grad(params, batch)[1],
             batch=batch,
             eval_batch=eval_batch,
-            damping=damping,
+            scalar=damping,
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key(seed),
         )
@@ -151,21 +152,22 @@ def _run(
     interval: int,
 ) -> CGRun:
     """Run, and evaluate f."""
-    _, gradient = point.objective.value_and_grad(point.params, point.batch)
-    b = jax.tree.map(jnp.negative, _tree.widen(gradient))
-    subproblem, _, _ = assemble(point, b, curvature, rule, preconditioner)
+    at = assemble(point, curvature, rule, preconditioner)
+    system, start = at.system, None
+    if x0 is not None:
+        start = at.packing.pack(_tree.cast_like(x0, _tree.widen(point.params)))
     result = cg.solve(
-        subproblem.matvec,
-        b,
-        x0=x0,
-        preconditioner=subproblem.preconditioner,
+        system.matvec,
+        system.b,
+        x0=start,
+        preconditioner=system.preconditioner(),
         max_iterations=max_iterations,
         stopping=None,
         keep=iterates.every(interval),
     )
     before = point.value(point.eval_batch)
-    at_start = before if x0 is None else subproblem.value_fn(_tree.cast_like(x0, b))
-    after = jax.lax.map(subproblem.value_fn, result.kept.iterates)
+    at_start = before if start is None else system.value(start)
+    after = jax.lax.map(system.value, result.kept.iterates)
     return CGRun(
         num_iterations=result.num_iterations,
         model_values=result.model_values,

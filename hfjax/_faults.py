@@ -19,9 +19,9 @@ from hfjax._linearize import noted
 from hfjax._loss import PAIRS
 from hfjax._setup import Setup, flat, walk, waves
 from hfjax._spectrum import extreme_curvature
+from hfjax._system import rounding_noise
 from hfjax._types import Batch, Params
 from hfjax.curvature import ggn
-from hfjax.damping import rounding_noise
 from hfjax.state import Rejection
 
 _MOST_NOISE = 0.01

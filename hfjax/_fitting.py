@@ -10,32 +10,35 @@ import inspect
 from typing import Any, NamedTuple
 
 from hfjax import _options
+from hfjax._rule import Damping
+from hfjax._solver import Solver
 from hfjax._weighted_sum import WeightedSum
-from hfjax.backtracking import Backtracking, last
-from hfjax.cg import Solver, conjugate_gradient
+from hfjax.backtracking import Backtracking, early_stop, last
+from hfjax.cg import conjugate_gradient
 from hfjax.curvature import Curvature, ggn
-from hfjax.damping import Damping
 from hfjax.damping_matrices import identity
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule, kronecker
+from hfjax.sample_space import where_small
 
-_SCALARS = ("damping", "radius")
+_SCALARS = ("damping", "fixed", "radius")
 
 
 class Fitted(NamedTuple):
     """Parts that go together.
 
     Attributes:
-      solver: the one that was given; for `"auto"`, conjugate gradients.
-      exact_if_suited: whether each update asks `hfjax.sample_space.suited` first.
+      solver: the one that was given, or that `"auto"` stands for.
       preconditioner: the rule that `solver` will ask, or `None`.
-      backtracking: the rule, or what takes its place.
+      backtracking: the rule; where the solver tells the steps for other λ, `searching`
+        takes its place, if there is one.
+      searching: what the damping rule wants, if that is to be, else `None`.
     """
 
     solver: Solver
-    exact_if_suited: bool
     preconditioner: PreconditionerRule | None
     backtracking: Backtracking
+    searching: Backtracking | None
 
 
 def fitted(
@@ -43,7 +46,7 @@ def fitted(
     damping: Damping,
     solver: Solver | str,
     preconditioner: PreconditionerRule | str | None,
-    backtracking: Backtracking | None,
+    backtracking: Backtracking | str | None,
     curvature: Curvature,
 ) -> Fitted:
     """Return the parts that an optimizer is to use, or raise if two do not fit.
@@ -53,7 +56,7 @@ def fitted(
       damping: of `hfjax.damping`, or `hfjax.trust_region.radius()`.
       solver: a solver, or `"auto"`.
       preconditioner: a rule, `"auto"` or `None`.
-      backtracking: a rule, or `None`.
+      backtracking: a rule, `"auto"` or `None`.
       curvature: what makes B.
 
     Returns:
@@ -64,7 +67,10 @@ def fitted(
       ValueError: if two parts do not fit, or a word is not known.
     """
     check_part("damping", damping, Damping)
-    check_part("backtracking", backtracking, Backtracking, none=True)
+    if isinstance(backtracking, str):
+        _options.check_choice("backtracking", backtracking, ("auto",))
+    else:
+        check_part("backtracking", backtracking, Backtracking, none=True)
     if not isinstance(solver, str):
         check_part("solver", solver, Solver)
     if not isinstance(preconditioner, str):
@@ -74,7 +80,7 @@ def fitted(
     plain = curvature is ggn and damping.matrix is identity()
     chosen = _solver_of(solver, damping, plain=plain)
     _check_scalars(chosen, damping)
-    asks = chosen.preconditioned
+    asks = chosen.reads == "products"
     if isinstance(preconditioner, str):
         _options.check_choice("preconditioner", preconditioner, ("auto",))
         preconditioner = kronecker() if asks else None
@@ -85,15 +91,9 @@ def fitted(
             "`solver=hfjax.cg.conjugate_gradient()`."
         )
         raise ValueError(msg)
-    return Fitted(
-        solver=chosen,
-        # `suited` counts the outputs of the loss, and hidden states may be many more.
-        exact_if_suited=isinstance(solver, str)
-        and plain
-        and damping.structural is None,
-        preconditioner=preconditioner,
-        backtracking=fitting(backtracking, damping, chosen),
-    )
+    if isinstance(backtracking, str):
+        return Fitted(chosen, preconditioner, early_stop(), damping.backtracking)
+    return Fitted(chosen, preconditioner, backtracking or last(), None)
 
 
 def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:
@@ -168,11 +168,17 @@ def _takes_structural(curvature: Any) -> bool:
 
 
 def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:
-    """Return the solver; `"auto"` is conjugate gradients, unless a batch is small."""
+    """Return the solver that is meant, if it can solve with these."""
+    _options.check_choice(
+        "solver.reads", getattr(solver, "reads", "products"), ("products", "jacobian")
+    )
     if isinstance(solver, str):
         _options.check_choice("solver", solver, ("auto",))
-        return conjugate_gradient()
-    if not solver.writes_out or plain:
+        # Outputs of the loss are counted, and hidden states may be many more.
+        small = plain and damping.structural is None
+        otherwise = conjugate_gradient()
+        return where_small(otherwise) if small else otherwise
+    if solver.reads == "products" or plain:
         return solver
     came = "another `curvature`"
     if damping.matrix is not identity():
@@ -191,7 +197,7 @@ def _check_scalars(solver: Solver, damping: Damping) -> None:
     """Raise unless the solver reads what the rule drives, and the rule knows how."""
     _options.check_choice("solver.scalar", solver.scalar, _SCALARS)
     _options.check_choice("damping.scalar", damping.scalar, _SCALARS)
-    if solver.scalar != damping.scalar and solver.scalar == "radius":
+    if solver.scalar == "radius" != damping.scalar:
         msg = (
             "`solver` works in a trust region and reads a radius, but `damping` drives "
             "a damping λ (as the default, `damping.searched()`): λ would be taken for "
@@ -200,7 +206,7 @@ def _check_scalars(solver: Solver, damping: Damping) -> None:
             'declares `scalar="radius"` and `matrix=None`.)'
         )
         raise ValueError(msg)
-    if solver.scalar != damping.scalar:
+    if damping.scalar == "radius" != solver.scalar:
         msg = (
             "`damping` drives the radius of a trust region, but `solver` reads a "
             "damping λ: nothing would hold its steps back. Pass "
@@ -217,48 +223,12 @@ def _check_scalars(solver: Solver, damping: Damping) -> None:
         raise ValueError(msg)
     # Its step minimises f over the whole subspace. It is the solution for no particular
     # λ, so ρ says nothing of the λ that was added, and λ would drift anywhere.
-    if solver.finds_damping and damping.adapts:
+    if solver.scalar == "fixed" and damping.scalar != "fixed":
         msg = (
             "`solver` minimises f over all λ by itself (`krylov.subspace_descent()`), "
             "but `damping` adapts or searches for a λ (as the default, "
             "`damping.searched()`), which would drift. Pass "
-            "`damping=hfjax.damping.constant(0.0)`."
+            "`damping=hfjax.damping.constant(0.0)`. (A rule of your own that moves no λ "
+            'declares `scalar="fixed"`.)'
         )
         raise ValueError(msg)
-
-
-def fitting(
-    backtracking: Backtracking | None, damping: Damping, solver: Solver
-) -> Backtracking:
-    """Return `backtracking`, or its fallback where λ cannot be searched for.
-
-    Args:
-      backtracking: a rule; `None` takes the last iterate.
-      damping: the rule that would take the λ that is found.
-      solver: what would have to tell of other λ.
-
-    Returns:
-      The rule.
-
-    Raises:
-      ValueError: if `backtracking` searches for λ, has no fallback, and the solver does
-        not know what other λ would have led to or `damping` would not take the λ.
-    """
-    if backtracking is None or not backtracking.finds_damping:
-        return backtracking or last()
-    # On the subspace of a run, and in the exact solver, λ multiplies I.
-    takes = damping.limit is not None and damping.matrix is identity()
-    if solver.searchable and takes:
-        return backtracking
-    if backtracking.otherwise is not None:
-        return backtracking.otherwise
-    came = "another solver, `keep` or `replace_every`"
-    if solver.searchable:
-        came = "another `damping`"
-    msg = (
-        "`backtracking=redamped()` needs `damping=hfjax.damping.searched()`, and a solver "
-        f"`hfjax.cg.conjugate_gradient(keep=iterates.grid(first=1))` or "
-        f"`hfjax.sample_space.cholesky()`; got {came}. "
-        "Take `backtracking.early_stop()`."
-    )
-    raise ValueError(msg)

@@ -1,46 +1,33 @@
 """The loop of preconditioned conjugate gradients, on a right-hand side near 1.
 
-`hfjax.cg` and `hfjax.trust_region` are the rooms to use; here is their algorithm, named
-as in the report.
+`hfjax.cg` and `hfjax.trust_region` are the modules to use; this is the report's algorithm
+2 as they share it. Its options are hooks (`hfjax._pcg_hooks`), chosen when the program is
+built.
 """
 
-import enum
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
-from hfjax._path import Solution
+from hfjax._pcg_hooks import (
+    Lengths,
+    Line,
+    Recurrence,
+    Region,
+    Replacement,
+    Residual,
+    Unbounded,
+    by_product,
+)
+from hfjax._solver import Reason
 from hfjax._types import Matvec, Preconditioner, Tree, exact_of
 from hfjax.iterates import Keeper, Kept
 from hfjax.stopping import Progress, StoppingRule
 
 _SHORTEST = 1e-30
 """Radius, in units of b and of P⁻¹b, below which nothing but b matters."""
-
-
-class Reason(enum.IntEnum):
-    """Why a run of conjugate gradients ended."""
-
-    RUNNING = -1
-    """It has not."""
-    STOPPING_RULE = 0
-    """The stopping rule was met."""
-    RESIDUAL_ZERO = 1
-    """‖A x − b‖ is zero, to rounding of ‖b‖."""
-    MAX_ITERATIONS = 2
-    """The limit was reached."""
-    NONPOSITIVE_CURVATURE = 3
-    """pᵀA p ≤ 0, or so small that rounding has it; the iterate is kept."""
-    NONFINITE = 4
-    """b, a product, the preconditioner or the next iterate is not finite; the last that
-    was."""
-    BOUNDARY = 5
-    """The iterates left the trust region; x lies on its boundary."""
-    OBJECTIVE_ROSE = 6
-    """f, evaluated during the run, had got worse (`hfjax.iterates.guarded`)."""
 
 
 class CGResult(NamedTuple):
@@ -56,11 +43,6 @@ class CGResult(NamedTuple):
       coefficients: shape `[max_iterations, 2]`, like `model_values`: α and β of each
         iteration, which make the tridiagonal matrix of Lanczos
         (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
-        `None` of solvers that have none.
-      other: of a solver that knows it: another λ ↦ the `Solution` with it. `None` else;
-        no part of a result that leaves `jit`.
-      pulled: whether λ pulls steps towards another than 0, as with momentum.
-      correction: as in `Solution`, of `x`.
     """
 
     x: Tree
@@ -68,34 +50,7 @@ class CGResult(NamedTuple):
     model_values: jax.Array
     kept: Kept
     reason: jax.Array
-    coefficients: jax.Array | None = None
-    other: Callable[[jax.Array], Solution] | None = None
-    pulled: bool = False
-    correction: Tree | None = None
-
-
-class Record(NamedTuple):
-    """What a state keeps of the last run, where its solver is told to `record`.
-
-    Attributes:
-      model_values: as in `CGResult`; 0 where one is not finite.
-      coefficients: as in `CGResult`, for `hfjax.spectrum.ritz_values`.
-    """
-
-    model_values: jax.Array
     coefficients: jax.Array
-
-
-class Region(NamedTuple):
-    """A trust region, {x : xᵀQ x ≤ radius²}.
-
-    Attributes:
-      radius: r > 0.
-      norm: v ↦ Q v; `None` is the preconditioner's own P.
-    """
-
-    radius: jax.Array
-    norm: Matvec | None
 
 
 class Problem(NamedTuple):
@@ -112,9 +67,8 @@ class Problem(NamedTuple):
     min_iterations: int
     stopping: StoppingRule | None
     keeper: Keeper
-    region: Region | None = None
-    replace_every: int | None = None
-    exact: Matvec = lambda v: v  # By which the residual is replaced.
+    bounds: Unbounded | Region
+    residuals: Recurrence | Replacement
 
 
 class State(NamedTuple):
@@ -159,12 +113,12 @@ def run(
     scaled, size = _tree.normalised(b)
     size = jnp.where(jnp.isfinite(size), size, 1)
     precondition, of_b, p_size = _of_unit_size(preconditioner, scaled)
-    x_size = size
+    x_size, bounds = size, Unbounded()
     if region is not None:
         stretch = jnp.sqrt(p_size) if region.norm is None else 1
         given = jnp.asarray(region.radius, size.dtype) * stretch
         radius = jnp.clip(given / size, _SHORTEST, 1 / _SHORTEST)
-        region = region._replace(radius=radius)
+        bounds = region._replace(radius=radius)
         # Beside one as short as that there is no curvature: the step is b, cut short.
         x_size = jnp.where(given / size < _SHORTEST, given / _SHORTEST, size)
     problem = Problem(
@@ -179,9 +133,10 @@ def run(
         min_iterations=min_iterations,
         stopping=stopping,
         keeper=keeper,
-        region=region,
-        replace_every=replace_every,
-        exact=matvec if replace_every is None else exact_of(matvec),
+        bounds=bounds,
+        residuals=Recurrence(matvec)
+        if replace_every is None
+        else Replacement(replace_every, exact_of(matvec), scaled),
     )
     end = jax.lax.while_loop(
         lambda state: state.reason == Reason.RUNNING,
@@ -209,7 +164,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         model = jnp.zeros((), problem.x_size.dtype)
         y = jax.tree.map(jnp.negative, problem.of_b)
     else:
-        x, (r, model) = x0, _afresh(problem, x0)
+        x, (r, model) = x0, by_product(problem.residuals.product, b, x0)
         y = problem.precondition(r)
     ry = _tree.dot(r, y)
     i = jnp.zeros((), jnp.int32)
@@ -228,91 +183,116 @@ def _start(problem: Problem, x0: Tree | None) -> State:
 
 
 def _step(problem: Problem, state: State) -> State:
+    """Do one iteration: the core of algorithm 2, with M at each iterate."""
     product = problem.matvec(state.p)
     curvature = _tree.dot(state.p, product)
-    positive = (curvature > 0) & (state.ry > 0)
-    slope = state.ry
-    if problem.replace_every is not None:
-        # −rᵀp is rᵀy only where r is orthogonal to the last p: without this, what
-        # replacing brings in grows without bound.
-        slope = -_tree.dot(state.r, state.p)
-    alpha = jnp.where(positive, slope / jnp.where(positive, curvature, 1), 1)
-    finite = jnp.isfinite(curvature) & jnp.isfinite(state.ry)
-    # None, too, is curvature so small that α is no float, or that the rounding of p has
-    # it: down the null space of A, where b is not of its range.
-    pp = state.lengths[2]
-    steepest = jnp.maximum(state.steepest, curvature / jnp.where(pp > 0, pp, 1))
-    rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
-    positive &= jnp.isfinite(alpha) & (curvature > rounding * steepest * pp)
-    alpha = jnp.where(positive, alpha, 1)
-    lanczos = jnp.where(positive & finite, alpha, 0)
-    moves = finite & (positive | ((state.i == 0) & (state.ry > 0)))
-    leaves = jnp.zeros((), bool)
-    if problem.region is not None:
-        # Down a direction of negative curvature, too, the boundary is the best point.
-        moves = finite & (state.ry > 0)
-        alpha, leaves = _within(problem.region, state, alpha, positive)
+    slope = problem.residuals.slope(state.r, state.p, state.ry)
+    line, steepest = _line(state, curvature, slope)
+    alpha, moves, leaves = problem.bounds.length(line)
     beyond = _tree.axpy(alpha, state.p, state.x)
-    finite &= ~moves | _tree.is_finite(
-        _tree.scale(problem.x_size, _tree.maxima(beyond))
-    )
+    reached = _tree.is_finite(_tree.scale(problem.x_size, _tree.maxima(beyond)))
+    finite = line.finite & (~moves | reached)
     moves &= finite
     i = state.i + moves.astype(state.i.dtype)
 
     # `select`, not alpha = 0: what is not finite must not touch x.
     x = _tree.select(moves, beyond, state.x)
-    r = _tree.axpy(alpha, product, state.r)
-    # Not α²: of curvature 1e-30 or 1e30 it is no float32.
-    gain = alpha * (slope - 0.5 * (alpha * curvature))
-    gain = jnp.where(moves, gain, 0)
-    model = state.model_values[state.i] - gain
-    due = None
-    if problem.replace_every is not None:
-        due = moves & (i % problem.replace_every == 0)
-        r, fresh = jax.lax.cond(due, lambda: _afresh(problem, x), lambda: (r, model))
-        finite &= jnp.isfinite(fresh)
-        model = jnp.where(finite, fresh, model)
+    # Not α²: for curvature of 1e-30 or 1e30 it is outside of float32.
+    gain = jnp.where(moves, alpha * (slope - 0.5 * (alpha * curvature)), 0)
+    found = Residual(
+        r=_tree.axpy(alpha, product, state.r),
+        model=state.model_values[state.i] - gain,
+        fresh=jnp.zeros((), bool),
+    )
+    r, model, fresh = problem.residuals.after(i, moves, x, found)
+    finite &= ~fresh | jnp.isfinite(model)
+    model = jnp.where(finite, model, found.model)
     y = problem.precondition(r)
     ry = _tree.dot(r, y)
-    beta = ry / jnp.where(state.ry > 0, state.ry, 1)
-    if due is not None:
-        # The same number where r is the recurrence's. Beside a far smaller one of before,
-        # ry / state.ry would make the next p the old one, and again.
-        conjugate = _tree.dot(y, product) / jnp.where(positive, curvature, 1)
-        beta = jnp.where(due, conjugate, beta)
+    before = jnp.where(state.ry > 0, state.ry, 1)
+    positive = jnp.where(line.positive, curvature, 1)
+    conjugate = _tree.dot(y, product) / positive
+    beta = problem.residuals.beta(ry, before, fresh, conjugate)
     p = _tree.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
+
     later = jnp.arange(problem.max_iterations + 1, dtype=i.dtype) >= i
     model_values = jnp.where(later, model, state.model_values)
-
     reason = _judge(problem, i, r, model_values)
-    reason = jnp.where(positive, reason, Reason.NONPOSITIVE_CURVATURE)
+    reason = jnp.where(line.positive, reason, Reason.NONPOSITIVE_CURVATURE)
     reason = jnp.where(leaves, Reason.BOUNDARY, reason)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
+    kept, reason = _observed(problem, state.kept, i, x, reason)
+    lanczos = jnp.where(line.positive & line.finite, line.alpha, 0)
+    return State(
+        i=i,
+        x=x,
+        r=r,
+        p=p,
+        ry=ry,
+        model_values=model_values,
+        kept=kept,
+        reason=reason,
+        lengths=_lengths(state.lengths, problem.bounds.relative(alpha), beta, ry),
+        steepest=steepest,
+        coefficients=_recorded(problem, state, lanczos, beta),
+    )
+
+
+def _line(
+    state: State, curvature: jax.Array, slope: jax.Array
+) -> tuple[Line, jax.Array]:
+    """Find the minimum of M along p; return the largest pᵀAp / pᵀPp so far, too."""
+    positive = (curvature > 0) & (state.ry > 0)
+    alpha = jnp.where(positive, slope / jnp.where(positive, curvature, 1), 1)
+    # Curvature does not count as positive either where α would overflow, or where the
+    # rounding of p accounts for it: down the null space of A, if b is not in its range.
+    pp = state.lengths[2]
+    steepest = jnp.maximum(state.steepest, curvature / jnp.where(pp > 0, pp, 1))
+    rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
+    positive &= jnp.isfinite(alpha) & (curvature > rounding * steepest * pp)
+    line = Line(
+        first=state.i == 0,
+        x=state.x,
+        p=state.p,
+        ry=state.ry,
+        lengths=state.lengths,
+        alpha=jnp.where(positive, alpha, 1),
+        positive=positive,
+        finite=jnp.isfinite(curvature) & jnp.isfinite(state.ry),
+    )
+    return line, steepest
+
+
+def _observed(
+    problem: Problem, kept: Kept, i: jax.Array, x: Tree, reason: jax.Array
+) -> tuple[Kept, jax.Array]:
+    """Offer an iterate to be kept; f, where it is evaluated there, may end the run."""
     is_last = reason != Reason.RUNNING
-    kept = problem.keeper.update(state.kept, i, _tree.scale(problem.x_size, x), is_last)
+    kept = problem.keeper.update(kept, i, _tree.scale(problem.x_size, x), is_last)
     worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
-    reason = jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
-    xx, xp, pp = state.lengths
-    ahead = alpha if problem.region is None else alpha / problem.region.radius
-    lengths = (
-        xx + ahead * (2 * xp + ahead * pp),
-        beta * (xp + ahead * pp),
+    return kept, jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
+
+
+def _lengths(
+    lengths: Lengths, alpha: jax.Array, beta: jax.Array, ry: jax.Array
+) -> Lengths:
+    """Return xᵀPx, xᵀPp and pᵀPp of the next iteration."""
+    xx, xp, pp = lengths
+    return (
+        xx + alpha * (2 * xp + alpha * pp),
+        beta * (xp + alpha * pp),
         ry + beta**2 * pp,
     )
-    found = jnp.stack([lanczos, jnp.where(lanczos > 0, beta, 0)])
-    numbers = jnp.arange(problem.max_iterations, dtype=i.dtype)
+
+
+def _recorded(
+    problem: Problem, state: State, alpha: jax.Array, beta: jax.Array
+) -> jax.Array:
+    """Write α and β of this iteration into Lanczos' coefficients."""
+    found = jnp.stack([alpha, jnp.where(alpha > 0, beta, 0)])
+    numbers = jnp.arange(problem.max_iterations, dtype=state.i.dtype)
     here = numbers[:, None] == state.i
-    coefficients = jnp.where(here, found[None], state.coefficients)
-    return State(
-        i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients
-    )
-
-
-def _afresh(problem: Problem, x: Tree) -> tuple[Tree, jax.Array]:
-    """Return A x − b and M(x) by a product."""
-    product = problem.exact(x)
-    r = jax.tree.map(jnp.subtract, product, problem.b)
-    return r, 0.5 * _tree.dot(x, product) - _tree.dot(problem.b, x)
+    return jnp.where(here, found[None], state.coefficients)
 
 
 def _judge(
@@ -329,31 +309,6 @@ def _judge(
     reason = jnp.where(i >= problem.limit, Reason.MAX_ITERATIONS, reason)
     reason = jnp.where(norm <= rounding, Reason.RESIDUAL_ZERO, reason)
     return reason.astype(jnp.int32)
-
-
-def _within(
-    region: Region, state: State, alpha: jax.Array, positive: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Shorten α to the region's boundary where x + αp is beyond, or M falls for ever.
-
-    Steihaug and Toint: τ > 0 with ‖x + τp‖ = r.
-    """
-    xx, xp, pp = state.lengths
-    if region.norm is not None:
-        x = _tree.scale(1 / region.radius, state.x)
-        norm_p = region.norm(state.p)
-        pp, xp = _tree.dot(state.p, norm_p), _tree.dot(x, norm_p)
-        xx = _tree.dot(x, region.norm(x))
-    # In units of the radius and of ‖p‖, whose squares may leave float32.
-    length = jnp.sqrt(jnp.where(pp > 0, pp, 1))
-    cosine = xp / length
-    room = jnp.maximum(1 - xx, 0)
-    root = jnp.sqrt(cosine**2 + room)
-    # Of the two forms of the root, the one that subtracts nothing.
-    tau = jnp.where(cosine > 0, room / (cosine + root), root - cosine)
-    tau = region.radius * (tau / length)
-    leaves = (~positive | (alpha >= tau)) & (state.ry > 0)
-    return jnp.where(leaves, tau, alpha), leaves
 
 
 def _of_unit_size(

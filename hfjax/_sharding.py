@@ -16,6 +16,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hfjax._types import Tree
 
 
+def is_sharded(x: jax.Array) -> bool:
+    """Return whether an array lies over devices by its type."""
+    return _typed(x) is not None
+
+
+def varying(x: jax.Array) -> frozenset[Any]:
+    """Return the mapped axes along which `shard_map` knows an array to differ."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
 def vary(tree: Tree, names: tuple[Any, ...]) -> Tree:
     """Mark a tree, the same on all devices of these axes, as each device's own.
 
@@ -27,8 +37,8 @@ def vary(tree: Tree, names: tuple[Any, ...]) -> Tree:
     manual = jax.sharding.get_abstract_mesh().manual_axes
 
     def leaf(x: jax.Array) -> jax.Array:
-        varying = jax.typeof(x).manual_axis_type.varying
-        missing = tuple(n for n in names if n in manual and n not in varying)
+        known = varying(x)
+        missing = tuple(n for n in names if n in manual and n not in known)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(leaf, tree)

@@ -1,17 +1,35 @@
-"""The subproblem of one update: A = B + λD + μS, P that stands for it, and f."""
+"""The system of one update: A = B + λD + μS, P that stands for it, and f.
 
+Here, and nowhere else, the parameters' leaves are packed: users' functions (the model,
+curvature, damping matrix, preconditioner) see trees like the parameters, solvers and all
+that follows see a few arrays (`hfjax._packing`).
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _tree
+from hfjax import _jacobian, _tree
+from hfjax._arguments import as_product
 from hfjax._convolutions import for_loops
-from hfjax._jacobian import Jacobian, jacobian, with_penalty
-from hfjax._types import Batch, Matvec, Params, Tree, ValueFn
-from hfjax.cg import Subproblem
+from hfjax._jacobian import Jacobian
+from hfjax._packing import Packing, packing
+from hfjax._rule import Damping
+from hfjax._solver import System
+from hfjax._types import (
+    Approximate,
+    Batch,
+    Matvec,
+    Params,
+    Preconditioner,
+    Tree,
+    ValueFn,
+    exact_of,
+)
 from hfjax.curvature import Curvature, ggn
-from hfjax.damping import Damping, damped
+from hfjax.damping_matrices import identity
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.structural import hidden_distance, joined
@@ -21,11 +39,12 @@ class Point(NamedTuple):
     """Where an update stands.
 
     Attributes:
-      objective: f.
+      objective: f, as it is at `count`.
       params: θ.
+      gradient: ∇f.
       batch: the curvature data.
       eval_batch: the evaluation data.
-      damping: λ.
+      scalar: λ, or the radius.
       count: updates so far.
       key: for the preconditioner and the damping matrix, new in each update.
       memory: of the preconditioner, or `None`.
@@ -33,115 +52,243 @@ class Point(NamedTuple):
 
     objective: Objective
     params: Params
+    gradient: Params
     batch: Batch
     eval_batch: Batch
-    damping: jax.Array
+    scalar: jax.Array
     count: jax.Array
     key: jax.Array
     memory: Tree = None
 
     def value(self, data: Batch) -> jax.Array:
         """Return f(θ) on some data."""
-        return self.objective.value(self.params, data).astype(self.damping.dtype)
+        return self.objective.value(self.params, data).astype(self.scalar.dtype)
+
+
+class Assembled(NamedTuple):
+    """A system, and what an update needs besides.
+
+    Attributes:
+      point: where it stands.
+      system: what the solver is given.
+      packing: of the parameters.
+      penalty: x ↦ ½ xᵀ(A − B)x: what damping adds to M.
+      memory: `() -> memory` of the preconditioner, for the next update.
+    """
+
+    point: Point
+    system: System
+    packing: Packing
+    penalty: ValueFn
+    memory: Callable[[], Tree]
 
     def value_on(self, data: Batch) -> ValueFn:
-        """Return δ ↦ f(θ + δ) on some data; +∞ where θ + δ is beyond the floats."""
+        """Return x ↦ f(θ + x) on some data; +∞ where θ + x is beyond the floats."""
+        return _value_on(self.point, self.packing, data)
 
-        def value_fn(step: Tree) -> jax.Array:
-            at = _tree.add(self.params, step)
-            value = self.objective.value(at, data).astype(self.damping.dtype)
-            # A saturated model has a value even there.
-            return jnp.where(_overflows(at, self.params), jnp.inf, value)
+    def noise(self, value: jax.Array) -> jax.Array:
+        """Return how much of f(θ + x) − f(θ) may be rounding: of f, and of θ + x.
 
-        return for_loops(value_fn)
+        The entries of θ + x are rounded independently, each by ε θᵢ / 2 at most: f moves
+        by ε ‖∇f ∘ θ‖ in 3.5 standard deviations. Where f is the square of a difference,
+        this is far more than the rounding of f itself.
 
-    def value_and_grad(self, step: Tree) -> tuple[jax.Array, Params]:
-        """Return f and ∇f at θ + δ on the evaluation data."""
+        Args:
+          value: f(θ).
+        """
 
-        def value_and_grad(step: Tree) -> tuple[jax.Array, Params]:
-            at = _tree.add(self.params, step)
-            return self.objective.value_and_grad(at, self.eval_batch)
+        def rounded(x: jax.Array) -> jax.Array:
+            wide = x.astype(_tree.wide(x.dtype))
+            return float(jnp.finfo(x.dtype).eps) * wide
 
-        return for_loops(value_and_grad)(step)
+        b, b_size = _tree.normalised(self.system.b)
+        errors, size = _tree.normalised(
+            self.packing.pack(jax.tree.map(rounded, self.point.params))
+        )
+        moved = jax.tree.map(lambda b, x: b * x.astype(b.dtype), b, errors)
+        of_params = jnp.sqrt(_tree.dot(moved, moved)) * (b_size * size)
+        # Beyond the floats it counts for nothing: f is there, too.
+        of_params = jnp.where(jnp.isfinite(of_params), of_params, 0)
+        return rounding_noise(value) + of_params
 
 
 def assemble(
     point: Point,
-    b: Tree,
     curvature: Curvature,
     rule: Damping,
     preconditioner: PreconditionerRule | None,
-) -> tuple[Subproblem, ValueFn, Tree]:
-    """Build A and P at a point; the model is linearised here.
+) -> Assembled:
+    """Build A and P at a point; the model is linearised here, once.
 
     Args:
       point: where.
-      b: −∇f.
       curvature: makes B, and with structural damping B + μS.
       rule: has D and μ.
       preconditioner: makes P, or `None`.
 
     Returns:
-      What a solver is given, δ ↦ ½ δᵀ(A − B)δ, and the preconditioner's new memory.
+      The system and what goes with it.
     """
-    objective, params, batch, eval_batch, damping, count, key, memory = point
-    mu = None if rule.structural is None else rule.structural.at(damping, count)
+    objective, params, gradient, batch, eval_batch, scalar, count, key, _ = point
+    b = jax.tree.map(jnp.negative, _tree.cast_like(gradient, _tree.widen(params)))
+    packed = packing(b)
+
+    def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
+        return _of_packed(packed, as_product(name, product, matrix=matrix))
+
+    mu = None if rule.structural is None else rule.structural.at(scalar, count)
     if mu is None:
         curved, matvec = objective, curvature(objective, params, batch)
     else:
         curved = joined(objective, mu)
         matvec = curvature(objective, params, batch, structural=mu)
+    product = total = of_vectors("matvec", matvec)
 
     penalties: list[tuple[jax.Array, Matvec]] = []
-    diagonal: Tree = jnp.zeros((), damping.dtype)
-    total = matvec
+    diagonal: Tree = jnp.zeros((), scalar.dtype)
     if rule.matrix is not None:
         of_matrix = jax.random.fold_in(key, 1)
         matrix = rule.matrix.build(objective, params, batch, matvec, of_matrix)
-        total = damped(matvec, damping, matrix.matvec)
-        penalties.append((damping, matrix.matvec))
+        times_d = matrix.matvec
+        if matrix.matvec is matvec:
+            times_d = product
+        elif rule.matrix is not identity():
+            times_d = of_vectors("matrix", matrix.matvec, "D @ v")
+        total = damped(product, scalar, times_d)
+        penalties.append((scalar, times_d))
         if matrix.diagonal is not None:
             diagonal = jax.tree.map(
-                lambda d: damping.astype(d.dtype) * d, matrix.diagonal
+                lambda d: scalar.astype(d.dtype) * d, matrix.diagonal
             )
     if mu is not None and rule.ratio.model == "undamped":  # Else nobody asks.
-        penalties.append((mu, ggn(hidden_distance(objective), params, batch)))
+        distance = ggn(hidden_distance(objective), params, batch)
+        penalties.append((mu, of_vectors("matvec", distance)))
 
-    precondition = None
-    if preconditioner is not None:
-        data = batch if preconditioner.data == "batch" else eval_batch
-        known = (curved, params, data, diagonal, key)
-        if memory is None:
-            precondition = preconditioner.build(*known)
-        else:
-            precondition, memory = preconditioner.build(*known, memory, count)
+    def penalty(x: Tree) -> jax.Array:
+        terms = [0.5 * a * _tree.dot(x, times(x)) for a, times in penalties]
+        return sum(terms, jnp.zeros((), scalar.dtype))
 
-    def penalty(step: Tree) -> jax.Array:
-        terms = [0.5 * a * _tree.dot(step, product(step)) for a, product in penalties]
-        return sum(terms, jnp.zeros((), damping.dtype))
+    precondition, memory = _lazily(point, preconditioner, curved, diagonal, packed)
 
-    def written_out() -> tuple[Jacobian, jax.Array]:
-        decay = jnp.zeros(()) if objective.decay is None else objective.decay
-        found = jacobian(objective, params, batch)
-        if mu is not None:
-            distance = jacobian(hidden_distance(objective), params, batch)
-            found = with_penalty(found, mu, distance)
-        return found, decay.astype(damping.dtype)
+    def value_and_grad(x: Tree) -> tuple[jax.Array, Tree]:
+        at = _tree.add(params, packed.unpack(x))
+        value, gradient = objective.value_and_grad(at, eval_batch)
+        return value, packed.pack(gradient)
 
-    subproblem = Subproblem(
+    system = System(
         matvec=total,
-        b=b,
-        preconditioner=precondition,
-        damping=damping,
+        b=packed.pack(b),
+        scalar=scalar,
         count=count,
-        value_fn=point.value_on(eval_batch),
-        batch_value_fn=point.value_on(batch),
-        value_and_grad_fn=point.value_and_grad,
-        jacobian=written_out,
+        value=_value_on(point, packed, eval_batch),
+        batch_value=_value_on(point, packed, batch),
+        value_and_grad=for_loops(value_and_grad),
+        preconditioner=precondition,
+        jacobian=lambda: _written_out(point, mu, packed),
+        jacobian_size=lambda: _jacobian.size(objective, params, batch),
+        tikhonov=rule.matrix is identity(),
     )
-    return subproblem, penalty, memory
+    return Assembled(point, system, packed, penalty, memory)
 
 
-def _overflows(after: Tree, before: Tree) -> jax.Array:
-    """Return whether a step took finite parameters out of the range of their dtype."""
-    return ~_tree.is_finite(after) & _tree.is_finite(before)
+def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
+    def value(x: Tree) -> jax.Array:
+        at = _tree.add(point.params, packed.unpack(x))
+        found = point.objective.value(at, data).astype(point.scalar.dtype)
+        # A saturated model has a value even there.
+        beyond = ~_tree.is_finite(at) & _tree.is_finite(point.params)
+        return jnp.where(beyond, jnp.inf, found)
+
+    return for_loops(value)
+
+
+def _of_packed(packed: Packing, product: Matvec) -> Matvec:
+    """Return a product on packed vectors, of the same kind."""
+    if isinstance(product, Approximate):
+        return Approximate(*(_of_packed(packed, each) for each in product))
+
+    def of_vector(v: Tree) -> Tree:
+        tree = packed.unpack(v)
+        return packed.pack(_tree.cast_like(product(tree), tree))
+
+    return of_vector
+
+
+def _lazily(
+    point: Point,
+    rule: PreconditionerRule | None,
+    curved: Objective,
+    diagonal: Tree,
+    packed: Packing,
+) -> tuple[Callable[[], Preconditioner | None], Callable[[], Tree]]:
+    """Return what makes P when it is first asked for, and what it remembers then."""
+    if rule is None:
+        return lambda: None, lambda: point.memory
+    made: list[tuple[Preconditioner, Tree]] = []
+
+    def make() -> Preconditioner:
+        if not made:
+            data = point.batch if rule.data == "batch" else point.eval_batch
+            given = (curved, point.params, data, diagonal, point.key)
+            if point.memory is None:
+                found, memory = rule.build(*given), None
+            else:
+                found, memory = rule.build(*given, point.memory, point.count)
+            inverse = as_product("preconditioner", found, matrix="P⁻¹ v")
+            made.append((_of_packed(packed, inverse), memory))
+        return made[0][0]
+
+    return make, lambda: made[0][1] if made else point.memory
+
+
+def _written_out(
+    point: Point, mu: jax.Array | None, packed: Packing
+) -> tuple[Jacobian, jax.Array]:
+    """Write out J̃ of f and of the structural penalty, its rows packed."""
+    objective, params, batch = point.objective, point.params, point.batch
+    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    found = _jacobian.jacobian(objective, params, batch)
+    if mu is not None:
+        distance = _jacobian.jacobian(hidden_distance(objective), params, batch)
+        found = _jacobian.with_penalty(found, mu, distance)
+    of_rows = Jacobian(
+        rows=jax.vmap(packed.pack)(found.rows),
+        residuals=found.residuals,
+        residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
+    )
+    return of_rows, decay.astype(point.scalar.dtype)
+
+
+def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:
+    """Return v ↦ B v + λ D v (report, sections 8.1 and 8.3).
+
+    Args:
+      matvec: v ↦ B v.
+      damping: λ, a scalar.
+      matrix: v ↦ D v; `None` is the identity.
+
+    Returns:
+      The damped product, `Approximate` where v ↦ B v is.
+    """
+
+    def product(v: Tree) -> Tree:
+        d_v = v if matrix is None else matrix(v)
+        return _tree.axpy(jnp.asarray(damping), d_v, matvec(v))
+
+    if not isinstance(matvec, Approximate):
+        return product
+    exact = damped(matvec.exact, damping, None if matrix is None else exact_of(matrix))
+    return Approximate(product, exact)
+
+
+def rounding_noise(value: jax.Array) -> jax.Array:
+    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float.
+
+    Args:
+      value: f(θ).
+
+    Returns:
+      A scalar above 0; the 10 is a heuristic.
+    """
+    limits = jnp.finfo(value.dtype)
+    return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)

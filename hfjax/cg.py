@@ -22,7 +22,6 @@ strictest stopping rule compares with.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +29,21 @@ import jax.numpy as jnp
 from hfjax import _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_product, as_vector, check_function, describe
 from hfjax._pcg import CGResult as CGResult
-from hfjax._pcg import Reason as Reason
-from hfjax._pcg import Record as Record
 from hfjax._pcg import run
 from hfjax._refusal import without_derivative
+from hfjax._solver import Reason as Reason
+from hfjax._solver import Run as Run
+from hfjax._solver import RunStats as RunStats
+from hfjax._solver import Solver as Solver
+from hfjax._solver import Step as Step
+from hfjax._solver import System as System
+from hfjax._subspace import subspace
 from hfjax._types import (
     Matvec,
     Number,
     NumberOrSchedule,
     Preconditioner,
     Tree,
-    ValueAndGradFn,
     ValueFn,
     exact_of,
 )
@@ -130,7 +133,7 @@ def solve(
             replace_every=replace_every,
         )
 
-    result = _compiled.run(solved, b, x0)._replace(pulled=False)
+    result = _compiled.run(solved, b, x0)
     return without_derivative("A run of conjugate gradients", result)
 
 
@@ -268,63 +271,6 @@ def inverse(
     return product
 
 
-class Subproblem(NamedTuple):
-    """What an update asks of a solver: a step x that lowers M(x) = ½xᵀA x − bᵀx.
-
-    Attributes:
-      matvec: v ↦ A v, damped.
-      b: −∇f.
-      preconditioner: r ↦ P⁻¹r, or `None`.
-      damping: λ, or the radius of a trust region.
-      count: updates so far.
-      value_fn: x ↦ f(θ + x) on the evaluation data.
-      batch_value_fn: the same on the curvature data.
-      value_and_grad_fn: x ↦ (f, ∇f)(θ + x) on the evaluation data.
-      jacobian: `() -> (J̃, weight_decay)`, G written out (`hfjax.sample_space`), made where
-        it is called.
-    """
-
-    matvec: Matvec
-    b: Tree
-    preconditioner: Preconditioner | None
-    damping: jax.Array
-    count: jax.Array
-    value_fn: ValueFn
-    batch_value_fn: ValueFn
-    value_and_grad_fn: ValueAndGradFn
-    jacobian: Callable[[], tuple[Any, jax.Array]] | None = None
-
-
-class Solver(NamedTuple):
-    """How an update finds its direction.
-
-    Attributes:
-      start: `(direction, count) -> x0`, from the direction carried over; or `None`.
-      solve: `(subproblem, x0) -> CGResult`.
-      carry: `(result, chosen) -> direction` to carry over to the next update.
-      recorded: iterations of the last run that the state has a `Record` of; 0 is none.
-      searchable: whether the result tells what other λ would have led to, as
-        `hfjax.backtracking.redamped` needs: by `other`, or by the kept iterates of
-        conjugate gradients, with M at each.
-      preconditioned: whether it asks for the preconditioner.
-      scalar: what it takes `Subproblem.damping` for: a `"damping"` λ, or the `"radius"`
-        of a trust region. `hfjax.hessian_free` compares it with the damping rule's.
-      finds_damping: whether it looks for λ by itself, so that no rule may adapt one.
-      writes_out: whether it solves with G + λI by `Subproblem.jacobian` in place of
-        `matvec`, so that no other curvature and no damping matrix go with it.
-    """
-
-    start: Callable[[Tree, jax.Array], Tree | None]
-    solve: Callable[[Subproblem, Tree | None], CGResult]
-    carry: Callable[[CGResult, Tree], Tree]
-    recorded: int = 0
-    searchable: bool = False
-    preconditioned: bool = True
-    scalar: str = "damping"
-    finds_damping: bool = False
-    writes_out: bool = False
-
-
 def conjugate_gradient(
     *,
     max_iterations: int = 250,
@@ -334,7 +280,6 @@ def conjugate_gradient(
     warm_start_decay: NumberOrSchedule | None = None,
     warm_start_from: str = "last",
     limit: NumberOrSchedule | None = None,
-    record: bool = False,
     replace_every: int | None = None,
 ) -> Solver:
     """Solve for the direction by `solve`, from 0 or from the last update's solution.
@@ -364,9 +309,6 @@ def conjugate_gradient(
         warm start it is the chosen one that the state holds.
       limit: fewer iterations, a number or schedule: shorter runs near the end, against
         overfitting of small batches (report, section 12.2). `None` is none.
-      record: whether `state.record` keeps M along the last run and the coefficients
-        of its iterations, which give Ritz values for free (`hfjax.diagnostics`):
-        3 `max_iterations` numbers.
       replace_every: as in `solve`, for products in fewer digits
         (`hfjax.curvature.with_precision`). `None` is never.
 
@@ -394,41 +336,65 @@ def conjugate_gradient(
             return None
         return _tree.scale(_options.read(warm_start_decay, count), direction)
 
-    def solve_from(subproblem: Subproblem, x0: Tree | None) -> CGResult:
-        on_batch = keep.data == "batch"
+    def solve_from(system: System, x0: Tree | None) -> Run:
+        preconditioner = system.preconditioner()
+        value_fn = system.batch_value if keep.data == "batch" else system.value
 
         def from_(x0: Tree | None) -> CGResult:
             return solve(
-                subproblem.matvec,
-                subproblem.b,
+                system.matvec,
+                system.b,
                 x0=x0,
-                preconditioner=subproblem.preconditioner,
+                preconditioner=preconditioner,
                 max_iterations=max_iterations,
                 min_iterations=min_iterations,
                 stopping=stopping,
                 keep=keep,
-                value_fn=(
-                    subproblem.batch_value_fn if on_batch else subproblem.value_fn
-                ),
-                limit=None if limit is None else _limit(limit, subproblem.count),
+                value_fn=value_fn,
+                limit=None if limit is None else _limit(limit, system.count),
                 replace_every=replace_every,
             )
 
-        return from_(None) if x0 is None else _or_from_zero(from_, x0)
+        result = from_(None) if x0 is None else _or_from_zero(from_, x0)
+        found = as_run(result)
+        # Where a residual was replaced, steps before and after are not conjugate.
+        if not system.tikhonov or keep.evaluates or replace_every is not None:
+            return found
+        space = subspace(result.kept, result.model_values, system.b, system.scalar)
 
-    def carry(result: CGResult, chosen: Tree) -> Tree:
-        if warm_start_from == "best":
-            values = result.kept.values
+        def at_damping(damping: jax.Array) -> Step:
+            direction, model, undamped = space.solve(damping)
+            iteration = result.num_iterations
+            return Step(direction, model, iteration, undamped=undamped)
+
+        return found._replace(at_damping=at_damping)
+
+    def carry(run: Run, chosen: Tree) -> Tree:
+        if warm_start_from == "best" and run.iterates is not None:
+            values = run.iterates.values
             best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-            return jax.tree.map(lambda leaf: leaf[best], result.kept.iterates)
+            return jax.tree.map(lambda leaf: leaf[best], run.iterates.iterates)
         # Without a warm start nobody reads it, and the step is at hand, and looked at.
         last = warm_start_from == "last" and warm_start_decay is not None
-        return result.x if last else chosen
+        return run.last.direction if last else chosen
 
-    recorded = max_iterations if record else 0
-    # Where a residual was replaced, steps before and after are not conjugate.
-    searchable = not keep.evaluates and replace_every is None
-    return Solver(start, solve_from, carry, recorded, searchable)
+    return Solver(start, solve_from, carry, max_iterations=max_iterations)
+
+
+def as_run(result: CGResult) -> Run:
+    """Return what an update is told of a run: its last step, and the kept iterates.
+
+    Args:
+      result: of conjugate gradients, from 0 or a warm start.
+
+    Returns:
+      The run, which does not tell of other λ.
+    """
+    stats = RunStats(
+        result.num_iterations, result.reason, result.model_values, result.coefficients
+    )
+    model = result.model_values[result.num_iterations]
+    return Run(Step(result.x, model, result.num_iterations), stats, result.kept)
 
 
 def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
@@ -453,5 +419,4 @@ def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
         return rounds + 1, zero, run(x0)
 
     start = (jnp.zeros((), jnp.int32), x0, unknown)
-    result = jax.lax.while_loop(unfinished, again, start)[2]
-    return result._replace(pulled=False)  # The loop has made it an array.
+    return jax.lax.while_loop(unfinished, again, start)[2]

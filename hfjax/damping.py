@@ -10,107 +10,29 @@ section 8.5, equation 10) watches how well the quadratic model predicts,
 
     ρ = (f(θ + δ) − f(θ)) / M(δ),    M(δ) = ∇fᵀδ + ½δᵀB δ,
 
-and raises λ where ρ < `lower`, lowers it where ρ > `upper`. `searched` takes the λ with
-which f is lowest instead, as `hfjax.backtracking.redamped` finds it.
+and raises λ where ρ < `lower`, lowers it where ρ > `upper`. `searched` looks for the λ
+with which f is lowest instead. `radius` is the same rule for a trust region.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _options, _tree, damping_matrices
+from hfjax import _options, damping_matrices
+from hfjax._rule import Damping as Damping
+from hfjax._rule import ReductionRatio as ReductionRatio
+from hfjax._rule import Structural, if_told
+from hfjax._rule import Verdict as Verdict
+from hfjax._search import search_damping
 from hfjax._types import (
-    Approximate,
-    Matvec,
     Number,
     NumberOrSchedule,
-    Tree,
-    exact_of,
 )
-from hfjax.damping_matrices import Builder, DampingMatrix, identity
+from hfjax.damping_matrices import Builder, DampingMatrix
 
 _RAISED_TO = 1e18
 """λ is raised no higher: 1/λ is then below the rounding of steps of any usual scale."""
 _SET_TO = 1e30
 """What a caller may set λ to, for a loss of such a scale: λ‖p‖² is finite in float32."""
-
-
-class ReductionRatio(NamedTuple):
-    """What ρ is the ratio of; implementations disagree.
-
-    Attributes:
-      model: `"undamped"`, M with B alone (report, equation 10; Martens' program), or
-        `"damped"`, with A (section 8.5: "will give similar results").
-      step: δ as `"chosen"` by backtracking (Martens' program), the `"last"` iterate
-        of CG, or as `"taken"`, after the line search.
-      data: that f is measured on: `"batch"`, the curvature data (Martens' program),
-        or `"eval_batch"`.
-      expected: the share of M(δ) that f is expected to fall by, which ρ is divided
-        by: 1, or with data other than the curvature batch about that batch's share
-        of all training data (section 12.2: aim for "a more modest reduction").
-    """
-
-    model: str = "undamped"
-    step: str = "chosen"
-    data: str = "batch"
-    expected: Number = 1.0
-
-
-class Structural(NamedTuple):
-    """How strong structural damping is.
-
-    Attributes:
-      strength: μ, or μ / λ if tied; a number or schedule.
-      tied: whether μ = strength · λ, so that both adapt.
-    """
-
-    strength: NumberOrSchedule
-    tied: bool
-
-    def at(self, damping: jax.Array, count: jax.Array) -> jax.Array:
-        """Return μ of an update.
-
-        Args:
-          damping: its λ.
-          count: updates so far.
-
-        Returns:
-          μ, a scalar.
-        """
-        strength = _options.read(self.strength, count).astype(damping.dtype)
-        return strength * damping if self.tied else strength
-
-
-class Damping(NamedTuple):
-    """A rule for λ, or for the radius of a trust region.
-
-    Attributes:
-      init: `() -> λ` before the first update.
-      current: `(λ, count) -> λ` that this update uses, given the state's.
-      update: `(λ, ρ, on_boundary) -> λ` afterwards; a rejected update hands in
-        ρ = −∞, unless its step was only too small to be seen in f. `on_boundary` says
-        whether a trust region held the step back; the update always hands it in.
-      ratio: what ρ is the ratio of.
-      matrix: D; `None` is A = B + μS, where "λ" is read by the solver alone.
-      structural: μ, or `None`.
-      limit: `(found, λ) -> λ` for the next update, of a rule that takes what
-        `hfjax.backtracking.redamped` has found; `None` of one that goes its own way.
-      scalar: what it drives: a `"damping"` λ, or the `"radius"` of a trust region.
-        `hfjax.hessian_free` compares it with the solver's.
-      adapts: whether λ moves by what came of a step, and not by the caller alone.
-    """
-
-    init: Callable[[], jax.Array]
-    current: Callable[[jax.Array, jax.Array], jax.Array]
-    update: Callable[..., jax.Array]
-    ratio: ReductionRatio
-    matrix: DampingMatrix | None = identity()
-    structural: Structural | None = None
-    limit: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    scalar: str = "damping"
-    adapts: bool = False
 
 
 def constant(
@@ -162,10 +84,11 @@ def constant(
     return Damping(
         init=first,
         current=current,
-        update=lambda state, ratio, on_boundary=None: state,
+        update=lambda state, verdict, found=None: state,
         ratio=ReductionRatio(),
         matrix=damping_matrices.as_matrix(matrix),
         structural=_structural(structural, tied),
+        scalar="fixed",
     )
 
 
@@ -216,10 +139,8 @@ def levenberg_marquardt(
       ValueError: if a plain number is out of range, or a name is not known.
 
     Example:
-      >>> rule = levenberg_marquardt(init=9.0)
-      >>> print(
-      ...     [float(rule.update(rule.init(), jnp.float32(r))) for r in (0.8, 0.5, 0.2)]
-      ... )
+      >>> rule, verdicts = levenberg_marquardt(init=9.0), map(Verdict, (0.8, 0.5, 0.2))
+      >>> print([float(rule.update(rule.init(), verdict)) for verdict in verdicts])
       [6.0, 9.0, 13.5]
     """
     _options.check_range("init", init, low=0.0, open_low=True)
@@ -235,15 +156,16 @@ def levenberg_marquardt(
     _options.check_range("ratio.expected", ratio.expected, low=0.0, open_low=True)
 
     def update(
-        damping: jax.Array, ratio: jax.Array, on_boundary: jax.Array | None = None
+        damping: jax.Array, verdict: Verdict, found: jax.Array | None = None
     ) -> jax.Array:
-        del on_boundary
+        del found
+        ratio = jnp.asarray(verdict.ratio)
         # Written so that NaN raises: both comparisons are false.
         more, less = (_options.like(x, damping) for x in (increase, decrease))
         low, high = (_options.like(x, ratio) for x in (lower, upper))
         grown = jnp.where(ratio >= low, damping, damping * more)
         adapted = jnp.where(ratio > high, damping * less, grown)
-        return _limited(adapted, damping, minimum)
+        return if_told(verdict, _limited(adapted, damping, minimum), damping)
 
     def current(damping: jax.Array, count: jax.Array) -> jax.Array:
         del count
@@ -259,24 +181,44 @@ def levenberg_marquardt(
         ratio=ratio,
         matrix=damping_matrices.as_matrix(matrix),
         structural=_structural(structural, tied),
-        adapts=True,
     )
 
 
 def searched(
     init: Number = 1.0,
     *,
+    factor: Number = 4.0,
+    tolerance: Number = 0.01,
+    max_tries: int = 8,
+    cases: int | None = 2000,
     minimum: Number = 0.0,
     structural: NumberOrSchedule | None = None,
     tied: bool = True,
 ) -> Damping:
-    """Take the λ that `hfjax.backtracking.redamped` finds by looking at f.
+    """Look for the λ with which f is lowest, in every update.
 
-    Where another rule of backtracking is used, and for a step that is rejected or too
-    small to be seen in f, λ goes by ρ as in `levenberg_marquardt`.
+    The solver tells the step for λ · `factor`^p: conjugate gradients over the subspace
+    that their kept iterates span, which costs no product, `hfjax.sample_space` by one more
+    factorisation. f is evaluated at the step for p = 0, then 1, 2, … while it gets lower,
+    or else −1, −2, …; the last that was better is taken, and its λ is that of the next
+    update. So a λ that is wrong by orders of magnitude costs evaluations of f, not
+    updates. Of two λ whose f differ by less than `tolerance` of the gain it takes the
+    higher one: where λ makes no difference it does not fall. (With momentum it stays:
+    there a high λ does not mean a short step, but the last one again.)
+
+    Where the solver cannot tell, where another rule of `backtracking` is passed, and for a
+    step that is rejected or too small to be seen in f, λ is adapted by ρ as in
+    `levenberg_marquardt`.
 
     Args:
       init: first λ > 0; it may be off by orders of magnitude (1: heuristic).
+      factor: between one λ and the next, above 1 (4: measured,
+        `benchmarks/results/step6.md`; heuristic).
+      tolerance: share of f's gain (0.01: heuristic).
+      max_tries: evaluations of f, at most (8: a factor of 4⁷ up, 4⁶ down; heuristic).
+      cases: as in `hfjax.backtracking.early_stop`; with fewer than twice as many, f is
+        evaluated on all of them (2,000: as `preconditioners.kronecker`; λ of a quarter,
+        500, led as far in as many iterations, `benchmarks/results/step6.md`).
       minimum: as in `levenberg_marquardt`.
       structural: as in `levenberg_marquardt`; in a search μ stays as it was in the run.
       tied: as in `levenberg_marquardt`.
@@ -285,15 +227,45 @@ def searched(
       The rule; D is I.
 
     Raises:
-      ValueError: if a plain number is out of range.
+      TypeError: if a count is no Python integer.
+      ValueError: if an option is out of range.
 
     Example:
-      >>> rule = searched(minimum=0.5)
-      >>> print(rule.limit(jnp.float32([0.1, 7.0]), rule.init()))
-      [0.5 7. ]
+      λ = 100 is far too much for f = ½(x − 2)²; one run finds that out:
+
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda p, x: p * x, hfjax.losses.squared_error())
+      >>> tx = hfjax.hessian_free(f, damping=searched(init=100.0))
+      >>> batch, p = (jnp.ones((1, 1)), jnp.full((1, 1), 2.0)), jnp.zeros(1)
+      >>> grads = f.value_and_grad(p, batch)[1]
+      >>> updates, state = tx.update(grads, tx.init(p), p, batch=batch)
+      >>> print(f"{updates[0]:.2f} {state.damping:.3f}")  # 2 / (1 + λ), λ = 100 / 4⁵
+      1.82 0.098
     """
-    rule = levenberg_marquardt(init, minimum=minimum, structural=structural, tied=tied)
-    return rule._replace(limit=lambda found, now: _limited(found, now, minimum))
+    _options.check_range("factor", factor, low=1.0, open_low=True)
+    _options.check_range("tolerance", tolerance, low=0.0, high=1.0)
+    _options.check_count("max_tries", max_tries, low=1)
+    if cases is not None:
+        _options.check_count("cases", cases, low=1)
+    by_ratio = levenberg_marquardt(
+        init, minimum=minimum, structural=structural, tied=tied
+    )
+
+    def update(
+        damping: jax.Array, verdict: Verdict, found: jax.Array | None = None
+    ) -> jax.Array:
+        adapted = by_ratio.update(damping, verdict)
+        if found is None:
+            return adapted
+        found = _limited(found, damping, minimum)
+        # M may have vanished, and a search on it stand still.
+        found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
+        return jnp.where(verdict.accepted, found, adapted)
+
+    return by_ratio._replace(
+        update=update,
+        backtracking=search_damping(factor, tolerance, max_tries, cases),
+    )
 
 
 def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array:
@@ -304,65 +276,6 @@ def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array
     return jnp.clip(found, lowest, highest).astype(damping.dtype)
 
 
-def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:
-    """Return v ↦ B v + λ D v (report, sections 8.1 and 8.3).
-
-    Args:
-      matvec: v ↦ B v.
-      damping: λ, a scalar.
-      matrix: v ↦ D v; `None` is the identity.
-
-    Returns:
-      The damped product, `Approximate` where v ↦ B v is.
-    """
-
-    def product(v: Tree) -> Tree:
-        d_v = v if matrix is None else matrix(v)
-        return _tree.axpy(jnp.asarray(damping), d_v, matvec(v))
-
-    if not isinstance(matvec, Approximate):
-        return product
-    exact = damped(matvec.exact, damping, None if matrix is None else exact_of(matrix))
-    return Approximate(product, exact)
-
-
-def measured_ratio(
-    change: jax.Array, predicted: jax.Array, noise: jax.Array
-) -> jax.Array:
-    """Compute ρ = change / predicted, guarded where both are below the noise of f.
-
-    A step so small that f cannot show its gain would read as a bad one, and λ, once
-    too high, would rise for ever. So η, the noise, of decrease is added to both, and ρ
-    tends to 1 for such steps (Conn, Gould & Toint 2000, section 17.4.2). Changes much
-    larger than η are not affected.
-
-    Args:
-      change: f(θ + δ) − f(θ).
-      predicted: M(δ).
-      noise: η, how much of `change` may be rounding.
-
-    Returns:
-      ρ, or −∞ if anything is not finite.
-    """
-    denominator = predicted - noise
-    ratio = (change - noise) / jnp.where(denominator == 0, 1, denominator)
-    sound = jnp.isfinite(change) & jnp.isfinite(predicted) & (denominator != 0)
-    return jnp.where(sound, ratio, -jnp.inf)
-
-
 def _structural(strength: NumberOrSchedule | None, tied: bool) -> Structural | None:
     _options.check_range("structural", strength, low=0.0)
     return None if strength is None else Structural(strength, tied)
-
-
-def rounding_noise(value: jax.Array) -> jax.Array:
-    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float.
-
-    Args:
-      value: f(θ).
-
-    Returns:
-      A scalar above 0; the 10 is a heuristic.
-    """
-    limits = jnp.finfo(value.dtype)
-    return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)

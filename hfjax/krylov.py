@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from hfjax import _bfgs, _compiled, _linalg, _options, _sharding, _tree
 from hfjax._arguments import as_product, as_vector
 from hfjax._refusal import without_derivative
+from hfjax._solver import Reason, Run, RunStats, Solver, Step, System
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import CGResult, Reason, Solver, Subproblem, as_preconditioner
-from hfjax.iterates import Kept
+from hfjax.cg import as_preconditioner
 
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
 """λ that are tried first, relative to the largest curvature in the subspace; and 0."""
@@ -167,15 +167,15 @@ def subspace_descent(
     _options.check_count("max_iterations", max_iterations, low=1)
     _options.check_range("floor", floor, low=0.0, high=1.0, open_low=True)
 
-    def solve(subproblem: Subproblem, direction: Tree) -> CGResult:
-        size = _tree.magnitude(subproblem.b)
+    def solve(system: System, direction: Tree) -> Run:
+        size = _tree.magnitude(system.b)
         size = jnp.where(jnp.isfinite(size), size, 1)
-        b = _tree.scale(1 / size, subproblem.b)
+        b = _tree.scale(1 / size, system.b)
         built = basis(
-            subproblem.matvec,
+            system.matvec,
             b,
             dimension,
-            preconditioner=subproblem.preconditioner,
+            preconditioner=system.preconditioner(),
             direction=_tree.cast_like(direction, b),
         )
         slope = _tree.coordinates(built.vectors, b)
@@ -187,44 +187,33 @@ def subspace_descent(
         )
 
         weights = _minimise(
-            _within(subproblem, vectors), matrix, slope, floor, max_iterations
+            _within(system, vectors), matrix, slope, floor, max_iterations
         )
         x = _tree.combination(weights, vectors)
         curved = jnp.matmul(matrix, weights, precision=_tree.EXACT)
         model = jnp.sum(weights * (0.5 * curved - slope))
-        result = CGResult(
-            x=x,
-            num_iterations=jnp.asarray(dimension, jnp.int32),
-            model_values=jnp.zeros(dimension + 1, slope.dtype).at[-1].set(model),
-            kept=Kept(
-                jax.tree.map(lambda leaf: leaf[None], x),
-                jnp.asarray([dimension], jnp.int32),
-                jnp.full(1, jnp.inf, slope.dtype),
-            ),
-            reason=jnp.where(finite, Reason.MAX_ITERATIONS, Reason.NONFINITE).astype(
-                jnp.int32
-            ),
+        reason = jnp.where(finite, Reason.MAX_ITERATIONS, Reason.NONFINITE)
+        iteration = jnp.asarray(dimension, jnp.int32)
+        models = jnp.zeros(dimension + 1, slope.dtype).at[-1].set(model)
+        stats = RunStats(iteration, reason.astype(jnp.int32), models)
+        step = without_derivative(
+            "A descent in a Krylov space", Step(x, model, iteration)
         )
-        return without_derivative("A descent in a Krylov space", result)
+        return Run(step, stats)
 
-    return Solver(
-        start=lambda direction, count: direction,
-        solve=solve,
-        carry=lambda result, chosen: chosen,
-        finds_damping=True,
-    )
+    return Solver(lambda direction, count: direction, solve, scalar="fixed")
 
 
-def _within(subproblem: Subproblem, vectors: Tree) -> Callable[[jax.Array], jax.Array]:
+def _within(system: System, vectors: Tree) -> Callable[[jax.Array], jax.Array]:
     """Return a ↦ f(θ + V a), differentiable in reverse by one gradient of f."""
 
     @jax.custom_vjp
     def value(weights: jax.Array) -> jax.Array:
-        f = subproblem.value_fn(_tree.combination(weights, vectors))
+        f = system.value(_tree.combination(weights, vectors))
         return jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
 
     def forward(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        f, gradient = subproblem.value_and_grad_fn(_tree.combination(weights, vectors))
+        f, gradient = system.value_and_grad(_tree.combination(weights, vectors))
         f = jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
         return f, _tree.coordinates(vectors, gradient).astype(weights.dtype)
 

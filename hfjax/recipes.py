@@ -223,7 +223,7 @@ def kronecker_factored(
       (`stopping.marginal`); runs start from 0, where a step of the last update would
       first have to be undone;
     - the choice among iterates, and λ by ρ, by the best λ over the subspace of the run
-      (`backtracking.redamped`).
+      (`damping.searched`).
 
     Gradient, curvature and evaluation on the same data, all of it or large batches:
 
@@ -264,6 +264,6 @@ def kronecker_factored(
             warm_start_decay=None,
         ),
         preconditioner=preconditioners.kronecker(decay=decay, interval=interval),
-        backtracking=backtracking.redamped(otherwise=backtracking.early_stop()),
+        backtracking="auto",
         line_search=linesearch.armijo(),
     )

@@ -10,7 +10,7 @@ is solved with a matrix of the outputs (the push-through identity),
     δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ,
 
 or with J̃ᵀJ̃ + μI itself, whichever is smaller. Other λ cost a Cholesky factor each, so
-that `hfjax.backtracking.redamped` finds λ here, too. The same factor then puts right what
+that `hfjax.damping.searched` finds λ here, too. The same factor then puts right what
 the step misses as the outputs bend along it (`corrections`), for little more than a pass
 forward each: an update then goes as far as tens without. Fits to 1e-6 and far below are
 what this is for, where G is ill-conditioned as differential equations make it.
@@ -25,15 +25,12 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from hfjax import _jacobian, _linalg, _options, _sharding, _tree
+from hfjax import _linalg, _options, _sharding, _tree
 from hfjax._correction import corrected
 from hfjax._jacobian import Jacobian
-from hfjax._path import Solution
 from hfjax._refusal import without_derivative
-from hfjax._types import Batch, NumberOrSchedule, Params, Tree
-from hfjax.cg import CGResult, Reason, Solver, Subproblem
-from hfjax.iterates import Kept
-from hfjax.objective import Objective
+from hfjax._solver import Reason, Run, RunStats, Solver, Step, System
+from hfjax._types import NumberOrSchedule, Tree
 
 _ROUNDING = 100
 """Of −∇f − J̃ᵀc, in units of ε of its terms, that counts as nothing (heuristic)."""
@@ -127,109 +124,101 @@ def cholesky(
             return None
         return _tree.scale(_options.read(momentum, count), direction)
 
-    def solve(subproblem: Subproblem, x0: Tree | None) -> CGResult:
-        result = _solve(subproblem, x0, space, corrections)
-        return without_derivative("A corrected step", result)
+    def solve(system: System, x0: Tree | None) -> Run:
+        return _solve(system, x0, space, corrections)
 
-    return Solver(
-        start=start,
-        solve=solve,
-        carry=lambda result, chosen: chosen,
-        searchable=True,
-        preconditioned=False,
-        writes_out=True,
+    return Solver(start, solve, reads="jacobian")
+
+
+def where_small(otherwise: Solver) -> Solver:
+    """Solve exactly where that is cheap, and else otherwise: what `solver="auto"` is.
+
+    Which is known by sizes alone, when the update is traced. The matrix of `cholesky` costs
+    rows · params · min(rows, params) multiplications. A product with G costs three passes
+    forward, and conjugate gradients need many where G is ill-conditioned; a matrix product
+    runs at several times the speed of a pass. So it is solved exactly where that is at
+    most 200 products' multiplications (matrix products' and convolutions', as counted in
+    the traced model), or 1e7, and J̃ has at most 5e8 numbers (measured on differential
+    equations: `benchmarks/results/step7.md`).
+
+    Args:
+      otherwise: what solves where a matrix would cost more.
+
+    Returns:
+      The solver: `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for
+      one of four comparisons), or `otherwise`.
+
+    Example:
+      300 rows of as many parameters are few; 3,000 would cost conjugate gradients' time:
+
+      >>> import hfjax, jax, jax.numpy as jnp
+      >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+      >>> tx = hfjax.hessian_free(f, solver="auto")
+      >>> reason = []
+      >>> for units in (1, 10):
+      ...     params = jnp.zeros((300, units))
+      ...     batch = (jnp.ones((300, 300)), jnp.ones((300, units)))
+      ...     _, state = tx.update(params - 1, tx.init(params), params, batch=batch)
+      ...     reason.append(hfjax.cg.Reason(int(state.info.cg_reason)).name)
+      >>> print(reason)
+      ['RESIDUAL_ZERO', 'STOPPING_RULE']
+    """
+    exactly = cholesky(momentum=_MOMENTUM)
+
+    def solve(system: System, x0: Tree | None) -> Run:
+        chosen = exactly if _is_small(system) else otherwise
+        return chosen.solve(system, chosen.start(x0, system.count))
+
+    def carry(run: Run, chosen: Tree) -> Tree:
+        return chosen if run.iterates is None else otherwise.carry(run, chosen)
+
+    return otherwise._replace(
+        start=lambda direction, count: direction, solve=solve, carry=carry
     )
 
 
-def suited(
-    objective: Objective, params: Params, batch: Batch, otherwise: Solver
-) -> Solver:
-    """Choose as `solver="auto"` does: by sizes alone, so that it is known when traced.
-
-    The matrix costs rows · params · min(rows, params) multiplications. A product with G
-    costs three passes forward, and conjugate gradients need many where G is
-    ill-conditioned; a matrix product runs at several times the speed of a pass. So it is
-    solved exactly where that is at most 200 products' multiplications (matrix products'
-    and convolutions', as counted in the traced model), or 1e7, and J̃ has at most 5e8
-    numbers (measured on differential equations: `benchmarks/results/step7.md`).
-
-    Args:
-      objective: f.
-      params: θ.
-      batch: of the objective.
-      otherwise: what is taken where a matrix would cost more.
-
-    Returns:
-      `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for one of four
-      comparisons), or `otherwise`.
-
-    Example:
-      >>> import hfjax, jax.numpy as jnp
-      >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
-      >>> cg = hfjax.cg.conjugate_gradient()
-      >>> for units in (1, 10):  # 300 and 3,000 rows, 300 and 3,000 parameters
-      ...     batch = (jnp.ones((300, 300)), jnp.ones((300, units)))
-      ...     print(suited(f, jnp.zeros((300, units)), batch, otherwise=cg) is cg)
-      False
-      True
-    """
-    rows, columns, forward = _jacobian.size(objective, params, batch)
+def _is_small(system: System) -> bool:
+    """Return whether an exact solution costs less than conjugate gradients may."""
+    assert system.jacobian_size is not None, "made by every update"
+    rows, columns, forward = system.jacobian_size()
     cost = rows * columns * min(rows, columns)
     worth = cost <= max(_WORTH * 3 * forward, _NOTHING)
-    fits = worth and rows * columns <= _MOST_NUMBERS
-    return cholesky(momentum=_MOMENTUM) if fits else otherwise
+    return worth and rows * columns <= _MOST_NUMBERS
 
 
-def _solve(
-    subproblem: Subproblem, before: Tree | None, space: str, corrections: int
-) -> CGResult:
-    """Solve with the run's λ; the result knows of others, too."""
-    assert subproblem.jacobian is not None, "made by every update"
-    jacobian, decay = subproblem.jacobian()
-    rows, columns = len(jacobian.residuals), optax.tree.size(subproblem.b)
+def _solve(system: System, before: Tree | None, space: str, corrections: int) -> Run:
+    """Solve with the run's λ; the run tells of others, too."""
+    assert system.jacobian is not None, "made by every update"
+    jacobian, decay = system.jacobian()
+    rows, columns = len(jacobian.residuals), optax.tree.size(system.b)
     in_samples = space == "samples" or (space == "smaller" and rows <= columns)
     build = _in_samples if in_samples else _in_parameters
-    system = build(jacobian, decay, subproblem.b, before)
-    b, dtype = subproblem.b, _tree.scalar_dtype(subproblem.b)
+    matrix = build(jacobian, decay, system.b, before)
+    b, dtype = system.b, _tree.scalar_dtype(system.b)
 
     def undamped(step: Tree) -> jax.Array:
         curved = jnp.sum(jnp.square(jacobian.product(step)))
         curved += decay * _tree.dot(step, step)
         return (0.5 * curved - _tree.dot(b, step)).astype(dtype)
 
-    def model(step: Tree) -> jax.Array:
-        penalty = 0.5 * subproblem.damping * _tree.dot(step, step)
-        return undamped(step) + penalty.astype(dtype)
-
-    def other(damping: jax.Array) -> Solution:
-        change, inverse = system.solve(damping)
+    def at_damping(damping: jax.Array) -> Step:
+        change, inverse = matrix.solve(damping)
         step = change if before is None else _tree.add(change, before)
         correction = None
         if corrections:
             correction = corrected(jacobian, inverse, step, corrections)
-        return Solution(step, model(step), undamped(step), correction)
+        found = undamped(step)
+        penalty = 0.5 * system.scalar * _tree.dot(step, step)
+        model = found + penalty.astype(dtype)
+        return Step(step, model, jnp.ones((), jnp.int32), correction, found)
 
-    own = other(subproblem.damping)
-    first = jnp.zeros((), dtype) if before is None else model(before)
-    # Not of the step: where other λ are looked at, nobody asks for this one's.
-    residuals = jnp.sum(jacobian.residuals)
-    finite = jnp.isfinite(system.trace) & jnp.isfinite(residuals)
-    return CGResult(
-        x=own.step,
-        num_iterations=jnp.ones((), jnp.int32),
-        model_values=jnp.stack([first, own.model]),
-        kept=Kept(
-            jax.tree.map(lambda leaf: leaf[None], own.step),
-            jnp.ones(1, jnp.int32),
-            jnp.full(1, jnp.inf, dtype),
-        ),
-        reason=jnp.where(finite, Reason.RESIDUAL_ZERO, Reason.NONFINITE).astype(
-            jnp.int32
-        ),
-        other=other,
-        pulled=before is not None,
-        correction=own.correction,
-    )
+    # Not of the step: if other λ are tried, that for this one is never used.
+    finite = jnp.isfinite(matrix.trace) & jnp.isfinite(jnp.sum(jacobian.residuals))
+    reason = jnp.where(finite, Reason.RESIDUAL_ZERO, Reason.NONFINITE)
+    last = without_derivative("A corrected step", at_damping(system.scalar))
+    models = jnp.stack([jnp.zeros((), dtype), last.model])
+    stats = RunStats(jnp.ones((), jnp.int32), reason.astype(jnp.int32), models)
+    return Run(last, stats, at_damping=at_damping, anchor=before)
 
 
 class _System(NamedTuple):

@@ -330,8 +330,7 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
     for `jit`: how many there are depends on the numbers.
 
     Args:
-      coefficients: shape `[max_iterations, 2]`, of a `CGResult`, or of `state.record`
-        where the solver is told to `record`.
+      coefficients: shape `[max_iterations, 2]`, of a `CGResult`, or of `state.record`.
       tolerance: values that agree to it, relatively, count as one (heuristic: 1e-3).
 
     Returns:

@@ -11,8 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._arguments import check_like
+from hfjax._solver import Reason, RunStats
 from hfjax._types import Params, Tree
-from hfjax.cg import CGResult, Reason, Record
+
+
+class Record(NamedTuple):
+    """What a state keeps of the last run of conjugate gradients.
+
+    Attributes:
+      model_values: M at the start and after each iteration, shape `[max_iterations + 1]`;
+        0 where one is not finite.
+      coefficients: α and β of each iteration, shape `[max_iterations, 2]`, for
+        `hfjax.spectrum.ritz_values`; 0 from the last iteration on.
+    """
+
+    model_values: jax.Array
+    coefficients: jax.Array
 
 
 class Rejection(enum.IntEnum):
@@ -47,7 +61,7 @@ class HessianFreeInfo(NamedTuple):
       cg_iterations: int32.
       cg_reason: int32, an `hfjax.cg.Reason`.
       chosen_iteration: int32, the CG iterate that became the step; the last one's number
-        where `backtracking.redamped` made the step of several.
+        where the search for λ made the step of several.
       step_size: α, with the learning rate in it; 0 if rejected.
       accepted: bool.
       rejection: int32, a `Rejection`.
@@ -80,8 +94,8 @@ class HessianFreeState(NamedTuple):
       direction: like the parameters, in float32 or wider: what conjugate gradients
         found last, for the warm start; δ where runs start from 0.
       preconditioner: what it hands to the next update, or `None`.
-      record: of the last run of conjugate gradients if the solver is told to `record`,
-        else `None`; for people, as `info`.
+      record: of the last run of conjugate gradients; `None` of other solvers; for people,
+        as `info`.
       info: what the last update did.
 
     Example:
@@ -138,25 +152,26 @@ def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
 
 
 def record_of(
-    result: CGResult | None, length: int, dtype: jax.typing.DTypeLike
+    stats: RunStats | None, max_iterations: int, dtype: jax.typing.DTypeLike
 ) -> Record | None:
     """Return what the state keeps of a run.
 
     Args:
-      result: of the run; `None` before the first.
-      length: iterations that a record has room for; 0 for no record.
+      stats: of the run; `None` before the first.
+      max_iterations: that a record has room for; 0 for no record.
       dtype: of the numbers.
 
     Returns:
       The record, of finite numbers.
     """
-    if not length:
+    if not max_iterations:
         return None
-    if result is None or result.coefficients is None:
-        return Record(jnp.zeros(length + 1, dtype), jnp.zeros((length, 2), dtype))
-    values = result.model_values
+    if stats is None or stats.coefficients is None:
+        zeros = jnp.zeros(max_iterations + 1, dtype)
+        return Record(zeros, jnp.zeros((max_iterations, 2), dtype))
+    values = stats.model_values
     values = jnp.where(jnp.isfinite(values), values, 0)
-    return Record(values.astype(dtype), result.coefficients.astype(dtype))
+    return Record(values.astype(dtype), stats.coefficients.astype(dtype))
 
 
 def check_state(state: Any, params: Params, memory: Tree) -> None:

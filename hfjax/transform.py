@@ -1,10 +1,10 @@
 """Hessian-free optimisation as an Optax transformation: the report's algorithm 3.
 
-Only this room knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
+Only this module knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
 
     B, D, S, P    curvature, damping matrices and preconditioner of the batch
     δ₁, δ₂, …     conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
-    δ             the kept iterate that backtracking on f chooses, or another λ's solution
+    δ             the kept iterate that backtracking on f chooses, or another λ's step
     c             what the solver corrects δ by: 0, but for `hfjax.sample_space`
     ρ, λ          how well M predicted the change of f; λ for the next update
     α             line search along αδ + α²c
@@ -19,38 +19,20 @@ import optax
 
 from hfjax import _compiled, _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
-from hfjax._fitting import check_part, fitted
-from hfjax._path import along, end
+from hfjax._fitting import Fitted, check_part, fitted
+from hfjax._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax._refusal import without_derivative
-from hfjax._system import Point, assemble
-from hfjax._trial import (
-    Trial,
-    adapt,
-    choose,
-    go_along,
-    judge,
-    noise_of,
-    ratio_of,
-    reduction,
-    report,
-    slope_along,
-)
+from hfjax._solver import Run, Solver
+from hfjax._system import Assembled, Point, assemble
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
-from hfjax.backtracking import Backtracking, early_stop, redamped
-from hfjax.cg import Solver, conjugate_gradient
+from hfjax.backtracking import Backtracking, Before
+from hfjax.cg import conjugate_gradient
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, searched
 from hfjax.linesearch import LineSearch, armijo, whole
 from hfjax.objective import Objective
 from hfjax.preconditioners import PreconditionerRule
-from hfjax.sample_space import suited
-from hfjax.state import (
-    HessianFreeState,
-    Rejection,
-    check_state,
-    no_info,
-    record_of,
-)
+from hfjax.state import HessianFreeState, Rejection, check_state, no_info, record_of
 
 
 def hessian_free(
@@ -60,7 +42,7 @@ def hessian_free(
     damping: Damping = searched(),
     solver: Solver | str = conjugate_gradient(),
     preconditioner: PreconditionerRule | str | None = "auto",
-    backtracking: Backtracking | None = redamped(otherwise=early_stop()),
+    backtracking: Backtracking | str | None = "auto",
     line_search: LineSearch | None = armijo(),
     curvature: Curvature = ggn,
     seed: int = 0,
@@ -97,15 +79,14 @@ def hessian_free(
       damping: λ, D and μ, of `hfjax.damping`; with
         `solver=hfjax.trust_region.steihaug_toint()`, `hfjax.trust_region.radius()`.
       solver: of `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
-        `hfjax.sample_space`; `"auto"` is `sample_space.cholesky(momentum=0.5)` where the batch's
-        outputs or the parameters are few enough to be solved for exactly
-        (`hfjax.sample_space.suited`), curvature and damping are the plain ones that it
-        solves with, and damping is not structural; and else `cg.conjugate_gradient()`.
+        `hfjax.sample_space`; `"auto"` is `sample_space.where_small(cg.conjugate_gradient())`
+        where curvature and damping are the plain ones that it can solve with, and damping is
+        not structural; and else `cg.conjugate_gradient()`.
       preconditioner: of `hfjax.preconditioners`; `None` is the identity; `"auto"` is
         `kronecker()` where the solver asks for one, and `None` where it does not.
-      backtracking: of `hfjax.backtracking`; `None` takes the last iterate. As it comes,
-        `early_stop` takes the place of `redamped` unless `damping` is `searched`, and
-        where the solver does not allow a search.
+      backtracking: of `hfjax.backtracking`; `None` takes the last iterate; `"auto"` is what
+        the damping rule wants, as the search for λ of `damping.searched`, where the solver
+        tells the steps for other λ; and else `early_stop()`.
       line_search: of `hfjax.linesearch`; `None` takes the learning rate, unless f
         rises.
       curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`; it
@@ -125,8 +106,7 @@ def hessian_free(
         solver that reads a radius and a rule that drives λ, or the reverse;
         `krylov.subspace_descent()` and a λ that is adapted or searched for;
         `sample_space.cholesky()` and a preconditioner, a damping matrix or another
-        curvature; structural damping without a `hidden_loss`; `backtracking=redamped()`
-        without `damping.searched()`, or with a solver that cannot search for λ.
+        curvature; structural damping without a `hidden_loss`.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:
@@ -157,18 +137,14 @@ def hessian_free(
         raise TypeError(msg)
     _options.check_range("learning_rate", learning_rate, low=0.0)
     check_part("line_search", line_search, LineSearch, none=True)
-    solver, exact, preconditioner, backtracking = fitted(
-        objective, damping, solver, preconditioner, backtracking, curvature
-    )
+    fit = fitted(objective, damping, solver, preconditioner, backtracking, curvature)
+    preconditioner = fit.preconditioner
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     parts = _Parts(
         objective=objective,
         learning_rate=learning_rate,
         damping=damping,
-        solver=solver,
-        exact_if_suited=exact,
-        preconditioner=preconditioner,
-        backtracking=backtracking,
+        fit=fit,
         line_search=line_search or whole(),
         curvature=curvature,
         seed=seed,
@@ -192,7 +168,7 @@ def hessian_free(
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(_tree.widen(params)),
             preconditioner=remembered(params),
-            record=record_of(None, solver.recorded, dtype),
+            record=record_of(None, fit.solver.max_iterations, dtype),
             info=no_info(dtype),
         )
 
@@ -226,7 +202,7 @@ def scale_by_hessian_free(
     damping: Damping = searched(),
     solver: Solver | str = conjugate_gradient(),
     preconditioner: PreconditionerRule | str | None = "auto",
-    backtracking: Backtracking | None = redamped(otherwise=early_stop()),
+    backtracking: Backtracking | str | None = "auto",
     curvature: Curvature = ggn,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -292,10 +268,7 @@ class _Parts(NamedTuple):
     objective: Objective
     learning_rate: NumberOrSchedule
     damping: Damping
-    solver: Solver
-    exact_if_suited: bool
-    preconditioner: PreconditionerRule | None
-    backtracking: Backtracking
+    fit: Fitted
     line_search: LineSearch
     curvature: Curvature
     seed: int
@@ -310,74 +283,88 @@ def _update(
     eval_batch: Batch | None,
 ) -> tuple[Params, HessianFreeState]:
     """Do one update: algorithm 3, line by line."""
-    dtype = _tree.scalar_dtype(params)
-    b = jax.tree.map(jnp.negative, _tree.cast_like(grads, _tree.widen(params)))
-    damping = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
-    solver, preconditioner = parts.solver, parts.preconditioner
-    if parts.exact_if_suited:
-        solver = suited(parts.objective, params, batch, otherwise=solver)
-        preconditioner = preconditioner if solver.preconditioned else None
+    eval_batch = batch if eval_batch is None else eval_batch
+    point = _point(parts, grads, state, params, batch, eval_batch)
+    solver, rule = parts.fit.solver, parts.damping
 
-    # A = B + λD + μS, and P.
-    point = Point(
+    # A δ = −∇f, from 0 or from ζ δ_before; δ, one of its steps; how far along it.
+    at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
+    before = _before(at)
+    start = solver.start(at.packing.pack(state.direction), state.count)
+    run = solver.solve(at.system, start)
+    chosen = choose(_rule_of(parts.fit, run), at, run, before, rule.ratio)
+    rate = parts.learning_rate
+    trial = go_along(parts.line_search, rate, at, run, before, chosen)
+
+    # Accepted or rejected, ρ, and λ for the next update.
+    judged = judge(trial, rule.ratio)
+    scalar = rule.update(point.scalar, judged.verdict, chosen.damping)
+    stays = (judged.rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(scalar)
+    scalar = jnp.where(stays, point.scalar, scalar)
+    return _taken(trial, judged), _next(solver, trial, judged, scalar)
+
+
+def _point(
+    parts: _Parts,
+    grads: Params,
+    state: HessianFreeState,
+    params: Params,
+    batch: Batch,
+    eval_batch: Batch,
+) -> Point:
+    """Return where the update stands."""
+    dtype = _tree.scalar_dtype(params)
+    scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
+    return Point(
         objective=parts.objective.at(state.count),
         params=params,
+        gradient=grads,
         batch=batch,
-        eval_batch=batch if eval_batch is None else eval_batch,
-        damping=damping.astype(dtype),
+        eval_batch=eval_batch,
+        scalar=scalar.astype(dtype),
         count=state.count,
         key=jax.random.fold_in(jax.random.key(parts.seed), state.count),
         memory=state.preconditioner,
     )
-    subproblem, penalty, memory = assemble(
-        point, b, parts.curvature, parts.damping, preconditioner
+
+
+def _before(at: Assembled) -> Before:
+    """Return f(θ), and how much of its change may be rounding."""
+    value = at.point.value(at.point.eval_batch)
+    return Before(value, at.noise(value), at.point.scalar)
+
+
+def _rule_of(fit: Fitted, run: Run) -> Backtracking:
+    """Return the search for λ where there is one, and the solver can tell of other λ."""
+    if fit.searching is None or run.at_damping is None:
+        return fit.backtracking
+    return fit.searching
+
+
+def _taken(trial: Trial, judged: Judged) -> Params:
+    """Return what is added to the parameters: the step, or zeros."""
+    step = trial.chosen.step.at(trial.search.step_size)
+    step = trial.at.packing.unpack(_or_zero(judged.verdict.accepted, step))
+    return _tree.cast_like(step, trial.at.point.params)
+
+
+def _next(
+    solver: Solver, trial: Trial, judged: Judged, scalar: jax.Array
+) -> HessianFreeState:
+    """Return the state for the next update."""
+    at, run, _, chosen, _, _ = trial
+    dtype = at.point.scalar.dtype
+    carried = solver.carry(run, chosen.step.at())
+    kept = judged.verdict.accepted & jnp.isfinite(_tree.magnitude(carried))
+    return HessianFreeState(
+        count=jnp.asarray(optax.safe_increment(at.point.count)),
+        damping=scalar.astype(dtype),
+        direction=at.packing.unpack(_or_zero(kept, carried)),
+        preconditioner=at.memory(),
+        record=record_of(run.stats, solver.max_iterations, dtype),
+        info=report(trial, judged),
     )
 
-    # A δ = −∇f, by conjugate gradients from 0 or ζ δ_before, or exactly.
-    x0 = solver.start(state.direction, state.count)
-    result = solver.solve(subproblem, x0)
 
-    # δ, one of its iterates, and c; α, how far to go along them; accept or reject.
-    value = point.value(point.eval_batch)
-    noise = noise_of(value, b, params)
-    rule = parts.damping.ratio
-    choice = choose(
-        parts.backtracking,
-        point,
-        subproblem,
-        result,
-        value,
-        noise,
-        judges_last=rule.step == "last",
-    )
-    slope = slope_along(b, choice.step)
-    rate = parts.learning_rate
-    search = go_along(parts.line_search, rate, point, value, choice, slope)
-    trial = Trial(_tree.norm(b), result, value, choice, slope, search)
-    rejection = judge(trial)
-    accepted = rejection == Rejection.NONE
-    step = _or_zero(accepted, along(search.step_size, choice.step, choice.correction))
-
-    # ρ, and λ for the next update.
-    value_on_batch = None if eval_batch is None else subproblem.batch_value_fn
-    part = penalty(choice.step)
-    change, predicted = reduction(trial, rule, penalty, part, value_on_batch)
-    ratio, seen = ratio_of(rejection, change, predicted, noise, rule.expected)
-    adapted = adapt(parts.damping, point.damping, trial, ratio, seen, part, accepted)
-    stays = (rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(adapted)
-    adapted = jnp.where(stays, point.damping, adapted)
-
-    carried = solver.carry(result, end(choice.step, choice.correction))
-    new_state = HessianFreeState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        damping=adapted.astype(dtype),
-        direction=_or_zero(accepted & jnp.isfinite(_tree.magnitude(carried)), carried),
-        preconditioner=memory,
-        record=record_of(result, parts.solver.recorded, dtype),
-        info=report(trial, rejection, ratio, predicted, dtype),
-    )
-    return _tree.cast_like(step, params), new_state
-
-
-def _or_zero(accepted: jax.Array, tree: Tree) -> Tree:
+def _or_zero(accepted: jax.Array | bool, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.where(accepted, x, 0), tree)

@@ -21,11 +21,14 @@ import jax.numpy as jnp
 
 from hfjax import _compiled, _options
 from hfjax._arguments import as_product, as_vector
-from hfjax._pcg import Reason, Region, run
+from hfjax._pcg import CGResult, run
+from hfjax._pcg_hooks import Region
 from hfjax._refusal import without_derivative
+from hfjax._rule import if_told
+from hfjax._solver import Reason, Run, Solver, System
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import CGResult, Solver, Subproblem, as_preconditioner, check_run
-from hfjax.damping import Damping, ReductionRatio, levenberg_marquardt
+from hfjax.cg import as_preconditioner, as_run, check_run
+from hfjax.damping import Damping, ReductionRatio, Verdict, levenberg_marquardt
 from hfjax.iterates import Keep, every, grid
 from hfjax.stopping import StoppingRule, martens2010
 
@@ -125,7 +128,6 @@ def steihaug_toint(
     stopping: StoppingRule | None = martens2010(),
     keep: Keep = grid(),
     elliptical: bool = True,
-    record: bool = False,
 ) -> Solver:
     """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
 
@@ -139,7 +141,6 @@ def steihaug_toint(
       keep: which iterates backtracking may choose among.
       elliptical: whether the region is ‖x‖_P ≤ radius, P the preconditioner, in whose
         norm the iterates grow; else the Euclidean ball. Alike where there is none.
-      record: as in `conjugate_gradient`.
 
     Returns:
       The solver.
@@ -153,26 +154,26 @@ def steihaug_toint(
         msg = "`keep` must not evaluate f: the region, not f, is to end a run."
         raise ValueError(msg)
 
-    def solve_within(subproblem: Subproblem, x0: None) -> CGResult:
+    def solve_within(system: System, x0: None) -> Run:
         del x0
-        plain = subproblem.preconditioner is None or not elliptical
-        region = Region(subproblem.damping, (lambda v: v) if plain else None)
-        return _run(
-            subproblem.matvec,
-            subproblem.b,
-            subproblem.preconditioner,
-            region,
+        preconditioner = system.preconditioner()
+        plain = preconditioner is None or not elliptical
+        result = _run(
+            system.matvec,
+            system.b,
+            preconditioner,
+            Region(system.scalar, (lambda v: v) if plain else None),
             max_iterations,
             stopping,
             keep,
         )
+        return as_run(result)
 
     return Solver(
-        lambda direction, count: None,
-        solve_within,
-        lambda result, chosen: chosen,
-        max_iterations if record else 0,
+        start=lambda direction, count: None,
+        solve=solve_within,
         scalar="radius",
+        max_iterations=max_iterations,
     )
 
 
@@ -206,18 +207,21 @@ def radius(
       ratio: what ρ is the ratio of.
 
     Returns:
-      The rule, for `hessian_free(damping=…, solver=steihaug_toint())`.
+      The rule, for `hessian_free(damping=…, solver=trust_region.steihaug_toint())`.
 
     Raises:
       ValueError: if a plain number is out of range.
 
     Example:
-      >>> rule, on = radius(init=1.0), jnp.array(True)
-      >>> print(
-      ...     [float(rule.update(rule.init(), jnp.float32(r), on)) for r in (0.9, 0.5)]
-      ... )
-      [1.5, 1.0]
-      >>> print(float(rule.update(rule.init(), jnp.float32(0.9), ~on)))
+      >>> rule = radius(init=1.0)
+      >>> for verdict in (
+      ...     Verdict(0.9, on_boundary=True),
+      ...     Verdict(0.5, on_boundary=True),
+      ...     Verdict(0.9, on_boundary=False),
+      ... ):
+      ...     print(float(rule.update(rule.init(), verdict)))
+      1.5
+      1.0
       1.0
 
     References:
@@ -239,10 +243,13 @@ def radius(
     )
 
     def update(
-        radius: jax.Array, ratio: jax.Array, on_boundary: jax.Array
+        radius: jax.Array, verdict: Verdict, found: jax.Array | None = None
     ) -> jax.Array:
-        adapted = 1 / reciprocal.update(1 / radius, ratio)
-        return jnp.where(on_boundary, adapted, jnp.minimum(adapted, radius))
+        del found
+        adapted = 1 / reciprocal.update(1 / radius, Verdict(verdict.ratio))
+        held_back = verdict.on_boundary
+        adapted = jnp.where(held_back, adapted, jnp.minimum(adapted, radius))
+        return if_told(verdict, adapted, radius)
 
     def current(radius: jax.Array, count: jax.Array) -> jax.Array:
         del count
@@ -258,7 +265,6 @@ def radius(
         ratio=ratio,
         matrix=None,
         scalar="radius",
-        adapts=True,
     )
 
 

@@ -107,7 +107,7 @@ variants = {
     "λ constant, 0.01": make(solver=cg(), damping=hfjax.damping.constant(0.01)),
     "D = diag(B)": make(solver=cg(), damping=lm(matrix="curvature_diagonal")),
     # preconditioner=
-    "P = I": make(solver=cg(record=True), preconditioner=None),
+    "P = I": make(solver=cg(), preconditioner=None),
     "P of random signs": make(
         solver=cg(),
         preconditioner=hfjax.preconditioners.diagonal(signs, exponent=1.0),
@@ -289,9 +289,8 @@ hfjax.diagnostics.plot_cg_run(cg_run(theta, damping / 30))
 # %% [markdown]
 # ## What conjugate gradients saw
 #
-# `conjugate_gradient(record=True)` keeps the coefficients of the last run in
-# `state.record`, and they give eigenvalues of A = G + λI (without a preconditioner; else
-# of P⁻¹A) for no further product. Here the run ends by its limit long before it comes to
+# The coefficients of the last run are in `state.record`, and they give eigenvalues of
+# A = G + λI (without a preconditioner; else of P⁻¹A) for no further product. Here the run ends by its limit long before it comes to
 # eigenvalues as small as λ, the dashed line: few iterations are a damping of their own.
 
 # %%

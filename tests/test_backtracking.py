@@ -6,7 +6,19 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import backtracking
+from hfjax.backtracking import Before
+from hfjax.cg import Run, RunStats, Step
 from hfjax.iterates import Kept
+
+
+def run_of(kept):
+    """Return a run that kept these iterates, with M = −1 at each."""
+    count = jnp.sum(kept.iterations >= 0)
+    last = jax.tree.map(lambda leaf: leaf[count - 1], kept.iterates)
+    number = kept.iterations[count - 1]
+    models = -jnp.ones(101)
+    stats = RunStats(number, jnp.int32(hfjax.cg.Reason.MAX_ITERATIONS), models)
+    return Run(Step(last, models[-1], number), stats, kept)
 
 
 def scripted(values):
@@ -28,32 +40,33 @@ def scripted(values):
     return value_fn, kept, evaluated
 
 
+BEFORE = Before(jnp.float32(9.0), jnp.float32(0.0), jnp.float32(1.0))
 VALUES = [2.0, 1.0, 1.5, 2.7, 2.4, 2.6, 3.0, 7.3]
 """Descending from the end to slot 4, the early stop; the lowest is slot 1."""
 
 
 def test_early_stop_takes_the_first_iterate_whose_predecessor_is_no_better():
     value_fn, kept, evaluated = scripted(VALUES)
-    choice = backtracking.early_stop().choose(value_fn, kept)
+    choice = backtracking.early_stop().choose(run_of(kept), value_fn, BEFORE)
     jax.effects_barrier()
-    assert (choice.iteration, choice.value) == (50, np.float32(2.4))
-    assert choice.step["x"] == 4
+    assert (choice.step.iteration, choice.value) == (50, np.float32(2.4))
+    assert choice.step.direction["x"] == 4
     assert choice.last_value == np.float32(7.3)
     assert evaluated == [7, 6, 5, 4, 3]
 
 
 def test_full_search_takes_the_lowest_of_all():
     value_fn, kept, evaluated = scripted(VALUES)
-    choice = backtracking.full_search().choose(value_fn, kept)
+    choice = backtracking.full_search().choose(run_of(kept), value_fn, BEFORE)
     jax.effects_barrier()
-    assert (choice.iteration, choice.value) == (20, 1.0)
+    assert (choice.step.iteration, choice.value) == (20, 1.0)
     assert sorted(evaluated) == list(range(8))
 
 
 def test_equal_values_keep_the_later_iterate():
     for rule in (backtracking.early_stop(), backtracking.full_search()):
         value_fn, kept, _ = scripted([1.0, 1.0, 1.0])
-        assert rule.choose(value_fn, kept).iteration == 30
+        assert rule.choose(run_of(kept), value_fn, BEFORE).step.iteration == 30
 
 
 @pytest.mark.parametrize(
@@ -61,22 +74,22 @@ def test_equal_values_keep_the_later_iterate():
 )
 def test_values_that_are_not_finite_are_walked_past(rule):
     value_fn, kept, _ = scripted([1.0, 2.0, np.nan, np.inf, -np.inf, np.nan])
-    choice = rule.choose(value_fn, kept)
+    choice = rule.choose(run_of(kept), value_fn, BEFORE)
     assert choice.value == 1.0
     assert choice.last_value == np.inf
 
 
 def test_none_finite_leaves_the_last_at_infinity():
     value_fn, kept, _ = scripted([np.nan, np.inf])
-    choice = backtracking.early_stop().choose(value_fn, kept)
-    assert (choice.iteration, choice.value) == (20, np.inf)
+    choice = backtracking.early_stop().choose(run_of(kept), value_fn, BEFORE)
+    assert (choice.step.iteration, choice.value) == (20, np.inf)
 
 
 def test_last_evaluates_the_last_only():
     value_fn, kept, evaluated = scripted(VALUES)
-    choice = backtracking.last().choose(value_fn, kept)
+    choice = backtracking.last().choose(run_of(kept), value_fn, BEFORE)
     jax.effects_barrier()
-    assert (choice.iteration, choice.value) == (80, np.float32(7.3))
+    assert (choice.step.iteration, choice.value) == (80, np.float32(7.3))
     assert evaluated == [7]
 
 
@@ -86,9 +99,9 @@ def test_last_evaluates_the_last_only():
 def test_empty_slots_are_not_looked_at(rule):
     value_fn, kept, evaluated = scripted([3.0, 2.0, 0.0, 0.0])
     kept = kept._replace(iterations=jnp.array([5, 7, -1, -1]))
-    choice = rule.choose(value_fn, kept)
+    choice = rule.choose(run_of(kept), value_fn, BEFORE)
     jax.effects_barrier()
-    assert choice.iteration == 7
+    assert choice.step.iteration == 7
     assert set(evaluated) <= {0, 1}
 
 
@@ -96,20 +109,12 @@ def scripted_solver(steps):
     """Return a solver that keeps these iterates, whatever it is asked."""
     steps = jnp.asarray(steps)
     count = len(steps)
-    kept = Kept(
-        steps, jnp.arange(1, count + 1, dtype=jnp.int32), jnp.full(count, jnp.inf)
-    )
-    result = hfjax.cg.CGResult(
-        steps[-1],
-        jnp.int32(count),
-        -jnp.ones(count + 1),
-        kept,
-        jnp.int32(hfjax.cg.Reason.MAX_ITERATIONS),
-    )
+    numbers = jnp.arange(1, count + 1, dtype=jnp.int32)
+    # An update's vectors are packed: a tuple of arrays.
+    kept = Kept((steps,), numbers, jnp.full(count, jnp.inf))
+    run = run_of(kept)
     return hfjax.cg.Solver(
-        lambda direction, count: None,
-        lambda subproblem, x0: result,
-        lambda result, chosen: chosen,
+        start=lambda direction, count: None, solve=lambda system, x0: run
     )
 
 

@@ -449,7 +449,7 @@ def test_the_last_or_the_chosen_iterate_is_carried_over():
         ({}, chosen),  # The last is not asked for.
     ):
         carry = cg.conjugate_gradient(**options).carry
-        np.testing.assert_array_equal(carry(result, chosen), carried)
+        np.testing.assert_array_equal(carry(cg.as_run(result), chosen), carried)
 
 
 @functools.partial(quick_jit, static_argnames="max_iterations")
@@ -457,17 +457,17 @@ def solve_by_solver(a, b, x0, inverse, *, max_iterations):
     solver = cg.conjugate_gradient(
         max_iterations=max_iterations, stopping=None, keep=EVERY
     )
-    subproblem = cg.Subproblem(
+    given = cg.System(
         matvec=lambda v: a @ v,
         b=b,
-        preconditioner=lambda r: inverse @ r,
-        damping=jnp.zeros(()),
+        scalar=jnp.zeros(()),
         count=jnp.int32(0),
-        value_fn=lambda x: x[0],
-        batch_value_fn=lambda x: x[0],
-        value_and_grad_fn=jax.value_and_grad(lambda x: x[0]),
+        value=lambda x: x[0],
+        batch_value=lambda x: x[0],
+        value_and_grad=jax.value_and_grad(lambda x: x[0]),
+        preconditioner=lambda: lambda r: inverse @ r,
     )
-    return solver.solve(subproblem, x0)
+    return solver.solve(given, x0)._replace(at_damping=None)
 
 
 def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():
@@ -476,9 +476,10 @@ def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():
     _, values = reference.pcg(a, b, 30 * x0, inverse, iterations=2)
     assert values[-1] > 0
     result = solve_by_solver(a, b, 30 * x0, inverse, max_iterations=2)
-    np.testing.assert_allclose(result.x, cold[-1], rtol=1e-10)
-    np.testing.assert_allclose(result.model_values, cold_values, rtol=1e-10, atol=1e-15)
-    np.testing.assert_allclose(result.kept.iterates, cold[1:], rtol=1e-10)
+    np.testing.assert_allclose(result.last.direction, cold[-1], rtol=1e-10)
+    values = result.stats.model_values
+    np.testing.assert_allclose(values, cold_values, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(result.iterates.iterates, cold[1:], rtol=1e-10)
 
 
 def test_a_warm_start_that_falls_below_zero_is_not_run_again():
@@ -488,22 +489,22 @@ def test_a_warm_start_that_falls_below_zero_is_not_run_again():
         assert (values[0] > 0) == above
         assert values[-1] < 0
         result = solve_by_solver(a, b, start, inverse, max_iterations=2)
-        np.testing.assert_allclose(result.x, warm[-1], rtol=1e-9)
-        np.testing.assert_allclose(result.model_values, values, rtol=1e-9)
+        np.testing.assert_allclose(result.last.direction, warm[-1], rtol=1e-9)
+        np.testing.assert_allclose(result.stats.model_values, values, rtol=1e-9)
 
 
 def test_a_cold_start_is_textbook():
     a, b, _, inverse = system(0)
     cold, _ = reference.pcg(a, b, None, inverse, iterations=2)
     result = solve_by_solver(a, b, None, inverse, max_iterations=2)
-    np.testing.assert_allclose(result.x, cold[-1], rtol=1e-10)
+    np.testing.assert_allclose(result.last.direction, cold[-1], rtol=1e-10)
 
 
 def test_a_nonfinite_product_is_not_run_again():
     a, b, x0, inverse = system(0)
     result = solve_by_solver(np.nan * a, b, x0, inverse, max_iterations=2)
-    np.testing.assert_array_equal(result.x, x0)
-    assert reason(result) == Reason.NONFINITE
+    np.testing.assert_array_equal(result.last.direction, x0)
+    assert reason(result.stats) == Reason.NONFINITE
 
 
 def test_the_loop_holds_one_product():
@@ -535,18 +536,17 @@ def test_a_start_in_another_dtype_leaves_the_solution_that_of_b():
 @functools.partial(quick_jit, static_argnames="solver")
 def solve_by(solver, a, b, x0=None, count=0):
     """Let a solver solve; f is Σx on the evaluation data, −Σx on the batch."""
-    subproblem = cg.Subproblem(
+    given = cg.System(
         matvec=lambda v: a @ v,
         b=b,
-        preconditioner=None,
-        damping=jnp.zeros(()),
+        scalar=jnp.zeros(()),
         count=count,
-        value_fn=jnp.sum,
-        batch_value_fn=lambda x: -jnp.sum(x),
-        value_and_grad_fn=jax.value_and_grad(jnp.sum),
+        value=jnp.sum,
+        batch_value=lambda x: -jnp.sum(x),
+        value_and_grad=jax.value_and_grad(jnp.sum),
     )
-    result = solver.solve(subproblem, x0)
-    return result, solver.carry(result, jnp.zeros_like(b))
+    run = solver.solve(given, x0)._replace(at_damping=None)
+    return run, solver.carry(run, jnp.zeros_like(b))
 
 
 def test_the_limit_is_read_in_every_update():
@@ -557,10 +557,10 @@ def test_the_limit_is_read_in_every_update():
     truth, _ = reference.pcg(a, b, iterations=6)
     for count, last in ((0, 6), (1, 5), (2, 3)):
         result, _ = solve_by(solver, a, b, count=jnp.int32(count))
-        assert result.num_iterations == last
-        assert reason(result) == Reason.MAX_ITERATIONS
-        np.testing.assert_allclose(result.x, truth[last], rtol=1e-9)
-        assert result.model_values.shape == (7,)
+        assert result.stats.num_iterations == last
+        assert reason(result.stats) == Reason.MAX_ITERATIONS
+        np.testing.assert_allclose(result.last.direction, truth[last], rtol=1e-9)
+        assert result.stats.model_values.shape == (7,)
     with pytest.raises(ValueError, match="`limit` must be at least 1"):
         cg.conjugate_gradient(limit=0)
 
@@ -578,7 +578,7 @@ def test_f_is_that_of_the_data_asked_for_and_its_best_is_carried_over(data):
         warm_start_from="best",
     )
     result, carried = solve_by(solver, a, b)
-    np.testing.assert_allclose(result.kept.values, values[1:], rtol=1e-8)
+    np.testing.assert_allclose(result.iterates.values, values[1:], rtol=1e-8)
     best = 1 + int(np.argmin(values[1:]))
     np.testing.assert_allclose(carried, truth[best], rtol=1e-7)
     if data == "eval_batch":
@@ -611,19 +611,19 @@ def test_above_zero_a_run_goes_on_beyond_the_stopping_rule():
         warm_start_decay=0.95,
     )
     result, _ = solve_by(warm(), a, b, x0)
-    assert reason(result) == Reason.STOPPING_RULE
-    assert result.num_iterations == stops[0]
+    assert reason(result.stats) == Reason.STOPPING_RULE
+    assert result.stats.num_iterations == stops[0]
     np.testing.assert_allclose(
-        result.model_values[: stops[0]], values[: stops[0]], rtol=1e-4, atol=1e-6
+        result.stats.model_values[: stops[0]], values[: stops[0]], rtol=1e-4, atol=1e-6
     )
     # Where it may not go on for so long, it starts again from 0.
     short = warm(limit=float(first - 1))
     result, _ = solve_by(short, a, b, x0)
     cold, values = reference.pcg(a, b, iterations=first - 1)
-    n = int(result.num_iterations)
+    n = int(result.stats.num_iterations)
     assert n <= first - 1
-    np.testing.assert_allclose(result.x, cold[n], rtol=1e-4, atol=1e-6)
-    assert result.model_values[-1] < 0
+    np.testing.assert_allclose(result.last.direction, cold[n], rtol=1e-4, atol=1e-6)
+    assert result.stats.model_values[-1] < 0
 
 
 @pytest.mark.parametrize("why", ["residual", "guard"])
@@ -647,11 +647,11 @@ def test_a_run_that_anything_ends_above_zero_is_run_again_from_zero(why):
         else:
             pytest.fail("this start is not what the test is about")
     assert values[1] > 0
-    assert result.model_values[0] == 0
-    assert result.model_values[-1] < 0
-    n = int(result.num_iterations)
+    assert result.stats.model_values[0] == 0
+    assert result.stats.model_values[-1] < 0
+    n = int(result.stats.num_iterations)
     cold, _ = reference.pcg(a, b, iterations=n)
-    np.testing.assert_allclose(result.x, cold[n], rtol=1e-8)
+    np.testing.assert_allclose(result.last.direction, cold[n], rtol=1e-8)
 
 
 def test_a_run_from_zero_preconditions_b_once():

@@ -62,19 +62,18 @@ def corrections_of(objective, params, batch, solver, strength):
     """Return the step and the correction, as the solver has them."""
     decay = jnp.zeros(()) if objective.decay is None else objective.decay
     _, grads = objective.value_and_grad(params, batch)
-    subproblem = hfjax.cg.Subproblem(
+    system = hfjax.cg.System(
         matvec=None,
         b=jax.tree.map(jnp.negative, grads),
-        preconditioner=None,
-        damping=jnp.float64(strength),
+        scalar=jnp.float64(strength),
         count=jnp.zeros((), jnp.int32),
-        value_fn=None,
-        batch_value_fn=None,
-        value_and_grad_fn=None,
+        value=None,
+        batch_value=None,
+        value_and_grad=None,
         jacobian=lambda: (jacobian(objective, params, batch), decay),
     )
-    result = solver.solve(subproblem, None)
-    return result.x, result.correction
+    last = solver.solve(system, None).last
+    return last.direction, last.correction
 
 
 def rows_of(objective, params, batch):
@@ -263,9 +262,7 @@ def test_the_model_is_of_the_step_and_f_of_its_corrected_end(searches):
     options = {}
     if searches:
         # Both of them find λ itself the best.
-        redamped = hfjax.backtracking.redamped(max_tries=1)
-        searched = hfjax.damping.searched(init=VALLEY)
-        options = {"backtracking": redamped, "damping": searched}
+        options = {"damping": hfjax.damping.searched(init=VALLEY, max_tries=1)}
     else:
         options = {"damping": damping.constant(VALLEY)}
     solver = sample_space.cholesky()

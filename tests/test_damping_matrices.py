@@ -475,7 +475,9 @@ def test_a_matrix_draws_by_another_key_than_the_preconditioner():
 
     def matrix(objective, params, batch, curvature, key):
         noted("matrix", key)
-        return damping_matrices.identity().build(objective, params, batch, curvature, key)
+        return damping_matrices.identity().build(
+            objective, params, batch, curvature, key
+        )
 
     def preconditioner(objective, params, batch, damping, key):
         noted("preconditioner", key)

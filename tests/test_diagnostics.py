@@ -229,5 +229,6 @@ def test_a_line_shows_ratios_down_to_minus_99():
 def test_the_record_of_a_run_that_broke_is_finite():
     values = jnp.array([0.0, -1.0, jnp.nan, jnp.inf])
     run = hfjax.cg.solve(lambda v: v, jnp.ones(2), max_iterations=3)
-    record = hfjax.state.record_of(run._replace(model_values=values), 3, jnp.float32)
+    stats = hfjax.cg.as_run(run._replace(model_values=values)).stats
+    record = hfjax.state.record_of(stats, 3, jnp.float32)
     np.testing.assert_array_equal(record.model_values, [0, -1, 0, 0])

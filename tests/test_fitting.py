@@ -75,10 +75,7 @@ CHOICES = {
     "default": {},
     "early_stop": {"backtracking": backtracking.early_stop()},
     "full_search": {"backtracking": backtracking.full_search()},
-    "redamped": {"backtracking": backtracking.redamped()},
-    "redamped_or_last": {
-        "backtracking": backtracking.redamped(otherwise=backtracking.last())
-    },
+    "by_name": {"backtracking": "auto"},
 }
 PRECONDITIONERS = {
     "none": {"preconditioner": None},
@@ -88,7 +85,15 @@ PRECONDITIONERS = {
     "nystrom": {"preconditioner": preconditioners.nystrom(rank=2)},
 }
 """From the cheapest to compile to the dearest, as `covering` takes the first."""
-ADAPTED = {"lm", "lm_diagonal", "searched", "searched_structural", "own_searched"}
+ADAPTED = {
+    "lm",
+    "lm_diagonal",
+    "searched",
+    "searched_structural",
+    "own",
+    "own_searched",
+}
+"""One that declares nothing may adapt."""
 MATRICES = {"constant_curvature", "lm_diagonal", "own_searched"}
 ALL = list(itertools.product(SOLVERS, RULES, CHOICES, PRECONDITIONERS))
 
@@ -105,11 +110,6 @@ def refusal(solver, rule, choice, preconditioner):
         return r"Pass `damping=hfjax.damping.constant\(0.0\)`"
     if solver == "cholesky" and preconditioner not in {"default", "none"}:
         return "`solver` never asks for one"
-    tells = solver in {"cg", "cholesky", "auto"}
-    if choice == "redamped" and not (
-        tells and rule in {"searched", "searched_structural"}
-    ):
-        return r"redamped\(\)` needs `damping=hfjax.damping.searched\(\)`"
     return None
 
 
@@ -142,7 +142,7 @@ def covering():
     But for a rule of backtracking with a preconditioner, which never meet, and for what
     differs from another entry of its table in one option alone.
     """
-    alike = {"ball", "redamped_or_last", "own_searched"}
+    alike = {"ball", "by_name", "own_searched"}
     admitted = [n for n in ALL if refusal(*n) is None and not alike & set(n)]
     admitted.append(("cg", "own_searched", "default", "none"))
 
@@ -251,7 +251,9 @@ def test_the_admitted_combinations_take_the_step_of_the_dense_matrix(names):
         ),
         ({"solver": CG._replace(scalar="λ")}, "`solver.scalar` must be one of"),
         ({"damping": LM()._replace(scalar="λ")}, "`damping.scalar` must be one of"),
+        ({"solver": CG._replace(reads="λ")}, "`solver.reads` must be one of"),
         ({"preconditioner": "kronecker"}, "`preconditioner` must be one of 'auto'"),
+        ({"backtracking": "last"}, "`backtracking` must be one of 'auto'"),
         ({"solver": "cholesky"}, "`solver` must be one of 'auto'"),
         (
             {

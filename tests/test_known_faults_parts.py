@@ -13,6 +13,7 @@ from reference import model, quick_jit
 import hfjax
 from hfjax import cg, iterates
 from hfjax.cg import Reason
+from hfjax.damping import Verdict
 
 N = 30
 LENGTH = 14
@@ -235,7 +236,7 @@ def test_damping_is_frozen_at_no_floor():
     rule = hfjax.damping.levenberg_marquardt()
     for damping in (1e-4, 1e-8, 1e-30):  # Faults: λ moves only above one of these.
         for ratio, factor in ((1.0, 2 / 3), (-1.0, 3 / 2)):
-            found = rule.update(jnp.array(damping), jnp.array(ratio))
+            found = rule.update(jnp.array(damping), Verdict(jnp.array(ratio)))
             np.testing.assert_allclose(found, damping * factor)
 
 
@@ -245,6 +246,6 @@ def test_damping_grows_to_no_infinity_and_comes_down_again():
     with np.errstate(over="ignore"):
         assert np.isinf(np.float32(1.5) ** np.float32(300))  # The fault.
     for _ in range(300):
-        damping = rule.update(damping, jnp.float32(-jnp.inf))
+        damping = rule.update(damping, Verdict(jnp.float32(-jnp.inf)))
     assert np.isfinite(damping * damping)
-    assert rule.update(damping, jnp.float32(1)) < damping
+    assert rule.update(damping, Verdict(jnp.float32(1))) < damping

@@ -14,7 +14,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import krylov
-from hfjax.cg import Reason, Subproblem
+from hfjax.cg import Reason, System
 
 N, K = 10, 5
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -199,17 +199,17 @@ def descend(a, b, inverse, direction, c, strength, wall):
     def never(x):
         return jnp.full((), jnp.nan, x.dtype)
 
-    subproblem = Subproblem(
+    given = System(
         matvec=lambda v: a @ v,
         b=b,
-        preconditioner=lambda r: inverse @ r,
-        damping=jnp.zeros((), b.dtype),
+        scalar=jnp.zeros((), b.dtype),
         count=jnp.int32(0),
-        value_fn=value_fn,
-        batch_value_fn=never,
-        value_and_grad_fn=jax.value_and_grad(value_fn),
+        value=value_fn,
+        batch_value=never,
+        value_and_grad=jax.value_and_grad(value_fn),
+        preconditioner=lambda: lambda r: inverse @ r,
     )
-    return krylov.subspace_descent(dimension=K).solve(subproblem, direction)
+    return krylov.subspace_descent(dimension=K).solve(given, direction)
 
 
 def best_damped(a, b, v, value, grid):
@@ -241,15 +241,19 @@ def test_f_is_at_most_that_of_the_best_damped_step(seed, strength):
         return float(bent(np.asarray(x), a, b, c, strength, np.inf, np))
 
     v = space(a, b, inverse, direction)
-    assert outside(np.asarray(result.x), v) < 1e-9
+    assert outside(np.asarray(result.last.direction), v) < 1e-9
     # Lower than any damping leads to, and a minimum in the space.
-    assert value(result.x) < best_damped(a, b, v, value, FINE) - 1e-6
-    gradient = jax.grad(bent)(jnp.asarray(result.x), a, b, c, strength, np.inf)
+    assert value(result.last.direction) < best_damped(a, b, v, value, FINE) - 1e-6
+    gradient = jax.grad(bent)(
+        jnp.asarray(result.last.direction), a, b, c, strength, np.inf
+    )
     assert np.linalg.norm(v.T @ gradient) < 1e-3 * np.linalg.norm(v.T @ b)
     np.testing.assert_allclose(
-        result.model_values[-1], reference.model(a, b, result.x), rtol=1e-9
+        result.stats.model_values[-1],
+        reference.model(a, b, result.last.direction),
+        rtol=1e-9,
     )
-    np.testing.assert_array_equal(result.kept.iterates[0], result.x)
+    assert result.iterates is None
 
 
 @pytest.mark.parametrize("wall", [3.0, 0.3, 0.03])
@@ -266,8 +270,8 @@ def test_where_f_is_not_finite_nothing_ends_up(seed, wall):
     v = space(a, b, inverse, direction)
     largest = np.max(np.linalg.eigvalsh(v.T @ a @ v))
     grid = [0.0, *(largest * 10.0 ** np.arange(-6, 4))]
-    assert value(result.x) <= best_damped(a, b, v, value, grid) + 1e-12
-    assert value(result.x) < value(np.zeros(N))
+    assert value(result.last.direction) <= best_damped(a, b, v, value, grid) + 1e-12
+    assert value(result.last.direction) < value(np.zeros(N))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
@@ -280,9 +284,11 @@ def test_a_quadratic_is_minimised_exactly_over_the_space(seed, size):
     result = descend(a, b, inverse, direction, np.zeros((4, N)), 0.0, np.inf)
     # f near 3 shows the last 1e-8 of a step no more.
     scale = np.max(np.abs(truth))
-    np.testing.assert_allclose(result.x, truth, atol=1e-6 * scale + 1e-8)
+    np.testing.assert_allclose(result.last.direction, truth, atol=1e-6 * scale + 1e-8)
     np.testing.assert_allclose(
-        result.model_values[-1], reference.model(a, b, result.x), rtol=1e-9
+        result.stats.model_values[-1],
+        reference.model(a, b, result.last.direction),
+        rtol=1e-9,
     )
 
 
@@ -291,7 +297,7 @@ def test_the_last_step_is_part_of_the_space():
     a, b, inverse, _ = system(0)
     solution = np.linalg.solve(a, b)
     result = descend(a, b, inverse, 0.3 * solution, np.zeros((4, N)), 0.0, np.inf)
-    np.testing.assert_allclose(result.x, solution, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(result.last.direction, solution, rtol=1e-6, atol=1e-8)
 
 
 def test_short_floats_descend_too():
@@ -300,14 +306,19 @@ def test_short_floats_descend_too():
         c = np.random.default_rng(seed + 10).standard_normal((4, N))
         c = c.astype(np.float32)
         result = descend(a, b, inverse, direction, c, np.float32(0.02), np.float32(99))
-        assert result.x.dtype == result.model_values.dtype == np.float32
+        assert (
+            result.last.direction.dtype == result.stats.model_values.dtype == np.float32
+        )
 
         def value(x, seed=seed, c=c):
             a, b, _, _ = system(seed)
             return float(bent(np.asarray(x, float), a, b, c, 0.02, 99, np))
 
         v = space(*system(seed))
-        assert value(result.x) <= best_damped(*system(seed)[:2], v, value, FINE) + 2e-6
+        assert (
+            value(result.last.direction)
+            <= best_damped(*system(seed)[:2], v, value, FINE) + 2e-6
+        )
 
 
 def test_a_product_that_is_not_finite_gives_no_step():
@@ -315,9 +326,9 @@ def test_a_product_that_is_not_finite_gives_no_step():
     a = a.copy()
     a[0, 0] = np.nan
     result = descend(a, b, inverse, direction, np.zeros((4, N)), 0.0, np.inf)
-    assert Reason(int(result.reason)) is Reason.NONFINITE
-    assert np.all(np.isfinite(result.x))
-    assert np.all(np.isfinite(result.model_values))
+    assert Reason(int(result.stats.reason)) is Reason.NONFINITE
+    assert np.all(np.isfinite(result.last.direction))
+    assert np.all(np.isfinite(result.stats.model_values))
 
 
 def test_one_product_that_is_not_finite_gives_no_step():
@@ -330,30 +341,29 @@ def test_one_product_that_is_not_finite_gives_no_step():
 
         vectors = krylov.basis(lambda v: a @ v, b, K, direction=direction).vectors
         last = vectors[-1]
-        subproblem = Subproblem(
+        given = System(
             matvec=matvec,
             b=b,
-            preconditioner=None,
-            damping=jnp.zeros((), b.dtype),
+            scalar=jnp.zeros((), b.dtype),
             count=jnp.int32(0),
-            value_fn=lambda x: 0.5 * x @ a @ x - b @ x,
-            batch_value_fn=lambda x: 0.5 * x @ a @ x - b @ x,
-            value_and_grad_fn=jax.value_and_grad(lambda x: 0.5 * x @ a @ x - b @ x),
+            value=lambda x: 0.5 * x @ a @ x - b @ x,
+            batch_value=lambda x: 0.5 * x @ a @ x - b @ x,
+            value_and_grad=jax.value_and_grad(lambda x: 0.5 * x @ a @ x - b @ x),
         )
-        return krylov.subspace_descent(dimension=K).solve(subproblem, direction)
+        return krylov.subspace_descent(dimension=K).solve(given, direction)
 
     # Eagerly, so that the basis is built twice by the same operations.
     b = b * 2.0 ** -np.floor(np.log2(np.max(np.abs(b))))
     result = solve(a, jnp.asarray(b), jnp.asarray(direction))
-    assert Reason(int(result.reason)) is Reason.NONFINITE
-    np.testing.assert_array_equal(result.x, 0)
-    np.testing.assert_array_equal(result.model_values, 0)
+    assert Reason(int(result.stats.reason)) is Reason.NONFINITE
+    np.testing.assert_array_equal(result.last.direction, 0)
+    np.testing.assert_array_equal(result.stats.model_values, 0)
 
 
 def test_f_that_is_finite_nowhere_gives_a_finite_step():
     a, b, inverse, direction = system(0)
     result = descend(a, b, inverse, direction, np.zeros((4, N)), 0.0, -1.0)
-    assert np.all(np.isfinite(result.x))
+    assert np.all(np.isfinite(result.last.direction))
 
 
 def test_negative_curvature_does_not_lead_uphill():
@@ -361,7 +371,7 @@ def test_negative_curvature_does_not_lead_uphill():
         a, b, inverse, direction = system(seed, [-1, -0.5, *np.geomspace(0.02, 1, 8)])
         c = np.random.default_rng(seed + 10).standard_normal((N, N))
         result = descend(a, b, inverse, direction, c[:4], 0.1, np.inf)
-        value = bent(np.asarray(result.x), a, b, c[:4], 0.1, np.inf, np)
+        value = bent(np.asarray(result.last.direction), a, b, c[:4], 0.1, np.inf, np)
         assert value < 3.0 - 0.1
 
 

@@ -12,6 +12,8 @@ from reference import quick_jit
 from strategies import arrays, eighths, nonfinite, scales
 
 from hfjax import backtracking, linesearch
+from hfjax.backtracking import Before
+from hfjax.cg import Run, RunStats, Step
 from hfjax.iterates import Kept
 
 TRIES, SLOTS = 6, 6
@@ -109,7 +111,14 @@ def chooser(full):
             jnp.where(used, 3 * (slots + 1), -1).astype(jnp.int32),
             jnp.full(SLOTS, jnp.inf, jnp.float32),
         )
-        return rule.choose(lambda step: table[step["x"].astype(jnp.int32)], kept)
+        models, zero = jnp.zeros(3 * SLOTS + 1), jnp.zeros((), jnp.float32)
+        last = Step({"x": zero}, zero, jnp.int32(0))
+        given = Run(last, RunStats(jnp.int32(0), jnp.int32(0), models), kept)
+        return rule.choose(
+            given,
+            lambda step: table[step["x"].astype(jnp.int32)],
+            Before(zero, zero, zero),
+        )
 
     return quick_jit(run)
 
@@ -144,7 +153,7 @@ def test_backtracking_chooses_what_a_plain_loop_chooses(full, table, count):
     value, last = (
         x if np.isfinite(x) else np.inf for x in (table[place], table[count - 1])
     )
-    assert choice.step["x"] == place
-    assert choice.iteration == 3 * (place + 1)
+    assert choice.step.direction["x"] == place
+    assert choice.step.iteration == 3 * (place + 1)
     assert choice.value == value
     assert choice.last_value == last

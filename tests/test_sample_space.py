@@ -44,21 +44,22 @@ def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAM
     """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
     _, grads = objective.value_and_grad(params, batch)
     decay = jnp.zeros(()) if objective.decay is None else objective.decay
-    subproblem = hfjax.cg.Subproblem(
+    system = hfjax.cg.System(
         matvec=None,
         b=jax.tree.map(jnp.negative, grads) if b is None else b,
-        preconditioner=None,
-        damping=jnp.float64(damping),
+        scalar=jnp.float64(damping),
         count=jnp.zeros((), jnp.int32),
-        value_fn=None,
-        batch_value_fn=None,
-        value_and_grad_fn=None,
+        value=None,
+        batch_value=None,
+        value_and_grad=None,
         jacobian=lambda: (jacobian(objective, params, batch), decay),
     )
-    x0 = None if before is None else solver.start(before, subproblem.count)
-    result = solver.solve(subproblem, x0)
-    other = result.other(jnp.float64(OTHER))
-    return result.x, result.model_values[-1], other[:3]
+    x0 = None if before is None else solver.start(before, system.count)
+    run = solver.solve(system, x0)
+    other = run.at_damping(jnp.float64(OTHER))
+    assert (run.anchor is None) == (before is None)
+    found = (other.direction, other.model, other.undamped)
+    return run.last.direction, run.stats.model_values[-1], found
 
 
 def check(found, matrix, b, before=0.0):
@@ -195,8 +196,8 @@ def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
             step_of,
             f,
             solver=sample_space.cholesky(space=space, corrections=0),
-            damping=hfjax.damping.searched(init=100.0),
-            backtracking=hfjax.backtracking.redamped(tolerance=0.0),
+            damping=hfjax.damping.searched(init=100.0, tolerance=0.0),
+            backtracking="auto",
         )
     )(params, batch)
     theta, unravel = ravel_pytree(params)

@@ -13,6 +13,7 @@ from jax.experimental import sparse
 
 import hfjax
 from hfjax import curvature, damping, preconditioners, recipes
+from hfjax._system import damped
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float64]
 SOLVERS = {
@@ -202,7 +203,7 @@ OPTIONS = {
         ),
         "backtracking": hfjax.backtracking.full_search(),
     },
-    "redamped": {
+    "searched": {
         "solver": hfjax.cg.conjugate_gradient(
             warm_start_decay=NUMBER(0.9),
             stopping=hfjax.stopping.residual(NUMBER(1e-3)),
@@ -210,9 +211,11 @@ OPTIONS = {
             max_iterations=3,
             keep=hfjax.iterates.grid(first=1),
         ),
-        "damping": damping.searched(NUMBER(1.0), minimum=NUMBER(1e-9)),
-        "backtracking": hfjax.backtracking.redamped(
-            factor=NUMBER(4.0), tolerance=NUMBER(0.01)
+        "damping": damping.searched(
+            NUMBER(1.0),
+            factor=NUMBER(4.0),
+            tolerance=NUMBER(0.01),
+            minimum=NUMBER(1e-9),
         ),
     },
     "constant": {"damping": damping.constant(NUMBER(0.1)), "solver": "auto"},
@@ -293,7 +296,7 @@ def test_parts_without_an_optimizer_promote_nothing(x64):
                     hfjax.spectrum.trace(lambda x: v * x, v, key=key),
                     hfjax.krylov.basis(lambda x: v * x, v, 3, direction=v),
                     hfjax.trust_region.solve(lambda x: v * x, v, NUMBER(0.5)),
-                    damping.damped(lambda x: v * x, 0.5)(v),
+                    damped(lambda x: v * x, 0.5)(v),
                     hfjax.initializers.sparse(2, scale=NUMBER(1.0))(key, (4, 3), dtype),
                     hfjax.initializers.spectral_radius(NUMBER(1.2))(key, (4, 4), dtype),
                 ),

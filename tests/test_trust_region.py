@@ -14,6 +14,7 @@ from reference import quick_jit
 import hfjax
 from hfjax import trust_region
 from hfjax.cg import Reason
+from hfjax.damping import Verdict
 
 N = 8
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -459,7 +460,8 @@ def test_the_radius_grows_on_the_boundary_only(dtype):
     for on_boundary in (True, False):
         for ratio in (0.9, 0.75, 0.5, 0.25, 0.2, -3.0, -np.inf, np.nan, np.inf):
             for radius in (7.0, 1e-3):
-                now = (dtype(radius), dtype(ratio), jnp.asarray(on_boundary))
+                verdict = Verdict(dtype(ratio), on_boundary=jnp.asarray(on_boundary))
+                now = (dtype(radius), verdict)
                 result = built.update(*now)
                 truth = rule(radius, ratio, on_boundary, maximum=8.0)
                 np.testing.assert_allclose(result, truth, rtol=1e-6)

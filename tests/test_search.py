@@ -12,9 +12,9 @@ from problems import layers, mlp, normal
 from reference import model, quick_jit
 
 import hfjax
-from hfjax import _fitting, backtracking, cg, iterates, stopping
-from hfjax._redamping import subspace
-from hfjax.backtracking import Run
+from hfjax import backtracking, cg, damping, iterates, stopping
+from hfjax._subspace import subspace
+from hfjax.backtracking import Before
 from hfjax.stopping import Progress
 
 RNG = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def solved(keep, limit, most, warm, scaled):
         keep=keep,
     )
     space = subspace(run.kept, run.model_values, b, jnp.float64(DAMPING))
-    steps, *models, _ = jax.vmap(space.solve)(jnp.asarray(OTHERS))
+    steps, *models = jax.vmap(space.solve)(jnp.asarray(OTHERS))
     kept = jax.vmap(joined)(run.kept.iterates)
     return kept, run.kept.iterations, jax.vmap(joined)(steps), jnp.stack(models, -1)
 
@@ -80,8 +80,8 @@ def test_solutions_for_other_dampings_are_the_lowest_in_the_span(keep, warm, sca
     kept, numbers, steps, models = solved(KEEPS[keep], 7, 7, warm, scaled)
     assert np.all(numbers >= 0)
     assert len(numbers) == (7 if keep == "every" else 6)
-    for damping, step, value in zip(OTHERS, steps, models, strict=True):
-        truth = lowest_in_span(np.asarray(kept), damping)
+    for strength, step, value in zip(OTHERS, steps, models, strict=True):
+        truth = lowest_in_span(np.asarray(kept), strength)
         np.testing.assert_allclose(step, truth, rtol=1e-7, atol=1e-9)
         at_own = model(B + DAMPING * np.eye(N), RHS, truth)
         undamped = model(B, RHS, truth)
@@ -107,8 +107,8 @@ def test_steps_that_are_rounding_spoil_nothing(warm):
     # Three iterations more than there are unknowns: their gains are rounding of M.
     _, numbers, steps, _ = solved(KEEPS["every"], 30, 30, warm, True)
     assert np.max(numbers) > N
-    for damping, step in zip(OTHERS[2:], steps[2:], strict=True):
-        truth = np.linalg.solve(B + damping * np.eye(N), RHS)
+    for strength, step in zip(OTHERS[2:], steps[2:], strict=True):
+        truth = np.linalg.solve(B + strength * np.eye(N), RHS)
         # The last gain that counts is known to 1e-3 or so, and a part of the step.
         assert np.linalg.norm(step - truth) < 1e-5 * np.linalg.norm(truth)
 
@@ -122,31 +122,33 @@ SCALE = 1e-3
 ASKED = []
 
 
+def run_on(matvec, b, strength, **options):
+    """Run the solver, which keeps every iterate, on a system of A = B + λI."""
+    zero = jnp.zeros((), b.dtype)
+    solver = cg.conjugate_gradient(stopping=None, keep=iterates.every(1), **options)
+    strength = jnp.asarray(strength, b.dtype)
+    given = (matvec, b, strength, jnp.int32(0), lambda x: zero, lambda x: zero, None)
+    return solver.solve(cg.System(*given), None)
+
+
 @functools.partial(quick_jit, static_argnames=("max_tries",))
 def searched(entries, value, noise, tolerance, max_tries):
     """Search where f is a table of powers, of one unknown with B = b = 1.
 
     The step is 1 / (1 + λ), which tells the power of λ.
     """
-    run = cg.solve(
-        lambda v: (1 + LAMBDA) * v,
-        jnp.ones(1),
-        stopping=None,
-        keep=iterates.every(1),
-        max_iterations=3,
-    )
+    run = run_on(lambda v: (1 + LAMBDA) * v, jnp.ones(1), LAMBDA, max_iterations=3)
 
     def value_fn(step):
-        damping = 1 / step[0] - 1
-        power = jnp.round(jnp.log(damping / LAMBDA) / jnp.log(FACTOR)).astype(int)
+        strength = 1 / step[0] - 1
+        power = jnp.round(jnp.log(strength / LAMBDA) / jnp.log(FACTOR)).astype(int)
         jax.debug.callback(lambda p: ASKED.append(int(p)), power)
         return entries[power - LOW]
 
-    rule = backtracking.redamped(
+    rule = damping.searched(
         factor=FACTOR, tolerance=tolerance, max_tries=max_tries
-    )
-    given = Run(run.model_values, jnp.ones(1), value, noise, jnp.float64(LAMBDA))
-    return rule.choose(value_fn, run.kept, given)
+    ).backtracking
+    return rule.choose(run, value_fn, Before(value, noise, jnp.float64(LAMBDA)))
 
 
 def scripted(table, value, *, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=8):
@@ -233,18 +235,18 @@ def test_search_asks_and_chooses(name):
     table, value, options, asked, power = SEARCHES[name]
     choice, ours = scripted(table, value, **options)
     assert sorted(ours) == sorted(asked)
-    damping = LAMBDA * FACTOR**power
-    np.testing.assert_allclose(choice.damping, damping, rtol=1e-12)
-    step = 1 / (1 + damping)
-    np.testing.assert_allclose(choice.step, [step], rtol=1e-12)
+    strength = LAMBDA * FACTOR**power
+    np.testing.assert_allclose(choice.damping, strength, rtol=1e-12)
+    step = 1 / (1 + strength)
+    np.testing.assert_allclose(choice.step.direction, [step], rtol=1e-12)
     np.testing.assert_allclose(
-        choice.model, 0.5 * (1 + LAMBDA) * step**2 - step, rtol=1e-12
+        choice.step.model, 0.5 * (1 + LAMBDA) * step**2 - step, rtol=1e-12
     )
     seen = table[power]
     assert choice.value == (SCALE * seen if np.isfinite(seen) else INF)
     first = table[0]
     assert choice.last_value == (SCALE * first if np.isfinite(first) else INF)
-    assert choice.iteration == 1
+    assert choice.step.iteration == 1
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
@@ -277,29 +279,25 @@ def test_the_best_of_a_quadratic_is_found_from_below_and_above():
     matrix = jnp.asarray(B)
 
     @quick_jit
-    def chosen(damping):
+    def chosen(strength):
         b = jnp.asarray(RHS)
-        run = cg.solve(
-            lambda v: matrix @ v + damping * v,
-            b,
-            stopping=None,
-            max_iterations=8,
-            keep=iterates.every(1),
-        )
+        matvec = lambda v: matrix @ v + strength * v  # noqa: E731
+        run = run_on(matvec, b, strength, max_iterations=8)
         value_fn = lambda x: 0.5 * x @ jnp.asarray(hessian) @ x - b @ x  # noqa: E731
-        rule = backtracking.redamped(factor=2.0, tolerance=0.0, max_tries=12)
-        given = Run(run.model_values, b, jnp.float64(0), jnp.float64(0), damping)
-        return rule.choose(value_fn, run.kept, given), run.kept.iterates
+        rule = damping.searched(factor=2.0, tolerance=0.0, max_tries=12).backtracking
+        zero = jnp.float64(0)
+        choice = rule.choose(run, value_fn, Before(zero, zero, strength))
+        return choice, run.iterates.iterates
 
     for off in (2.0**-5, 0.7, 1.0, 2.0**4 * 1.1):
-        damping = best * off
-        choice, kept = chosen(jnp.float64(damping))
+        strength = best * off
+        choice, kept = chosen(jnp.float64(strength))
         powers = np.arange(-11, 12)
         values = [
-            model(hessian, RHS, lowest_in_span(np.asarray(kept), damping * 2.0**p))
+            model(hessian, RHS, lowest_in_span(np.asarray(kept), strength * 2.0**p))
             for p in powers
         ]
-        truth = damping * 2.0 ** powers[np.argmin(values)]
+        truth = strength * 2.0 ** powers[np.argmin(values)]
         np.testing.assert_allclose(choice.damping, truth, rtol=1e-10)
         assert best / 2 < truth < 2 * best
         np.testing.assert_allclose(choice.value, min(values), rtol=1e-9)
@@ -321,10 +319,9 @@ def updated(init=0.8, data=None, **options):
     """Do one update from zero on a linear model; four iterations solve it."""
     tx = hfjax.hessian_free(
         OBJECTIVE,
-        damping=hfjax.damping.searched(init=init),
+        damping=hfjax.damping.searched(init=init, **options),
         solver=SOLVER,
         preconditioner=None,
-        backtracking=backtracking.redamped(**options),
     )
     batch = (jnp.asarray(X), jnp.asarray(T))
     data = (jnp.asarray(EVAL_X), jnp.asarray(EVAL_T)) if data is None else data
@@ -412,7 +409,6 @@ def far_off(damping, curvature=hfjax.curvature.ggn):
         solver=cg.conjugate_gradient(
             keep=iterates.grid(first=1), warm_start_decay=None
         ),
-        backtracking=backtracking.redamped(),
     )
     params, batch = jnp.array(0.1), (jnp.ones((1, 1)), jnp.full((1, 1), 2.0))
     _, grads = objective.value_and_grad(params, batch)
@@ -455,16 +451,36 @@ UNTOLD = [
 ]
 
 
+def chosen_iteration(**options):
+    """Say which iterate an update takes, and the next λ; f rises after the first."""
+    parts = {"solver": SOLVER, "preconditioner": None} | options
+    tx = hfjax.hessian_free(OBJECTIVE, line_search=None, **parts)
+    batch, params = (jnp.asarray(X), jnp.asarray(T)), jnp.zeros((4, 1))
+    # Data of which the first iterate already goes too far.
+    data = (jnp.asarray(X), 0.3 * jnp.asarray(T))
+
+    @quick_jit
+    def update(params):
+        _, grads = OBJECTIVE.value_and_grad(params, batch)
+        return tx.update(grads, tx.init(params), params, batch=batch, eval_batch=data)
+
+    info = update(params)[1].info
+    return int(info.chosen_iteration), int(info.cg_iterations)
+
+
 @pytest.mark.parametrize("options", UNTOLD)
-def test_another_rule_takes_its_place_where_damping_cannot_or_is_not_to_be_found(
-    options,
-):
-    other = backtracking.full_search()
-    rule = backtracking.redamped(otherwise=other)
-    parts = {"damping": hfjax.damping.searched(), "solver": SOLVER}
-    assert _fitting.fitting(rule, **parts) is rule
-    assert _fitting.fitting(rule, **{**parts, **options}) is other
-    hfjax.hessian_free(OBJECTIVE, **options)  # Nor does it come with an error.
+def test_where_other_dampings_cannot_be_told_or_looked_for_it_stops_early(options):
+    early = {"backtracking": backtracking.early_stop()}
+    assert chosen_iteration(**options) == chosen_iteration(**options, **early)
+
+
+def test_the_search_takes_the_step_of_the_whole_run_and_early_stop_an_iterate():
+    searched = {"damping": hfjax.damping.searched(init=1e-3)}
+    chosen, last = chosen_iteration(**searched)
+    assert chosen == last
+    early = {"backtracking": backtracking.early_stop()}
+    chosen, last = chosen_iteration(**searched, **early)
+    assert chosen < last
 
 
 def test_as_it_comes_the_optimizer_is_the_recipe():
@@ -483,13 +499,6 @@ def test_as_it_comes_the_optimizer_is_the_recipe():
     assert after < value / 2
 
 
-@pytest.mark.parametrize("options", UNTOLD)
-def test_what_does_not_tell_of_other_dampings_is_refused(options):
-    options = {"solver": SOLVER, **options}
-    with pytest.raises(ValueError, match=r"redamped\(\)` needs `damping=.*searched"):
-        hfjax.hessian_free(OBJECTIVE, backtracking=backtracking.redamped(), **options)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -502,7 +511,7 @@ def test_what_does_not_tell_of_other_dampings_is_refused(options):
 )
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
-        backtracking.redamped(**options)
+        damping.searched(**options)
 
 
 def decisions(values, **options):
@@ -612,17 +621,12 @@ def test_the_subspace_needs_no_memory_beside_the_iterates():
     n, slots = 20_000, 30
 
     def search(b):
-        run = cg.solve(
-            lambda v: jnp.arange(1.0, n + 1, dtype=v.dtype) * v,
-            b,
-            max_iterations=slots,
-            stopping=None,
-            keep=iterates.every(1),
-        )
+        matvec = lambda v: jnp.arange(1.0, n + 1, dtype=v.dtype) * v  # noqa: E731
+        run = run_on(matvec, b, 1.0, max_iterations=slots)
         value = jnp.zeros((), b.dtype)
-        data = Run(run.model_values, b, value, value, value + 1)
-        rule = backtracking.redamped()
-        return rule.choose(lambda x: jnp.sum(x**2), run.kept, data).step
+        rule = damping.searched().backtracking
+        before = Before(value, value, value + 1)
+        return rule.choose(run, lambda x: jnp.sum(x**2), before).step.direction
 
     b = jax.ShapeDtypeStruct((n,), jnp.float64)
     memory = quick_jit(search).lower(b).compile().memory_analysis()

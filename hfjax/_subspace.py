@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _linalg, _tree
-from hfjax._path import Solution
 from hfjax._types import Tree
 from hfjax.iterates import Kept
 
@@ -48,14 +47,14 @@ class Subspace(NamedTuple):
         """Return VᵀλI V of some λ."""
         return _penalty(damping, self.size, self.gram)
 
-    def solve(self, damping: jax.Array) -> Solution:
+    def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
         """Minimise M for λ′ over the subspace.
 
         Args:
           damping: λ′ ≥ 0.
 
         Returns:
-          The step, and M there.
+          The step; M there, of the run's λ; and M without any λ.
         """
         matrix = self.curvature + self.penalty(damping - self.damping)
         # In units that make its diagonal 1: steps differ by orders of magnitude.
@@ -70,7 +69,7 @@ class Subspace(NamedTuple):
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
         step = _tree.combination(self.size * y, self.vectors)
-        return Solution(step, model, undamped)
+        return step, model, undamped
 
 
 def subspace(
