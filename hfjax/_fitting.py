@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hfjax import _options
 from hfjax._rule import Damping
-from hfjax._solver import Solver
+from hfjax._solver import Run, Solver
 from hfjax._weighted_sum import WeightedSum
 from hfjax.backtracking import Backtracking, early_stop, last
 from hfjax.cg import conjugate_gradient
@@ -40,6 +40,12 @@ class Fitted(NamedTuple):
     backtracking: Backtracking
     searching: Backtracking | None
 
+    def rule_for(self, run: Run) -> Backtracking:
+        """Return the search for λ if there is one, and the solver tells of other λ."""
+        if self.searching is None or run.at_damping is None:
+            return self.backtracking
+        return self.searching
+
 
 def fitted(
     objective: Objective,
@@ -66,6 +72,12 @@ def fitted(
       TypeError: if an argument is not a part of its kind.
       ValueError: if two parts do not fit, or a word is not known.
     """
+    if not isinstance(objective, Objective):
+        msg = (
+            "`objective` must be an `hfjax.Objective(model_fn, loss)`, got "
+            f"{type(objective).__name__}."
+        )
+        raise TypeError(msg)
     check_part("damping", damping, Damping)
     if isinstance(backtracking, str):
         _options.check_choice("backtracking", backtracking, ("auto",))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
+from hfjax._arguments import as_product
 from hfjax._pcg_hooks import (
     Lengths,
     Line,
@@ -329,3 +330,10 @@ def _of_unit_size(
         return _tree.scale(1 / size, preconditioner(r))
 
     return precondition, _tree.scale(1 / size, of_b), size
+
+
+def as_preconditioner(preconditioner: Preconditioner | None) -> Preconditioner | None:
+    """Return a user's P⁻¹, which says so where what it returns is no vector."""
+    if preconditioner is None:
+        return None
+    return as_product("preconditioner", preconditioner, matrix="P⁻¹ v")

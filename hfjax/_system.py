@@ -28,6 +28,7 @@ from hfjax._types import (
     ValueFn,
     exact_of,
 )
+from hfjax.backtracking import Before
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping_matrices import identity
 from hfjax.objective import Objective
@@ -85,6 +86,11 @@ class Assembled(NamedTuple):
     def value_on(self, data: Batch) -> ValueFn:
         """Return x ↦ f(θ + x) on some data; +∞ where θ + x is beyond the floats."""
         return _value_on(self.point, self.packing, data)
+
+    def before(self) -> Before:
+        """Return f(θ) on the evaluation data, and how much of its change is rounding."""
+        value = self.point.value(self.point.eval_batch)
+        return Before(value, self.noise(value), self.point.scalar)
 
     def noise(self, value: jax.Array) -> jax.Array:
         """Return how much of f(θ + x) − f(θ) may be rounding: of f, and of θ + x.

@@ -251,13 +251,13 @@ def magnitude(tree: Tree) -> jax.Array:
     Scaling by it is exact, and afterwards squares neither overflow nor vanish.
     """
     size = largest(tree)
-    dtype = size.dtype
-    _, exponent = jnp.frexp(size)
+    limits = jnp.finfo(size.dtype)
     # Its reciprocal must be finite and normal too, in the dtype of every leaf.
     widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
-    limit = min(widest, default=jnp.finfo(dtype).maxexp) - 2
-    power = jnp.ldexp(jnp.ones((), dtype), jnp.clip(exponent, -limit, limit))
-    power = jnp.where(size == 0, jnp.ones((), dtype), power)
+    most = 2.0 ** (min(widest, default=limits.maxexp) - 2)
+    within = jnp.clip(jnp.where(size == 0, 1, size), 1 / most, most)
+    # No bit of the mantissa is left: it is rounded to the nearest power of two.
+    power = jax.lax.reduce_precision(within, limits.nexp, 0)
     return jnp.where(jnp.isfinite(size), power, size)
 
 

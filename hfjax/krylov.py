@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from hfjax import _bfgs, _compiled, _linalg, _options, _sharding, _tree
 from hfjax._arguments import as_product, as_vector
+from hfjax._pcg import as_preconditioner
 from hfjax._refusal import without_derivative
 from hfjax._solver import Reason, Run, RunStats, Solver, Step, System
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import as_preconditioner
 
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
 """λ that are tried first, relative to the largest curvature in the subspace; and 0."""

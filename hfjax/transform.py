@@ -22,10 +22,10 @@ from hfjax._arguments import as_params, check_gradient, missing
 from hfjax._fitting import Fitted, check_part, fitted
 from hfjax._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax._refusal import without_derivative
-from hfjax._solver import Run, Solver
-from hfjax._system import Assembled, Point, assemble
+from hfjax._solver import Solver
+from hfjax._system import Point, assemble
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
-from hfjax.backtracking import Backtracking, Before
+from hfjax.backtracking import Backtracking
 from hfjax.cg import conjugate_gradient
 from hfjax.curvature import Curvature, ggn
 from hfjax.damping import Damping, searched
@@ -129,25 +129,13 @@ def hessian_free(
     References:
       Martens & Sutskever (2012), section 4, algorithm 3; Martens (2010).
     """
-    if not isinstance(objective, Objective):
-        msg = (
-            "`objective` must be an `hfjax.Objective(model_fn, loss)`, got "
-            f"{type(objective).__name__}."
-        )
-        raise TypeError(msg)
     _options.check_range("learning_rate", learning_rate, low=0.0)
     check_part("line_search", line_search, LineSearch, none=True)
     fit = fitted(objective, damping, solver, preconditioner, backtracking, curvature)
     preconditioner = fit.preconditioner
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     parts = _Parts(
-        objective=objective,
-        learning_rate=learning_rate,
-        damping=damping,
-        fit=fit,
-        line_search=line_search or whole(),
-        curvature=curvature,
-        seed=seed,
+        objective, learning_rate, damping, fit, line_search or whole(), curvature, seed
     )
 
     @_compiled.once
@@ -289,10 +277,10 @@ def _update(
 
     # A δ = −∇f, from 0 or from ζ δ_before; δ, one of its steps; how far along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
-    before = _before(at)
+    before = at.before()
     start = solver.start(at.packing.pack(state.direction), state.count)
     run = solver.solve(at.system, start)
-    chosen = choose(_rule_of(parts.fit, run), at, run, before, rule.ratio)
+    chosen = choose(parts.fit.rule_for(run), at, run, before, rule.ratio)
     rate = parts.learning_rate
     trial = go_along(parts.line_search, rate, at, run, before, chosen)
 
@@ -323,22 +311,19 @@ def _point(
         eval_batch=eval_batch,
         scalar=scalar.astype(dtype),
         count=state.count,
-        key=jax.random.fold_in(jax.random.key(parts.seed), state.count),
+        key=_key(parts.seed, state.count),
         memory=state.preconditioner,
     )
 
 
-def _before(at: Assembled) -> Before:
-    """Return f(θ), and how much of its change may be rounding."""
-    value = at.point.value(at.point.eval_batch)
-    return Before(value, at.noise(value), at.point.scalar)
+def _key(seed: int, count: jax.Array) -> jax.Array:
+    """Return the key of an update, which draws all its random numbers.
 
-
-def _rule_of(fit: Fitted, run: Run) -> Backtracking:
-    """Return the search for λ where there is one, and the solver can tell of other λ."""
-    if fit.searching is None or run.at_damping is None:
-        return fit.backtracking
-    return fit.searching
+    The two numbers are the key itself: to fold one into the other would be one more
+    program to compile, and no more random.
+    """
+    data = [jnp.uint32(seed % 2**32), count.astype(jnp.uint32)]
+    return jax.random.wrap_key_data(jnp.stack(data), impl="threefry2x32")
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:

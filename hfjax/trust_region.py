@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 from hfjax import _compiled, _options
 from hfjax._arguments import as_product, as_vector
-from hfjax._pcg import CGResult, run
+from hfjax._pcg import CGResult, as_preconditioner, run
 from hfjax._pcg_hooks import Region
 from hfjax._refusal import without_derivative
 from hfjax._rule import if_told
 from hfjax._solver import Reason, Run, Solver, System
 from hfjax._types import Matvec, Number, Preconditioner, Tree
-from hfjax.cg import as_preconditioner, as_run, check_run
+from hfjax.cg import as_run, check_run
 from hfjax.damping import Damping, ReductionRatio, Verdict, levenberg_marquardt
 from hfjax.iterates import Keep, every, grid
 from hfjax.stopping import StoppingRule, martens2010

@@ -49,6 +49,7 @@ ROOMS = [
     "_pcg_hooks",
     "_pcg",
     "_subspace",
+    "_inverse",
     "cg",
     "damping_matrices",
     "backtracking",

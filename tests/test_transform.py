@@ -461,8 +461,7 @@ def test_random_preconditioner_gets_a_new_key_in_each_update():
     jitted(tx)(grads, state, params, batch=batch)
     jax.effects_barrier()
     assert keys[0].tolist() != keys[1].tolist()
-    truth = jax.random.fold_in(jax.random.key(7), 1)
-    np.testing.assert_array_equal(keys[1], jax.random.key_data(truth))
+    np.testing.assert_array_equal(keys[1], [7, 1])  # The seed and the count.
     assert not any(
         jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         for leaf in jax.tree.leaves(tx.init(params))
