@@ -4,6 +4,7 @@ Every update sees sequences never seen before. The numbers are those of Sutskeve
 program (2011), but for what a small machine must save: see `Sizes`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def hf(
         ),
     )
     # In parts as large as the curvature's: it is then not cut up itself.
-    gradient = problem.objective.with_microbatches(sizes.curvature)
+    gradient = dataclasses.replace(problem.objective, microbatch_size=sizes.curvature)
 
     def step(carry: Carry) -> Carry:
         key = jax.random.fold_in(problem.train_key, carry.updates)

@@ -35,11 +35,11 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 def bad_targets(setup: Setup) -> Iterator[str]:
     """Whether the targets are such as the loss is for."""
-    objective, (inputs, targets, _) = setup.objective, setup.batch
-    meant = objective.loss.targets
+    inputs, targets, _ = setup.batch
+    meant = setup.objective.loss.targets
     if meant is None:
         return
-    outputs = objective.outputs(setup.params, inputs)
+    outputs = setup.outputs(setup.params, inputs)
     bad = np.flatnonzero(~np.asarray(meant.allowed(outputs, targets)))
     if len(bad):
         yield (
@@ -192,7 +192,7 @@ def not_convex(setup: Setup) -> Iterator[str]:
     chosen = np.flatnonzero(np.asarray(setup.batch[2]) > 0)[:_CASES]
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[chosen], setup.batch)
     with setup.precision():
-        outputs = setup.objective.outputs(setup.params, inputs)
+        outputs = setup.outputs(setup.params, inputs)
         product = setup.objective.loss.hessian(outputs, targets)
         least, largest = extreme_curvature(product, outputs)
     bound = max(1e-6, 1e3 * setup.rounding)
@@ -209,7 +209,7 @@ def not_convex(setup: Setup) -> Iterator[str]:
 def coarse_root(given: Setup) -> Iterator[str]:
     """Whether preconditioners and diagonals see L″ only nearly."""
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[:1], given.batch)
-    outputs = given.objective.outputs(given.params, inputs)
+    outputs = given.outputs(given.params, inputs)
     note = given.objective.loss.coarse(outputs, targets)
     if note is not None:
         yield (
@@ -263,7 +263,7 @@ def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
     # Compiled, sums round otherwise; where there is no float64 to tell how much, 1e-3.
     floor = 1e-3 if setup is given else max(1e-6, 100 * float(coarsest))
     with setup.precision():
-        shapes = jax.eval_shape(setup.objective.outputs, setup.params, setup.batch[0])
+        shapes = jax.eval_shape(setup.outputs, setup.params, setup.batch[0])
     shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(shapes)]
     total = sum(int(np.prod(shape)) for shape in shapes)
     weights = np.asarray(setup.batch[2])
@@ -336,7 +336,7 @@ def _outputs_differ(setup: Setup, half: int) -> bool:
     """Return whether the model's outputs of the first cases depend on the rest."""
     inputs = setup.batch[0]
     first = jax.tree.map(lambda leaf: leaf[:half], inputs)
-    whole, alone = (setup.objective.outputs(setup.params, x) for x in (inputs, first))
+    whole, alone = (setup.outputs(setup.params, x) for x in (inputs, first))
     return any(
         _differ(np.asarray(x), np.asarray(y[:half]), setup)
         for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from hfjax import _options
 from hfjax._rule import Damping
 from hfjax._solver import Run, Solver
-from hfjax._weighted_sum import WeightedSum
 from hfjax.backtracking import Backtracking, early_stop, last
 from hfjax.cg import conjugate_gradient
 from hfjax.curvature import Curvature, ggn
@@ -152,15 +151,10 @@ def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> N
     if damping.structural is None:
         return
     if objective.hidden_loss is None:
-        cure = (
-            "give it a `hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+        msg = (
+            "`damping` is structural, but `objective` has no hidden states: "
+            f"{objective._no_hidden}"
         )
-        if isinstance(objective, WeightedSum):
-            cure = (
-                "a weighted sum has none, even if its terms do. Leave out `structural`, "
-                "or put the terms into one `Objective`."
-            )
-        msg = f"`damping` is structural, but `objective` has no hidden states: {cure}"
         raise ValueError(msg)
     if not _takes_structural(curvature):
         msg = (

@@ -16,12 +16,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from hfjax import _linalg, _programs, _sharding, _tree
-from hfjax._cases import as_cases
+from hfjax._cases import Cases
 from hfjax._convolutions import for_loops
 from hfjax._linearize import noting_no_reverse
-from hfjax._objective import Objective
+from hfjax._objective import Objective, terms_of
+from hfjax._terms import Term
 from hfjax._types import Batch, Params, Tree
-from hfjax._weighted_sum import terms_of
 
 
 class Jacobian(NamedTuple):
@@ -73,11 +73,10 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
       The numbers.
     """
     rows = forward = 0
-    for _, term, own in terms_of(objective, batch):
-        cases = as_cases(own)
-        count = cases.weights.shape[0]
-        inputs = _sharding.first_case(cases.inputs)
-        local = term.local(_sharding.gathered(params, cases))
+    for term in terms_of(objective, batch):
+        count = term.cases.weights.shape[0]
+        inputs = _sharding.first_case(term.cases.inputs)
+        local = term.means.local(_sharding.gathered(params, term.cases))
         program, shapes = jax.make_jaxpr(term.outputs, return_shape=True)(local, inputs)
         leaves = jax.tree.leaves(shapes)
         rows += count * sum(math.prod(leaf.shape[1:]) for leaf in leaves)
@@ -98,7 +97,7 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     Returns:
       Both, of rows · params numbers, and what tells r̃ elsewhere.
     """
-    parts = [_of_term(params, *term) for term in terms_of(objective, batch)]
+    parts = [_of_term(params, term) for term in terms_of(objective, batch)]
     rows, residuals = jax.tree.map(_joined, *(part[:2] for part in parts))
     return Jacobian(
         rows,
@@ -151,69 +150,46 @@ def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> J
     return Jacobian(rows, jnp.concatenate([of_f.residuals, none]), residuals_at)
 
 
-def _of_term(
-    params: Params, weight: jax.Array | float, objective: Objective, batch: Batch
-) -> Jacobian:
-    cases = _sharding.alike(as_cases(batch))
-    means = objective.means
-    local = objective.local(_sharding.gathered(params, cases))
+def _of_term(params: Params, term: Term) -> Jacobian:
+    cases, means = _sharding.alike(term.cases), term.means
+    local = means.local(_sharding.gathered(params, cases))
 
     def of_case(
         inputs: Tree, targets: Tree
     ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
-        outputs, transpose = jax.vjp(
-            lambda params: objective.outputs(params, inputs), local
-        )
+        outputs, transpose = jax.vjp(lambda params: term.outputs(params, inputs), local)
         flat, unflatten = _ravelled(outputs)
-        factor = objective.loss.factor(outputs, targets)
+        factor = term.loss.factor(outputs, targets)
         units = jax.vmap(lambda unit: factor(unflatten(unit)))(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
         # An S that is the same for all cases is no device's own.
-        columns = _tree.cast_like(objective.local(units), outputs)
+        columns = _tree.cast_like(means.local(units), outputs)
         rows = jax.vmap(lambda v: transpose(v)[0])(columns)
         # Of parameters without entries nothing is gathered, or mapped.
         rows = [leaf for leaf in jax.tree.leaves(rows) if leaf.size]
         transposed = jax.vmap(lambda unit: _ravelled(unit)[0])(units)
         inverse = _pseudoinverse(transposed.T, flat.dtype)
-        return rows, solved(inverse, outputs, targets), inverse
-
-    def solved(inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
-        """Return S⁺∇L of a case: the shortest r with the least ‖S r − ∇L‖."""
-        slope = jax.grad(lambda z: jnp.sum(objective.loss.value(z, targets)))(outputs)
-        slope = _ravelled(slope)[0].astype(inverse.dtype)
-        return jnp.matmul(inverse, slope, precision=_tree.EXACT)
+        return rows, _solved(term, inverse, outputs, targets), inverse
 
     def of_cases(compute: Callable, *trees: Tree) -> Tree:
-        if objective.microbatch_size is None:
+        if means.microbatch_size is None:
             return jax.vmap(compute)(*trees)
-        size = objective.microbatch_size
+        size = means.microbatch_size
         compute = for_loops(compute)
         return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
 
-    total = means.total(cases.weights)
-
-    def weighted(x: jax.Array) -> jax.Array:
-        """Scale what is of each case's outputs, and lay them one after another."""
-        x = x.astype(_tree.wide(x.dtype))
-        # In the digits of the rows: weights may have fewer.
-        w, all_of_them, c = (
-            jnp.asarray(number, x.dtype) for number in (cases.weights, total, weight)
-        )
-        x *= jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
-        x = _sharding.gathered(x, cases)
-        return means.gathered(x.reshape(-1, *x.shape[2:]))
-
+    weighted = _weighted(term, cases)
     rows, residuals, inverses = of_cases(of_case, cases.inputs, cases.targets)
 
     def residuals_at(step: Tree) -> jax.Array:
         there = _sharding.gathered(_tree.add(params, step), cases)
-        there = objective.local(there)
+        there = means.local(there)
 
         def of_case(inputs: Tree, targets: Tree, inverse: jax.Array) -> jax.Array:
             inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
-            return solved(inverse, objective.outputs(there, inputs), targets)
+            return _solved(term, inverse, term.outputs(there, inputs), targets)
 
         known = _sharding.alike((cases.inputs, cases.targets, inverses))
         return weighted(of_cases(of_case, *known))
@@ -228,6 +204,31 @@ def _of_term(
         for leaf in leaves
     ]
     return Jacobian(structure.unflatten(rows), residuals, residuals_at)
+
+
+def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
+    """Return S⁺∇L of a case: the shortest r with the least ‖S r − ∇L‖."""
+    slope = jax.grad(lambda z: jnp.sum(term.loss.value(z, targets)))(outputs)
+    slope = _ravelled(slope)[0].astype(inverse.dtype)
+    return jnp.matmul(inverse, slope, precision=_tree.EXACT)
+
+
+def _weighted(term: Term, cases: Cases) -> Callable[[jax.Array], jax.Array]:
+    """Scale what is of each case's outputs, and lay them one after another."""
+    total = term.means.total(cases.weights)
+    weight = 1 if term.weight is None else term.weight
+
+    def weighted(x: jax.Array) -> jax.Array:
+        x = x.astype(_tree.wide(x.dtype))
+        # In the digits of the rows: weights may have fewer.
+        w, all_of_them, c = (
+            jnp.asarray(number, x.dtype) for number in (cases.weights, total, weight)
+        )
+        x *= jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
+        x = _sharding.gathered(x, cases)
+        return term.means.gathered(x.reshape(-1, *x.shape[2:]))
+
+    return weighted
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _sharding, _tree
+from hfjax._objective import thinned
 from hfjax._rule import ReductionRatio, Verdict
 from hfjax._solver import Reason, Run
 from hfjax._system import Assembled
@@ -63,7 +64,7 @@ def choose(
     """
     data, objective = at.point.eval_batch, at.point.objective
     evaluate = at.value_on(data)
-    some = data if rule.cases is None else objective.thinned(data, rule.cases)
+    some = data if rule.cases is None else thinned(objective, data, rule.cases)
     if some is data:
         return rule.choose(run, evaluate, before)
     # Candidates are compared with f(θ), too: on the same cases.

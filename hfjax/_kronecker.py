@@ -10,7 +10,6 @@ G's block of the kernel is about Ḡ ⊗ Ā: exactly, if inputs and derivatives 
 independent, and positions of each other.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -18,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _layers, _linalg, _sharding, _tree, diagonals
-from hfjax._cases import Cases, as_cases
+from hfjax._cases import Cases
 from hfjax._linearize import noting_no_reverse
 from hfjax._merged_layers import Merged, Part
+from hfjax._objective import alone, terms_of
 from hfjax._probes import probes
+from hfjax._terms import Term
 from hfjax._types import Batch, Number, Params, Tree
-from hfjax._weighted_sum import WeightedSum, terms_of
 from hfjax.objective import Objective
 
 
@@ -45,7 +45,7 @@ def read(
     """Find the layers of the model of each term, without those that are too large."""
     terms = terms_of(objective, batch)
     leaves = list(enumerate(jax.tree.leaves(params)))
-    data = [_sharding.alike(as_cases(own)) for _, _, own in terms]
+    data = [_sharding.alike(term.cases) for term in terms]
     if any(_sharding.lies_elsewhere(params, cases) for cases in data):
         why = "its type, or another's, lies over an axis that the cases do not"
         others = {n: why for n, _ in leaves}
@@ -56,22 +56,19 @@ def read(
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
     } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
-    def of_term(objective: Objective, cases: Cases, batch: Batch) -> _layers.Model:
+    def of_term(term: Term, cases: Cases) -> _layers.Model:
         # As `factors` evaluates it: else what marks or gathers is in the program.
-        local = objective.local(_sharding.gathered(params, cases))
-        inputs = _sharding.first_case(as_cases(batch).inputs)
-        return _layers.read(objective.outputs, local, inputs, unfit)
+        local = term.means.local(_sharding.gathered(params, cases))
+        inputs = _sharding.first_case(term.cases.inputs)
+        return _layers.read(term.outputs, local, inputs, unfit)
 
-    return [
-        of_term(term, cases, own)
-        for (_, term, own), cases in zip(terms, data, strict=True)
-    ]
+    return [of_term(term, cases) for term, cases in zip(terms, data, strict=True)]
 
 
 def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
     """Say where the random combinations of the outputs are drawn only nearly."""
-    for _, term, own in terms_of(objective, batch):
-        inputs, targets = _sharding.first_case(as_cases(own)[:2])
+    for term in terms_of(objective, batch):
+        inputs, targets = _sharding.first_case(term.cases[:2])
         outputs = jax.eval_shape(term.outputs, params, inputs)
         found = term.loss.coarse(outputs, targets)
         if found is not None:
@@ -81,9 +78,8 @@ def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
 
 @noting_no_reverse()
 def factors(
-    objective: Objective,
+    term: Term,
     params: Params,
-    batch: Batch,
     model: _layers.Model,
     *,
     key: jax.Array,
@@ -92,9 +88,8 @@ def factors(
     """Compute Ā and Ḡ of each layer: a pass forward, one back a probe, products.
 
     Args:
-      objective: whose G it is, without weight decay.
+      term: whose G it is, without weight decay.
       params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
       model: as `read` found it.
       key: a typed key.
       num_probes: combinations of the outputs that are averaged.
@@ -102,9 +97,9 @@ def factors(
     Returns:
       A pair for each layer, in float32 or wider.
     """
-    cases = _sharding.alike(as_cases(batch))
-    local = objective.local(_sharding.gathered(params, cases))
-    drawn = probes(objective, cases, key)
+    cases = _sharding.alike(term.cases)
+    local = term.means.local(_sharding.gathered(params, cases))
+    drawn = probes(term.means, cases, key)
 
     def sums(cases: Cases) -> list[Pair]:
         inputs, keys = cases.inputs
@@ -138,7 +133,7 @@ def factors(
             nothing
         )
         outputs, transpose, rows = jax.vjp(forward, added, has_aux=True)
-        factor = objective.loss.factor(outputs, cases.targets)
+        factor = term.loss.factor(outputs, cases.targets)
         errors = grams_of_errors(0)
         for probe in range(1, num_probes):
             errors = jax.tree.map(jnp.add, errors, grams_of_errors(probe))
@@ -156,8 +151,8 @@ def factors(
             for layer in model.layers
         ]
 
-    data = ((cases.inputs, drawn.data), cases.targets, cases.weights)
-    means = objective.mean(sums, _sharding.alike(data))
+    data = cases._replace(inputs=(cases.inputs, drawn.data))
+    means = term.means.mean(sums, _sharding.alike(data))
     return [
         Pair(pair.inputs / layer.positions(model.uses), pair.units / num_probes)
         for layer, pair in zip(model.layers, means, strict=True)
@@ -276,14 +271,14 @@ def estimate(
     terms = terms_of(objective, batch)
     keys = _keys(key, len(terms))
     found = [
-        _estimate(term, params, own, part, key=own_key, num_probes=num_probes)
-        for (_, term, own), part, own_key in zip(terms, model.parts, keys, strict=True)
+        _estimate(term, params, part, key=own_key, num_probes=num_probes)
+        for term, part, own_key in zip(terms, model.parts, keys, strict=True)
     ]
     weights = [
         None
-        if not isinstance(objective, WeightedSum)
-        else jnp.asarray(c, _tree.scalar_dtype(params))
-        for c, _, _ in terms
+        if term.weight is None
+        else jnp.asarray(term.weight, _tree.scalar_dtype(params))
+        for term in terms
     ]
     pairs = [
         _pair(
@@ -340,34 +335,33 @@ def _keys(key: jax.Array, count: int) -> list[jax.Array]:
 
 
 def _estimate(
-    objective: Objective,
+    term: Term,
     params: Params,
-    batch: Batch,
     part: Part,
     *,
     key: jax.Array,
     num_probes: int,
 ) -> tuple[list[Pair], dict[int, jax.Array]]:
     """Compute a term's factors, and its diagonal for the parameters it counts for."""
-    objective = objective.without_decay()
-    cases = _sharding.alike(as_cases(batch))
+    cases = _sharding.alike(term.cases)
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(_sharding.gathered(params, cases))
     others: dict[int, jax.Array] = {n: leaves[n] for n in part.diagonals}
     model = part.model
     pairs: list[Pair] = []
     if model.layers:
-        pairs = factors(objective, params, batch, model, key=key, num_probes=num_probes)
+        pairs = factors(term, params, model, key=key, num_probes=num_probes)
     if others:
 
         def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
             given = [others.get(n, leaf) for n, leaf in enumerate(whole)]
-            return objective.model_fn(structure.unflatten(given), inputs)
+            return term.model_fn(structure.unflatten(given), inputs)
 
+        bare = term._replace(model_fn=of_others, weight_decay=0.0)
         others = diagonals.ggn_rademacher(
-            dataclasses.replace(objective, model_fn=of_others),
+            alone(bare),
             others,
-            batch,
+            term.cases,
             key=key,
             num_probes=num_probes,
         )

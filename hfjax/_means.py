@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import _sharding, _tree
-from hfjax._cases import Cases, Microbatches, as_cases, split
+from hfjax._cases import Cases, Microbatches, split
 from hfjax._convolutions import for_loops
-from hfjax._types import Batch, Params, Tree
+from hfjax._types import Params, Tree
 
 AxisName: TypeAlias = Any
 """A mesh axis name, or a tuple of them."""
@@ -30,11 +30,20 @@ class Means(NamedTuple):
     microbatch_size: int | None
     axis_name: AxisName
 
-    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: Batch) -> Tree:
+    def at_most(self, size: int) -> "Means":
+        """Return the same with microbatches of at most `size` cases."""
+        if self.microbatch_size is not None and self.microbatch_size <= size:
+            return self
+        return self._replace(microbatch_size=size)
+
+    def parts(self, cases: Cases) -> Microbatches:
+        """Split a batch into microbatches."""
+        return split(cases, self.microbatch_size)
+
+    def mean(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
         """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0."""
-        cases = as_cases(batch)
-        parts = split(cases, self.microbatch_size)
-        return self.divide(self.accumulate(sum_over_cases, parts), cases.weights)
+        sums = self.accumulate(sum_over_cases, self.parts(cases))
+        return self.divide(sums, cases.weights)
 
     def accumulate(
         self, sum_over_cases: Callable[[Cases], Tree], parts: Microbatches
@@ -87,7 +96,12 @@ class Means(NamedTuple):
         return jax.lax.axis_index(self.axis_name) * cases.weights.shape[0]
 
     def local(self, tree: Params) -> Params:
-        """Mark a replicated tree as each device's own; see `Objective.local`."""
+        """Mark a replicated tree as each device's own, to differentiate by it.
+
+        Under `shard_map(check_vma=True)` a transpose with respect to replicated values
+        inserts a sum over devices; a varying value's does not, and the sum is then
+        `mean`'s to take, once, as without `check_vma`.
+        """
         if self.axis_name is None:
             return tree
         names = (

@@ -10,6 +10,7 @@ are factorised. Every one is shifted by ν, what the rounding of the products ma
 what of Λ is not above ν counts as 0: it is noise.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from hfjax import _linalg, _sharding, _tree
+from hfjax._objective import each
 from hfjax._types import Batch, Matvec, Params, Preconditioner, Tree
 from hfjax.curvature import ggn
 from hfjax.objective import Objective
@@ -72,7 +74,8 @@ def sketch(
       The approximation, in float32 or wider.
     """
     units = _units(damping, params)
-    product = ggn(objective.without_decay(), params, batch)
+    bare = each(objective, lambda f: dataclasses.replace(f, weight_decay=0.0))
+    product = ggn(bare, params, batch)
 
     def matvec(v: Tree) -> Tree:
         return _times(units, product(_times(units, v)))

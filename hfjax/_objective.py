@@ -1,25 +1,22 @@
-"""The objective: a model, a loss and data, as one function of the parameters.
+"""Objectives: what users call, and what every other room asks of them.
 
-    f(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ weight_decay ‖θ‖²
-
-One f, the same in the value, the gradient, the curvature and the reduction
-ratio. This is the only room that knows about data and devices: case weights,
-microbatches and sharded cases are all sums of numerators and denominators here,
-divided once, so that padding and uneven shards change nothing.
+One f, the same in the value, the gradient, the curvature and the reduction ratio. A plain
+objective has one term, a weighted sum one of each of its parts; nothing else tells them
+apart.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hfjax import _compiled, _options, _tree, losses
-from hfjax._arguments import ShapeError, as_params, noting_call
-from hfjax._cases import Cases, as_cases, check_outputs, split, thinned, unfold
-from hfjax._convolutions import for_loops
-from hfjax._linearize import noting_no_reverse
+from hfjax import _cases, _compiled, _options, _tree, losses
+from hfjax._arguments import as_params, noting_call
+from hfjax._cases import as_cases
 from hfjax._means import AxisName, Means
+from hfjax._terms import Term, total
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 
 
@@ -73,11 +70,11 @@ class Objective:
     model_fn: Callable[[Params, Tree], Tree]
     loss: losses.Loss
     _: dataclasses.KW_ONLY
-    weight_decay: NumberOrSchedule = 0.0
-    microbatch_size: int | None = None
-    linearize_once: bool = False
-    axis_name: AxisName = None
-    hidden_loss: losses.Loss | None = None
+    weight_decay: NumberOrSchedule
+    microbatch_size: int | None
+    linearize_once: bool
+    axis_name: AxisName
+    hidden_loss: losses.Loss | None
 
     def __init__(
         self,
@@ -136,74 +133,6 @@ class Objective:
         decay = jnp.asarray(self.weight_decay(jnp.asarray(count)))
         return dataclasses.replace(self, weight_decay=decay)
 
-    def without_decay(self) -> "Objective":
-        """Return f without its weight decay.
-
-        Returns:
-          The objective.
-        """
-        return dataclasses.replace(self, weight_decay=0.0)
-
-    def check_batch(self, batch: Batch, name: str = "batch") -> None:
-        """Raise unless `batch` is one.
-
-        Args:
-          batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-          name: of the argument, for the error.
-        """
-        as_cases(batch, name)
-
-    def thinned(self, batch: Batch, cases: int) -> Batch:
-        """Return evenly spaced cases of a batch.
-
-        Args:
-          batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-          cases: at least so many, or all there are.
-
-        Returns:
-          A batch.
-        """
-        return thinned(batch, cases)
-
-    def outputs(self, params: Params, inputs: Tree) -> Tree:
-        """Run the model: F(θ, x), without hidden states.
-
-        Args:
-          params: θ.
-          inputs: x of some cases.
-
-        Returns:
-          What the loss compares with the targets; every leaf leads with the cases.
-        """
-        if self.hidden_loss is None:
-            outputs = self._model(params, inputs)
-        else:
-            outputs = self.outputs_and_hidden(params, inputs)[0]
-        cases = [leaf.shape[0] for leaf in jax.tree.leaves(inputs)]
-        if cases:  # Else the targets tell how many there are.
-            check_outputs(outputs, cases[0])
-        return outputs
-
-    def outputs_and_hidden(self, params: Params, inputs: Tree) -> tuple[Tree, Tree]:
-        """Run a model with hidden states.
-
-        Args:
-          params: θ.
-          inputs: x of some cases.
-
-        Returns:
-          F(θ, x), and h(θ, x).
-
-        Raises:
-          ValueError: if `model_fn` does not return a pair.
-        """
-        pair = self._model(params, inputs)
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
-            msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
-            raise ValueError(msg)
-        return pair
-
     def value(self, params: Params, batch: Batch) -> jax.Array:
         """Compute f(θ) on `batch`.
 
@@ -216,8 +145,8 @@ class Objective:
         """
 
         def value(params: Params, batch: Batch) -> jax.Array:
-            mean = self.mean(lambda cases: self.weighted_loss(params, cases), batch)
-            return self._penalised(mean, params)
+            terms = self._terms(batch)
+            return total(terms, [term.value(params) for term in terms])
 
         return _compiled.run(value, as_params(params), batch)
 
@@ -237,18 +166,14 @@ class Objective:
         """
 
         def both(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-            local = self.local(params)
-            with noting_no_reverse():
-                value, gradient = self.mean(
-                    lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
-                    batch,
-                )
-            gradient = self.decayed(gradient, params)
-            return self._penalised(value, params), _tree.cast_like(gradient, params)
+            terms = self._terms(batch)
+            found = [term.value_and_grad(params) for term in terms]
+            value, gradient = total(terms, found)
+            return value, _tree.cast_like(gradient, params)
 
         return _compiled.run(both, as_params(params), batch)
 
-    def case_values(self, params: Params, batch: Batch) -> jax.Array:
+    def case_values(self, params: Params, batch: Batch) -> Any:
         """Compute L(F(θ, xᵢ), tᵢ) for each case: no weights, no weight decay.
 
         Args:
@@ -257,176 +182,97 @@ class Objective:
 
         Returns:
           Shape `[cases]`, in the order of the batch; under `axis_name`, of this
-          device's cases.
+          device's cases. Of a weighted sum a tuple, one of each part.
         """
 
         def values(params: Params, batch: Batch) -> jax.Array:
-            cases = as_cases(batch)
-            parts = split(cases, self.microbatch_size)
-            if parts.count == 1:
-                return self.losses_of(params, cases)
-            losses_of = for_loops(self.losses_of)
-            stacked = jax.lax.map(
-                lambda k: losses_of(params, parts.take(k)), jnp.arange(parts.count)
-            )
-            return unfold(stacked, cases.weights.shape[0])
+            (term,) = self._terms(batch)
+            return term.case_values(params)
 
         return _compiled.run(values, as_params(params), batch)
 
-    def mean(self, sum_over_cases: Callable[[Cases], Tree], batch: Batch) -> Tree:
-        """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ over microbatches and devices.
+    _no_hidden = (
+        "give it a `hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+    )
 
-        Args:
-          sum_over_cases: `cases -> Σᵢ wᵢ qᵢ` over those cases, a tree of arrays. It
-            is run on one microbatch after another.
-          batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+    def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
+        """Take f apart; raise unless the batch is one of it, by its `name`."""
+        return (
+            Term(
+                coefficients=(),
+                model_fn=self._outputs,
+                loss=self.loss,
+                weight_decay=self.weight_decay,
+                linearize_once=self.linearize_once,
+                means=Means(self.microbatch_size, self.axis_name),
+                cases=as_cases(batch, name),
+            ),
+        )
 
-        Returns:
-          The mean, in float32 or wider; 0 where all weights are 0.
-        """
-        return self.means.mean(sum_over_cases, batch)
-
-    def accumulate(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
-        """Sum over the microbatches of these cases, in float32 or wider.
-
-        Args:
-          sum_over_cases: `cases -> Σᵢ wᵢ qᵢ` over those cases, a tree of arrays.
-          cases: a batch, or one microbatch.
-
-        Returns:
-          The sums, of this device.
-        """
-        return self.means.accumulate(sum_over_cases, split(cases, self.microbatch_size))
-
-    def forward(self, params: Params, cases: Cases) -> Tree:
-        """Run the model on cases, microbatch by microbatch where that is to be kept.
-
-        Args:
-          params: θ.
-          cases: a batch, or a microbatch.
-
-        Returns:
-          The outputs of all of them, in their order.
-        """
-        parts = split(cases, self.microbatch_size if self.linearize_once else None)
-        total = cases.weights.shape[0]
-        if parts.count == 1:
-            outputs = self.outputs(params, cases.inputs)
-        else:
-            stacked = _tree.mapped(
-                for_loops(lambda k: self.outputs(params, parts.take(k).inputs)),
-                parts.count,
-            )
-            outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
-        check_outputs(outputs, total)
-        return outputs
-
-    def local(self, tree: Tree) -> Tree:
-        """Mark a replicated tree as each device's own, to differentiate by it.
-
-        Under `shard_map(check_vma=True)` a transpose with respect to replicated
-        values inserts a sum over devices; a varying value's does not, and the sum is
-        then `mean`'s to take, once, as without `check_vma`.
-
-        Args:
-          tree: replicated over `axis_name`, as parameters are.
-
-        Returns:
-          The same values; `tree` itself where there is no `axis_name`.
-        """
-        return self.means.local(tree)
-
-    def with_microbatches(self, size: int) -> "Objective":
-        """Return this objective with microbatches of at most `size` cases.
-
-        Args:
-          size: an upper bound; a smaller `microbatch_size` stays.
-
-        Returns:
-          An objective of the same f.
-        """
-        if self.microbatch_size is not None and self.microbatch_size <= size:
-            return self
-        return dataclasses.replace(self, microbatch_size=size)
-
-    def losses_of(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases.
-
-        Args:
-          params: θ.
-          cases: a batch, or a microbatch.
-
-        Returns:
-          Shape `[cases]`, in float32 or wider.
-
-        Raises:
-          ShapeError: if the loss returns another shape; a `ValueError`.
-        """
-        outputs = self.forward(params, cases)
-        with noting_call(
-            "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
-        ):
-            values = self.loss.value(outputs, cases.targets)
-        if values.shape != cases.weights.shape:
-            msg = (
-                f"`loss.value` must have shape {list(cases.weights.shape)}, a number for "
-                f"each case, got {list(values.shape)}."
-            )
-            raise ShapeError(msg)
-        return values.astype(_tree.wide(values.dtype))
-
-    def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases.
-
-        Args:
-          params: θ.
-          cases: a batch, or a microbatch.
-
-        Returns:
-          A scalar, of this device.
-        """
-        values = self.losses_of(params, cases)
-        return jnp.sum(cases.weights.astype(values.dtype) * values)
-
-    def _model(self, params: Params, inputs: Tree) -> Tree:
+    def _run(self, params: Params, inputs: Tree) -> Tree:
         with noting_call("`model_fn(params, inputs)`", params=params, inputs=inputs):
             return self.model_fn(params, inputs)
 
-    @property
-    def means(self) -> Means:
-        """How a batch is summed."""
-        return Means(self.microbatch_size, self.axis_name)
+    def _outputs(self, params: Params, inputs: Tree) -> Tree:
+        if self.hidden_loss is None:
+            return self._run(params, inputs)
+        return outputs_and_hidden(self, params, inputs)[0]
 
-    @property
-    def decay(self) -> jax.Array | None:
-        """The weight decay, `None` where it is known to be zero."""
-        if callable(self.weight_decay):
-            msg = (
-                "`weight_decay` is a schedule: say when, as in "
-                "`objective.at(state.count).value_and_grad(params, batch)`."
-            )
-            raise TypeError(msg)
-        zero = _options.is_plain_number(self.weight_decay) and self.weight_decay == 0
-        return None if zero else jnp.asarray(self.weight_decay)
+    def _each(self, change: "Callable[[Objective], Objective]") -> "Objective":
+        return change(self)
 
-    def _penalised(self, mean: jax.Array, params: Params) -> jax.Array:
-        """Add ½β‖θ‖², in the wider of two dtypes."""
-        dtype = _tree.widest(mean.dtype, _tree.scalar_dtype(params))
-        mean, decay = mean.astype(dtype), self.decay
-        if decay is None:
-            return mean
-        square = _tree.dot(params, params).astype(dtype)
-        return mean + 0.5 * decay.astype(dtype) * square
+    def _thinned(self, batch: Batch, cases: int) -> Batch:
+        return _cases.thinned(batch, cases)
 
-    def decayed(self, tree: Tree, v: Tree) -> Tree:
-        """Add the weight decay's part: `tree` + `weight_decay` · v.
 
-        Args:
-          tree: a product with v, or the gradient, without weight decay.
-          v: like `tree`: the vector, or θ.
+def terms_of(
+    objective: Objective, batch: Batch, name: str = "batch"
+) -> tuple[Term, ...]:
+    """Return an objective's terms: a plain one's only one; of a sum, those of all parts.
 
-        Returns:
-          The sum; `tree` itself where there is no weight decay.
-        """
-        decay = self.decay
-        return tree if decay is None else _tree.axpy(decay, v, tree)
+    Args:
+      objective: any.
+      batch: its batch, of a sum the tuple of its parts' batches.
+      name: of the batch, for the error if it is none.
+
+    Returns:
+      The terms.
+    """
+    return objective._terms(batch, name)
+
+
+def each(objective: Objective, change: Callable[[Objective], Objective]) -> Objective:
+    """Change each plain objective that an objective consists of."""
+    return objective._each(change)
+
+
+def thinned(objective: Objective, batch: Batch, cases: int) -> Batch:
+    """Return evenly spaced cases of a batch, of each term at least so many or all.
+
+    The batch as it came, where no term has enough.
+    """
+    return objective._thinned(batch, cases)
+
+
+def alone(term: Term) -> Objective:
+    """Return fₖ as a plain objective; its batch is `term.cases`."""
+    return Objective(
+        term.model_fn,
+        term.loss,
+        weight_decay=term.weight_decay,
+        microbatch_size=term.means.microbatch_size,
+        linearize_once=term.linearize_once,
+        axis_name=term.means.axis_name,
+    )
+
+
+def outputs_and_hidden(
+    objective: Objective, params: Params, inputs: Tree
+) -> tuple[Tree, Tree]:
+    """Run a model with hidden states: F(θ, x) and h(θ, x)."""
+    pair = objective._run(params, inputs)
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair)
+        msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
+        raise ValueError(msg)
+    return pair

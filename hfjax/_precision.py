@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hfjax import _tree
-from hfjax._types import Params, Tree
+from hfjax._objective import each
+from hfjax._types import Matvec, Params, Tree
 from hfjax.objective import Objective
 
 _DTYPES = ("bfloat16", "float32")
@@ -37,13 +39,33 @@ class Rounding(NamedTuple):
             return objective
         dtype = self.dtype
 
-        def model_fn(params: Params, inputs: Tree) -> Tree:
-            # Its constants keep their dtypes, and may now meet others.
-            with jax.numpy_dtype_promotion("standard"):
-                outputs = objective.model_fn(_in(dtype, params), _in(dtype, inputs))
-            return _in(_tree.scalar_dtype(params), outputs)
+        def rounded(plain: Objective) -> Objective:
+            def model_fn(params: Params, inputs: Tree) -> Tree:
+                # Its constants keep their dtypes, and may now meet others.
+                with jax.numpy_dtype_promotion("standard"):
+                    outputs = plain.model_fn(_in(dtype, params), _in(dtype, inputs))
+                return _in(_tree.scalar_dtype(params), outputs)
 
-        return dataclasses.replace(objective, model_fn=model_fn)
+            return dataclasses.replace(plain, model_fn=model_fn)
+
+        return each(objective, rounded)
+
+    def product(
+        self,
+        of: Callable[..., Matvec],
+        objective: Objective,
+        *args: Any,
+        **options: Any,
+    ) -> Matvec:
+        """Build a curvature's product in these digits."""
+        with self.dots():
+            matvec = of(self.of(objective), *args, **options)
+
+        def product(v: Tree) -> Tree:
+            with self.dots():  # Where it linearises microbatches.
+                return matvec(v)
+
+        return product
 
     def dots(self) -> contextlib.AbstractContextManager:
         """Return the setting to trace a product in."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._cases import Cases
+from hfjax._means import Means
 from hfjax._types import Tree
-from hfjax.objective import Objective
 
 
 class Probes(NamedTuple):
@@ -44,18 +44,18 @@ class Probes(NamedTuple):
         )
 
 
-def probes(objective: Objective, cases: Cases, key: jax.Array) -> Probes:
+def probes(means: Means, cases: Cases, key: jax.Array) -> Probes:
     """Give each case a key of its own, whatever the microbatches and the devices.
 
     Args:
-      objective: that knows of devices.
+      means: that know of devices.
       cases: this device's.
       key: a typed key.
 
     Returns:
       The keys; a case's depends on `key` and on its place in the whole batch alone.
     """
-    first = objective.means.first_case(cases)
+    first = means.first_case(cases)
     numbers = first + jnp.arange(cases.weights.shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
     return Probes(jax.random.key_data(keys), jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]

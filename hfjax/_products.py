@@ -1,63 +1,121 @@
 """Products with a mean of matrices, one of each case: where linearising happens.
 
-Over microbatches and devices, and with the weight decay, as the objective has them.
+Over terms, microbatches and devices, and with the weight decay, as the objective has them.
 """
 
-import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 
-from hfjax import _tree
-from hfjax._arguments import as_params
-from hfjax._cases import Cases, as_cases, split
+from hfjax import _compiled, _tree
+from hfjax._arguments import as_params, as_tangent, describe
+from hfjax._cases import Cases
 from hfjax._convolutions import for_loops
 from hfjax._linearize import linearized
-from hfjax._types import Batch, Matvec, Params, Tree
+from hfjax._objective import terms_of
+from hfjax._terms import Term, total
+from hfjax._types import Approximate, Batch, Matvec, Params, Tree
 from hfjax.objective import Objective
 
-Term: TypeAlias = Callable[[Objective, Params, Cases], Matvec]
-"""`(objective, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, of the objective it is handed."""
+_Function = TypeVar("_Function", bound=Callable[..., Matvec])
+
+
+def of_an_objective(make: _Function) -> _Function:
+    """Linearise once outside of `jit` too, and refuse what is no objective, or no vector.
+
+    Optax calls what it injects with a count.
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Matvec:
+        objective = args[0] if args else kwargs.get("objective")
+        if (args or "objective" in kwargs) and not isinstance(objective, Objective):
+            msg = (
+                "`objective` must be an `hfjax.Objective`, got "
+                f"{describe(objective)}. (`optax.inject_hyperparams` calls every callable "
+                'as a schedule: give it `static_args="curvature"`.)'
+            )
+            raise TypeError(msg)
+        given = signature.bind(*args, **kwargs)
+        _, params, batch = given.args
+        params = as_params(params)
+        product = _compiled.built(
+            lambda params, batch: make(objective, params, batch, **given.kwargs),
+            params,
+            batch,
+            like=params,
+        )
+        return _of_tangents(product, params)
+
+    return cast(_Function, checked)
+
+
+def _of_tangents(product: Matvec, params: Params) -> Matvec:
+    """Return the product of what can be a vector; say so of what cannot."""
+    if isinstance(product, Approximate):
+        return Approximate(*(_of_tangents(each, params) for each in product))
+    once = _compiled.once(product)
+    return lambda v: once(as_tangent(v, params))
+
+
+Product: TypeAlias = Callable[[Term, Params, Cases], Matvec]
+"""`(term, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, of the term and the cases it is handed."""
 
 
 def linear_mean(
-    term: Term, objective: Objective, params: Params, batch: Batch
+    product: Product, objective: Objective, params: Params, batch: Batch
 ) -> Matvec:
-    """Build v ↦ Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v for symmetric Bᵢ of each case.
+    """Build v ↦ Σₖ cₖ (Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v), Bᵢ symmetric, of each case.
 
     Args:
-      term: without microbatches, or to linearise once, it is called once, here: what
-        it computes outside the product is computed once. Else it is called inside
-        the product, on each microbatch.
-      objective: how the mean is taken; its weight decay.
+      product: of a term without microbatches, or to linearise once, it is called once,
+        here: what it computes outside the product is computed once. Else it is called
+        inside the product, on each microbatch.
+      objective: its terms say how their means are taken.
       params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
+      batch: of the objective.
 
     Returns:
       The product, with the dtypes of `v`.
     """
-    params, cases = as_params(params), as_cases(batch)
-    parts = split(cases, objective.microbatch_size)
-    source, local = objective, objective.local(params)
-    if objective.linearize_once and parts.count > 1:
-        # By wide parameters, narrowed in each microbatch: the transpose of a loop
-        # sums in the dtype of what it is taken by.
-        source, local = _narrowed(objective, params), _tree.widen(local)
-    once = parts.count == 1 or objective.linearize_once
-    # Conjugate gradients are a loop.
-    whole = for_loops(term(source, local, cases)) if once else None
+    terms = terms_of(objective, batch)
+    products = [_mean_of_term(product, term, params) for term in terms]
 
     def matvec(v: Tree) -> Tree:
-        tangent = objective.local(_tree.cast_like(v, params))
+        return _tree.cast_like(total(terms, [matvec(v) for matvec in products]), v)
+
+    return matvec
+
+
+def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
+    """Build the product of one term, in the dtypes of v."""
+    means, cases = term.means, term.cases
+    parts, local = means.parts(cases), means.local(params)
+    once = parts.count == 1 or term.linearize_once
+    whole = None
+    if once:
+        source = term
+        if parts.count > 1:
+            # By wide parameters, narrowed in each microbatch: the transpose of a loop
+            # sums in the dtype of what it is taken by.
+            source, local = _narrowed(term, params), _tree.widen(local)
+        # Conjugate gradients are a loop.
+        whole = for_loops(product(source, local, cases))
+
+    def matvec(v: Tree) -> Tree:
+        tangent = means.local(_tree.cast_like(v, params))
         if whole is not None:
             sums = _tree.widen(whole(_tree.cast_like(tangent, local)))
         else:
-            sums = objective.means.accumulate(
-                lambda part: term(objective, local, part)(tangent), parts
+            sums = means.accumulate(
+                lambda part: product(term, local, part)(tangent), parts
             )
-        mean = objective.means.divide(sums, cases.weights)
-        return _tree.cast_like(objective.decayed(mean, v), v)
+        mean = means.divide(sums, cases.weights)
+        return _tree.cast_like(term.decayed(mean, v), v)
 
     return matvec
 
@@ -96,10 +154,10 @@ def _weighted(weights: jax.Array, tree: Tree) -> Tree:
     )
 
 
-def _narrowed(objective: Objective, params: Params) -> Objective:
-    """Return the objective for wide parameters, run in the dtypes of `params`."""
+def _narrowed(term: Term, params: Params) -> Term:
+    """Return the term for wide parameters, run in the dtypes of `params`."""
 
     def model_fn(wide: Params, inputs: Tree) -> Tree:
-        return objective.model_fn(_tree.cast_like(wide, params), inputs)
+        return term.model_fn(_tree.cast_like(wide, params), inputs)
 
-    return dataclasses.replace(objective, model_fn=model_fn)
+    return term._replace(model_fn=model_fn)

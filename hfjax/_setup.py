@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax import _tree
 from hfjax._cases import as_cases
+from hfjax._objective import terms_of
 from hfjax._types import Batch, Params, Tree
 from hfjax.objective import Objective
 
@@ -70,6 +71,10 @@ class Setup(NamedTuple):
     def decay(self) -> float:
         """The weight decay."""
         return float(jnp.asarray(self.objective.weight_decay))
+
+    def outputs(self, params: Params, inputs: Tree) -> Tree:
+        """Run the model, without hidden states."""
+        return terms_of(self.objective, self.batch)[0].outputs(params, inputs)
 
     def value(self, params: Params) -> float:
         """Compute f."""

@@ -18,6 +18,7 @@ from hfjax._jacobian import Jacobian
 from hfjax._packing import Packing, packing
 from hfjax._rule import Damping
 from hfjax._solver import System
+from hfjax._terms import decay_of
 from hfjax._types import (
     Approximate,
     Batch,
@@ -252,7 +253,8 @@ def _written_out(
 ) -> tuple[Jacobian, jax.Array]:
     """Write out J̃ of f and of the structural penalty, its rows packed."""
     objective, params, batch = point.objective, point.params, point.batch
-    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    decay = decay_of(objective.weight_decay)
+    decay = jnp.zeros(()) if decay is None else decay
     found = _jacobian.jacobian(objective, params, batch)
     if mu is not None:
         distance = _jacobian.jacobian(hidden_distance(objective), params, batch)

@@ -15,23 +15,21 @@ the hidden states' mean distance (section 8.4): the first two to the same produc
 its price, the others as a second one.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hfjax import _compiled, _options, _sharding, _tree
-from hfjax._arguments import as_params, as_tangent, describe
+from hfjax import _options, _tree
 from hfjax._cases import Cases
 from hfjax._convolutions import for_loops
 from hfjax._linearize import derivative_of_gradient
-from hfjax._precision import Rounding, as_rounding
-from hfjax._products import gauss_newton, linear_mean
-from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree, exact_of
-from hfjax._weighted_sum import WeightedSum, terms_of
+from hfjax._precision import as_rounding
+from hfjax._products import gauss_newton, linear_mean, of_an_objective
+from hfjax._terms import Term
+from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree
 from hfjax.objective import Objective
 from hfjax.structural import hidden_distance, joined
 
@@ -40,84 +38,7 @@ Curvature: TypeAlias = Callable[..., Matvec]
 damping it is given `structural=μ` too."""
 
 
-_Arguments = ParamSpec("_Arguments")
-_GIVEN = ("objective", "params", "batch")
-
-
-def _of_an_objective(
-    make: Callable[_Arguments, Matvec],
-) -> Callable[_Arguments, Matvec]:
-    """Take a weighted sum by its terms, and refuse what is no objective.
-
-    Optax calls what it injects with a count.
-    """
-
-    @functools.wraps(make)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Matvec:
-        options: dict[str, Any] = dict(kwargs)
-        given = dict(zip(_GIVEN, args, strict=False))
-        given |= {name: options.pop(name) for name in _GIVEN if name in options}
-        objective = given.get("objective")
-        if "objective" in given and not isinstance(objective, Objective):
-            msg = (
-                "`objective` must be an `hfjax.Objective`, got "
-                f"{describe(objective)}. (`optax.inject_hyperparams` calls every callable "
-                'as a schedule: give it `static_args="curvature"`.)'
-            )
-            raise TypeError(msg)
-        if len(args) > 3 or set(given) != set(_GIVEN):
-            return make(*args, **kwargs)  # Python says what is wrong.
-        is_sum = isinstance(objective, WeightedSum)
-        made: Any = functools.partial(_summed, make) if is_sum else make
-        params = as_params(given["params"])
-        product = _compiled.built(
-            lambda params, batch: made(objective, params, batch, **options),
-            params,
-            given["batch"],
-            like=params,
-        )
-        return _of_tangents(product, params)
-
-    return checked
-
-
-def _of_tangents(product: Matvec, params: Params) -> Matvec:
-    """Return the product of what can be a vector; say so of what cannot."""
-    if isinstance(product, Approximate):
-        return Approximate(*(_of_tangents(each, params) for each in product))
-    once = _compiled.once(product)
-    return lambda v: once(as_tangent(v, params))
-
-
-def _summed(
-    make: Callable[..., Matvec],
-    objective: WeightedSum,
-    params: Params,
-    batch: Batch,
-    **options: Any,
-) -> Matvec:
-    """Return v ↦ Σₖ cₖ Bₖ v, each linearised here."""
-    terms = [
-        (weight, make(term, params, own, **options))
-        for weight, term, own in terms_of(objective, batch)
-    ]
-
-    def sum_of(products: list[Matvec]) -> Matvec:
-        def product(v: Tree) -> Tree:
-            total = _sharding.zeros_like(_tree.widen(v))
-            for (weight, _), matvec in zip(terms, products, strict=True):
-                total = _tree.axpy(jnp.asarray(weight), matvec(v), total)
-            return _tree.cast_like(total, v)
-
-        return product
-
-    nearly = sum_of([matvec for _, matvec in terms])
-    if not any(isinstance(matvec, Approximate) for _, matvec in terms):
-        return nearly
-    return Approximate(nearly, sum_of([exact_of(matvec) for _, matvec in terms]))
-
-
-@_of_an_objective
+@of_an_objective
 def ggn(
     objective: Objective,
     params: Params,
@@ -163,20 +84,19 @@ def ggn(
       Martens & Sutskever (2012), sections 6, 6.1 and 8.4, algorithm
       5.
     """
-    objective = _with(structural, objective)
 
-    def term(objective: Objective, params: Params, cases: Cases) -> Matvec:
+    def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def hessian(outputs: Tree) -> Matvec:
-            return objective.loss.hessian(outputs, cases.targets)
+            return term.loss.hessian(outputs, cases.targets)
 
         return gauss_newton(
-            lambda params: objective.forward(params, cases), hessian, params, cases
+            lambda params: term.forward(params, cases), hessian, params, cases
         )
 
-    return linear_mean(term, objective, params, batch)
+    return linear_mean(product, _with(structural, objective), params, batch)
 
 
-@_of_an_objective
+@of_an_objective
 def hessian(
     objective: Objective,
     params: Params,
@@ -215,20 +135,20 @@ def hessian(
     References:
       Martens & Sutskever (2012), section 5; Pearlmutter (1994).
     """
-    objective = _with(structural, objective)
 
-    def term(objective: Objective, params: Params, cases: Cases) -> Matvec:
+    def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def gradient(params: Params) -> Params:
-            return objective.accumulate(
-                lambda part: jax.grad(objective.weighted_loss)(params, part), cases
+            return term.means.accumulate(
+                lambda part: jax.grad(term.weighted_loss)(params, part),
+                term.means.parts(cases),
             )
 
         return derivative_of_gradient(gradient, params)
 
-    return linear_mean(term, objective, params, batch)
+    return linear_mean(product, _with(structural, objective), params, batch)
 
 
-@_of_an_objective
+@of_an_objective
 def finite_difference_hessian(
     objective: Objective,
     params: Params,
@@ -279,7 +199,6 @@ def finite_difference_hessian(
       Martens & Sutskever (2012), section 5.
     """
     _options.check_range("epsilon", epsilon, low=0.0, open_low=True)
-    params = as_params(params)
     dtype = _tree.scalar_dtype(params)
     if epsilon is None:
         coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
@@ -308,7 +227,7 @@ def finite_difference_hessian(
     return _plus_distance(structural, objective, params, batch, matvec)
 
 
-@_of_an_objective
+@of_an_objective
 def empirical_fisher(
     objective: Objective,
     params: Params,
@@ -346,15 +265,15 @@ def empirical_fisher(
       Martens & Sutskever (2012), section 11.3.
     """
 
-    def term(objective: Objective, params: Params, cases: Cases) -> Matvec:
+    def product(term: Term, params: Params, cases: Cases) -> Matvec:
         return gauss_newton(
-            lambda params: objective.losses_of(params, cases),
+            lambda params: term.losses_of(params, cases),
             lambda values: lambda v: v,
             params,
             cases,
         )
 
-    fisher = linear_mean(term, objective, params, batch)
+    fisher = linear_mean(product, objective, params, batch)
     return _plus_distance(structural, objective, params, batch, fisher)
 
 
@@ -407,21 +326,15 @@ def with_precision(
     def build(
         objective: Objective, params: Params, batch: Batch, **options: Any
     ) -> Approximate:
-        def rounded(rounding: Rounding) -> Matvec:
-            with rounding.dots():
-                matvec = of(rounding.of(objective), params, batch, **options)
-
-            def product(v: Tree) -> Tree:
-                with rounding.dots():  # Where it linearises microbatches.
-                    return matvec(v)
-
-            return product
-
+        args = (of, objective, params, batch)
         # The exact one is linearised where it is called: what it keeps is never in memory
         # beside what the other keeps for the whole run, and uncalled it costs nothing.
-        return Approximate(rounded(fewer), lambda v: rounded(all_of_them)(v))
+        return Approximate(
+            fewer.product(*args, **options),
+            lambda v: all_of_them.product(*args, **options)(v),
+        )
 
-    return _of_an_objective(build)
+    return of_an_objective(build)
 
 
 def _with(structural: Number | None, objective: Objective) -> Objective:

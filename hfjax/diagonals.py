@@ -18,68 +18,30 @@ Where what is squared is an outer product of layer input and back-propagated err
 formed for as many cases at a time as fit in 64 MiB, at many times that cost.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _case_gradients, _compiled, _options, _sharding, _tree
 from hfjax._arguments import as_key, as_params, describe
-from hfjax._cases import Cases, as_cases
+from hfjax._cases import Cases
 from hfjax._convolutions import for_loops
 from hfjax._linearize import noting_no_reverse
+from hfjax._objective import terms_of
 from hfjax._probes import probes
+from hfjax._terms import Term, total
 from hfjax._types import Batch, Number, Params, Tree
-from hfjax._weighted_sum import WeightedSum, sum_of_terms, terms_of
 from hfjax.objective import Objective
 
 Estimate: TypeAlias = Callable[..., Tree]
 """`(objective, params, batch) -> d`, or `(objective, params, batch, *, key) -> d`."""
 
-_Arguments = ParamSpec("_Arguments")
-
-
-def _by_terms(estimate: Callable[_Arguments, Params]) -> Callable[_Arguments, Params]:
-    """Take a weighted sum by its terms, each with a key of its own."""
-
-    @functools.wraps(estimate)
-    def summed(*args: _Arguments.args, **options: _Arguments.kwargs) -> Params:
-        objective, params, batch, *rest = args
-        assert not rest, "the rest are keyword options"
-        if not isinstance(objective, Objective):
-            msg = (
-                f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-            )
-            raise TypeError(msg)
-        given: dict[str, Any] = dict(options)
-        key = given.pop("key", None)
-
-        def of_terms(params: Params, batch: Batch, key: jax.Array | None) -> Params:
-            def of_term(term: Objective, own: Batch, k: int) -> Params:
-                a_sum = isinstance(objective, WeightedSum)
-                own_key = (
-                    jax.random.fold_in(key, k) if key is not None and a_sum else key
-                )
-                keyed = {} if own_key is None else {"key": own_key}
-                of_one = cast(Callable[..., Params], estimate)
-                return of_one(term, params, own, **given, **keyed)
-
-            return sum_of_terms(objective, batch, of_term)
-
-        params = as_params(cast(Params, params))
-        key = None if key is None else as_key("key", key)
-        return _compiled.run(of_terms, params, batch, key)
-
-    return summed
-
-
 _HELD_ENTRIES = 2**24
 """Entries of per-case gradients held at once: 64 MiB in float32; heuristic."""
 
 
-@_by_terms
 def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
@@ -103,15 +65,18 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Para
       Martens & Sutskever (2012), section 11.3, algorithm 6; Martens (2010), 4.7.
     """
 
-    def case_gradient(params: Params, case: Cases, probe: jax.Array) -> Params:
-        del probe
-        gradient = jax.grad(lambda params: objective.losses_of(params, case)[0])
-        return gradient(params)
+    def of_term(term: Term, params: Params, key: None) -> Params:
+        del key
 
-    return _mean_of_squares(objective, params, batch, case_gradient)
+        def case_gradient(params: Params, case: Cases, probe: jax.Array) -> Params:
+            del probe
+            return jax.grad(lambda params: term.losses_of(params, case)[0])(params)
+
+        return _mean_of_squares(term, params, case_gradient)
+
+    return _summed(of_term, objective, params, batch)
 
 
-@_by_terms
 def ggn_rademacher(
     objective: Objective,
     params: Params,
@@ -156,23 +121,23 @@ def ggn_rademacher(
       signs: Martens, Sutskever & Swersky (2012).
     """
     _options.check_count("num_probes", num_probes, low=1)
-    cases = as_cases(batch)
-    drawn = probes(objective, cases, key)
 
-    def case_gradient(params: Params, case: tuple, probe: jax.Array) -> Params:
-        (inputs, key), targets, weights = case
-        outputs, transpose, factor = _factored(
-            objective, params, Cases(inputs, targets, weights)
-        )
-        return transpose(factor(drawn.signs(key[0], probe, outputs)))
+    def of_term(term: Term, params: Params, key: jax.Array) -> Params:
+        drawn = probes(term.means, term.cases, key)
 
-    data = ((cases.inputs, drawn.data), cases.targets, cases.weights)
-    return _mean_of_squares(
-        objective, params, data, case_gradient, probes=num_probes, share=1 / num_probes
-    )
+        def case_gradient(params: Params, case: Cases, probe: jax.Array) -> Params:
+            inputs, key = case.inputs
+            case = case._replace(inputs=inputs)
+            outputs, transpose, factor = _factored(term, params, case)
+            return transpose(factor(drawn.signs(key[0], probe, outputs)))
+
+        inputs = (term.cases.inputs, drawn.data)
+        how_often = {"probes": num_probes, "share": 1 / num_probes}
+        return _mean_of_squares(term, params, case_gradient, inputs=inputs, **how_often)
+
+    return _summed(of_term, objective, params, batch, key)
 
 
-@_by_terms
 def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute diag(G) exactly: Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k of a case, averaged.
 
@@ -198,18 +163,23 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
       Martens & Sutskever (2012), section 11.2.
     """
 
-    def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
-        outputs, transpose, factor = _factored(objective, params, case)
-        leaves, structure = jax.tree.flatten(outputs)
-        units, at = [], 0
-        for z in leaves:
-            place = jnp.arange(at, at + z.size, dtype=index.dtype).reshape(z.shape)
-            units.append((place == index).astype(z.dtype))
-            at += z.size
-        return transpose(objective.local(factor(structure.unflatten(units))))
+    def of_term(term: Term, params: Params, key: None) -> Params:
+        del key
 
-    count = outputs_per_case(objective, params, batch)
-    return _mean_of_squares(objective, params, batch, case_gradient, probes=count)
+        def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
+            outputs, transpose, factor = _factored(term, params, case)
+            leaves, structure = jax.tree.flatten(outputs)
+            units, at = [], 0
+            for z in leaves:
+                place = jnp.arange(at, at + z.size, dtype=index.dtype)
+                units.append((place.reshape(z.shape) == index).astype(z.dtype))
+                at += z.size
+            return transpose(term.means.local(factor(structure.unflatten(units))))
+
+        count = _outputs_per_case(term, params)
+        return _mean_of_squares(term, params, case_gradient, probes=count)
+
+    return _summed(of_term, objective, params, batch)
 
 
 def interpolate(
@@ -249,48 +219,79 @@ def outputs_per_case(objective: Objective, params: Params, batch: Batch) -> int:
     Returns:
       A Python integer, of a weighted sum the largest; the model is traced, and not run.
     """
+    terms = terms_of(objective, batch)
+    return max(_outputs_per_case(term, params) for term in terms)
 
-    def of_term(objective: Objective, batch: Batch) -> int:
-        inputs = _sharding.first_case(as_cases(batch).inputs)
-        shapes = jax.eval_shape(objective.outputs, params, inputs)
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    return max(of_term(term, own) for _, term, own in terms_of(objective, batch))
+def _outputs_per_case(term: Term, params: Params) -> int:
+    inputs = _sharding.first_case(term.cases.inputs)
+    shapes = jax.eval_shape(term.outputs, params, inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _summed(
+    of_term: Callable[[Term, Params, Any], Params],
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> Params:
+    """Sum Σₖ cₖ of the terms' diagonals, each with a key of its own."""
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
+
+    def compute(params: Params, batch: Batch, key: jax.Array | None) -> Params:
+        terms = terms_of(objective, batch)
+        keys = [
+            key if key is None or term.weight is None else jax.random.fold_in(key, k)
+            for k, term in enumerate(terms)
+        ]
+        found = [
+            of_term(term, params, own) for term, own in zip(terms, keys, strict=True)
+        ]
+        return total(terms, found)
+
+    key = None if key is None else as_key("key", key)
+    return _compiled.run(compute, as_params(params), batch, key)
 
 
 def _factored(
-    objective: Objective, params: Params, case: Cases
+    term: Term, params: Params, case: Cases
 ) -> tuple[Tree, Callable[[Tree], Params], Callable[[Tree], Tree]]:
     """Return the outputs of a case, v ↦ Jᵀv and v ↦ S v."""
     outputs, transpose = jax.vjp(
-        lambda params: objective.outputs(params, case.inputs), params
+        lambda params: term.outputs(params, case.inputs), params
     )
-    factor = objective.loss.factor(outputs, case.targets)
+    factor = term.loss.factor(outputs, case.targets)
     return outputs, lambda v: transpose(v)[0], factor
 
 
 @noting_no_reverse()
 def _mean_of_squares(
-    objective: Objective,
+    term: Term,
     params: Params,
-    batch: Batch,
     case_gradient: Callable[[Params, Any, Any], Params],
     *,
+    inputs: Tree = None,
     probes: int = 1,
     share: float = 1.0,
 ) -> Params:
     """Compute the mean over cases of Σ over probes of `share` · squares; weight decay.
 
     Args:
-      objective: whose weights, microbatches and devices are to be respected.
+      term: whose weights, microbatches and devices are to be respected.
       params: θ.
-      batch: of which `case_gradient` gets one case, leading axes of one.
-      case_gradient: `(params, case, probe) -> what is squared`.
+      case_gradient: `(params, case, probe) -> what is squared`, of one case, leading
+        axes of one.
+      inputs: of the cases, if they are not the term's.
       probes: how many squares a case has.
       share: of each.
     """
-    cases, zero = _sharding.alike(as_cases(batch)), jnp.zeros((), jnp.int32)
-    local = objective.local(_sharding.gathered(params, cases))
+    cases, zero = term.cases, jnp.zeros((), jnp.int32)
+    cases = cases if inputs is None else cases._replace(inputs=inputs)
+    cases, means = _sharding.alike(cases), term.means
+    local = means.local(_sharding.gathered(params, cases))
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
         def gradient(data: Batch) -> Params:
@@ -308,13 +309,13 @@ def _mean_of_squares(
 
         if probes == 1:
             return one(zero)
-        total = _sharding.zeros(jax.eval_shape(one, zero))
-        return _tree.summed(for_loops(one), probes, objective.local(total))
+        nothing = _sharding.zeros(jax.eval_shape(one, zero))
+        return _tree.summed(for_loops(one), probes, means.local(nothing))
 
     held = _case_gradients.held_entries(
         gradient_of(zero), (cases.inputs, cases.targets)
     )
-    bounded = objective.with_microbatches(max(1, _HELD_ENTRIES // max(held, 1)))
-    mean = _sharding.like(bounded.mean(sum_of_squares, tuple(cases)), params)
-    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    bounded = means.at_most(max(1, _HELD_ENTRIES // max(held, 1)))
+    mean = _sharding.like(bounded.mean(sum_of_squares, cases), params)
+    decay = jnp.zeros(()) if term.decay is None else term.decay
     return jax.tree.map(lambda x: share * x + decay.astype(x.dtype), mean)

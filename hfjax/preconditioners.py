@@ -21,6 +21,8 @@ from hfjax import _kronecker, _nystrom, _options, diagonals
 from hfjax._arguments import as_params, check_function, describe, with_key
 from hfjax._convolutions import for_loops
 from hfjax._merged_layers import Merged, merged
+from hfjax._objective import thinned
+from hfjax._terms import decay_of
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -229,7 +231,7 @@ def kronecker(
         count: jax.Array | int = 0,
     ) -> Any:
         if cases is not None:
-            batch = objective.thinned(batch, cases)
+            batch = thinned(objective, batch, cases)
         model = merged(_kronecker.read(objective, params, batch, max_size))
         damping = _with_decay(damping, objective)
 
@@ -434,7 +436,7 @@ def layers(
 
 
 def _with_decay(damping: Tree, objective: Objective) -> Tree:
-    decay = objective.decay
+    decay = decay_of(objective.weight_decay)
     if decay is None:
         return damping
     return jax.tree.map(lambda d: d + decay.astype(d.dtype), damping)

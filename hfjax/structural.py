@@ -9,12 +9,14 @@ Its Gauss-Newton matrix is B + μ S″: one product gives both, at the price of 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from hfjax import _options, _tree, losses
 from hfjax._arguments import describe
+from hfjax._objective import outputs_and_hidden
 from hfjax._types import Number, Tree
 from hfjax.objective import Objective
 
@@ -53,7 +55,7 @@ def joined(objective: Objective, strength: Number) -> Objective:
     hidden_loss = _needed(objective)
     return dataclasses.replace(
         objective,
-        model_fn=objective.outputs_and_hidden,
+        model_fn=functools.partial(outputs_and_hidden, objective),
         loss=_paired(objective.loss, hidden_loss, strength),
         hidden_loss=None,
     )
@@ -83,7 +85,9 @@ def hidden_distance(objective: Objective) -> Objective:
     hidden_loss = _needed(objective)
     return dataclasses.replace(
         objective,
-        model_fn=lambda params, inputs: objective.outputs_and_hidden(params, inputs)[1],
+        model_fn=lambda params, inputs: outputs_and_hidden(objective, params, inputs)[
+            1
+        ],
         loss=_distance(hidden_loss),
         weight_decay=0.0,
         hidden_loss=None,

@@ -21,6 +21,7 @@ from hfjax import _compiled, _options, _tree
 from hfjax._arguments import as_params, check_gradient, missing
 from hfjax._fitting import Fitted, check_part, fitted
 from hfjax._judge import Judged, Trial, choose, go_along, judge, report
+from hfjax._objective import terms_of
 from hfjax._refusal import without_derivative
 from hfjax._solver import Solver
 from hfjax._system import Point, assemble
@@ -177,7 +178,7 @@ def hessian_free(
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory)
         if eval_batch is not None:
-            objective.check_batch(eval_batch, "eval_batch")
+            terms_of(objective, eval_batch, "eval_batch")
         new = changed(updates, state, params, batch, eval_batch)
         return without_derivative("An update", new)
 

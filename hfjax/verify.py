@@ -20,9 +20,9 @@ from jax.flatten_util import ravel_pytree
 from hfjax import _faults, _finite_differences
 from hfjax._arguments import ShapeError, as_key
 from hfjax._linearize import NO_FORWARD, linearized
+from hfjax._objective import alone, terms_of
 from hfjax._setup import Setup, flat, rows, unlike, unrows, unusable
 from hfjax._types import Batch, Params
-from hfjax._weighted_sum import WeightedSum, terms_of
 from hfjax.curvature import ggn
 from hfjax.objective import Objective
 
@@ -85,6 +85,7 @@ def products(
       The errors, as Python floats.
 
     Raises:
+      TypeError: if `objective` is no `Objective`, or a weighted sum.
       ValueError: if the network is no toy: too many parameters to try all, or outputs.
 
     Example:
@@ -101,17 +102,22 @@ def products(
       Martens & Sutskever (2012), section 7.2.
     """
     _check_objective(objective)
+    if _is_sum(objective.at(0), batch):
+        msg = (
+            "`objective` is a weighted sum: `products` tries its parts, one at a time."
+        )
+        raise TypeError(msg)
     setup = Setup.of(objective, params, batch).in_float64()
     f, params, batch = setup.objective, setup.params, setup.batch
     with setup.precision():
         inputs, targets, weights = batch
         theta, unravel = ravel_pytree(params)
-        outputs = f.outputs(params, inputs)
+        outputs = setup.outputs(params, inputs)
         z, to_tree = rows(outputs), unrows(outputs)
         _check_toy(theta.size, z.shape[1], columns)
 
         def forward(theta: jax.Array) -> jax.Array:
-            return rows(f.outputs(unravel(theta), inputs))
+            return rows(setup.outputs(unravel(theta), inputs))
 
         def values(z: jax.Array) -> jax.Array:
             return f.loss.value(to_tree(z), targets)
@@ -208,9 +214,12 @@ def check(
       `grads` is 2 times the gradient of this objective: a sum over the cases, where
     """
     try:
-        if isinstance(objective, WeightedSum):
-            return _check_sum(objective, tx, params, batch, grads)
-        return _check(objective, tx, params, batch, grads)
+        _check_objective(objective)
+        fault = _first(unlike(params, grads))
+        if fault:
+            return [fault]
+        check = _check_sum if _is_sum(objective.at(0), batch) else _check
+        return check(objective.at(0), tx, params, batch, grads)
     except ShapeError as error:
         return [str(error)]
 
@@ -219,8 +228,7 @@ def _check(
     objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
     """Check one objective."""
-    _check_objective(objective)
-    fault = _first(unlike(params, grads)) or _first(unusable(params, batch))
+    fault = _first(unusable(params, batch))
     if fault:
         return [fault]
     given = Setup.of(objective, params, batch)
@@ -252,18 +260,15 @@ def _check(
 
 
 def _check_sum(
-    objective: WeightedSum, tx: Any, params: Params, batch: Batch, grads: Params
+    objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
     """Check every term, with its own gradient; then the whole."""
-    fault = _first(unlike(params, grads))
-    if fault:
-        return [fault]
-    terms = terms_of(objective.at(0), batch)
-    given = Setup(objective.at(0), params, batch, 0.0, False)
-    for k, (_, term, own) in enumerate(terms):
+    terms = terms_of(objective, batch)
+    given = Setup(objective, params, batch, 0.0, False)
+    for k, term in enumerate(terms):
         try:
-            gradient = term.value_and_grad(params, own)[1]
-            faults = _check(term, None, params, own, gradient)
+            gradient = alone(term).value_and_grad(params, term.cases)[1]
+            faults = _check(alone(term), None, params, term.cases, gradient)
         except ShapeError as error:
             faults = [str(error)]
         if faults == [NO_FORWARD] and _faults.does_without(tx, given, batch, grads):
@@ -275,8 +280,9 @@ def _check_sum(
     error = float(np.linalg.norm(found - exact) / size)
     # As of one objective; terms may cancel, and what is left is their rounding.
     tolerance = 1e-3 * sum(
-        np.linalg.norm(flat(term.value_and_grad(params, own)[1])) * float(weight)
-        for weight, term, own in terms
+        np.linalg.norm(flat(alone(term).value_and_grad(params, term.cases)[1]))
+        * float(term.weight)
+        for term in terms
     )
     if not error * size <= tolerance:
         return [
@@ -293,12 +299,14 @@ def _first(faults: Iterator[str]) -> str | None:
 
 
 def _check_objective(objective: object) -> None:
-    if not isinstance(objective, Objective) or isinstance(objective, WeightedSum):
-        msg = (
-            f"`objective` must be an `hfjax.Objective`, got {type(objective).__name__}; "
-            "of a sum, check the parts."
-        )
+    if not isinstance(objective, Objective):
+        came = type(objective).__name__
+        msg = f"`objective` must be an `hfjax.Objective`, got {came}."
         raise TypeError(msg)
+
+
+def _is_sum(objective: Objective, batch: Batch) -> bool:
+    return terms_of(objective, batch)[0].weight is not None
 
 
 def _check_toy(parameters: int, outputs: int, columns: int | None) -> None:

@@ -296,7 +296,7 @@ def train_step(model, optimizer, batch):
 
 @jax.jit
 def value_and_error(params):
-    chosen = jnp.argmax(objective.outputs(params, others[0]), axis=1)
+    chosen = jnp.argmax(objective.model_fn(params, others[0]), axis=1)
     return objective.value(params, points), jnp.mean(chosen != others[1])
 
 

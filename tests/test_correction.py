@@ -15,6 +15,7 @@ from reference import quick_jit
 import hfjax
 from hfjax import _correction, damping, sample_space
 from hfjax._jacobian import jacobian
+from hfjax._terms import decay_of
 from hfjax.objective import weighted_sum
 
 SPACES = ("samples", "parameters")
@@ -60,7 +61,8 @@ def updated(objective, tx, state, params, **batches):
 
 def corrections_of(objective, params, batch, solver, strength):
     """Return the step and the correction, as the solver has them."""
-    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    decay = decay_of(objective.weight_decay)
+    decay = jnp.zeros(()) if decay is None else decay
     _, grads = objective.value_and_grad(params, batch)
     system = hfjax.cg.System(
         matvec=None,
@@ -82,7 +84,7 @@ def rows_of(objective, params, batch):
     theta, unravel = ravel_pytree(params)
     count = len(jax.tree.leaves(inputs)[0])
     weights = np.asarray(weights[0] if weights else np.ones(count))
-    outputs = objective.outputs(params, inputs)
+    outputs = objective.model_fn(params, inputs)
     factor = objective.loss.factor(outputs, targets)
     z, like = ravel_pytree(outputs)
     s = np.asarray(jax.vmap(lambda v: ravel_pytree(factor(like(v)))[0])(np.eye(z.size)))
@@ -101,7 +103,7 @@ def rows_of(objective, params, batch):
     inverse = np.asarray(root)[:, None] * np.linalg.pinv(s.T)
 
     def outputs_at(theta):
-        return ravel_pytree(objective.outputs(unravel(theta), inputs))[0]
+        return ravel_pytree(objective.model_fn(unravel(theta), inputs))[0]
 
     def loss(z):
         return jnp.sum(objective.loss.value(like(z), targets))

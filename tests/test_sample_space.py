@@ -15,6 +15,7 @@ from reference import quick_jit
 import hfjax
 from hfjax import _fitting, damping, sample_space
 from hfjax._jacobian import jacobian, size
+from hfjax._terms import decay_of
 from hfjax.objective import weighted_sum
 
 PROBLEMS = build()
@@ -43,7 +44,8 @@ def step_of(objective, params, batch, solver, *, before=None, grads=None, **opti
 def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAMBDA):
     """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
     _, grads = objective.value_and_grad(params, batch)
-    decay = jnp.zeros(()) if objective.decay is None else objective.decay
+    decay = decay_of(objective.weight_decay)
+    decay = jnp.zeros(()) if decay is None else decay
     system = hfjax.cg.System(
         matvec=None,
         b=jax.tree.map(jnp.negative, grads) if b is None else b,

@@ -13,6 +13,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import curvature, diagonals, structural
+from hfjax._objective import terms_of
 
 TRUTHS = {
     "ggn": reference.ggn,
@@ -134,7 +135,8 @@ def test_predictions_of_a_joined_loss_are_those_of_outputs_and_of_hidden_states(
 
 
 def test_outputs_leave_the_hidden_states_out():
-    outputs = TANH.objective().outputs(TANH.params, TANH.batch[0])
+    (term,) = terms_of(TANH.objective(), TANH.batch)
+    outputs = term.outputs(TANH.params, TANH.batch[0])
     np.testing.assert_array_equal(outputs, TANH.pair_fn(TANH.params, TANH.batch[0])[0])
 
 

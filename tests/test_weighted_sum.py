@@ -8,6 +8,7 @@ import pytest
 from reference import quick_jit
 
 import hfjax
+from hfjax._objective import thinned
 from hfjax.objective import weighted_sum
 
 SQUARED_ERROR = hfjax.losses.squared_error()
@@ -228,7 +229,7 @@ def test_sums_of_sums_and_schedules_are_sums():
 
 def test_a_part_of_the_cases_is_taken_of_each_term():
     both, _ = of_all_cases()
-    (x, _), (y, _) = both.thinned(BATCHES, 3)
+    (x, _), (y, _) = thinned(both, BATCHES, 3)
     np.testing.assert_array_equal(x, BATCHES[0][0][::2])
     np.testing.assert_array_equal(y, BATCHES[1][0])
 
