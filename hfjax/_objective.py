@@ -7,7 +7,6 @@ apart.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +172,7 @@ class Objective:
 
         return _compiled.run(both, as_params(params), batch)
 
-    def case_values(self, params: Params, batch: Batch) -> Any:
+    def case_values(self, params: Params, batch: Batch) -> Tree:
         """Compute L(F(θ, xᵢ), tᵢ) for each case: no weights, no weight decay.
 
         Args:
@@ -191,6 +190,7 @@ class Objective:
 
         return _compiled.run(values, as_params(params), batch)
 
+    # What to do where structural damping finds no hidden states.
     _no_hidden = (
         "give it a `hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
     )

@@ -11,8 +11,8 @@ with `J` the Jacobian of the model in the parameters, `L″` the Hessian of the 
 the outputs; each plus `weight_decay` · I. The generalised Gauss-Newton matrix (report,
 section 6; Schraudolph 2002) is the one to train with, and equals the Hessian where the
 model is linear. All take `structural=μ`, which adds μ times the Gauss-Newton matrix of
-the hidden states' mean distance (section 8.4): the first two to the same product, at
-its price, the others as a second one.
+the hidden states' mean distance (section 8.4): `ggn` and `hessian` within their product,
+the others by a second one.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from hfjax import _options, _tree
 from hfjax._cases import Cases
 from hfjax._convolutions import for_loops
 from hfjax._linearize import derivative_of_gradient
-from hfjax._precision import as_rounding
+from hfjax._precision import Rounding, as_rounding
 from hfjax._products import gauss_newton, linear_mean, of_an_objective
 from hfjax._terms import Term
 from hfjax._types import Approximate, Batch, Matvec, Number, Params, Tree
@@ -81,9 +81,9 @@ def ggn(
       True
 
     References:
-      Martens & Sutskever (2012), sections 6, 6.1 and 8.4, algorithm
-      5.
+      Martens & Sutskever (2012), sections 6, 6.1 and 8.4; algorithm 5.
     """
+    objective = objective if structural is None else joined(objective, structural)
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def hessian(outputs: Tree) -> Matvec:
@@ -93,7 +93,7 @@ def ggn(
             lambda params: term.forward(params, cases), hessian, params, cases
         )
 
-    return linear_mean(product, _with(structural, objective), params, batch)
+    return linear_mean(product, objective, params, batch)
 
 
 @of_an_objective
@@ -135,6 +135,7 @@ def hessian(
     References:
       Martens & Sutskever (2012), section 5; Pearlmutter (1994).
     """
+    objective = objective if structural is None else joined(objective, structural)
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def gradient(params: Params) -> Params:
@@ -145,7 +146,7 @@ def hessian(
 
         return derivative_of_gradient(gradient, params)
 
-    return linear_mean(product, _with(structural, objective), params, batch)
+    return linear_mean(product, objective, params, batch)
 
 
 @of_an_objective
@@ -165,8 +166,8 @@ def finite_difference_hessian(
 
     with h = `epsilon` (1 + ‖θ‖) / ‖v‖: the step is scaled to v, and large enough to
     be seen beside θ. For models with a `jax.custom_vjp` whose backward rule cannot be
-    differentiated, and to check `hessian`: that is exact, and as fast. Parameters behind a `stop_gradient` still move f: there
-    the two differ.
+    differentiated, and to check `hessian`, which is exact and as fast. Parameters behind
+    a `stop_gradient` still move f: there the two differ.
 
     Args:
       objective: f.
@@ -223,8 +224,7 @@ def finite_difference_hessian(
         product = jax.tree.map(lambda x: jnp.where(size == 0, 0, x), product)
         return _tree.cast_like(product, v)
 
-    matvec = for_loops(matvec)
-    return _plus_distance(structural, objective, params, batch, matvec)
+    return _plus_distance(structural, objective, params, batch, for_loops(matvec))
 
 
 @of_an_objective
@@ -326,19 +326,14 @@ def with_precision(
     def build(
         objective: Objective, params: Params, batch: Batch, **options: Any
     ) -> Approximate:
-        args = (of, objective, params, batch)
+        def product(rounding: Rounding) -> Matvec:
+            return rounding.product(of, objective, params, batch, **options)
+
         # The exact one is linearised where it is called: what it keeps is never in memory
         # beside what the other keeps for the whole run, and uncalled it costs nothing.
-        return Approximate(
-            fewer.product(*args, **options),
-            lambda v: all_of_them.product(*args, **options)(v),
-        )
+        return Approximate(product(fewer), lambda v: product(all_of_them)(v))
 
     return of_an_objective(build)
-
-
-def _with(structural: Number | None, objective: Objective) -> Objective:
-    return objective if structural is None else joined(objective, structural)
 
 
 def _plus_distance(

@@ -178,7 +178,7 @@ def hessian_free(
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory)
         if eval_batch is not None:
-            terms_of(objective, eval_batch, "eval_batch")
+            terms_of(objective, eval_batch, "eval_batch")  # Raises, if it is none.
         new = changed(updates, state, params, batch, eval_batch)
         return without_derivative("An update", new)
 

@@ -305,6 +305,11 @@ def test_a_weight_decay_schedule_is_read_at_the_count():
     np.testing.assert_allclose(others, reference.value(problem) + more, rtol=1e-12)
 
 
+def test_an_objective_shows_four_methods():
+    shown = {name for name in vars(hfjax.Objective) if not name.startswith("_")}
+    assert shown == {"at", "case_values", "value", "value_and_grad"}
+
+
 def test_a_number_as_weight_decay_is_the_same_at_every_count():
     objective = hfjax.Objective(lambda w, x: x @ w, SQUARED, weight_decay=0.5)
     assert objective.at(7) is objective

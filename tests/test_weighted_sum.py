@@ -1,5 +1,7 @@
 """A sum of objectives, each with cases of its own."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +227,40 @@ def test_sums_of_sums_and_schedules_are_sums():
     )
     values = f.at(0).case_values(PARAMS, batch)
     assert [np.shape(x) for x in jax.tree.leaves(values)] == [(6,), (3,), (6,)]
+
+
+def test_schedules_need_a_count_where_something_is_computed():
+    schedule = optax.piecewise_constant_schedule(1.0, {10: 0.5})
+    one = hfjax.Objective(model_fn, SQUARED_ERROR, weight_decay=0.1)
+    f = weighted_sum([(schedule, one), (2.0, one)])
+    assert f.case_values(PARAMS, BATCHES)[1].shape == (3,)
+    with pytest.raises(TypeError, match=r"weight of the sum is a schedule: say when"):
+        f.value(PARAMS, BATCHES)
+    np.testing.assert_allclose(f.weight_decay(jnp.asarray(10)), 0.1 * 2.5)
+    # By sizes alone, before the count is read, an update takes the exact solver.
+    tx = hfjax.hessian_free(f, solver="auto")
+    _, grads = f.at(0).value_and_grad(PARAMS, BATCHES)
+    update = quick_jit(
+        lambda grads: tx.update(grads, tx.init(PARAMS), PARAMS, batch=BATCHES)
+    )
+    assert update(grads)[1].info.accepted
+
+
+def test_what_belongs_to_a_part_the_sum_does_not_have():
+    plain = hfjax.Objective(model_fn, SQUARED_ERROR, axis_name="cases")
+    decayed = hfjax.Objective(model_fn, SQUARED_ERROR, weight_decay=0.1)
+    inner = weighted_sum([(2.0, plain), (3.0, decayed)])
+    f = weighted_sum([(0.5, inner), (1.0, plain)])
+    assert isinstance(f, hfjax.Objective)
+    for name in ("model_fn", "loss", "microbatch_size", "linearize_once"):
+        with pytest.raises(AttributeError, match=f"has no `{name}`: its parts have"):
+            getattr(f, name)
+    with pytest.raises(AttributeError, match=r"A weighted sum has no `outputs`\.$"):
+        f.outputs  # noqa: B018
+    np.testing.assert_allclose(f.weight_decay, 0.5 * 3.0 * 0.1)
+    assert weighted_sum([(1.0, plain)]).weight_decay == 0
+    assert (f.axis_name, f.hidden_loss) == ("cases", None)
+    assert copy.copy(f).parts is f.parts
 
 
 def test_a_part_of_the_cases_is_taken_of_each_term():
