@@ -263,12 +263,15 @@ def _check_sum(
     objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
     """Check every term, with its own gradient; then the whole."""
-    terms = terms_of(objective, batch)
     given = Setup(objective, params, batch, 0.0, False)
-    for k, term in enumerate(terms):
+    # As of one objective; terms may cancel, and what is left is their rounding.
+    tolerance = 0.0
+    for k, term in enumerate(terms_of(objective, batch)):
+        plain = alone(term)
         try:
-            gradient = alone(term).value_and_grad(params, term.cases)[1]
-            faults = _check(alone(term), None, params, term.cases, gradient)
+            gradient = plain.value_and_grad(params, term.cases)[1]
+            tolerance += 1e-3 * float(term.weight) * np.linalg.norm(flat(gradient))
+            faults = _check(plain, None, params, term.cases, gradient)
         except ShapeError as error:
             faults = [str(error)]
         if faults == [NO_FORWARD] and _faults.does_without(tx, given, batch, grads):
@@ -278,12 +281,6 @@ def _check_sum(
     exact, found = flat(given.gradient(params)), flat(grads)
     size = max(np.linalg.norm(exact), float(np.finfo(np.float64).tiny))
     error = float(np.linalg.norm(found - exact) / size)
-    # As of one objective; terms may cancel, and what is left is their rounding.
-    tolerance = 1e-3 * sum(
-        np.linalg.norm(flat(alone(term).value_and_grad(params, term.cases)[1]))
-        * float(term.weight)
-        for term in terms
-    )
     if not error * size <= tolerance:
         return [
             f"`grads` is not the gradient of this sum, but {error:.2g} of its length away: "

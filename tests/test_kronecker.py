@@ -14,11 +14,23 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import _kronecker, _probes, preconditioners
-from hfjax._cases import as_cases
+from hfjax._objective import terms_of
 
 RNG = np.random.default_rng(5)
 KEY = jax.random.key(3)
 SQUARED = hfjax.losses.squared_error()
+
+
+def drawn_for(objective, batch):
+    """Return the random signs of every case."""
+    (term,) = terms_of(objective, batch)
+    return _probes.probes(term.means, term.cases, KEY)
+
+
+def factors_of(objective, params, batch, model, *, num_probes):
+    """Return Ā and Ḡ of each layer, of an objective of one term."""
+    (term,) = terms_of(objective, batch)
+    return _kronecker.factors(term, params, model, key=KEY, num_probes=num_probes)
 
 
 # Each model takes what is added to what its layers compute, so that derivatives by it
@@ -133,7 +145,7 @@ def dense_factors(name, num_probes=1):
     inputs = inputs_fn(problem.params, np.asarray(x))
     share = np.asarray(weights) / np.sum(weights)
     outputs = problem.model_fn(problem.params, x)
-    drawn = _probes.probes(objective, as_cases(problem.batch), KEY)
+    drawn = drawn_for(objective, problem.batch)
     units = {k: problem.params[k].shape[0 if k == "v" else 1] for k in inputs}
 
     def added(k):
@@ -166,8 +178,8 @@ def factors(problem, num_probes=1, batch=None, **options):
     batch = problem.batch if batch is None else batch
     model = _kronecker.read(objective, problem.params, batch, 100)[0]
     pairs = quick_jit(
-        lambda params, batch: _kronecker.factors(
-            objective, params, batch, model, key=KEY, num_probes=num_probes
+        lambda params, batch: factors_of(
+            objective, params, batch, model, num_probes=num_probes
         )
     )(problem.params, batch)
     name = names(problem.params)
@@ -301,7 +313,7 @@ def dense_preconditioner(name, damping, share, decay=0.0):
             lambda gain: problem.model_fn({**params, "gain": gain}, x)
         )(params["gain"])
         objective = problem.objective()
-        drawn = _probes.probes(objective, as_cases(problem.batch), KEY)
+        drawn = drawn_for(objective, problem.batch)
         outputs = problem.model_fn(params, x)
         signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, outputs)
         combined = objective.loss.factor(outputs, t)(signs)
@@ -397,9 +409,9 @@ def test_joined_structural_damping_is_in_the_factors():
     joined = hfjax.structural.joined(objective, mu)
     many = (jnp.tile(x, (copies, 1)), jnp.tile(t, (copies, 1)))
     model = _kronecker.read(joined, params, many, 100)[0]
-    pairs = quick_jit(
-        lambda p, b: _kronecker.factors(joined, p, b, model, key=KEY, num_probes=1)
-    )(params, many)
+    pairs = quick_jit(lambda p, b: factors_of(joined, p, b, model, num_probes=1))(
+        params, many
+    )
     ours = {
         names(params)[layer.kernel]: pair
         for layer, pair in zip(model.layers, pairs, strict=True)
