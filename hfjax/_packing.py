@@ -3,8 +3,8 @@
 An update adds, scales and multiplies vectors like the parameters some hundred times, and
 each of these is a kernel for each leaf: to compile, to launch, to read and to write. So
 leaves of up to 2¹⁶ numbers lie in one array of their dtype. Larger ones stay as they
-are, since they keep a device busy by themselves, and so does what is sharded by its type:
-laid end to end it would be gathered on every device.
+are, since they keep a device busy by themselves; and so does what may lie over several
+devices: laid end to end it would be gathered on each of them.
 """
 
 import math
@@ -68,6 +68,6 @@ def packing(like: Tree) -> Packing:
 
 def _kind(number: int, leaf: jax.Array) -> Any:
     """Return what leaves have in common that are laid beside each other."""
-    if leaf.size > SMALL or _sharding.is_sharded(leaf):
+    if leaf.size > SMALL or _sharding.may_be_sharded(leaf):
         return number
     return leaf.dtype, _sharding.varying(leaf)

@@ -11,14 +11,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hfjax._types import Tree
 
 
-def is_sharded(x: jax.Array) -> bool:
-    """Return whether an array lies over devices by its type."""
-    return _typed(x) is not None
+def may_be_sharded(x: jax.Array) -> bool:
+    """Return whether an array lies over devices, as far as its type tells.
+
+    Over an `Explicit` axis the type says how. Of an `Auto` axis it says only that there is
+    one: the compiler decides.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    automatic = [
+        mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    return _typed(x) is not None or math.prod(automatic) > 1
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
