@@ -6,7 +6,7 @@ of any backend.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -110,7 +110,7 @@ def read(hlo_text: str) -> list[Collective]:
     """
     calls = _calls(hlo_text)
     found = []
-    for computation, shape, opcode, line in _instructions(hlo_text):
+    for computation, shape, opcode, line in instructions(hlo_text):
         started = opcode.endswith("-start")
         kind = opcode.removesuffix("-start")
         if kind not in KINDS:
@@ -126,7 +126,7 @@ def read(hlo_text: str) -> list[Collective]:
                 computation=computation,
                 loop=loop,
                 conditional=conditional,
-                name=_name(line),
+                name=name_of(line),
             )
         )
     return found
@@ -154,19 +154,23 @@ def loops(hlo_text: str) -> dict[str, Loop]:
       [('inner', 'outer'), ('outer', None)]
     """
     calls, found = _calls(hlo_text), {}
-    for computation, _, opcode, line in _instructions(hlo_text):
+    for computation, _, opcode, line in instructions(hlo_text):
         if opcode == "while":
-            (body,) = dict(_called(line))["body"]
+            (body,) = dict(called(line))["body"]
             trips = _TRIPS.search(line)
             parent, conditional = _place(computation, calls)
             found[body] = Loop(
-                parent, int(trips[1]) if trips else None, conditional, _name(line)
+                parent, int(trips[1]) if trips else None, conditional, name_of(line)
             )
     return found
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield each instruction: its computation, result shape, opcode and line."""
+def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each instruction: its computation, result shape, opcode and line.
+
+    Args:
+      text: of an optimised module.
+    """
     computation = ""
     for line in text.splitlines():
         header = None if line.startswith(" ") else _HEADER.match(line)
@@ -176,8 +180,12 @@ def _instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
             yield computation, instruction[1], instruction[2], line
 
 
-def _called(line: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the computations that an instruction calls, by role."""
+def called(line: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the computations that an instruction calls, by role.
+
+    Args:
+      line: of the instruction.
+    """
     return [
         (role, tuple(re.findall(r"[\w.\-]+", names)))
         for role, names in _CALLED.findall(line)
@@ -187,14 +195,24 @@ def _called(line: str) -> list[tuple[str, tuple[str, ...]]]:
 def _calls(text: str) -> dict[str, _Call]:
     """Return where each computation is called from."""
     calls = {}
-    for computation, _, opcode, line in _instructions(text):
-        called = _called(line)
-        body = dict(called)["body"][0] if opcode == "while" else None
-        for role, names in called:
+    for computation, _, opcode, line in instructions(text):
+        callees = called(line)
+        body = dict(callees)["body"][0] if opcode == "while" else None
+        for role, names in callees:
             branch = role in _BRANCHES
             loop = body if role in ("body", "condition") else None
             calls.update((name, _Call(computation, loop, branch)) for name in names)
     return calls
+
+
+def loop_of(text: str) -> Callable[[str], str | None]:
+    """Return what finds the innermost loop around a computation, by its body's name.
+
+    Args:
+      text: of an optimised module.
+    """
+    calls = _calls(text)
+    return lambda computation: _place(computation, calls)[0]
 
 
 def _place(computation: str, calls: dict[str, _Call]) -> tuple[str | None, bool]:
@@ -234,6 +252,11 @@ def _bytes(shape: Shape) -> int:
     return -(-bits * math.prod(dims) // 8)
 
 
-def _name(line: str) -> str:
+def name_of(line: str) -> str:
+    """Return the name of the JAX operation, as far as XLA kept it.
+
+    Args:
+      line: of the instruction.
+    """
     name = _NAME.search(line)
     return name[1] if name else ""

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import hfjax
-from benchmarks import autoencoder, costs, data, milestones, mnist, network, product
+from benchmarks import (
+    autoencoder,
+    cost_problems,
+    costs,
+    data,
+    milestones,
+    mnist,
+    network,
+    product,
+)
 from benchmarks.__main__ import main
 from benchmarks.history import Row, write_json
 
@@ -292,12 +301,11 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
     undonated = usual._replace(donated=False)
     monkeypatch.setattr(costs, "OPTIONS", {"usual": usual, "undonated": undonated})
     path = tmp_path / "new" / "costs.json"
-    words = ("--cases", "3", "--layers", "784,2", "--out", str(path))
+    words = ("--cases", "3", "--layers", "784,4,2", "--only", "", "--out", str(path))
     assert main(["costs", *words]) == 0
     usual, undonated = json.loads(path.read_text())["rows"]
-    numbers = 2 * 784 * 2 + 784 + 2  # Two kernels and two biases.
+    numbers = 2 * (784 * 4 + 4 * 2) + (4 + 2 + 4 + 784)  # Four kernels and biases.
     assert usual["vector_bytes"] == 4 * numbers
-    assert usual["activation_bytes"] == 4 * 3 * (784 + 2 + 784)
     scalars = usual["state_bytes"] - usual["vector_bytes"]  # Besides the direction.
     assert 0 < scalars < 100
     # Parameters and some scalars give their place to what replaces them; a direction
@@ -308,11 +316,15 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
     for row in (usual, undonated):
         # 16 kept iterates, and some of conjugate gradients' own.
         assert 20 < row["temporary_bytes"] / row["vector_bytes"] < 60
-        assert row["instructions"] > row["kernels"] > 0
+        assert row["instructions"] > row["kernels"] == sum(row["places"].values())
+        assert row["places"]["once"] > row["places"]["_pcg.run"] > row["kinds"]["dot"]
+        # Once for gradient and linearisation together, and once for f at the step.
+        assert row["models"] == {"once": 2}
         assert row["jax_seconds"] > 0 < row["xla_seconds"]
     printed = capsys.readouterr().out
     assert "usual" in printed
-    assert "784-2, 3 images" in printed
+    assert "784-4-2, 3 images" in printed
+    assert "_pcg.run" in printed
 
 
 def test_products_of_a_convolutional_network_are_timed(tmp_path, capsys):
@@ -334,6 +346,17 @@ def test_plain_losses_are_timed_beside_their_closed_forms(tmp_path, capsys):
     assert "labels, 3 outputs" in capsys.readouterr().out
 
 
-def test_costs_of_nothing_are_an_error(capsys):
+def test_costs_of_nothing_are_an_error(tmp_path, capsys):
     assert main(["costs", "--only", "adam"]) == 2
     assert "no set-up has 'adam'" in capsys.readouterr().err
+    words = ("--gpu", str(tmp_path / "none"), "--out", str(tmp_path / "costs.json"))
+    assert main(["costs", *words]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_problems_whose_costs_are_told_are_those_they_say():
+    shapes = {name: build(None, None) for name, build in cost_problems.PROBLEMS.items()}
+    assert len(jax.tree.leaves(shapes["autoencoder"].params)) == 24
+    for problem in shapes.values():
+        value = jax.eval_shape(problem.objective.value, problem.params, problem.batch)
+        assert value.shape == ()
