@@ -1,371 +1,92 @@
-"""Kronecker factors of the Gauss-Newton matrix, layer by layer.
+"""The inverse of P, the Kronecker factors' damped product: layer by layer, in batches.
 
-Of a layer with inputs xᵢₜ of case i at position t (a 1 appended where there is a bias)
-and gᵢₜ, the derivative of random combinations Sᵢvᵢ of the outputs by what comes out of
-it,
-
-    Ā = Σᵢₜ wᵢ xᵢₜ xᵢₜᵀ / (positions Σᵢ wᵢ),      Ḡ = Σᵢₜ wᵢ gᵢₜ gᵢₜᵀ / Σᵢ wᵢ,
-
-G's block of the kernel is about Ḡ ⊗ Ā: exactly, if inputs and derivatives are
-independent, and positions of each other.
+Matrices of equal size are inverted together, and layers of equal shape multiplied
+together: a compiled program grows with how many sizes there are, not how many layers.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hfjax import _layers, _linalg, _sharding, _tree, diagonals
-from hfjax._cases import Cases
-from hfjax._linearize import noting_no_reverse
-from hfjax._merged_layers import Merged, Part
-from hfjax._objective import alone, terms_of
-from hfjax._probes import probes
-from hfjax._terms import Term
-from hfjax._types import Batch, Number, Params, Tree
+from hfjax import _linalg, _options, _remembered, _sharding, _tree
+from hfjax._blocks import Blocks, Pair, pack, room_for, unpack
+from hfjax._factors import estimate, read
+from hfjax._layers import Layer
+from hfjax._merged_layers import Merged, merged
+from hfjax._objective import thinned
+from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
-
-class Pair(NamedTuple):
-    """Two matrices of a layer, or their inverses; unnamed in a state.
-
-    Attributes:
-      inputs: Ā, of as many rows as inputs, and one for a bias.
-      units: Ḡ.
-    """
-
-    inputs: jax.Array
-    units: jax.Array
+_LARGE = 2**16
+"""Entries of a matrix above which it is not stacked with others (heuristic)."""
+_NEARLY = 0.9
+"""Least length of a matrix that is inverted with another, in units of that one's."""
 
 
-def read(
-    objective: Objective, params: Params, batch: Batch, max_size: int
-) -> list[_layers.Model]:
-    """Find the layers of the model of each term, without those that are too large."""
-    terms = terms_of(objective, batch)
-    leaves = list(enumerate(jax.tree.leaves(params)))
-    data = [_sharding.alike(term.cases) for term in terms]
-    if any(_sharding.lies_elsewhere(params, cases) for cases in data):
-        why = "its type, or another's, lies over an axis that the cases do not"
-        others = {n: why for n, _ in leaves}
-        return [_layers.Model((), (), others, frozenset(), None, None)] * len(terms)
-    unfit = {
-        n: f"a side is longer than {max_size}"
-        for n, leaf in leaves
-        if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
-    } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
+class Rule(NamedTuple):
+    """The options of `preconditioners.kronecker`, which has their meaning."""
 
-    def of_term(term: Term, cases: Cases) -> _layers.Model:
-        # As `factors` evaluates it: else what marks or gathers is in the program.
-        local = term.means.local(_sharding.gathered(params, cases))
-        inputs = _sharding.first_case(term.cases.inputs)
-        return _layers.read(term.outputs, local, inputs, unfit)
+    damping_share: Number
+    num_probes: int
+    decay: Number
+    interval: int
+    max_size: int
+    cases: int | None
 
-    return [of_term(term, cases) for term, cases in zip(terms, data, strict=True)]
+    @property
+    def averages(self) -> bool:
+        """Whether factors are averaged over builds."""
+        return not (_options.is_plain_number(self.decay) and self.decay == 0)
 
+    def init(self, params: Params) -> dict[str, tuple]:
+        """Return room for what is remembered; nothing of a rule that does not."""
+        kinds = ["kronecker_factors"] if self.averages else []
+        kinds += ["kronecker_inverses"] if self.interval > 1 else []
+        # Each its own arrays: a state that is donated may hold none of them twice.
+        return {kind: room_for(params, self.max_size) for kind in kinds}
 
-def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
-    """Say where the random combinations of the outputs are drawn only nearly."""
-    for term in terms_of(objective, batch):
-        inputs, targets = _sharding.first_case(term.cases[:2])
-        outputs = jax.eval_shape(term.outputs, params, inputs)
-        found = term.loss.coarse(outputs, targets)
-        if found is not None:
-            return found
-    return None
+    def build(
+        self,
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        damping: Tree,
+        key: jax.Array,
+        memory: dict[str, tuple],
+        count: jax.Array | int,
+    ) -> tuple[Preconditioner, dict[str, tuple]]:
+        """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
+        if self.cases is not None:
+            batch = thinned(objective, batch, self.cases)
+        model = merged(read(objective, params, batch, self.max_size))
 
-
-@noting_no_reverse()
-def factors(
-    term: Term,
-    params: Params,
-    model: _layers.Model,
-    *,
-    key: jax.Array,
-    num_probes: int,
-) -> list[Pair]:
-    """Compute Ā and Ḡ of each layer: a pass forward, one back a probe, products.
-
-    Args:
-      term: whose G it is, without weight decay.
-      params: θ.
-      model: as `read` found it.
-      key: a typed key.
-      num_probes: combinations of the outputs that are averaged.
-
-    Returns:
-      A pair for each layer, in float32 or wider.
-    """
-    cases = _sharding.alike(term.cases)
-    local = term.means.local(_sharding.gathered(params, cases))
-    drawn = probes(term.means, cases, key)
-
-    def sums(cases: Cases) -> list[Pair]:
-        inputs, keys = cases.inputs
-        root = jnp.sqrt(cases.weights)
-
-        def forward(added: list[jax.Array]) -> tuple[Tree, list[jax.Array]]:
-            def one(added: list[jax.Array], inputs: Tree) -> tuple:
-                case = jax.tree.map(lambda x: x[None], inputs)
-                outputs, rows = model.evaluate(local, case, added)
-                return jax.tree.map(lambda z: z[0], outputs), rows
-
-            return jax.vmap(one)(added, inputs)
-
-        def gram(rows: jax.Array) -> jax.Array:
-            # √w on both sides: whatever digits are dropped, of both alike, the
-            # matrix stays positive semi-definite.
-            rows = rows.astype(_tree.wide(rows.dtype))
-            rows *= root.astype(rows.dtype)[:, None, None]
-            return _sharding.contracted(rows, rows, ((0, 1), (0, 1)))
-
-        def grams_of_errors(probe: int) -> list[jax.Array]:
-            signs = jax.vmap(lambda key, z: drawn.signs(key, probe, z))(keys, outputs)
-            (derivatives,) = transpose(factor(signs))
-            return [
-                gram(jax.vmap(lambda d, n=n: model.errors(n, d))(derivative))
-                for n, derivative in enumerate(derivatives)
-            ]
-
-        nothing = _sharding.zeros_like(cases.weights)  # Laid out as the cases are.
-        added = jax.vmap(lambda w: [z + w.astype(z.dtype) for z in model.zeros()])(
-            nothing
-        )
-        outputs, transpose, rows = jax.vjp(forward, added, has_aux=True)
-        factor = term.loss.factor(outputs, cases.targets)
-        errors = grams_of_errors(0)
-        for probe in range(1, num_probes):
-            errors = jax.tree.map(jnp.add, errors, grams_of_errors(probe))
-
-        def with_bias(rows: jax.Array, layer: _layers.Layer) -> jax.Array:
-            if layer.bias is None:
-                return rows
-            return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
-
-        return [
-            Pair(
-                sum(gram(with_bias(rows[n], layer)) for n in layer.uses),  # pyright: ignore[reportArgumentType]
-                sum(errors[n] for n in layer.uses),  # pyright: ignore[reportArgumentType]
+        def fresh(memory: dict[str, tuple]) -> tuple[Blocks, dict[str, tuple]]:
+            blocks = estimate(
+                objective, params, batch, model, key=key, num_probes=self.num_probes
             )
-            for layer in model.layers
-        ]
+            if "kronecker_factors" in memory:
+                old = memory["kronecker_factors"]
+                new = pack(blocks, model, old)
+                builds = count // self.interval
+                new = _remembered.averaged(old, new, self.decay, builds)
+                memory = memory | {"kronecker_factors": new}
+                blocks = unpack(new, model)
+            blocks = inverted(blocks, model, damping, self.damping_share)
+            if "kronecker_inverses" in memory:
+                packed = pack(blocks, model, memory["kronecker_inverses"])
+                memory = memory | {"kronecker_inverses": packed}
+            return blocks, memory
 
-    data = cases._replace(inputs=(cases.inputs, drawn.data))
-    means = term.means.mean(sums, _sharding.alike(data))
-    return [
-        Pair(pair.inputs / layer.positions(model.uses), pair.units / num_probes)
-        for layer, pair in zip(model.layers, means, strict=True)
-    ]
-
-
-def inverse(pair: Pair, damping: jax.Array) -> Pair:
-    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I), with a and g mean eigenvalues.
-
-    In units of a and g the two are damped alike, by μ = √(λ / ag): that, and not less
-    than the rounding of the matrices, is what their Cholesky factors see. A factor that
-    has none all the same counts as the identity.
-
-    Args:
-      pair: Ā and Ḡ.
-      damping: λ ≥ 0.
-
-    Returns:
-      The two inverses.
-
-    References:
-      Martens & Grosse (2015), section 6.3, with the ratio of the traces.
-    """
-    a, g = (jnp.trace(matrix) / len(matrix) for matrix in pair)
-    dtype = a.dtype
-    # Of a layer that nothing passes through, only λ is known.
-    scale = jnp.maximum(a * g, 1e-6 * damping.astype(dtype))
-    scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
-    nothing = ~(scale > 0)
-    scale = jnp.where(nothing, 1, scale)
-    rounding = 10 * jnp.finfo(dtype).eps * max(len(matrix) for matrix in pair)
-    mu = jnp.maximum(jnp.sqrt(damping.astype(dtype) / scale), rounding)
-    inputs, units = (
-        _positive_inverse(matrix / jnp.where(size > 0, size, 1), mu)
-        for matrix, size in zip(pair, (a, g), strict=True)
-    )
-    # Where not even λ is known, leave it be.
-    return Pair(
-        jnp.where(nothing, jnp.eye(len(inputs), dtype=dtype), inputs),
-        jnp.where(nothing, jnp.eye(len(units), dtype=dtype), units / scale),
-    )
-
-
-def _positive_inverse(matrix: jax.Array, mu: jax.Array) -> jax.Array:
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    # It reads one triangle only: as good as the mean of both.
-    damped = matrix + mu * identity
-    root = _linalg.cholesky(damped)
-    half = _linalg.solve_lower(root, identity)
-    # Positive as a product with its own transpose, whatever is rounded.
-    found = jnp.matmul(half.T, half, precision=_tree.EXACT)
-    # A root that there is not is NaN, to its last pivot.
-    return jnp.where(jnp.isfinite(root[-1, -1]), found, identity / (1 + mu))
-
-
-def multiply(layer: _layers.Layer, pair: Pair, leaves: list[jax.Array]) -> None:
-    """Replace a layer's kernel and bias in `leaves` by Ā · [kernel, bias] · Ḡ."""
-    kernel = leaves[layer.kernel]
-    dtype = pair.inputs.dtype
-    flat = _sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
-    matrix = flat.T if layer.inputs_last else flat
-    if layer.bias is not None:
-        bias = _sharding.replicated(leaves[layer.bias]).astype(dtype)
-        matrix = jnp.concatenate([matrix, bias[None]])
-    product = jnp.matmul(pair.inputs, matrix, precision=_tree.EXACT)
-    product = jnp.matmul(product, pair.units, precision=_tree.EXACT)
-    if layer.bias is not None:
-        old = leaves[layer.bias]
-        leaves[layer.bias] = _sharding.like(product[-1].astype(old.dtype), old)
-        product = product[:-1]
-    product = product.T if layer.inputs_last else product
-    shaped = product.reshape(kernel.shape).astype(kernel.dtype)
-    leaves[layer.kernel] = _sharding.like(shaped, kernel)
-
-
-class Blocks(NamedTuple):
-    """P, or its inverse, block by block.
-
-    Attributes:
-      pairs: of each layer.
-      diagonals: of each other parameter, by its number.
-      beside: of a layer's parameters, the diagonal of those terms of a sum in which they
-        are none; of the inverse nothing, as it counts in the pairs.
-    """
-
-    pairs: list[Pair]
-    diagonals: dict[int, jax.Array]
-    beside: dict[int, jax.Array]
-
-
-def estimate(
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    model: Merged,
-    *,
-    key: jax.Array,
-    num_probes: int,
-) -> Blocks:
-    """Compute factors of the layers, and the diagonal of G for the rest.
-
-    A weighted sum counts as one objective of all its terms' cases: of the terms that have
-    a layer, Ā is the mean, weighted by cₖ, and Ḡ the sum.
-
-    Args:
-      objective: whose G it is, weight decay apart.
-      params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      model: of the models that `read` found.
-      key: a typed key.
-      num_probes: as in `factors`.
-
-    Returns:
-      The blocks, undamped.
-    """
-    terms = terms_of(objective, batch)
-    keys = _keys(key, len(terms))
-    found = [
-        _estimate(term, params, part, key=own_key, num_probes=num_probes)
-        for term, part, own_key in zip(terms, model.parts, keys, strict=True)
-    ]
-    weights = [
-        None
-        if term.weight is None
-        else jnp.asarray(term.weight, _tree.scalar_dtype(params))
-        for term in terms
-    ]
-    pairs = [
-        _pair(
-            layer,
-            [
-                (c, part_pairs[part.places.index(place)])
-                for c, part, (part_pairs, _) in zip(
-                    weights, model.parts, found, strict=True
-                )
-                if place in part.places
-            ],
+        if "kronecker_inverses" not in memory:
+            blocks, memory = fresh(memory)
+            return product(blocks, model), memory
+        memory = _remembered.every(
+            self.interval, count, lambda memory: fresh(memory)[1], memory
         )
-        for place, layer in enumerate(model.layers)
-    ]
-    leaves = jax.tree.leaves(params)
-
-    def entries(n: int) -> jax.Array:
-        own = [(c, of[n]) for c, (_, of) in zip(weights, found, strict=True) if n in of]
-        return _total(own) if own else _sharding.zeros_like(_tree.widen(leaves[n]))
-
-    return Blocks(
-        pairs,
-        {n: entries(n) for n in model.others},
-        {n: entries(n) for n in model.beside},
-    )
-
-
-def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
-    """Put together the factors that terms have of a layer, each with its cₖ."""
-    size = layer.inputs + (layer.bias is not None)
-
-    def with_bias(inputs: jax.Array) -> jax.Array:
-        # A term without the bias knows nothing of it: zeros.
-        return jnp.pad(inputs, (0, size - len(inputs)))
-
-    whole = _total([(c, jnp.ones(())) for c, _ in found])
-    inputs = _total([(c, with_bias(pair.inputs)) for c, pair in found])
-    units = _total([(c, pair.units) for c, pair in found])
-    if found[0][0] is not None:
-        inputs = inputs / jnp.where(whole > 0, whole, 1).astype(inputs.dtype)
-    # Those of a product that widens its inputs differ.
-    dtype = _tree.widest(inputs.dtype, units.dtype)
-    return Pair(inputs.astype(dtype), units.astype(dtype))
-
-
-def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:
-    """Sum arrays, each times its cₖ; `None` is 1."""
-    terms = [x if c is None else c.astype(x.dtype) * x for c, x in found]
-    return sum(terms[1:], terms[0])
-
-
-def _keys(key: jax.Array, count: int) -> list[jax.Array]:
-    return [key] if count == 1 else [jax.random.fold_in(key, k) for k in range(count)]
-
-
-def _estimate(
-    term: Term,
-    params: Params,
-    part: Part,
-    *,
-    key: jax.Array,
-    num_probes: int,
-) -> tuple[list[Pair], dict[int, jax.Array]]:
-    """Compute a term's factors, and its diagonal for the parameters it counts for."""
-    cases = _sharding.alike(term.cases)
-    leaves, structure = jax.tree.flatten(params)
-    whole = jax.tree.leaves(_sharding.gathered(params, cases))
-    others: dict[int, jax.Array] = {n: leaves[n] for n in part.diagonals}
-    model = part.model
-    pairs: list[Pair] = []
-    if model.layers:
-        pairs = factors(term, params, model, key=key, num_probes=num_probes)
-    if others:
-
-        def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
-            given = [others.get(n, leaf) for n, leaf in enumerate(whole)]
-            return term.model_fn(structure.unflatten(given), inputs)
-
-        bare = term._replace(model_fn=of_others, weight_decay=0.0)
-        others = diagonals.ggn_rademacher(
-            alone(bare),
-            others,
-            term.cases,
-            key=key,
-            num_probes=num_probes,
-        )
-    return pairs, others
+        return product(unpack(memory["kronecker_inverses"], model), model), memory
 
 
 def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blocks:
@@ -386,7 +107,7 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
     def of(number: int) -> jax.Array:
         return jnp.asarray(found[0] if scalar else found[number])
 
-    def of_layer(layer: _layers.Layer) -> jax.Array:
+    def of_layer(layer: Layer) -> jax.Array:
         """Return λ, and the mean entry of what stands beside the layer's factors."""
         numbers = [n for n in (layer.kernel, layer.bias) if n in blocks.beside]
         entries = [blocks.beside[n] for n in numbers]  # pyright: ignore[reportArgumentType]
@@ -397,10 +118,8 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
         mean = sum(jnp.sum(x / count) for x in entries)
         return damped + jnp.asarray(mean).astype(damped.dtype)
 
-    pairs = [
-        inverse(pair, jnp.asarray(share * of_layer(layer)))
-        for layer, pair in zip(model.layers, blocks.pairs, strict=True)
-    ]
+    dampings = [jnp.asarray(share * of_layer(layer)) for layer in model.layers]
+    pairs = inverse(blocks.pairs, dampings)
 
     def reciprocal(number: int, entries: jax.Array) -> jax.Array:
         entries = jnp.minimum(entries, jnp.finfo(entries.dtype).max)
@@ -412,76 +131,192 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
     return Blocks(pairs, rest, {})
 
 
-def product(blocks: Blocks, model: Merged, r: Tree) -> Tree:
-    """Multiply a tree like the parameters by all blocks."""
-    leaves, structure = jax.tree.flatten(r)
-    for layer, pair in zip(model.layers, blocks.pairs, strict=True):
-        multiply(layer, pair, leaves)
-    for n, entries in blocks.diagonals.items():
-        leaves[n] = (leaves[n].astype(entries.dtype) * entries).astype(leaves[n].dtype)
-    return structure.unflatten(leaves)
+def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I), with a and g mean eigenvalues.
 
-
-def room_for(params: Params, max_size: int) -> tuple:
-    """Return zeros for the blocks of parameters whose use is not known yet.
+    In units of a and g the two are damped alike, by μ = √(λ / ag): that, and not less
+    than the rounding of the matrices, is what their Cholesky factors see. A factor that
+    has none all the same counts as the identity.
 
     Args:
-      params: θ.
-      max_size: of a kernel's sides, above which it has none but a diagonal.
+      pairs: Ā and Ḡ of each layer.
+      dampings: λ ≥ 0 of each.
 
     Returns:
-      For each parameter a diagonal, and for a possible kernel two matrices, with a row
-      for a bias on either side.
+      The two inverses of each.
+
+    References:
+      Martens & Grosse (2015), section 6.3, with the ratio of the traces.
     """
-
-    def room(leaf: jax.Array) -> tuple[jax.Array, ...]:
-        dtype = _tree.wide(leaf.dtype)
-        diagonal = _sharding.zeros_like(leaf.astype(dtype))
-        if not may_be_kernel(leaf.shape, max_size):
-            return (diagonal,)
-        sides = (math.prod(leaf.shape[:-1]), leaf.shape[-1])
-        return (diagonal, *(jnp.zeros((n + 1, n + 1), dtype) for n in sides))
-
-    return tuple(room(leaf) for leaf in jax.tree.leaves(params))
-
-
-def may_be_kernel(shape: tuple[int, ...], max_size: int) -> bool:
-    """Return whether a parameter may have factors, by its shape."""
-    return len(shape) >= 2 and max(math.prod(shape[:-1]), shape[-1]) <= max_size
-
-
-def pack(blocks: Blocks, model: Merged, room: tuple) -> tuple:
-    """Put blocks into the room that a state has for them."""
-    packed = [list(entries) for entries in room]
-    for layer, pair in zip(model.layers, blocks.pairs, strict=True):
-        for place, matrix in zip(_places(layer), pair, strict=True):
-            slot, size = packed[layer.kernel], len(matrix)
-            slot[place] = (
-                slot[place].at[:size, :size].set(matrix.astype(slot[place].dtype))
-            )
-    for n, entries in (blocks.diagonals | blocks.beside).items():
-        packed[n][0] = entries
-    return tuple(tuple(entries) for entries in packed)
-
-
-def unpack(packed: tuple, model: Merged) -> Blocks:
-    """Take blocks out of a state."""
-
-    def pair(layer: _layers.Layer) -> Pair:
-        sizes = (layer.inputs + (layer.bias is not None), layer.units)
-        return Pair(
-            *(
-                packed[layer.kernel][place][:size, :size]
-                for place, size in zip(_places(layer), sizes, strict=True)
-            )
+    found: dict[int, Pair] = {}
+    for members in _alike([pair.inputs.dtype for pair in pairs]):
+        of_a_type = _inverse(
+            [pairs[n] for n in members], [dampings[n] for n in members]
         )
-
-    return Blocks(
-        [pair(layer) for layer in model.layers],
-        {n: packed[n][0] for n in model.others},
-        {n: packed[n][0] for n in model.beside},
-    )
+        found.update(zip(members, of_a_type, strict=True))
+    return [found[n] for n in range(len(pairs))]
 
 
-def _places(layer: _layers.Layer) -> tuple[int, int]:
-    return (2, 1) if layer.inputs_last else (1, 2)
+def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+    """Invert pairs of one dtype.
+
+    What is a number for each matrix is computed for all at once, with the matrices in the
+    order of their groups.
+    """
+    matrices = [matrix for pair in pairs for matrix in pair]
+    dtype, lengths = matrices[0].dtype, np.array([len(matrix) for matrix in matrices])
+    groups = _nearly_equal(lengths.tolist())
+    stacks = [_stack([matrices[n] for n in group]) for group in groups]
+    order = np.concatenate(groups)
+    traces = jnp.concatenate([_traces(stack) for stack in stacks])
+    sizes = traces[np.argsort(order)] / lengths.astype(dtype)
+    sizes, lengths = sizes.reshape(-1, 2), lengths.reshape(-1, 2)
+    # Of a layer that nothing passes through, only λ is known.
+    damping = jnp.stack(dampings).astype(dtype)
+    scale = jnp.maximum(sizes[:, 0] * sizes[:, 1], 1e-6 * damping)
+    scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
+    nothing = ~(scale > 0)
+    scale = jnp.where(nothing, 1, scale)
+    rounding = 10 * jnp.finfo(dtype).eps * lengths.max(axis=1)
+    mu = jnp.maximum(jnp.sqrt(damping / scale), rounding.astype(dtype))
+    # Where not even λ is known, leave it be: no root is asked for, and 1 is the inverse.
+    numbers = [
+        1 / jnp.where(sizes > 0, sizes, 1),
+        jnp.stack([jnp.where(nothing, jnp.nan, mu)] * 2, axis=1),
+        jnp.stack([jnp.ones_like(scale), 1 / scale], axis=1),
+        jnp.stack([jnp.where(nothing, 1, 1 / (1 + mu))] * 2, axis=1),
+    ]
+    ordered = jnp.stack(numbers).reshape(len(numbers), -1)[:, order]
+    found, at = {}, 0
+    for group, stack in zip(groups, stacks, strict=True):
+        if len(group) == 1:
+            results = [_positive_inverse(stack, *ordered[:, at])]
+        else:
+            own = ordered[:, at : at + len(group)]
+            results = jax.vmap(_positive_inverse)(stack, *own)
+        for n, result in zip(group, results, strict=True):
+            found[n] = result[: len(matrices[n]), : len(matrices[n])]
+        at += len(group)
+    return [Pair(found[2 * n], found[2 * n + 1]) for n in range(len(pairs))]
+
+
+def _positive_inverse(
+    matrix: jax.Array,
+    shrink: jax.Array,
+    mu: jax.Array,
+    grow: jax.Array,
+    instead: jax.Array,
+) -> jax.Array:
+    """Return `grow` (`shrink` M + μ I)⁻¹, with `instead` I where there is no root."""
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    # It reads one triangle only: as good as the mean of both.
+    half = _linalg.inverse_root(shrink * matrix + mu * identity)
+    # Positive as a product with its own transpose, whatever is rounded.
+    found = jnp.matmul(half.T, half, precision=_tree.EXACT)
+    # If there is no root, its last pivot is NaN.
+    rooted = jnp.isfinite(half[-1, -1])
+    return grow * jnp.where(rooted, found, instead * identity)
+
+
+def _traces(stack: jax.Array) -> jax.Array:
+    """Return the traces of one or several matrices, by reading the diagonals alone."""
+    size = stack.shape[-1]
+    return jnp.sum(stack.reshape(-1, size * size)[:, :: size + 1], axis=1)
+
+
+def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
+    """Put the numbers of matrices together that are padded to the largest of them."""
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        first = lengths[groups[-1][0]] if groups else 0
+        if first**2 <= _LARGE and lengths[n] >= _NEARLY * first and groups:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    return groups
+
+
+def _stack(matrices: Sequence[jax.Array]) -> jax.Array:
+    """Stack matrices, with zeros beyond those that are smaller than the first."""
+    if len(matrices) == 1:
+        return matrices[0]
+    size = len(matrices[0])
+    return jnp.stack([jnp.pad(x, (0, size - len(x))) for x in matrices])
+
+
+def product(blocks: Blocks, model: Merged) -> Preconditioner:
+    """Return what multiplies a tree like the parameters by all blocks."""
+
+    def sandwich(matrix: jax.Array, inputs: jax.Array, units: jax.Array) -> jax.Array:
+        left = jnp.matmul(inputs, matrix, precision=_tree.EXACT)
+        return jnp.matmul(left, units, precision=_tree.EXACT)
+
+    def apply(r: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(r)
+        pairs = zip(model.layers, blocks.pairs, strict=True)
+        found = _together(
+            sandwich, [(_matrix(layer, leaves, pair), *pair) for layer, pair in pairs]
+        )
+        for layer, matrix in zip(model.layers, found, strict=True):
+            _put(layer, matrix, leaves)
+        for n, entries in blocks.diagonals.items():
+            scaled = leaves[n].astype(entries.dtype) * entries
+            leaves[n] = scaled.astype(leaves[n].dtype)
+        return structure.unflatten(leaves)
+
+    return apply
+
+
+def _matrix(layer: Layer, leaves: list[jax.Array], pair: Pair) -> jax.Array:
+    """Return a layer's kernel and bias as one matrix, `[inputs, units]`."""
+    kernel, dtype = leaves[layer.kernel], pair.inputs.dtype
+    flat = _sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
+    matrix = flat.T if layer.inputs_last else flat
+    if layer.bias is None:
+        return matrix
+    bias = _sharding.replicated(leaves[layer.bias]).astype(dtype)
+    return jnp.concatenate([matrix, bias[None]])
+
+
+def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
+    """Take a layer's kernel and bias out of a matrix."""
+    if layer.bias is not None:
+        old = leaves[layer.bias]
+        leaves[layer.bias] = _sharding.like(matrix[-1].astype(old.dtype), old)
+        matrix = matrix[:-1]
+    old = leaves[layer.kernel]
+    matrix = matrix.T if layer.inputs_last else matrix
+    shaped = matrix.reshape(old.shape).astype(old.dtype)
+    leaves[layer.kernel] = _sharding.like(shaped, old)
+
+
+def _together(
+    function: Callable[..., jax.Array], calls: Sequence[tuple[Any, ...]]
+) -> list[jax.Array]:
+    """Call a function of a matrix, and of more, once for all matrices of equal size.
+
+    Large ones are called for one by one: to stack them would take the memory again.
+    """
+    found: dict[int, jax.Array] = {}
+    keys = [
+        (call[0].shape, call[0].dtype, n if call[0].size > _LARGE else None)
+        for n, call in enumerate(calls)
+    ]
+    for members in _alike(keys):
+        if len(members) == 1:
+            found[members[0]] = function(*calls[members[0]])
+            continue
+        stacked = [
+            jnp.stack(xs) for xs in zip(*(calls[n] for n in members), strict=True)
+        ]
+        results = jax.vmap(function)(*stacked)
+        found.update((n, results[place]) for place, n in enumerate(members))
+    return [found[n] for n in range(len(calls))]
+
+
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Put the numbers of equal keys together."""
+    groups: dict[Hashable, list[int]] = {}
+    for n, key in enumerate(keys):
+        groups.setdefault(key, []).append(n)
+    return list(groups.values())

@@ -103,9 +103,11 @@ def cholesky(matrix: jax.Array) -> jax.Array:
 
 
 @_one_by_one
-def solve_lower(factor: jax.Array, right: jax.Array) -> jax.Array:
-    """Return L⁻¹B of a lower triangle L and a matrix B."""
-    return jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+def inverse_root(matrix: jax.Array) -> jax.Array:
+    """Return L⁻¹ of a positive definite L Lᵀ, by its lower triangle; NaN if it is none."""
+    factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
 
 
 @_one_by_one

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax import _linalg, _sharding, _tree
+from hfjax import _linalg, _remembered, _sharding, _tree
 from hfjax._objective import each
 from hfjax._types import Batch, Matvec, Params, Preconditioner, Tree
 from hfjax.curvature import ggn
@@ -47,6 +47,47 @@ class Sketch(NamedTuple):
     values: jax.Array
     noise: jax.Array
     units: Tree
+
+
+class Rule(NamedTuple):
+    """The options of `preconditioners.nystrom`, which has their meaning."""
+
+    rank: int
+    chunk: int | None
+    interval: int
+
+    def init(self, params: Params) -> dict[str, tuple]:
+        """Return room for the sketch."""
+        return {"nystrom": tuple(room_for(params, self.rank))}
+
+    def build(
+        self,
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        damping: Tree,
+        key: jax.Array,
+        memory: dict[str, tuple],
+        count: jax.Array | int,
+    ) -> tuple[Preconditioner, dict[str, tuple]]:
+        """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
+
+        def fresh(_: tuple) -> tuple:
+            found = sketch(
+                objective,
+                params,
+                batch,
+                damping,
+                key,
+                rank=self.rank,
+                chunk=self.chunk,
+            )
+            return tuple(found)
+
+        if not memory:
+            return inverse(Sketch(*fresh(())), damping), {}
+        kept = _remembered.every(self.interval, count, fresh, memory["nystrom"])
+        return inverse(Sketch(*kept), damping), {"nystrom": kept}
 
 
 def sketch(

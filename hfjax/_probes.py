@@ -33,15 +33,13 @@ class Probes(NamedTuple):
           A tree like `outputs`.
         """
         key = jax.random.wrap_key_data(data, impl=self.implementation)
-        key = jax.random.fold_in(key, probe)
         leaves, structure = jax.tree.flatten(outputs)
-        keys = jax.random.split(key, len(leaves))
-        return structure.unflatten(
-            [
-                jax.random.rademacher(leaf_key, z.shape, z.dtype)
-                for leaf_key, z in zip(keys, leaves, strict=True)
-            ]
-        )
+
+        def of_leaf(number: int, z: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(key, probe * len(leaves) + number)
+            return jax.random.rademacher(own, z.shape, z.dtype)
+
+        return structure.unflatten([of_leaf(n, z) for n, z in enumerate(leaves)])
 
 
 def probes(means: Means, cases: Cases, key: jax.Array) -> Probes:

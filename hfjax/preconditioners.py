@@ -17,12 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax import _kronecker, _nystrom, _options, diagonals
-from hfjax._arguments import as_params, check_function, describe, with_key
-from hfjax._convolutions import for_loops
-from hfjax._merged_layers import Merged, merged
-from hfjax._objective import thinned
-from hfjax._terms import decay_of
+from hfjax import _kronecker, _nystrom, _options, _remembered, diagonals
+from hfjax._arguments import check_function, with_key
+from hfjax._layer_report import layers as layers
 from hfjax._types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.objective import Objective
 
@@ -101,7 +98,7 @@ def diagonal(
         damping: Tree,
         key: jax.Array,
     ) -> Preconditioner:
-        entries = _within_range(with_key(estimate, key)(objective, params, batch))
+        entries = with_key(estimate, key)(objective, params, batch)
         powers = diagonals.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
@@ -136,23 +133,8 @@ def kronecker(
     damping P equals G if x and g are independent, and different layers are; conjugate
     gradients make up for the rest.
 
-    No layer is registered: the program of `model_fn` is traced. A parameter of two or
-    more axes counts as a kernel if it is only used in products `x @ w`, `x @ w.T`,
-    `einsum` of all its axes but the last (or of the last alone), or convolutions whose
-    outputs are its last axis, at any depth of `jit` and `checkpoint`, and in a `scan`
-    that closes over it. A parameter of one axis that is added to each such product is
-    its bias. Of Flax that is Dense, Conv without groups, and most recurrent cells; it is
-    not what a scan takes layer by layer, kernels that are concatenated first (linen's
-    `OptimizedLSTMCell`), or attention's projections to several heads. `layers` tells
-    what was found in a model.
-
-    In a weighted sum a term that does not read a kernel adds nothing to its factors: Ā is
-    the mean over the terms that have the layer, weighted by cₖ, and Ḡ their sum. A term
-    that reads the kernel otherwise (a penalty on parameters) adds the mean of its
-    diagonal of G there to λ. A kernel that one term uses transposed has no factors.
-
-    On a mesh of `Explicit` axes parameters may be sharded
-    over the axis of the cases; where some lie over others, all have the diagonal.
+    No layer is registered: the program of `model_fn` is traced, and `layers` tells what
+    counts as one, and what was found in a model.
 
     A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
     g gᵀ, of cases · positions · (inputs² + units²) multiplications a layer; and two
@@ -213,66 +195,10 @@ def kronecker(
     if cases is not None:
         _options.check_count("cases", cases, low=1)
     _options.check_choice("data", data, ("batch", "eval_batch"))
-    averages = not (_options.is_plain_number(decay) and decay == 0)
-
-    def init(params: Params) -> dict[str, tuple]:
-        kinds = ["kronecker_factors"] if averages else []
-        kinds += ["kronecker_inverses"] if interval > 1 else []
-        # Each its own arrays: a state that is donated may hold none of them twice.
-        return {kind: _kronecker.room_for(params, max_size) for kind in kinds}
-
-    def build(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        damping: Tree,
-        key: jax.Array,
-        memory: dict[str, tuple] | None = None,
-        count: jax.Array | int = 0,
-    ) -> Any:
-        if cases is not None:
-            batch = thinned(objective, batch, cases)
-        model = merged(_kronecker.read(objective, params, batch, max_size))
-        damping = _with_decay(damping, objective)
-
-        def fresh(memory: dict[str, tuple]) -> tuple[_kronecker.Blocks, dict]:
-            blocks = _kronecker.estimate(
-                objective, params, batch, model, key=key, num_probes=num_probes
-            )
-            if "kronecker_factors" in memory:
-                old = memory["kronecker_factors"]
-                builds = jnp.asarray(count // interval + 1, float)
-                kept = jnp.minimum(jnp.asarray(decay, builds.dtype), 1 - 1 / builds)
-                new = _kronecker.pack(blocks, model, old)
-                new = jax.tree.map(
-                    lambda x, y: _mixed(kept.astype(x.dtype), x, y), old, new
-                )
-                memory = memory | {"kronecker_factors": new}
-                blocks = _kronecker.unpack(new, model)
-            blocks = _kronecker.inverted(blocks, model, damping, damping_share)
-            if "kronecker_inverses" in memory:
-                old = memory["kronecker_inverses"]
-                packed = _kronecker.pack(blocks, model, old)
-                memory = memory | {"kronecker_inverses": packed}
-            return blocks, memory
-
-        if memory is None:
-            return _product(fresh({})[0], model)
-        if interval > 1:
-            memory = jax.lax.cond(
-                count % interval == 0,
-                for_loops(lambda memory: fresh(memory)[1]),
-                lambda memory: memory,
-                memory,
-            )
-            assert memory is not None
-            blocks = _kronecker.unpack(memory["kronecker_inverses"], model)
-        else:
-            blocks, memory = fresh(memory)
-        return _product(blocks, model), memory
-
-    remembers = averages or interval > 1
-    return PreconditionerRule(build, data=data, init=init if remembers else None)
+    rule = _kronecker.Rule(damping_share, num_probes, decay, interval, max_size, cases)
+    build = _remembered.with_memory(rule.build)
+    remembers = rule.averages or interval > 1
+    return PreconditionerRule(build, data=data, init=rule.init if remembers else None)
 
 
 def nystrom(
@@ -342,114 +268,11 @@ def nystrom(
     _options.check_count("interval", interval, low=1)
     _options.check_choice("data", data, ("batch", "eval_batch"))
 
-    def build(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        damping: Tree,
-        key: jax.Array,
-        memory: dict[str, tuple] | None = None,
-        count: jax.Array | int = 0,
-    ) -> Any:
-        total = _with_decay(damping, objective)
-
-        def fresh() -> _nystrom.Sketch:
-            return _nystrom.sketch(
-                objective, params, batch, total, key, rank=rank, chunk=chunk
-            )
-
-        if memory is None:
-            return _nystrom.inverse(fresh(), total)
-        kept = jax.lax.cond(
-            count % interval == 0,
-            lambda kept: tuple(fresh()),
-            lambda kept: kept,
-            memory["nystrom"],
-        )
-        return _nystrom.inverse(_nystrom.Sketch(*kept), total), {"nystrom": kept}
-
-    def init(params: Params) -> dict[str, tuple]:
-        return {"nystrom": tuple(_nystrom.room_for(params, rank))}
-
-    return PreconditionerRule(build, data=data, init=init if interval > 1 else None)
-
-
-def layers(
-    objective: Objective, params: Params, batch: Batch, *, max_size: int = 8192
-) -> dict[str, str]:
-    """Say what `kronecker` finds in a model: which parameter gets what, and why.
-
-    Args:
-      objective: whose model is traced; nothing is run.
-      params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      max_size: the same as `kronecker` has (8192: as `kronecker`).
-
-    Returns:
-      A line for each parameter, by its path.
-
-    Raises:
-      TypeError: if `objective` is no `Objective`, or `max_size` no Python integer.
-
-    Example:
-      >>> import hfjax, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2)}
-      >>> model_fn = lambda p, x: p["scale"] * jnp.tanh(x @ p["w"] + p["b"])
-      >>> f = hfjax.Objective(model_fn, hfjax.losses.squared_error())
-      >>> for name, what in layers(
-      ...     f, params, (jnp.ones((1, 3)), jnp.ones((1, 2)))
-      ... ).items():
-      ...     print(name, what)
-      ['b'] bias of ['w']
-      ['scale'] diagonal: `mul` uses it
-      ['w'] factors of 3 + 1 inputs and 2 units
-    """
-    if not isinstance(objective, Objective):
-        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-        raise TypeError(msg)
-    _options.check_count("max_size", max_size, low=1)
-    params = as_params(params)
-    model = merged(_kronecker.read(objective, params, batch, max_size))
-    note = _kronecker.coarse(objective, params, batch)
-    nearly = "" if note is None else f", nearly: {note}"
-    paths = [
-        jax.tree_util.keystr(path) or "params"
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    lines = {n: f"diagonal: {why}" for n, why in model.others.items()}
-    for place, layer in enumerate(model.layers):
-        inputs = f"{layer.inputs}" + (" + 1" if layer.bias is not None else "")
-        positions = model.positions(place)
-        words = " or ".join(map(str, positions))
-        often = f", at {words} positions" if positions[-1] > 1 else ""
-        units = f"{layer.units} units" if layer.units > 1 else "1 unit"
-        beside = [
-            f"; term {k} ({why}) adds the mean of its diagonal to the damping"
-            for k, why in model.beside.get(layer.kernel, {}).items()
-        ]
-        lines[layer.kernel] = (
-            f"factors of {inputs} inputs and {units}{often}{nearly}{''.join(beside)}"
-        )
-        if layer.bias is not None:
-            lines[layer.bias] = f"bias of {paths[layer.kernel]}"
-    return {path: lines[n] for n, path in enumerate(paths)}
-
-
-def _with_decay(damping: Tree, objective: Objective) -> Tree:
-    decay = decay_of(objective.weight_decay)
-    if decay is None:
-        return damping
-    return jax.tree.map(lambda d: d + decay.astype(d.dtype), damping)
-
-
-def _product(blocks: _kronecker.Blocks, model: Merged) -> Preconditioner:
-    return lambda r: _kronecker.product(blocks, model, r)
-
-
-def _mixed(kept: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Average, but for a build that is not finite: it would stay for ever."""
-    mixed = kept * old + (1 - kept) * new
-    return jnp.where(jnp.all(jnp.isfinite(new)), mixed, old)
+    rule = _nystrom.Rule(rank, chunk, interval)
+    build = _remembered.with_memory(rule.build)
+    return PreconditionerRule(
+        build, data=data, init=rule.init if interval > 1 else None
+    )
 
 
 def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
@@ -489,13 +312,16 @@ def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
     return PreconditionerRule(with_or_without_key)
 
 
-def _within_range(entries: Tree) -> Tree:
-    """Put the largest float for infinity: squares of gradients overflow before these."""
-    return jax.tree.map(lambda d: jnp.minimum(d, jnp.finfo(d.dtype).max), entries)
-
-
 def _plus(entries: Tree, damping: Tree) -> Tree:
-    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`."""
+    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`.
+
+    An entry of infinity counts as the largest float: squares of gradients overflow
+    before these do.
+    """
+
+    def leaf(d: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.minimum(d, jnp.finfo(d.dtype).max) + x.astype(d.dtype)
+
     if getattr(damping, "ndim", None) == 0:
-        return jax.tree.map(lambda d: d + damping.astype(d.dtype), entries)
-    return jax.tree.map(lambda d, x: d + x.astype(d.dtype), entries, damping)
+        return jax.tree.map(lambda d: leaf(d, damping), entries)
+    return jax.tree.map(leaf, entries, damping)

@@ -13,7 +13,7 @@ from problems import Problem, normal, soft_targets
 from reference import quick_jit
 
 import hfjax
-from hfjax import _kronecker, _probes, preconditioners
+from hfjax import _blocks, _factors, _kronecker, _probes, preconditioners
 from hfjax._objective import terms_of
 
 RNG = np.random.default_rng(5)
@@ -30,7 +30,7 @@ def drawn_for(objective, batch):
 def factors_of(objective, params, batch, model, *, num_probes):
     """Return Ā and Ḡ of each layer, of an objective of one term."""
     (term,) = terms_of(objective, batch)
-    return _kronecker.factors(term, params, model, key=KEY, num_probes=num_probes)
+    return _factors.factors(term, params, model, key=KEY, num_probes=num_probes)
 
 
 # Each model takes what is added to what its layers compute, so that derivatives by it
@@ -176,7 +176,7 @@ def names(params):
 def factors(problem, num_probes=1, batch=None, **options):
     objective = problem.objective(**options)
     batch = problem.batch if batch is None else batch
-    model = _kronecker.read(objective, problem.params, batch, 100)[0]
+    model = _factors.read(objective, problem.params, batch, 100)[0]
     pairs = quick_jit(
         lambda params, batch: factors_of(
             objective, params, batch, model, num_probes=num_probes
@@ -247,6 +247,63 @@ def test_a_part_of_the_cases_gives_the_preconditioner_of_every_kth(every):
     np.testing.assert_array_equal(ours, truth)
 
 
+@pytest.mark.parametrize("layout", ["cases second", "cases merged", "a loop"])
+def test_factors_are_the_same_wherever_a_model_has_the_cases(layout):
+    # Of layers whose results have the cases' axis behind another, merged with another,
+    # or within a loop; case by case there is no question.
+    def model_fn(params, x):
+        if layout == "cases second":
+            h = jnp.einsum("ntd,du->tnu", x, params["w"]) + params["b"][None, None]
+            return jnp.tanh(h).swapaxes(0, 1) @ params["v"]
+        if layout == "cases merged":
+            h = x.reshape(-1, x.shape[-1]) @ params["w"] + params["b"][None]
+            return jnp.tanh(h).reshape(*x.shape[:2], -1) @ params["v"]
+
+        def step(_, x):
+            return None, jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
+
+        return jax.lax.scan(step, None, x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    params = {
+        "w": CELL["w"],
+        "b": CELL["b"],
+        "v": normal(np.random.default_rng(1), 3, 2),
+    }
+    batch = (SEQUENCE, jnp.zeros((CASES, 4, 2)), WEIGHED)
+    problem = Problem(layout, params, model_fn, "squared_error", batch)
+    rows = np.concatenate([SEQUENCE, np.ones((CASES, 4, 1))], axis=2)
+    share = np.asarray(WEIGHTS) / np.sum(WEIGHTS)
+    found = factors(problem)
+    truth = np.einsum("i,itm,itn->mn", share, rows, rows) / 4
+    np.testing.assert_allclose(found["w"].inputs, truth, rtol=1e-10)
+    (term,) = terms_of(problem.objective(), batch)
+    drawn = _probes.probes(term.means, term.cases, KEY)
+    signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, batch[1])
+    # Of half the squared error S is the identity.
+    truth = np.einsum("i,itm,itn->mn", share, signs, signs)
+    np.testing.assert_allclose(found["v"].units, truth, rtol=1e-10)
+    small = factors(problem, microbatch_size=1)
+    for k, pair in found.items():
+        np.testing.assert_allclose(small[k].inputs, pair.inputs, rtol=1e-10)
+        np.testing.assert_allclose(small[k].units, pair.units, rtol=1e-10)
+
+
+def test_gradient_and_factors_have_one_pass_forward():
+    objective = hfjax.Objective(
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"], SQUARED
+    )
+    params = {k: flat_params(2)[k] for k in ("w", "b")} | {"v": normal(RNG, 4, 2)}
+    batch = (FLAT, normal(RNG, CASES, 2))
+
+    def both(params, r):
+        build = preconditioners.kronecker().build
+        apply = build(objective, params, batch, jnp.float64(0.3), KEY)
+        return objective.value_and_grad(params, batch), apply(r)
+
+    compiled = quick_jit(both).lower(params, params).compile()
+    assert compiled.as_text().count(" tanh(") == 1
+
+
 def test_padding_changes_no_factor_whatever_it_holds():
     problem, _ = NETWORKS["softmax"]
     x, t, weights = problem.batch
@@ -260,6 +317,10 @@ def test_padding_changes_no_factor_whatever_it_holds():
     for k, pair in factors(problem, batch=longer).items():
         np.testing.assert_allclose(pair.inputs, a[k], rtol=1e-10)
         np.testing.assert_allclose(pair.units, g[k], rtol=1e-10, atol=1e-14)
+
+
+def inverse_of(pair, damping):
+    return _kronecker.inverse([pair], [damping])[0]
 
 
 def dense_inverse(a, g, damping, *, transposed=False):
@@ -408,7 +469,7 @@ def test_joined_structural_damping_is_in_the_factors():
     mu, copies = 0.6, 500
     joined = hfjax.structural.joined(objective, mu)
     many = (jnp.tile(x, (copies, 1)), jnp.tile(t, (copies, 1)))
-    model = _kronecker.read(joined, params, many, 100)[0]
+    model = _factors.read(joined, params, many, 100)[0]
     pairs = quick_jit(lambda p, b: factors_of(joined, p, b, model, num_probes=1))(
         params, many
     )
@@ -447,7 +508,7 @@ def pairs_of(dtype):
         (zero[0], thin[1]),
         *[(a * full[0], g * thin[1]) for a in (1e15, 1e-15) for g in (1e15, 1e-15)],
     ]
-    return _kronecker.Pair(
+    return _blocks.Pair(
         *(jnp.asarray(np.stack(side), dtype) for side in zip(*kinds, strict=True))
     )
 
@@ -458,7 +519,7 @@ DAMPINGS = [1e3, 1.0, 1e-4, 1e-8, 1e-12, 0.0]
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_inverses_are_positive_definite_whatever_the_factors(dtype):
     pairs = pairs_of(dtype)
-    over = jax.vmap(jax.vmap(_kronecker.inverse, (None, 0)), (0, None))
+    over = jax.vmap(jax.vmap(inverse_of, (None, 0)), (0, None))
     found = quick_jit(over)(pairs, jnp.asarray(DAMPINGS, dtype))
     for pair in range(len(pairs.inputs)):
         for n, damping in enumerate(DAMPINGS):
@@ -472,7 +533,7 @@ def test_inverses_are_positive_definite_whatever_the_factors(dtype):
 
 def test_inverses_are_as_exact_as_their_conditioning_allows_in_float32():
     pairs = pairs_of(jnp.float32)
-    over = jax.vmap(jax.vmap(_kronecker.inverse, (None, 0)), (0, None))
+    over = jax.vmap(jax.vmap(inverse_of, (None, 0)), (0, None))
     found = quick_jit(over)(pairs, jnp.asarray(DAMPINGS, jnp.float32))
     compared = 0
     for pair in range(len(pairs.inputs)):
@@ -499,13 +560,85 @@ def test_inverses_are_as_exact_as_their_conditioning_allows_in_float32():
     assert compared > 12
 
 
+def test_pairs_that_are_inverted_together_are_what_they_are_alone():
+    # Two of one size, two nearly, one that is not positive, one of nothing, one float32.
+    rng = np.random.default_rng(9)
+
+    def gram(size):
+        rows = rng.standard_normal((2 * size, size))
+        return jnp.asarray(rows.T @ rows)
+
+    sizes = [(4, 3), (4, 3), (21, 20), (300, 4), (299, 21)]
+    pairs = [_blocks.Pair(gram(m), gram(n)) for m, n in sizes]
+    pairs += [_blocks.Pair(-gram(4), gram(3)), _blocks.Pair(0 * gram(4), gram(3))]
+    pairs.append(jax.tree.map(lambda x: x.astype(jnp.float32), pairs[0]))
+    dampings = [jnp.float64(0.1 * n) for n in range(len(pairs))]
+    dampings[6] = jnp.float64(0)
+    together = quick_jit(_kronecker.inverse)(pairs, dampings)
+    for n, (pair, damping) in enumerate(zip(pairs, dampings, strict=True)):
+        alone, rtol = inverse_of(pair, damping), 1e-4 if n == 7 else 1e-9
+        for ours, truth in zip(together[n], alone, strict=True):
+            assert ours.dtype == truth.dtype
+            size = np.max(np.abs(truth))
+            np.testing.assert_allclose(ours, truth, rtol=rtol, atol=rtol * size)
+
+
+def deep(depth):
+    """Return a network of equal layers between two others."""
+    rng = np.random.default_rng(3)
+    params = {"first": normal(rng, 3, 4), "last": normal(rng, 4, 2)}
+    for n in range(depth):
+        params |= {f"w{n}": normal(rng, 4, 4), f"b{n}": normal(rng, 4)}
+
+    def model_fn(params, x):
+        x = jnp.tanh(x @ params["first"])
+        for n in range(depth):
+            # Every second kernel is transposed: its matrix is as that of the others.
+            kernel = params[f"w{n}"]
+            x = jnp.tanh(x @ (kernel.T if n % 2 else kernel) + params[f"b{n}"][None])
+        return x @ params["last"]
+
+    batch = (FLAT, normal(rng, CASES, 2), WEIGHED)
+    return Problem("deep", params, model_fn, "squared_error", batch)
+
+
+def test_equal_layers_are_inverted_and_multiplied_in_one_batch():
+    rule, counts = preconditioners.kronecker(damping_share=1.0), []
+    for depth in (2, 5):
+        problem = deep(depth)
+
+        def precondition(params, r, problem=problem):
+            objective, damping = problem.objective(), jnp.float64(0.3)
+            return rule.build(objective, params, problem.batch, damping, KEY)(r)
+
+        params = problem.params
+        text = str(jax.make_jaxpr(precondition)(params, params))
+        counts.append(text.count("cholesky"))
+        ours = quick_jit(precondition)(params, params)
+        for k, pair in factors(problem).items():
+            bias = k.replace("w", "b") if k.startswith("w") else None
+            transposed = bias is not None and int(k[1:]) % 2
+            inverse = dense_inverse(pair.inputs, pair.units, 0.3)
+            truth, found = (
+                (tree[k].T if transposed else tree[k]) for tree in (params, ours)
+            )
+            if bias is not None:
+                truth, found = (
+                    jnp.concatenate([matrix, tree[bias][None]])
+                    for matrix, tree in ((truth, params), (found, ours))
+                )
+            truth = (inverse @ truth.ravel()).reshape(truth.shape)
+            np.testing.assert_allclose(found, truth, rtol=1e-8, atol=1e-12)
+    assert counts[0] == counts[1] > 0
+
+
 def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
     # A (A + μ)⁻¹ A is A but for μ = 10 n ε, of which the rounding n ε is a tenth: of
     # factors with a null space, too. (Of the identity in its place it would be A².)
     pairs = pairs_of(jnp.float32)
     for chosen in (0, 1):
         pair = jax.tree.map(lambda x, n=chosen: x[n], pairs)
-        found = quick_jit(_kronecker.inverse)(pair, jnp.float32(0))
+        found = quick_jit(inverse_of)(pair, jnp.float32(0))
         a, g = (np.asarray(m, np.float64) / np.trace(m) * len(m) for m in pair)
         scale = np.prod([np.trace(m) / len(m) for m in pair])
         for matrix, inverse in zip((a, g), (found[0], scale * found[1]), strict=True):
@@ -513,12 +646,12 @@ def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
 
 
 def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
-    zero = _kronecker.Pair(jnp.zeros((3, 3)), jnp.zeros((2, 2)))
+    zero = _blocks.Pair(jnp.zeros((3, 3)), jnp.zeros((2, 2)))
     for damping in (1e3, 1e-12):
-        inputs, units = _kronecker.inverse(zero, jnp.float64(damping))
+        inputs, units = inverse_of(zero, jnp.float64(damping))
         product = np.kron(inputs, units)
         np.testing.assert_allclose(product, np.eye(6) / damping, rtol=1e-12)
-    inputs, units = _kronecker.inverse(zero, jnp.float64(0))
+    inputs, units = inverse_of(zero, jnp.float64(0))
     product = np.kron(inputs, units)
     np.testing.assert_array_equal(product, np.eye(6))  # Nothing is: leave it be.
 
@@ -527,8 +660,8 @@ def test_a_factor_that_is_not_positive_counts_as_the_identity():
     # As rounding may leave one. Of mean eigenvalues 1 and 2, so μ = √(0.02 / 2).
     units = np.array([[3.0, 1.0], [1.0, 1.0]])
     for inputs in (np.diag([3.0, -1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])):
-        pair = _kronecker.Pair(jnp.asarray(inputs), jnp.asarray(units))
-        found = _kronecker.inverse(pair, jnp.float64(0.02))
+        pair = _blocks.Pair(jnp.asarray(inputs), jnp.asarray(units))
+        found = inverse_of(pair, jnp.float64(0.02))
         np.testing.assert_allclose(found.inputs, np.eye(2) / 1.1, rtol=1e-12)
         truth = np.linalg.inv(units + 0.2 * np.eye(2))
         np.testing.assert_allclose(found.units, truth, rtol=1e-12)
@@ -536,11 +669,11 @@ def test_a_factor_that_is_not_positive_counts_as_the_identity():
 
 @pytest.mark.parametrize("sizes", [(1e25, 1e25), (1e38, 1e10)])
 def test_factors_whose_product_overflows_leave_an_inverse_that_is_positive(sizes):
-    pair = _kronecker.Pair(
+    pair = _blocks.Pair(
         *(jnp.float32(size) * jnp.eye(n) for size, n in zip(sizes, (3, 2), strict=True))
     )
     pair = jax.tree.map(lambda x: x.astype(jnp.float32), pair)
-    inputs, units = _kronecker.inverse(pair, jnp.float32(0.1))
+    inputs, units = inverse_of(pair, jnp.float32(0.1))
     for matrix in (inputs, units):
         assert np.all(np.isfinite(matrix))
         assert np.all(np.diagonal(matrix) > 0)
