@@ -32,12 +32,16 @@ class Probes(NamedTuple):
         Returns:
           A tree like `outputs`.
         """
-        key = jax.random.wrap_key_data(data, impl=self.implementation)
         leaves, structure = jax.tree.flatten(outputs)
 
         def of_leaf(number: int, z: jax.Array) -> jax.Array:
-            own = jax.random.fold_in(key, probe * len(leaves) + number)
-            return jax.random.rademacher(own, z.shape, z.dtype)
+            # Another key for each leaf and draw: the case's keys are far apart, and a
+            # hash for each would be one more program to compile.
+            offset = jnp.asarray(probe * len(leaves) + number, data.dtype)
+            own = data.at[-1].add(offset)
+            key = jax.random.wrap_key_data(own, impl=self.implementation)
+            odd = jax.random.bits(key, z.shape) % 2
+            return jnp.where(odd == 1, 1, -1).astype(z.dtype)
 
         return structure.unflatten([of_leaf(n, z) for n, z in enumerate(leaves)])
 
