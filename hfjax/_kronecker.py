@@ -4,7 +4,7 @@ Matrices of equal size are inverted together, and layers of equal shape multipli
 together: a compiled program grows with how many sizes there are, not how many layers.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -179,10 +179,10 @@ def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]
     scale = jnp.where(nothing, 1, scale)
     rounding = 10 * jnp.finfo(dtype).eps * lengths.max(axis=1)
     mu = jnp.maximum(jnp.sqrt(damping / scale), rounding.astype(dtype))
-    # Where not even λ is known, leave it be: no root is asked for, and 1 is the inverse.
+    # Where not even λ is known, leave it be: 1 is the inverse, whatever the matrices are.
     numbers = [
-        1 / jnp.where(sizes > 0, sizes, 1),
-        jnp.stack([jnp.where(nothing, jnp.nan, mu)] * 2, axis=1),
+        jnp.where(nothing[:, None], 0, 1 / jnp.where(sizes > 0, sizes, 1)),
+        jnp.stack([jnp.where(nothing, 1, mu)] * 2, axis=1),
         jnp.stack([jnp.ones_like(scale), 1 / scale], axis=1),
         jnp.stack([jnp.where(nothing, 1, 1 / (1 + mu))] * 2, axis=1),
     ]
@@ -245,20 +245,33 @@ def _stack(matrices: Sequence[jax.Array]) -> jax.Array:
 
 
 def product(blocks: Blocks, model: Merged) -> Preconditioner:
-    """Return what multiplies a tree like the parameters by all blocks."""
+    """Return what multiplies a tree like the parameters by all blocks.
 
-    def sandwich(matrix: jax.Array, inputs: jax.Array, units: jax.Array) -> jax.Array:
-        left = jnp.matmul(inputs, matrix, precision=_tree.EXACT)
-        return jnp.matmul(left, units, precision=_tree.EXACT)
+    Small layers of equal size are multiplied together; large ones one by one, as to stack
+    them would take the memory again.
+    """
+    groups = []
+    for members in _alike([_batch_of(n, pair) for n, pair in enumerate(blocks.pairs)]):
+        pairs = [blocks.pairs[n] for n in members]
+        alone = len(pairs) == 1
+        pair = pairs[0] if alone else jax.tree.map(lambda *xs: jnp.stack(xs), *pairs)
+        groups.append((members, pair))
+
+    def sandwich(pair: Pair, matrix: jax.Array) -> jax.Array:
+        left = jnp.matmul(pair.inputs, matrix, precision=_tree.EXACT)
+        return jnp.matmul(left, pair.units, precision=_tree.EXACT)
 
     def apply(r: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(r)
-        pairs = zip(model.layers, blocks.pairs, strict=True)
-        found = _together(
-            sandwich, [(_matrix(layer, leaves, pair), *pair) for layer, pair in pairs]
-        )
-        for layer, matrix in zip(model.layers, found, strict=True):
-            _put(layer, matrix, leaves)
+        for members, pair in groups:
+            layers = [model.layers[n] for n in members]
+            matrices = [_matrix(x, leaves, pair.inputs.dtype) for x in layers]
+            if len(layers) == 1:
+                found = [sandwich(pair, matrices[0])]
+            else:
+                found = jax.vmap(sandwich)(pair, jnp.stack(matrices))
+            for layer, matrix in zip(layers, found, strict=True):
+                _put(layer, matrix, leaves)
         for n, entries in blocks.diagonals.items():
             scaled = leaves[n].astype(entries.dtype) * entries
             leaves[n] = scaled.astype(leaves[n].dtype)
@@ -267,9 +280,16 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
     return apply
 
 
-def _matrix(layer: Layer, leaves: list[jax.Array], pair: Pair) -> jax.Array:
+def _batch_of(n: int, pair: Pair) -> Hashable:
+    """Return what layers that are multiplied together have in common."""
+    large = max(pair.inputs.size, pair.units.size) > _LARGE
+    alone = n if large else None
+    return (pair.inputs.shape, pair.units.shape, pair.inputs.dtype, alone)
+
+
+def _matrix(layer: Layer, leaves: list[jax.Array], dtype: Any) -> jax.Array:
     """Return a layer's kernel and bias as one matrix, `[inputs, units]`."""
-    kernel, dtype = leaves[layer.kernel], pair.inputs.dtype
+    kernel = leaves[layer.kernel]
     flat = _sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
     matrix = flat.T if layer.inputs_last else flat
     if layer.bias is None:
@@ -288,30 +308,6 @@ def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
     matrix = matrix.T if layer.inputs_last else matrix
     shaped = matrix.reshape(old.shape).astype(old.dtype)
     leaves[layer.kernel] = _sharding.like(shaped, old)
-
-
-def _together(
-    function: Callable[..., jax.Array], calls: Sequence[tuple[Any, ...]]
-) -> list[jax.Array]:
-    """Call a function of a matrix, and of more, once for all matrices of equal size.
-
-    Large ones are called for one by one: to stack them would take the memory again.
-    """
-    found: dict[int, jax.Array] = {}
-    keys = [
-        (call[0].shape, call[0].dtype, n if call[0].size > _LARGE else None)
-        for n, call in enumerate(calls)
-    ]
-    for members in _alike(keys):
-        if len(members) == 1:
-            found[members[0]] = function(*calls[members[0]])
-            continue
-        stacked = [
-            jnp.stack(xs) for xs in zip(*(calls[n] for n in members), strict=True)
-        ]
-        results = jax.vmap(function)(*stacked)
-        found.update((n, results[place]) for place, n in enumerate(members))
-    return [found[n] for n in range(len(calls))]
 
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
