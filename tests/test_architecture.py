@@ -74,6 +74,7 @@ ROOMS = [
     "transform",
     "recipes",
     "minibatching",
+    "_eigenvalues",
     "spectrum",
     "initializers",
     "_setup",

@@ -11,6 +11,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import spectrum
+from hfjax._eigenvalues import _random
 
 LIKE = {"a": jnp.zeros((2, 4)), "b": jnp.zeros(5)}
 SIZE = 13
@@ -146,7 +147,7 @@ def test_ritz_values_of_a_whole_run_are_the_eigenvalues_of_the_preconditioned_ma
 
 def test_ritz_values_of_a_short_run_are_those_of_its_krylov_space():
     dense, matvec = symmetric(np.linspace(1, 9, SIZE))
-    b = spectrum._random(jax.random.key(1), LIKE)
+    b = _random(jax.random.key(1), LIKE)
     run = hfjax.cg.solve(matvec, b, stopping=None, max_iterations=5)
     powers = [np.asarray(ravel_pytree(b)[0])]
     for _ in range(4):
@@ -178,7 +179,7 @@ def test_copies_that_rounding_makes_of_a_ritz_value_are_merged():
 def test_ritz_values_end_where_the_run_meets_negative_curvature(radius):
     values = np.linspace(-1, 9, SIZE)
     _, matvec = symmetric(values)
-    b = spectrum._random(jax.random.key(1), LIKE)
+    b = _random(jax.random.key(1), LIKE)
     if radius is None:
         run = hfjax.cg.solve(matvec, b, stopping=None, max_iterations=SIZE)
         coefficients = run.coefficients
@@ -266,7 +267,7 @@ def test_the_last_run_is_in_the_state():
 def test_inverse_solves_to_its_tolerance():
     dense, matvec = symmetric(np.linspace(0, 3, SIZE))
     solve = quick_jit(hfjax.cg.inverse(matvec, damping=0.1, tolerance=1e-9))
-    v = spectrum._random(jax.random.key(0), LIKE)
+    v = _random(jax.random.key(0), LIKE)
     x = ravel_pytree(solve(v))[0]
     expected = np.linalg.solve(dense + 0.1 * np.eye(SIZE), ravel_pytree(v)[0])
     np.testing.assert_allclose(x, expected, rtol=1e-6)
