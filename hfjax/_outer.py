@@ -4,10 +4,11 @@
 
 It is read off the program of v ↦ L″v where all that couples the outputs of a block is one
 sum over them, as in every softmax cross-entropy: then a is what reaches an entry of L″v
-from the same entry of v, c is what the sum is of, and b what becomes of it.
+from the same entry of v, c is what the sum is of, and b what becomes of it. Its root is in closed
+form.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,45 @@ def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
     for factor, places in walk.sums:
         right = _added(right, factor, places)
     return Outer(diagonal, left, right)
+
+
+def root(parts: Outer) -> Callable[[jax.Array], jax.Array]:
+    """Build x ↦ S x with S Sᵀ = diag(a) + b cᵀ, of each case: `[cases, blocks, K]`.
+
+    It is symmetric: b cᵀ = σ u uᵀ, σ = ±1. With w = u / √a it is √a (I + σ w wᵀ) √a, so that
+
+        S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
+
+    Where a, or 1 + σ‖w‖², is negative, it counts as 0. Of a loss of a sum alone, as
+    ½(Σz)², a is 0 where u is not. With σ = 1, and e that part of u at length 1, it is then
+
+        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, as √a e = 0.
+    """
+    a, b, c = parts
+    # b = ± c times a number: in their middle neither overflows where the other vanishes.
+    u = jnp.sign(c) * jnp.sqrt(jnp.abs(b)) * jnp.sqrt(jnp.abs(c))
+    sign = jnp.sign(jnp.sum(jnp.sign(b) * jnp.sign(c), axis=-1, keepdims=True))
+    roots = jnp.sqrt(jnp.maximum(a, 0))
+    # Where √a is nothing beside u: their product is rounding of u uᵀ.
+    alone = roots <= jnp.finfo(u.dtype).eps * jnp.abs(u)
+    bare = jnp.where(alone & (sign > 0), u, 0)
+    height = jnp.linalg.norm(bare, axis=-1, keepdims=True)
+    e = bare / jnp.where(height > 0, height, 1)
+    w = jnp.where(alone, 0, u / jnp.where(alone, 1, roots))
+    size = jnp.sum(w * w, axis=-1, keepdims=True)
+    # Of softmax this is 0, and its rounding has a root far above rounding.
+    along_w = 1 + sign * size
+    seen = along_w > a.shape[-1] * jnp.finfo(w.dtype).eps
+    stretch = jnp.sqrt(jnp.where(seen, along_w, 0)) - 1
+    share = stretch / jnp.where(size > 0, size, 1)
+
+    def product(x: jax.Array) -> jax.Array:
+        along = jnp.sum(w * x, axis=-1, keepdims=True)
+        along_e = jnp.sum(e * x, axis=-1, keepdims=True)
+        stretched = roots * (x + share * along * w)
+        return jnp.where(height > 0, roots * x + along_e * u, stretched)
+
+    return product
 
 
 def _added(total: jax.Array, factor: jax.Array, places: np.ndarray) -> jax.Array:

@@ -86,14 +86,8 @@ def root(
 ) -> Callable[[Tree], Tree]:
     """Build v ↦ S v with S Sᵀ = L″ + R; without repair R is "clip"'s.
 
-    Args:
-      curvature: `(outputs, targets) -> (v -> L″ v)`.
-      outputs: where L″ is taken; every leaf leads with cases.
-      targets: of those cases.
-      positive: "clip", "shift" or `None`.
-
-    Returns:
-      The product, in the dtypes of `v`.
+    `curvature` is `(outputs, targets) -> (v -> L″ v)`; every leaf leads with cases.
+    `positive` is "clip", "shift" or `None`. The product is in the dtypes of `v`.
     """
     blocks = _read(curvature, _sharding.first_case((outputs, targets)))
     product = _flat(curvature(outputs, targets), outputs)
@@ -124,15 +118,7 @@ def missing(
 ) -> Callable[[Tree], Tree]:
     """Build v ↦ R v, such that L″ + R is positive semi-definite in each case.
 
-    Args:
-      curvature: as in `root`.
-      product: v ↦ L″ v there.
-      outputs: where L″ is taken; every leaf leads with cases.
-      targets: of those cases.
-      positive: "clip" or "shift".
-
-    Returns:
-      The product, in the dtypes of `v`.
+    `product` is v ↦ L″ v; the rest is as in `root`.
     """
     blocks = _read(curvature, _sharding.first_case((outputs, targets)))
     flat = _flat(product, outputs)
@@ -151,16 +137,9 @@ def missing(
 def coarse(
     curvature: _Curvature, outputs: Tree, targets: Tree, positive: str | None
 ) -> str | None:
-    """Say where S Sᵀ is L″ + R only nearly; `None` if it is exact.
+    """Say in a clause for people why S Sᵀ is L″ + R only nearly; `None` if it is exact.
 
-    Args:
-      curvature: as in `root`.
-      outputs: of one case, with a leading axis; or their shapes.
-      targets: the same.
-      positive: as in `root`.
-
-    Returns:
-      A clause for people.
+    `outputs` and `targets` are those of one case, with a leading axis; or their shapes.
     """
     blocks = _read(curvature, (outputs, targets))
     if blocks.largest <= _MOST_FOR_ROOT:
@@ -201,49 +180,16 @@ def _is_outer(blocks: _Blocks, one: tuple[Tree, Tree]) -> bool:
 def _root_of_outer(
     blocks: _Blocks, outputs: Tree, targets: Tree
 ) -> Callable[[Tree], Tree]:
-    """Build v ↦ S v for L″ = diag(a) + σ u uᵀ in each block, σ = ±1.
-
-    With w = u / √a it is √a (I + σ w wᵀ) √a, so that
-
-        S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
-
-    Where a, or 1 + σ‖w‖², is negative, it counts as 0. Of a loss of a sum alone, as
-    ½(Σz)², a is 0 where u is not. With σ = 1, and e that part of u at length 1, it is then
-
-        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, as √a e = 0.
-    """
+    """Build v ↦ S v for L″ that is a diagonal and an outer product in each block."""
 
     def of_case(outputs: Tree, targets: Tree) -> _outer.Outer:
         leaves = [leaf[None] for leaf in jax.tree.leaves((outputs, targets))]
         return _outer.read(blocks.program, leaves, blocks.numbers)
 
     parts = jax.vmap(of_case)(outputs, targets)
-    a, b, c = (blocks.take(x.astype(_tree.wide(x.dtype))) for x in parts)
-    # b = ± c times a number: in their middle neither overflows where the other vanishes.
-    u = jnp.sign(c) * jnp.sqrt(jnp.abs(b)) * jnp.sqrt(jnp.abs(c))
-    sign = jnp.sign(jnp.sum(jnp.sign(b) * jnp.sign(c), axis=-1, keepdims=True))
-    roots = jnp.sqrt(jnp.maximum(a, 0))
-    # Where √a is nothing beside u: their product is rounding of u uᵀ.
-    alone = roots <= jnp.finfo(u.dtype).eps * jnp.abs(u)
-    bare = jnp.where(alone & (sign > 0), u, 0)
-    height = jnp.linalg.norm(bare, axis=-1, keepdims=True)
-    e = bare / jnp.where(height > 0, height, 1)
-    w = jnp.where(alone, 0, u / jnp.where(alone, 1, roots))
-    size = jnp.sum(w * w, axis=-1, keepdims=True)
-    # Of softmax this is 0, and its rounding has a root far above rounding.
-    along_w = 1 + sign * size
-    seen = along_w > blocks.largest * jnp.finfo(w.dtype).eps
-    stretch = jnp.sqrt(jnp.where(seen, along_w, 0)) - 1
-    share = stretch / jnp.where(size > 0, size, 1)
-
-    def product(v: jax.Array) -> jax.Array:
-        x = blocks.take(v)
-        along = jnp.sum(w * x, axis=-1, keepdims=True)
-        along_e = jnp.sum(e * x, axis=-1, keepdims=True)
-        stretched = roots * (x + share * along * w)
-        return blocks.put(jnp.where(height > 0, roots * x + along_e * u, stretched))
-
-    return _unflat(product)
+    parts = (blocks.take(x.astype(_tree.wide(x.dtype))) for x in parts)
+    root = _outer.root(_outer.Outer(*parts))
+    return _unflat(lambda v: blocks.put(root(blocks.take(v))))
 
 
 def _root_by_lanczos(product: Callable, v: jax.Array) -> jax.Array:
