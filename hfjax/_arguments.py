@@ -26,13 +26,7 @@ class ShapeError(ValueError):
 
 
 def as_params(params: Params) -> Params:
-    """Return parameters as arrays, which must be real floats.
-
-    Args:
-      params: arrays, NumPy's too, or Python floats.
-
-    Returns:
-      The same tree, of arrays.
+    """Return parameters as a tree of arrays, which must be real floats.
 
     Raises:
       TypeError: naming the first leaf that is something else, or is masked.
@@ -67,11 +61,7 @@ def as_params(params: Params) -> Params:
 
 
 def missing(name: str) -> TypeError:
-    """Return the error for an update without one of its arguments.
-
-    Args:
-      name: `"params"` or `"batch"`.
-    """
+    """Return the error for an update without `"params"` or `"batch"`."""
     call = f"`{name}` is missing: call `tx.update(grads, state, params, batch=batch)`."
     droppers = (
         " These wrappers drop it: Flax's `TrainState` (take `hfjax.flax.TrainState`), "
@@ -84,10 +74,6 @@ def missing(name: str) -> TypeError:
 
 def check_gradient(grads: Any, params: Params) -> None:
     """Raise unless `grads` can be the gradient at `params`.
-
-    Args:
-      grads: what came.
-      params: arrays.
 
     Raises:
       TypeError: if a leaf is no array of real floats.
@@ -105,17 +91,7 @@ def check_gradient(grads: Any, params: Params) -> None:
 
 
 def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
-    """Raise unless `tree` has the structure and shapes of `params`.
-
-    Args:
-      name: of the argument, for the error.
-      tree: what came.
-      params: arrays.
-      cure: what to do.
-
-    Raises:
-      ValueError: saying where they first differ.
-    """
+    """Raise a `ValueError` with the cure unless `tree` has the shapes of `params`."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
         msg = (
             f"`{name}` must be a tree like `params`, got {describe(tree)} for "
@@ -146,9 +122,6 @@ def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> T
       tree: what came.
       like: what it must have the structure and shapes of; `None` is anything.
       whose: what that is called in the error.
-
-    Returns:
-      The same tree.
 
     Raises:
       TypeError: naming the first leaf that is something else.
@@ -191,9 +164,6 @@ def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
       product: `v -> A v`, or an `Approximate` of them.
       matrix: the product, written with the matrix that may have come in its place.
 
-    Returns:
-      The product, of the same kind.
-
     Raises:
       TypeError: if it is not callable.
     """
@@ -222,15 +192,9 @@ def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
 
 
 def as_vector_of(name: str, found: Any, v: Tree) -> Tree:
-    """Return what a user's product returned, which must be a vector like `v`.
+    """Return what a user's product found, which must be a vector like `v`.
 
-    Args:
-      name: of the product, for the errors.
-      found: what it returned.
-      v: what it was given.
-
-    Returns:
-      Arrays; they keep the dtype that they came in.
+    The arrays keep the dtype that they came in.
 
     Raises:
       TypeError: if a leaf is no array of real floats.
@@ -262,14 +226,7 @@ def _check_alike(name: str, tree: Tree, like: Tree, whose: str) -> None:
 
 
 def as_key(name: str, key: Any) -> jax.Array:
-    """Return a typed key.
-
-    Args:
-      name: of the argument, for the error.
-      key: what came: a key, or the two numbers of an old-style one.
-
-    Returns:
-      The key.
+    """Return a typed key, of one or of the two numbers of an old-style one.
 
     Raises:
       TypeError: if it is none.
@@ -284,44 +241,19 @@ def as_key(name: str, key: Any) -> jax.Array:
 
 
 def as_tangent(v: Tree, params: Params) -> Tree:
-    """Return what a user hands to a product as `v`: a tree like the parameters.
-
-    Args:
-      v: what came.
-      params: arrays.
-
-    Returns:
-      Arrays of real floats, in the dtypes that they came in.
-    """
+    """Return what a user hands to a product as `v`: a tree like the parameters."""
     return as_vector("v", v, like=params, whose="`params`")
 
 
 def check_function(name: str, function: Any, call: str) -> None:
-    """Raise unless a function came.
-
-    Args:
-      name: of the argument, for the error.
-      function: what came.
-      call: what it takes and returns, in words.
-
-    Raises:
-      TypeError: if it is not callable.
-    """
+    """Raise a `TypeError` unless a function came; `call` says what it takes and returns."""
     if not callable(function):
         msg = f"`{name}` must be a function `{call}`, got {describe(function)}."
         raise TypeError(msg)
 
 
 def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
-    """Return a function with its `key` given, if it asks for one: draws random numbers.
-
-    Args:
-      function: which has, or has not, a parameter `key` without a default.
-      key: a typed key.
-
-    Returns:
-      A function of the other arguments.
-    """
+    """Return a function with its `key` given, if it asks for one without a default."""
     parameter = inspect.signature(function).parameters.get("key")
     if parameter is None or parameter.default is not inspect.Parameter.empty:
         return function
@@ -330,13 +262,9 @@ def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]
 
 @contextlib.contextmanager
 def noting_call(call: str, **trees: Tree) -> Iterator[None]:
-    """Note in an error of a user's function what it was called with.
+    """Add a note to an error of a user's function: what it was called with.
 
-    The error stays what it is; a note is added.
-
-    Args:
-      call: the function and its arguments, in words.
-      **trees: the arguments.
+    `call` is the function and its arguments, in words; `trees` are the arguments.
     """
     try:
         yield
@@ -350,14 +278,7 @@ def noting_call(call: str, **trees: Tree) -> Iterator[None]:
 
 
 def describe(tree: Tree) -> str:
-    """Return a few words for a tree: dtypes and shapes of its first leaves.
-
-    Args:
-      tree: of anything.
-
-    Returns:
-      As in `dict(['b'] float32[2], ['w'] float32[3,2])`.
-    """
+    """Describe a tree in words, as in `dict(['b'] float32[2], ['w'] float32[3,2])`."""
     if jax.tree_util.all_leaves([tree]):
         return _kind(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
