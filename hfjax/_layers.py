@@ -1,17 +1,14 @@
 """The layers of a model: where its program multiplies inputs by a parameter.
 
-Nobody registers a layer. The program that JAX traces of the model on one case is read:
-where a matrix product or a convolution has a parameter itself (transposed or cast, but
-not computed with) on one side, the other side is a layer's input, and what comes out,
-to which a parameter of one axis may be added, is what the layer hands on. The same
-program is then evaluated with those inputs taken out, and something added to what comes
-out, whose derivative is the layer's back-propagated error.
+Nobody registers a layer. The program that JAX traces of the model on one case is read
+(`_layer_reader`): one side of a product with a parameter is a layer's input, and what
+comes out, to which a bias may be added, is what the layer hands on. The same program is
+then evaluated with those inputs taken out, and something added to what comes out, whose
+derivative is the layer's back-propagated error.
 
-Programs inside of it (`jit`, `checkpoint`, `scan`) are read too. A parameter is a
-layer's only if nothing else uses it.
+A parameter is a layer's only if nothing else uses it.
 """
 
-import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
 
-from hfjax import _programs
+from hfjax._layer_reader import Reader
 from hfjax._types import Params, Tree
 from hfjax._uses import Run, Use, as_rows
-
-_SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
-_RESHAPES = frozenset({"reshape", "squeeze"})
-_SUMS = frozenset({"add", "add_any"})
 
 
 class Layer(NamedTuple):
@@ -129,294 +121,53 @@ def read(
       What was found.
     """
     program, shapes = jax.make_jaxpr(model_fn, return_shape=True)(params, inputs)
-    jaxpr, leaves = program.jaxpr, jax.tree.leaves(params)
-    reader = _Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
-    marks: dict[Any, _Mark] = {
-        jaxpr.invars[n]: _Parameter(n, tuple(range(jnp.ndim(leaf))))
-        for n, leaf in enumerate(leaves)
-    }
-    reader.program(jaxpr, marks, (), ())
-    for atom in jaxpr.outvars:
-        reader.spoil(_mark(marks, atom), "the model returns it")
-    uses, layers = reader.layers()
+    leaves = jax.tree.leaves(params)
+    reader = Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
+    reader.read(program.jaxpr)
+    uses, layers, others = _sorted(reader)
     known = {n for layer in layers for n in (layer.kernel, layer.bias)}
-    unread = frozenset(range(len(leaves))) - known - reader.others.keys()
-    others = reader.others | dict.fromkeys(unread, "the model does not read it")
+    unread = frozenset(range(len(leaves))) - known - others.keys()
+    others |= dict.fromkeys(unread, "the model does not read it")
     structure = jax.tree.structure(shapes)
     return Model(uses, layers, others, unread, program, structure)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-    """A value that is a parameter: which of its axes each axis is; `None` is new."""
+def _sorted(
+    found: Reader,
+) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
+    """Put uses of one kernel together, with its bias if that is nobody else's.
 
-    number: int
-    axes: tuple[int | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sum:
-    """A value that is a sum of what came out of layers, among other things.
-
-    Of each use that has a single axis of units, its number, and where that axis is.
+    Last comes, of each parameter that is read and no layer's, its number and why.
     """
-
-    uses: tuple[tuple[int, int], ...]
-
-
-_Mark = _Parameter | _Sum | None
-
-
-def _mark(marks: Mapping[Any, _Mark], atom: Any) -> _Mark:
-    return None if isinstance(atom, Literal) else marks.get(atom)
-
-
-class _Reader:
-    """Walks through a program, and notes what becomes of parameters."""
-
-    def __init__(
-        self, shapes: Sequence[tuple[int, ...]], spoiled: Mapping[int, str]
-    ) -> None:
-        self.shapes = shapes
-        self.others = dict(spoiled)
-        self._uses: list[Use] = []
-        self._biases: dict[int, int] = {}  # Of a use.
-
-    def spoil(self, mark: _Mark, why: str) -> None:
-        """Note that a parameter is no layer's; the first reason counts."""
-        if isinstance(mark, _Parameter):
-            self.others.setdefault(mark.number, why)
-
-    def program(
-        self,
-        jaxpr: Jaxpr,
-        marks: dict[Any, _Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
-    ) -> list[_Mark]:
-        """Read a program whose inputs are marked; mark its outputs."""
-        read = [atom for equation in jaxpr.eqns for atom in equation.invars]
-        often = collections.Counter(
-            atom for atom in (*read, *jaxpr.outvars) if not isinstance(atom, Literal)
-        )
-
-        def mark_of(atom: Any) -> _Mark:
-            # What comes out of a layer and is used twice, once with a parameter added:
-            # what comes back to it is not what comes back to the parameter.
-            mark = _mark(marks, atom)
-            return None if isinstance(mark, _Sum) and often[atom] > 1 else mark
-
-        for number, equation in enumerate(jaxpr.eqns):
-            found = [mark_of(atom) for atom in equation.invars]
-            if any(found):
-                results = self._equation(equation, found, (*path, number), loops)
-                marks.update(zip(equation.outvars, results, strict=True))
-        return [mark_of(atom) for atom in jaxpr.outvars]
-
-    def layers(self) -> tuple[tuple[Use, ...], tuple[Layer, ...]]:
-        """Put uses of one kernel together, with its bias if that is nobody else's."""
-        used: dict[int, list[int]] = {}
-        for n, use in enumerate(self._uses):
-            used.setdefault(use.kernel, []).append(n)
-        for kernel, numbers in used.items():
-            if len({self._uses[n].inputs_last for n in numbers}) > 1:
-                self.others.setdefault(kernel, "it is used transposed, too")
-        kernels_of: dict[int, set[int]] = {}
-        for n, bias in self._biases.items():
-            kernels_of.setdefault(bias, set()).add(self._uses[n].kernel)
-        for bias, kernels in kernels_of.items():
-            if len(kernels) > 1:
-                self.others.setdefault(bias, "several kernels share it")
-        uses, layers = [], []
-        for kernel, numbers in used.items():
-            biases = {self._biases.get(n) for n in numbers}
-            bias = biases.pop() if len(biases) == 1 else None
-            for other in biases | {bias}:
-                if other is not None and (other != bias or kernel in self.others):
-                    alone = kernel in self.others
-                    why = "has no factors" if alone else "is used without it"
-                    self.others.setdefault(other, f"its kernel {why}")
-            if kernel in self.others:
-                continue
-            bias = None if bias in self.others else bias
-            first = self._uses[numbers[0]]
-            *rest, last = self.shapes[kernel]
-            sizes = (math.prod(rest), last)
-            inputs, units = sizes[::-1] if first.inputs_last else sizes
-            at = tuple(range(len(uses), len(uses) + len(numbers)))
-            uses += [self._uses[n] for n in numbers]
-            layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
-        return tuple(uses), tuple(layers)
-
-    def _equation(
-        self,
-        equation: Any,
-        found: list[_Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
-    ) -> list[_Mark]:
-        name, params = equation.primitive.name, equation.params
-        inner = _programs.inner(equation)
-        if inner is not None:
-            known = list(found)
-            if name == "scan":
-                count, _ = _programs.consts_and_carry(equation)
-                for mark in found[count:]:
-                    self.spoil(mark, "a `scan` takes it as carry or step by step")
-                known[count:] = [None] * (len(found) - count)
-                known = [x if isinstance(x, _Parameter) else None for x in known]
-                loops = (*loops, params["length"])
-            results = self.program(
-                inner, dict(zip(inner.invars, known, strict=True)), path, loops
-            )
-            if name != "scan":
-                return results
-            for mark in results:
-                self.spoil(mark, "a `scan` returns it")
-            return [None for _ in results]
-        if name in ("dot_general", "conv_general_dilated"):
-            result = self._product(equation, found, path, loops)
-        elif name in _SUMS:
-            result = self._sum(found)
-        else:
-            result = found[0] and _relabelled(equation, found[0])
-        if result is None:
-            for mark in found:
-                self.spoil(mark, f"`{name}` uses it")
-        return [result, *[None for _ in equation.outvars[1:]]]
-
-    def _product(
-        self,
-        equation: Any,
-        found: list[_Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
-    ) -> _Mark:
-        sides = [n for n, mark in enumerate(found) if isinstance(mark, _Parameter)]
-        if len(sides) != 1:
-            return None
-        side, mark = sides[0], found[sides[0]]
-        assert isinstance(mark, _Parameter)
-        rank = len(self.shapes[mark.number])
-        if rank < 2 or sorted(a if a is not None else -1 for a in mark.axes) != list(
-            range(rank)
-        ):
-            return None
-        axes = _product_axes(equation, side, mark.axes)  # pyright: ignore[reportArgumentType]
-        if axes is None:
-            return None
-        out = equation.outvars[0].aval
-        summed, inputs, units = axes
-        self._uses.append(
-            Use(
-                path=path,
-                kernel=mark.number,
-                operand=1 - side,
-                input_axes=inputs,
-                kernel_axes=mark.axes,  # pyright: ignore[reportArgumentType]
-                output_axes=units,
-                inputs_last=summed == {rank - 1},
-                shape=tuple(out.shape),
-                loops=loops,
-                dtype=out.dtype,
-            )
-        )
-        return _Sum(((len(self._uses) - 1, units[0]),) if len(units) == 1 else ())
-
-    def _sum(self, found: list[_Mark]) -> _Mark:
-        """Give a parameter that is added to a use that it fits, and that has none."""
-        sums = [mark for mark in found if isinstance(mark, _Sum)]
-        biases = [mark for mark in found if isinstance(mark, _Parameter)]
-        uses = tuple(use for mark in sums for use in mark.uses)
-        if not biases:
-            return _Sum(uses)
-        if not sums:
-            return None
-        (bias,) = biases
-        shape = self.shapes[bias.number]
-        for n, axis in uses:
-            use = self._uses[n]
-            (units,) = use.output_axes
-            length = use.shape[units]
-            here = bias.axes[axis] == 0 if length > 1 else True
-            # To the real parts alone: no bias of a kernel that imaginary ones use, too.
-            fits = shape == (length,) and here and not use.is_complex
-            if fits and n not in self._biases:
-                self._biases[n] = bias.number
-                return _Sum(uses)
-        self.spoil(bias, "it is added to no product that lacks a bias")
-        return _Sum(uses)
-
-
-def _product_axes(
-    equation: Any, side: int, kernel_axes: tuple[int, ...]
-) -> tuple[set[int], tuple[int, ...], tuple[int, ...]] | None:
-    """Sort the axes of a product with a kernel, or find that it is no layer.
-
-    Returns:
-      The kernel's axes that are summed over; the inputs' in their order; the result's
-      axes of units, in the order of the kernel's.
-    """
-    numbers = equation.params["dimension_numbers"]
-    last = len(kernel_axes) - 1
-    if equation.primitive.name == "conv_general_dilated":
-        units = kernel_axes[numbers.rhs_spec[0]]
-        grouped = (
-            equation.params["feature_group_count"]
-            * (equation.params["batch_group_count"])
-        )
-        if side != 1 or units != last or grouped != 1:
-            return None
-        return set(range(last)), (), (numbers.out_spec[1],)
-    contracted, batched = numbers
-    if any(batched):
-        return None
-    pairs = {
-        kernel_axes[of_kernel]: of_input
-        for of_kernel, of_input in zip(
-            contracted[side], contracted[1 - side], strict=True
-        )
-    }
-    summed = set(pairs)
-    if summed not in (set(range(last)), {last}):
-        return None
-    free = [n for n in range(len(kernel_axes)) if n not in contracted[side]]
-    rank = len(equation.outvars[0].aval.shape)
-    first = 0 if side == 0 else rank - len(free)
-    places = {kernel_axes[n]: first + place for place, n in enumerate(free)}
-    inputs = tuple(pairs[axis] for axis in sorted(pairs))
-    return summed, inputs, tuple(places[axis] for axis in sorted(places))
-
-
-def _relabelled(equation: Any, mark: _Mark) -> _Mark:
-    """Return the mark of a value that is only laid out anew, or cast; else `None`."""
-    name, params = equation.primitive.name, equation.params
-    if name in _SAME:
-        dtype = equation.outvars[0].aval.dtype
-        return mark if jnp.issubdtype(dtype, jnp.inexact) else None
-    if name == "transpose":
-        order = tuple(params["permutation"])
-        if isinstance(mark, _Sum):
-            return _Sum(tuple((use, order.index(axis)) for use, axis in mark.uses))
-        if isinstance(mark, _Parameter):
-            return _Parameter(mark.number, tuple(mark.axes[n] for n in order))
-    if not isinstance(mark, _Parameter):
-        return None
-    axes = mark.axes
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    if name == "broadcast_in_dim":
-        to: list[int | None] = [None] * len(after)
-        places = params["broadcast_dimensions"]
-        if tuple(before) != tuple(after[place] for place in places):
-            return None  # One entry in place of many.
-        for axis, place in zip(axes, places, strict=True):
-            to[place] = axis
-        return _Parameter(mark.number, tuple(to))
-    if name in _RESHAPES:
-        long = [(n, axis) for n, axis in zip(before, axes, strict=True) if n != 1]
-        if [n for n, _ in long] != [n for n in after if n != 1]:
-            return None
-        rest = iter(axis for _, axis in long)
-        to = [None if n == 1 else next(rest) for n in after]
-        return _Parameter(mark.number, tuple(to))
-    return None
+    others = dict(found.others)
+    used: dict[int, list[int]] = {}
+    for n, use in enumerate(found.uses):
+        used.setdefault(use.kernel, []).append(n)
+    for kernel, numbers in used.items():
+        if len({found.uses[n].inputs_last for n in numbers}) > 1:
+            others.setdefault(kernel, "it is used transposed, too")
+    kernels_of: dict[int, set[int]] = {}
+    for n, bias in found.biases.items():
+        kernels_of.setdefault(bias, set()).add(found.uses[n].kernel)
+    for bias, kernels in kernels_of.items():
+        if len(kernels) > 1:
+            others.setdefault(bias, "several kernels share it")
+    uses, layers = [], []
+    for kernel, numbers in used.items():
+        biases = {found.biases.get(n) for n in numbers}
+        bias = biases.pop() if len(biases) == 1 else None
+        for other in biases | {bias}:
+            if other is not None and (other != bias or kernel in others):
+                why = "has no factors" if kernel in others else "is used without it"
+                others.setdefault(other, f"its kernel {why}")
+        if kernel in others:
+            continue
+        bias = None if bias in others else bias
+        first = found.uses[numbers[0]]
+        *rest, last = found.shapes[kernel]
+        sizes = (math.prod(rest), last)
+        inputs, units = sizes[::-1] if first.inputs_last else sizes
+        at = tuple(range(len(uses), len(uses) + len(numbers)))
+        uses += [found.uses[n] for n in numbers]
+        layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
+    return tuple(uses), tuple(layers), others

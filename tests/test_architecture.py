@@ -39,6 +39,7 @@ ROOMS = [
     "_probes",
     "diagonals",
     "_uses",
+    "_layer_reader",
     "_layers",
     "_layer_pass",
     "_merged_layers",
