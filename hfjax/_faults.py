@@ -3,7 +3,6 @@
 They are run from Python, on concrete arrays; `hfjax.verify.check` puts them in order.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +13,11 @@ import optax
 
 from hfjax import _tree
 from hfjax._arguments import ShapeError
+from hfjax._finite_differences import slopes
 from hfjax._gradient_faults import Facts, explain
 from hfjax._linearize import noted
 from hfjax._loss import PAIRS
-from hfjax._setup import Setup, flat, walk, waves
-from hfjax._spectrum import extreme_curvature
+from hfjax._setup import TINY, Setup, extreme_curvature, flat, relative, walk, waves
 from hfjax._system import rounding_noise
 from hfjax._types import Batch, Params
 from hfjax.curvature import ggn
@@ -30,7 +29,6 @@ _WRONG = 1e-3
 """Relative error of a directional derivative that no rounding explains (heuristic)."""
 _CASES = 64
 """Cases whose L″ is searched for negative curvature (heuristic)."""
-_TINY = float(np.finfo(np.float64).tiny)
 
 
 def bad_targets(setup: Setup) -> Iterator[str]:
@@ -124,20 +122,14 @@ def wrong_derivative(setup: Setup) -> Iterator[str]:
     # Leaves behind a `stop_gradient` have a slope, and no gradient.
     direction = jax.tree.map(
         lambda g, v: v if np.any(g) else 0 * v,
-        _data_gradient(setup, at),
+        setup.data_gradient(at),
         waves(setup.params, 1.0),
     )
     terms = flat(gradient) * flat(direction)
     misses = []
-    for size in (10.0, 1.0, 0.1):
-        step = size * setup.rounding ** (1 / 3)
-        ahead = setup.value(walk(at, direction, step))
-        behind = setup.value(walk(at, direction, -step))
-        noise = 100 * setup.rounding * (abs(ahead) + abs(behind)) / step
-        slope = (ahead - behind) / (2 * step)
+    for slope, noise in slopes(setup.value, at, direction, setup.rounding):
         excess = abs(slope - np.sum(terms)) - noise
-        if np.isfinite(slope):
-            misses.append((excess / max(np.linalg.norm(terms), noise, _TINY), slope))
+        misses.append((excess / max(np.linalg.norm(terms), noise, TINY), slope))
     if not misses:
         return
     miss, slope = min(misses)
@@ -234,7 +226,7 @@ def noisy(given: Setup, setup: Setup) -> Iterator[str]:
         ("The gradient", given.gradient(given.params), exact),
         ("A product G v", product, curved),
     ):
-        error = _relative(flat(rough), flat(fine))
+        error = relative(flat(rough), flat(fine))
         if not error <= _MOST_NOISE:
             dtype = _tree.scalar_dtype(given.params)
             yield (
@@ -251,34 +243,7 @@ def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
     if not np.all(np.isfinite(found)):
         yield "`grads` holds NaN or infinity, the gradient of the objective does not."
         return
-    exact = flat(setup.gradient(setup.params))
-    data = flat(_data_gradient(setup, setup.params))
-    # Near an optimum ∇f is what rounding leaves of larger terms: θ, rounded, shows how
-    # much, as does the precision it is given in.
-    noise = max(
-        _relative(flat(given.gradient(given.params)), exact),
-        _relative(flat(setup.gradient(_rounded(setup, given.rounding))), exact),
-    )
-    coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(grads))
-    # Compiled, sums round otherwise; where there is no float64 to tell how much, 1e-3.
-    floor = 1e-3 if setup is given else max(1e-6, 100 * float(coarsest))
-    with setup.precision():
-        shapes = jax.eval_shape(setup.outputs, setup.params, setup.batch[0])
-    shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(shapes)]
-    total = sum(int(np.prod(shape)) for shape in shapes)
-    weights = np.asarray(setup.batch[2])
-    sentence = explain(
-        found,
-        Facts(
-            data=data,
-            params=flat(setup.params),
-            decay=setup.decay,
-            cases=len(weights),
-            weight=float(np.sum(weights)),
-            output_shape=shapes[0] if len(shapes) == 1 else (total,),
-            tolerance=max(floor, 10 * noise),
-        ),
-    )
+    sentence = explain(found, Facts.of(given, setup, grads))
     if sentence is not None:
         yield sentence
 
@@ -349,24 +314,7 @@ def _listed(cases: np.ndarray) -> str:
     return f"{len(cases)} of the cases (case {some})"
 
 
-def _data_gradient(setup: Setup, params: Params) -> Params:
-    """Return the gradient without weight decay."""
-    bare = dataclasses.replace(setup.objective, weight_decay=0.0)
-    return setup._replace(objective=bare).gradient(params)
-
-
-def _rounded(setup: Setup, rounding: float) -> Params:
-    """Return θ with relative errors of up to `rounding`."""
-    with setup.precision():
-        errors = jax.tree.map(jnp.multiply, setup.params, waves(setup.params, 1.0))
-        return walk(setup.params, errors, rounding)
-
-
 def _differ(x: np.ndarray, y: np.ndarray, setup: Setup) -> bool:
     """Return whether two runs differ by more than sums in another order do."""
     bound = min(max(1e-6, 1e3 * setup.rounding), 0.1)
     return not np.max(np.abs(x - y)) <= bound * np.max(np.abs(y))
-
-
-def _relative(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), _TINY))

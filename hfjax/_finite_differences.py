@@ -1,9 +1,13 @@
-"""Central differences of flat functions: slow truth for `hfjax.verify`."""
+"""Central differences: slow truth for `hfjax.verify`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from hfjax._setup import walk
+from hfjax._types import Params
 
 
 def along(
@@ -52,3 +56,16 @@ def hessians(
     grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size)] * 2, indexing="ij"), axis=-1)
     entries = jax.lax.map(entry, grid.reshape(-1, 2))
     return entries.T.reshape(-1, size, size)
+
+
+def slopes(
+    value: Callable[[Params], float], at: Params, direction: Params, rounding: float
+) -> Iterator[tuple[float, float]]:
+    """Yield slopes of f by three sizes of step, and what rounding may add to each."""
+    for size in (10.0, 1.0, 0.1):
+        step = size * rounding ** (1 / 3)
+        ahead = value(walk(at, direction, step))
+        behind = value(walk(at, direction, -step))
+        slope = (ahead - behind) / (2 * step)
+        if np.isfinite(slope):
+            yield slope, 100 * rounding * (abs(ahead) + abs(behind)) / step

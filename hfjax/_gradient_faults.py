@@ -1,15 +1,18 @@
 """What was done to a gradient: which slip turns ∇f into the one that was handed in.
 
-All in NumPy, on flat float64 vectors: `data` is the gradient without weight decay, so
-that ∇f = data + decay · θ.
+All on flat float64 vectors of NumPy: `data` is the gradient without weight decay, so that
+∇f = data + decay · θ.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-_TINY = float(np.finfo(np.float64).tiny)
+from hfjax._setup import TINY, Setup, flat, relative
+from hfjax._types import Params
 
 
 class Facts(NamedTuple):
@@ -33,6 +36,34 @@ class Facts(NamedTuple):
     output_shape: tuple[int, ...]
     tolerance: float
 
+    @classmethod
+    def of(cls, given: Setup, setup: Setup, grads: Params) -> "Facts":
+        """Gather the facts in float64, `setup`, and in the precision that is given."""
+        exact = flat(setup.gradient(setup.params))
+        # Near an optimum ∇f is what rounding leaves of larger terms: θ, rounded, shows
+        # how much, as does the precision it is given in.
+        noise = max(
+            relative(flat(given.gradient(given.params)), exact),
+            relative(flat(setup.gradient(setup.rounded(given.rounding))), exact),
+        )
+        coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(grads))
+        # Compiled, sums round otherwise; where no float64 tells how much, 1e-3.
+        floor = 1e-3 if setup is given else max(1e-6, 100 * float(coarsest))
+        with setup.precision():
+            shapes = jax.eval_shape(setup.outputs, setup.params, setup.batch[0])
+        shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(shapes)]
+        total = sum(int(np.prod(shape)) for shape in shapes)
+        weights = np.asarray(setup.batch[2])
+        return cls(
+            data=flat(setup.data_gradient(setup.params)),
+            params=flat(setup.params),
+            decay=setup.decay,
+            cases=len(weights),
+            weight=float(np.sum(weights)),
+            output_shape=shapes[0] if len(shapes) == 1 else (total,),
+            tolerance=max(floor, 10 * noise),
+        )
+
     @property
     def gradient(self) -> np.ndarray:
         return self.data + self.decay * self.params
@@ -46,10 +77,10 @@ def explain(grads: np.ndarray, facts: Facts) -> str | None:
         if _same(grads, suspect, facts):
             return sentence
     size, wrong = np.linalg.norm(facts.gradient), np.linalg.norm(grads - facts.gradient)
-    cosine = grads @ facts.gradient / max(np.linalg.norm(grads) * size, _TINY)
+    cosine = grads @ facts.gradient / max(np.linalg.norm(grads) * size, TINY)
     return (
         "`grads` is not the gradient of this objective at these parameters on this "
-        f"batch: cosine {cosine:.4f}, relative error {wrong / max(size, _TINY):.2g}. If "
+        f"batch: cosine {cosine:.4f}, relative error {wrong / max(size, TINY):.2g}. If "
         "it comes from a larger batch that holds this one, that is fine; else λ climbs."
     )
 

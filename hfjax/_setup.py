@@ -16,6 +16,13 @@ from hfjax._objective import terms_of
 from hfjax._types import Batch, Params, Tree
 from hfjax.objective import Objective
 
+_DENSE = 64
+"""Most outputs of a case whose L″ is written out (heuristic)."""
+_POWER_ITERATIONS = 30
+"""Products of each half of the search where it is not (heuristic)."""
+TINY = float(np.finfo(np.float64).tiny)
+"""In place of a length of 0, to divide by."""
+
 
 class Setup(NamedTuple):
     """An objective of numbers alone, its parameters and its batch.
@@ -86,11 +93,22 @@ class Setup(NamedTuple):
         with self.precision():
             return self.objective.value_and_grad(params, self.batch)[1]
 
+    def data_gradient(self, params: Params) -> Params:
+        """Compute ∇f without weight decay."""
+        bare = dataclasses.replace(self.objective, weight_decay=0.0)
+        return self._replace(objective=bare).gradient(params)
+
     def case_values(self, chosen: Any = slice(None)) -> np.ndarray:
         """Compute the losses of these cases, run without the others."""
         with self.precision():
             batch = jax.tree.map(lambda leaf: leaf[chosen], self.batch)
             return np.asarray(self.objective.case_values(self.params, batch))
+
+    def rounded(self, rounding: float) -> Params:
+        """Return θ with relative errors of up to `rounding`."""
+        with self.precision():
+            errors = jax.tree.map(jnp.multiply, self.params, waves(self.params, 1.0))
+            return walk(self.params, errors, rounding)
 
     def _with_rounding(self) -> "Setup":
         with self.precision():
@@ -164,6 +182,44 @@ def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
     return jax.vmap(to_tree)
 
 
+def extreme_curvature(
+    product: Callable[[Tree], Tree], outputs: Tree
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return about the least and the largest |eigenvalue| of L″ in each case.
+
+    Exact for few outputs; for many by power iterations, the least never too small.
+    """
+    z = rows(outputs)
+    to_tree = unrows(outputs)
+
+    def by_rows(v: jax.Array) -> jax.Array:
+        return rows(product(_tree.cast_like(to_tree(v), outputs)))
+
+    size = z.shape[1]
+    if size <= _DENSE:
+        basis = jnp.broadcast_to(
+            jnp.eye(size, dtype=z.dtype)[:, None], (size, *z.shape)
+        )
+        matrices = np.asarray(jnp.swapaxes(jax.lax.map(by_rows, basis), 0, 1))
+        values = np.linalg.eigvalsh(matrices.astype(np.float64))
+        return values[:, 0], np.max(np.abs(values), axis=1)
+
+    def power(multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def step(_: int, v: jax.Array) -> jax.Array:
+            v = multiply(v)
+            length = jnp.linalg.norm(v, axis=1, keepdims=True)
+            return v / jnp.where(length == 0, 1, length)
+
+        start = jnp.broadcast_to(jnp.cos(jnp.arange(size, dtype=z.dtype)), z.shape)
+        v = jax.lax.fori_loop(0, _POWER_ITERATIONS, step, start)
+        square = jnp.sum(v * v, axis=1)
+        return jnp.sum(v * by_rows(v), axis=1) / jnp.where(square == 0, 1, square)
+
+    largest = jnp.abs(power(by_rows))
+    least = power(lambda v: 2 * largest[:, None] * v - by_rows(v))
+    return np.asarray(least), np.asarray(largest)
+
+
 def flat(tree: Tree) -> np.ndarray:
     """Gather a tree into one float64 vector of the host."""
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
@@ -182,6 +238,11 @@ def waves(tree: Tree, frequency: float) -> Tree:
 def walk(params: Params, direction: Params, step: float) -> Params:
     """Return θ + step · direction."""
     return jax.tree.map(lambda x, v: x + step * v, params, direction)
+
+
+def relative(x: np.ndarray, y: np.ndarray) -> float:
+    """Return ‖x − y‖ / ‖y‖."""
+    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), TINY))
 
 
 def _dtypes(program: Any) -> Iterator[Any]:

@@ -79,7 +79,6 @@ ROOMS = [
     "spectrum",
     "initializers",
     "_setup",
-    "_spectrum",
     "_gradient_faults",
     "_finite_differences",
     "_faults",
