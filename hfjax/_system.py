@@ -300,3 +300,20 @@ def rounding_noise(value: jax.Array) -> jax.Array:
     """
     limits = jnp.finfo(value.dtype)
     return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)
+
+
+def key_of(seed: int, count: jax.Array) -> jax.Array:
+    """Return the key of an update, which draws all its random numbers.
+
+    The two numbers are the key itself: to fold one into the other would be one more
+    program to compile, and no more random.
+
+    Args:
+      seed: of the optimizer.
+      count: updates so far.
+
+    Returns:
+      A typed key.
+    """
+    data = [jnp.uint32(seed % 2**32), count.astype(jnp.uint32)]
+    return jax.random.wrap_key_data(jnp.stack(data), impl="threefry2x32")

@@ -24,7 +24,7 @@ from hfjax._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax._objective import terms_of
 from hfjax._refusal import without_derivative
 from hfjax._solver import Solver
-from hfjax._system import Point, assemble
+from hfjax._system import Point, assemble, key_of
 from hfjax._types import Batch, NumberOrSchedule, Params, Tree
 from hfjax.backtracking import Backtracking
 from hfjax.cg import conjugate_gradient
@@ -69,9 +69,8 @@ def hessian_free(
     a fit, by data or hyperparameters, there is `hfjax.cg.inverse`. `docs/faults.md` has the wrappers of Optax and
     Flax that hand them on, and those that do not.
 
-    As it comes it is `recipes.kronecker_factored`, the fastest on every problem that it
-    was compared on (`benchmarks/results/step6.md`). The report's method is
-    `recipes.martens2010`.
+    By default it is `recipes.kronecker_factored`, the fastest on every problem compared
+    (`benchmarks/results/step6.md`). The report's method is `recipes.martens2010`.
 
     Args:
       objective: f, with its weight decay.
@@ -312,19 +311,9 @@ def _point(
         eval_batch=eval_batch,
         scalar=scalar.astype(dtype),
         count=state.count,
-        key=_key(parts.seed, state.count),
+        key=key_of(parts.seed, state.count),
         memory=state.preconditioner,
     )
-
-
-def _key(seed: int, count: jax.Array) -> jax.Array:
-    """Return the key of an update, which draws all its random numbers.
-
-    The two numbers are the key itself: to fold one into the other would be one more
-    program to compile, and no more random.
-    """
-    data = [jnp.uint32(seed % 2**32), count.astype(jnp.uint32)]
-    return jax.random.wrap_key_data(jnp.stack(data), impl="threefry2x32")
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:
