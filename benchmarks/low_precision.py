@@ -34,7 +34,7 @@ from benchmarks.history import write_json
 from benchmarks.network import autoencoder
 from benchmarks.problem import SETUPS, machine
 from benchmarks.racers import compile_ahead
-from hfjax._system import damped
+from hfjax.update.system import damped
 
 _PARTS = ("runs", "products", "systems")
 _DAMPINGS = (10.0, 1.0, 0.1, 0.01)

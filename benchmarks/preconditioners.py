@@ -28,7 +28,7 @@ from benchmarks import data, options, rnn_training
 from benchmarks.history import write_json
 from benchmarks.network import autoencoder
 from benchmarks.problem import SETUPS, machine
-from hfjax._system import damped
+from hfjax.update.system import damped
 
 _RECIPE = "empirical Fisher, ξ = 0.75"
 

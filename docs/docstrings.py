@@ -4,7 +4,7 @@ Docstrings are Google style with a little Markdown: pipe tables, and formulas an
 indented blocks. Signatures come from the source, so that a default is `ggn` and not
 `<function ggn at 0x…>`, and a type `NumberOrSchedule` and not the union it stands for.
 
-`tests/test_documentation.py` takes from here what is public, so that a name which is
+`tests/project/test_documentation.py` takes from here what is public, so that a name which is
 tested for its documentation is a name which the site shows, and the other way round.
 """
 
@@ -24,8 +24,46 @@ PACKAGE = Path(importlib.util.find_spec("hfjax").origin).parent
 
 
 def rooms() -> list[Path]:
-    """List the files of the public modules."""
-    return sorted(PACKAGE.glob("[a-z]*.py"))
+    """List the files of the public modules: those that `hfjax` hands on, and Flax's."""
+    found = {PACKAGE / "flax.py"}
+    for path in handed_on(PACKAGE / "__init__.py"):
+        # A package hands on what its main modules offer.
+        found |= handed_on(path) if path.stem == "__init__" else {path}
+    return sorted(found)
+
+
+def handed_on(path: Path) -> set[Path]:
+    """List the files of what a file hands on by `from … import X as X`."""
+    return {
+        file_of(node.module or "", alias.name)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+
+
+def file_of(module: str, name: str) -> Path:
+    """Return the file of what a module has under a name: a module's own, or its."""
+    folder = PACKAGE.parent.joinpath(*module.split("."))
+    below, beside = folder / f"{name}.py", folder.with_suffix(".py")
+    files = (below, folder / name / "__init__.py", beside, folder / "__init__.py")
+    return next(path for path in files if path.exists())
+
+
+def dotted(path: Path) -> str:
+    """Return the name by which a file is imported."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def room(path: Path) -> str:
+    """Return the name under which `hfjax` hands a module on: `cg`, `losses`."""
+    package = path.parent / "__init__.py"
+    is_part = package in handed_on(PACKAGE / "__init__.py") and path in handed_on(
+        package
+    )
+    return path.parent.name if is_part else path.stem
 
 
 def public_names(path: Path) -> list[str]:
@@ -160,8 +198,8 @@ class Linked(ast.NodeTransformer):
 def homes() -> dict[str, str]:
     """Return where the types are documented, by name; `~` hides the module's name."""
     return {
-        name: f"~hfjax.{path.stem}.{name}"
-        for path in (PACKAGE / "_types.py", *rooms())
+        name: f"~{dotted(path)}.{name}"
+        for path in (PACKAGE / "_core" / "types.py", *rooms())
         for name in public_names(path)
         if name[0].isupper()
     }
@@ -169,8 +207,8 @@ def homes() -> dict[str, str]:
 
 def offer_public_names(app: Any) -> None:
     """Tell autodoc what is public: it takes the word of `__all__`."""
-    for path in (PACKAGE / "_types.py", *rooms()):
-        importlib.import_module(f"hfjax.{path.stem}").__all__ = public_names(path)
+    for path in (PACKAGE / "_core" / "types.py", *rooms()):
+        importlib.import_module(dotted(path)).__all__ = public_names(path)
 
 
 def read_docstring(

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from hfjax._recurrent import LinenRecurrentNetwork as LinenRecurrentNetwork
-from hfjax._recurrent import nnx, nnx_error
-from hfjax._types import Batch, Params, Tree
+from hfjax._core.types import Batch, Params, Tree
+from hfjax.models.recurrent import LinenRecurrentNetwork as LinenRecurrentNetwork
+from hfjax.models.recurrent import nnx, nnx_error
 
 if TYPE_CHECKING or nnx is not None:
-    from hfjax._recurrent import RecurrentNetwork as RecurrentNetwork
+    from hfjax.models.recurrent import RecurrentNetwork as RecurrentNetwork
 
     def nnx_model_fn(
         model: nnx.Module,

@@ -33,7 +33,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hfjax
-from hfjax.diagnostics import History
+from hfjax import diagnostics
 
 plt.rcParams["figure.dpi"] = 72
 
@@ -169,7 +169,7 @@ def train_step(params, state, images):
 params, state = start, tx.init(start)
 jax.block_until_ready((train_step(params, state, train), error(params, test)))
 
-history = History()
+history = diagnostics.History()
 for _ in range(36):
     params, state = train_step(params, state, train)
     history.record(state, error=float(error(params, test)))

@@ -435,5 +435,5 @@ plt.show()
 # | rejected: zero gradient | the optimum, or a dead network | another start | `test_all_zero_parameters_of_a_network_are_a_zero_gradient` |
 #
 # [`docs/faults.md`](../docs/faults.md) has all faults that are tried, what you see of each,
-# and the tests: those of `check` are in `tests/test_verify.py`, those of Flax in
-# `tests/test_flax.py`.
+# and the tests: those of `check` are in `tests/inspection/test_verify.py`, those of Flax in
+# `tests/models/test_flax.py`.

@@ -29,7 +29,7 @@ import optax
 from flax import nnx
 
 import hfjax
-from hfjax.diagnostics import History
+from hfjax import diagnostics
 from hfjax.flax import RecurrentNetwork, nnx_model_fn
 
 plt.rcParams["figure.dpi"] = 72
@@ -141,7 +141,7 @@ def train_step(params, state, key, structural):
 def train(seed, structural, updates=40):
     """Train until less than 1 % of the test sequences are wrong."""
     params = nnx.state(network(seed), nnx.Param)
-    state, history = optimizer(structural).init(params), History()
+    state, history = optimizer(structural).init(params), diagnostics.History()
     for _ in range(updates):
         params, state, distance, wrong = train_step(
             params, state, jax.random.key(seed), structural

@@ -1,0 +1,303 @@
+"""What users hand in, looked at while the program is built: structures, shapes, dtypes.
+
+Every error names the argument, says what came and what to do. Numbers are traced, and
+judged by the update itself (`_judge`).
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hfjax._core.types import Approximate, Matvec, Params, Tree
+
+_SHOWN = 8
+"""Leaves of a tree that a message lists."""
+
+
+class ShapeError(ValueError):
+    """Outputs, targets or losses whose shapes are not those of so many cases."""
+
+
+def as_params(params: Params) -> Params:
+    """Return parameters as a tree of arrays, which must be real floats.
+
+    Raises:
+      TypeError: naming the first leaf that is something else, or is masked.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hole):
+        if _is_hole(leaf):
+            msg = (
+                f"params{jax.tree_util.keystr(path)} is masked, as `optax.masked` and "
+                "`optax.partition` do, and `model_fn` needs it. Hand only what is "
+                "trained, and let `model_fn` close over the rest (Flax: "
+                "`hfjax.flax.nnx_model_fn(model, wrt)`; Equinox: `eqx.partition`)."
+            )
+            raise TypeError(msg)
+
+    def leaf(path: tuple, x: Any) -> jax.Array:
+        x = jnp.asarray(x) if isinstance(x, float | np.ndarray) else x
+        if _is_real(x):
+            return x
+        cure = (
+            "Hand real and imaginary parts as leaves of their own."
+            if jnp.iscomplexobj(x)
+            else "Hand only what is trained, and let `model_fn` close over the rest "
+            "(Flax: `nnx.split(model, nnx.Param, ...)`)."
+        )
+        msg = (
+            f"Every leaf of `params` must be an array of real floats, got {_kind(x)} "
+            f"at params{jax.tree_util.keystr(path)}. {cure}"
+        )
+        raise TypeError(msg)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def missing(name: str) -> TypeError:
+    """Return the error for an update without `"params"` or `"batch"`."""
+    call = f"`{name}` is missing: call `tx.update(grads, state, params, batch=batch)`."
+    droppers = (
+        " These wrappers drop it: Flax's `TrainState` (take `hfjax.flax.TrainState`), "
+        "`MultiSteps(...).gradient_transformation()` (take "
+        "`Objective(microbatch_size=...)`), `optax.lookahead`, `optax.contrib.sam` and "
+        "`optax.contrib.split_real_and_imaginary` (leave them out)."
+    )
+    return TypeError(call + droppers * (name == "batch"))
+
+
+def check_gradient(grads: Any, params: Params) -> None:
+    """Raise unless `grads` can be the gradient at `params`.
+
+    Raises:
+      TypeError: if a leaf is no array of real floats.
+      ValueError: if structure or shapes are others than those of `params`.
+    """
+    cure = "Hand the gradient of the same parameters"
+    pair = isinstance(grads, tuple) and not isinstance(params, tuple)
+    also = ", without the value that `value_and_grad` returns before it"
+    check_like("grads", grads, params, cure + also * pair + ".")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        if not _is_real(leaf):
+            where = f"grads{jax.tree_util.keystr(path)}"
+            msg = f"`grads` must be real floats, got {_kind(leaf)} at {where}."
+            raise TypeError(msg)
+
+
+def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
+    """Raise a `ValueError` with the cure unless `tree` has the shapes of `params`."""
+    if jax.tree.structure(tree) != jax.tree.structure(params):
+        msg = (
+            f"`{name}` must be a tree like `params`, got {describe(tree)} for "
+            f"{describe(params)}. {cure}"
+        )
+        raise ValueError(msg)
+    theirs = jax.tree.leaves(tree)
+    for (path, ours), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(params), theirs, strict=True
+    ):
+        if jnp.shape(leaf) != ours.shape:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            msg = (
+                f"`{name}` must have the shapes of `params`, got {where} of shape "
+                f"{jnp.shape(leaf)} for {ours.shape}. {cure}"
+            )
+            raise ValueError(msg)
+
+
+def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> Tree:
+    """Return what a user hands in as a vector: a tree of arrays of real floats.
+
+    Numbers and NumPy's arrays become arrays; integers and booleans become floats, as
+    the solution of an integer system is no integer.
+
+    Args:
+      name: of the argument, for the error.
+      tree: what came.
+      like: what it must have the structure and shapes of; `None` is anything.
+      whose: what that is called in the error.
+
+    Raises:
+      TypeError: naming the first leaf that is something else.
+      ValueError: if it is no tree like `like`.
+    """
+    if tree is None:
+        msg = f"`{name}` must be an array of real floats, or a tree of them, got None."
+        raise TypeError(msg)
+
+    def leaf(path: tuple, x: Any) -> jax.Array:
+        if isinstance(x, bool | int | float):
+            return jnp.asarray(x, float)
+        dtype = getattr(x, "dtype", np.dtype(object))
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.asarray(x)
+        if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+            return jnp.asarray(x).astype(float)
+        cure = (
+            " Hand real and imaginary parts as leaves of their own."
+            if isinstance(x, complex) or jnp.issubdtype(dtype, jnp.complexfloating)
+            else ""
+        )
+        msg = (
+            f"`{name}` must be an array of real floats, or a tree of them, got "
+            f"{_kind(x)} at {name}{jax.tree_util.keystr(path)}.{cure}"
+        )
+        raise TypeError(msg)
+
+    tree = jax.tree_util.tree_map_with_path(leaf, tree)
+    if like is not None:
+        _check_alike(name, tree, like, whose)
+    return tree
+
+
+def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
+    """Return a user's product, which says so where what it returns is none.
+
+    Args:
+      name: of the argument, for the errors.
+      product: `v -> A v`, or an `Approximate` of them.
+      matrix: the product, written with the matrix that may have come in its place.
+
+    Raises:
+      TypeError: if it is not callable.
+    """
+    if isinstance(product, Approximate):
+        return Approximate(*(as_product(name, each) for each in product))
+    if not callable(product):
+        cure = (
+            f"pass `lambda v: {matrix}`"
+            if hasattr(product, "shape")
+            else "call `build` of a rule to have its product"
+            if hasattr(product, "build")
+            else "a product with a matrix is a function of one vector"
+        )
+        msg = (
+            f"`{name}` must be a function `v -> {matrix}`, got {describe(product)}: "
+            f"{cure}."
+        )
+        raise TypeError(msg)
+
+    def checked(v: Tree) -> Tree:
+        with noting_call(f"`{name}(v)`", v=v):
+            found = product(v)
+        return as_vector_of(name, found, v)
+
+    return checked
+
+
+def as_vector_of(name: str, found: Any, v: Tree) -> Tree:
+    """Return what a user's product found, which must be a vector like `v`.
+
+    The arrays keep the dtype that they came in.
+
+    Raises:
+      TypeError: if a leaf is no array of real floats.
+      ValueError: if it is no tree like `v`.
+    """
+    whose = "the vector that it is given"
+    _check_alike(f"{name}(v)", found, v, whose)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, float) and not _is_real(leaf):
+            msg = (
+                f"`{name}(v)` must be real floats, as {whose}, got {_kind(leaf)} at "
+                f"{name}(v){jax.tree_util.keystr(path)}."
+            )
+            raise TypeError(msg)
+    return jax.tree.map(jnp.asarray, found)
+
+
+def _check_alike(name: str, tree: Tree, like: Tree, whose: str) -> None:
+    came, wanted = (
+        (jax.tree.structure(x), [jnp.shape(leaf) for leaf in jax.tree.leaves(x)])
+        for x in (tree, like)
+    )
+    if came != wanted:
+        msg = (
+            f"`{name}` must be a tree like {whose}, got {describe(tree)} for "
+            f"{describe(like)}."
+        )
+        raise ValueError(msg)
+
+
+def as_key(name: str, key: Any) -> jax.Array:
+    """Return a typed key, of one or of the two numbers of an old-style one.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    dtype = getattr(key, "dtype", np.dtype(object))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    msg = f"`{name}` must be one key, as `jax.random.key(0)`, got {describe(key)}."
+    raise TypeError(msg)
+
+
+def as_tangent(v: Tree, params: Params) -> Tree:
+    """Return what a user hands to a product as `v`: a tree like the parameters."""
+    return as_vector("v", v, like=params, whose="`params`")
+
+
+def check_function(name: str, function: Any, call: str) -> None:
+    """Raise a `TypeError` unless a function came; `call` says what it takes and returns."""
+    if not callable(function):
+        msg = f"`{name}` must be a function `{call}`, got {describe(function)}."
+        raise TypeError(msg)
+
+
+def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
+    """Return a function with its `key` given, if it asks for one without a default."""
+    parameter = inspect.signature(function).parameters.get("key")
+    if parameter is None or parameter.default is not inspect.Parameter.empty:
+        return function
+    return functools.partial(function, key=key)
+
+
+@contextlib.contextmanager
+def noting_call(call: str, **trees: Tree) -> Iterator[None]:
+    """Add a note to an error of a user's function: what it was called with.
+
+    `call` is the function and its arguments, in words; `trees` are the arguments.
+    """
+    try:
+        yield
+    except Exception as error:
+        came = ", ".join(f"{name} {describe(tree)}" for name, tree in trees.items())
+        params: Any = trees.get("params")
+        vector = _is_real(params) and jnp.ndim(params) == 1
+        flat = " If `optax.flatten` made one vector of `params`, leave it out."
+        error.add_note(f"hfjax called {call} with {came}.{flat * vector}")
+        raise
+
+
+def describe(tree: Tree) -> str:
+    """Describe a tree in words, as in `dict(['b'] float32[2], ['w'] float32[3,2])`."""
+    if jax.tree_util.all_leaves([tree]):
+        return _kind(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    words = [
+        f"{jax.tree_util.keystr(path)} {_kind(leaf)}" for path, leaf in leaves[:_SHOWN]
+    ]
+    more = [f"… of {len(leaves)} leaves"] if len(leaves) > _SHOWN else []
+    return f"{type(tree).__name__}({', '.join(words + more)})"
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_real(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _kind(x: Any) -> str:
+    if not hasattr(x, "dtype"):
+        return type(x).__name__
+    return f"{x.dtype}[{','.join(map(str, jnp.shape(x)))}]"

@@ -1,0 +1,315 @@
+"""Tree verbs that `optax.tree` lacks, or has with another promise.
+
+Sums accumulate in float32 or wider whatever the leaves' dtype, and nothing is
+ravelled: `ravel_pytree` and `jnp.vdot` (which `optax.tree.vdot` falls back to)
+gather a sharded leaf onto every device, `sum(x * y)` does not.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import sharding
+from hfjax._core.types import Tree
+
+FEW = 64
+"""Terms that are simply added up: at worst half as many units of rounding are lost."""
+
+EXACT = jax.lax.Precision.HIGHEST
+"""Some devices multiply float32 in fewer digits; a basis is not orthogonal then."""
+
+
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that sums of `dtype` accumulate in: float32 or wider."""
+    return widest(dtype, jnp.float32)
+
+
+def scalar_dtype(tree: Tree) -> jnp.dtype:
+    """Return the dtype of scalars that summarise `tree`: float32 or its widest leaf."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return widest(jnp.float32, *dtypes)
+
+
+def widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that arrays of these are cast to before they meet."""
+    # Whoever has set strict promotion means arrays that meet uncast; here none do.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
+
+
+def widen(tree: Tree) -> Tree:
+    """Return `tree` with every leaf in float32 or wider."""
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
+
+
+def cast_like(tree: Tree, other: Tree) -> Tree:
+    """Return `tree` with the dtypes of `other`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+
+
+def dot(x: Tree, y: Tree) -> jax.Array:
+    """Return xᵀy, accumulated in float32 or wider.
+
+    Args:
+      x: a pytree of arrays.
+      y: a pytree like `x`.
+
+    Returns:
+      A scalar in float32, or in the widest dtype of the leaves.
+    """
+    products = jax.tree.map(
+        lambda a, b: a.astype(wide(a.dtype)) * b.astype(wide(b.dtype)), x, y
+    )
+    sums = [jnp.sum(product) for product in _merged(jnp.add, products)]
+    return sum_leaves(sums, scalar_dtype(x))
+
+
+def _merged(function: Callable[..., jax.Array], tree: Tree) -> list[jax.Array]:
+    """Return the leaves, with vectors of one type merged by a function of two.
+
+    A kernel takes its time to compile, however short, and a sum over few numbers is
+    three on a CPU. Matrices stay apart: of one shape, they may lie over devices
+    crosswise.
+    """
+    vectors: dict[Any, list[jax.Array]] = {}
+    others = []
+    for leaf in jax.tree.leaves(tree):
+        if leaf.ndim > 1:
+            others.append(leaf)
+        else:
+            vectors.setdefault(jax.typeof(leaf), []).append(leaf)
+    return [*(_pairwise(function, alike) for alike in vectors.values()), *others]
+
+
+def _pairwise(function: Callable[..., jax.Array], arrays: list[jax.Array]) -> jax.Array:
+    """Merge arrays by pairs, pairs of pairs, …: of N leaves log₂ N roundings count."""
+    while len(arrays) > 1:
+        pairs = (arrays[n : n + 2] for n in range(0, len(arrays), 2))
+        arrays = [functools.reduce(function, pair) for pair in pairs]
+    return arrays[0]
+
+
+def sum_leaves(scalars: Tree, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the sum of a tree of scalars; zero of `dtype` if it has no leaves."""
+    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(scalars)]
+    return _pairwise(operator.add, leaves) if leaves else jnp.zeros((), dtype)
+
+
+def summed(term: Callable[[jax.Array], Tree], count: int, zeros: Tree) -> Tree:
+    """Return Σₖ term(k), one term after another, for however many.
+
+    Added up as they come, N terms of one sign lose up to N/2 units of rounding: of 10⁵
+    in float32 two to four digits are right. So terms are added up in blocks of at most
+    64, and blocks with what each addition rounds off, which is kept and added in the end
+    (Knuth's exact sum of two, as in Neumaier's and Klein's summation): at worst 32 units
+    are lost, whatever N. To treat every term so would be exact to a unit, but took a third
+    more time where a term is the gradient of some cases. It holds two trees more than a
+    plain loop. XLA keeps the order of floating-point additions.
+
+    Args:
+      term: k ↦ a tree of floats.
+      count: N.
+      zeros: like a term, and laid out over devices as it is.
+
+    Returns:
+      The sum.
+    """
+
+    def add_up(total: Tree, k: jax.Array) -> tuple[Tree, None]:
+        x = term(jnp.minimum(k, count - 1) if padded else k)
+        # The last block may go beyond the last term.
+        x = jax.tree.map(lambda x: jnp.where(k < count, x, 0), x) if padded else x
+        return add(total, x), None
+
+    def add_block(carry: tuple[Tree, Tree], numbers: jax.Array) -> tuple[tuple, None]:
+        total, lost = carry
+        block = jax.lax.scan(add_up, zeros, numbers)[0]
+        new = add(total, block)
+        return (new, jax.tree.map(_rounded_off, lost, total, block, new)), None
+
+    length = _block(count)
+    blocks = -(-count // length)
+    padded = blocks * length > count
+    numbers = jnp.arange(blocks * length)
+    if blocks == 1:
+        return jax.lax.scan(add_up, zeros, numbers)[0]
+    (total, lost), _ = jax.lax.scan(
+        add_block, (zeros, zeros), numbers.reshape(blocks, length)
+    )
+    # Where the sum has overflowed, what was lost is NaN, and the sum is to stay ∞.
+    return jax.tree.map(lambda s, c: s + jnp.where(jnp.isfinite(c), c, 0), total, lost)
+
+
+def _block(count: int) -> int:
+    """Return how many of `count` terms are simply added up: all, if they are few.
+
+    Else the number with the least to do twice, as it may not divide `count`.
+    """
+    if count <= FEW:
+        return count
+    lengths = range(FEW // 4, FEW + 1)
+    return min(lengths, key=lambda n: (-count % n, abs(n - FEW // 2)))
+
+
+def _rounded_off(
+    lost: jax.Array, total: jax.Array, x: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Add total + x − new, exactly known, to what was lost before."""
+    added = new - total
+    return lost + ((total - (new - added)) + (x - added))
+
+
+def mapped(fn: Callable[[jax.Array], Tree], count: int) -> Tree:
+    """Return `jax.lax.map(fn, jnp.arange(count))`, by loops within loops.
+
+    The transpose of a loop adds up the cotangents of what `fn` closes over, one after
+    another, and rounds as often. That of a loop within a loop adds up blocks: of N terms
+    no more than 64 for each level are added one after another, at the memory of a
+    cotangent for each. `fn` is in the program once, all the same.
+
+    Args:
+      fn: of a number.
+      count: N.
+
+    Returns:
+      Its results, stacked.
+    """
+    shape = _levels(count)
+    # Up to the full blocks the last one is computed again, and left out.
+    numbers = jnp.minimum(jnp.arange(math.prod(shape)), count - 1).reshape(shape)
+
+    def nested(numbers: jax.Array) -> Tree:
+        return jax.lax.map(fn if numbers.ndim == 1 else nested, numbers)
+
+    def laid_out(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, *x.shape[len(shape) :])
+        return x if len(x) == count else x[:count]
+
+    results = nested(numbers)
+    return results if len(shape) == 1 else jax.tree.map(laid_out, results)
+
+
+def _levels(count: int) -> tuple[int, ...]:
+    """Return lengths of at most `FEW` whose product is `count`, or little more."""
+    length = _block(count)
+    return (count,) if length == count else (*_levels(-(-count // length)), length)
+
+
+def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:
+    """Return a·x + y in the dtypes of `y`, multiplied and added in float32 or wider."""
+
+    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = wide(y.dtype)
+        return (a.astype(dtype) * x.astype(dtype) + y.astype(dtype)).astype(y.dtype)
+
+    return jax.tree.map(leaf, x, y)
+
+
+def scale(a: jax.Array, x: Tree) -> Tree:
+    """Return a·x in the dtypes of `x`, multiplied in float32 or wider."""
+    return jax.tree.map(
+        lambda x: (a.astype(wide(x.dtype)) * x.astype(wide(x.dtype))).astype(x.dtype), x
+    )
+
+
+def add(x: Tree, y: Tree) -> Tree:
+    """Return x + y in the dtypes of `x`: what `optax.apply_updates` does."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
+
+
+def select(predicate: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
+    """Return `on_true` where the scalar `predicate` holds, else `on_false`."""
+    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), on_true, on_false)
+
+
+def is_finite(tree: Tree) -> jax.Array:
+    """Return whether every entry is finite."""
+    return jnp.isfinite(largest(tree))
+
+
+def largest(tree: Tree) -> jax.Array:
+    """Return max |x|, in float32 or wider: NaN or inf if some entry is, 0 of none."""
+    dtype = scalar_dtype(tree)
+    found = [size.astype(dtype) for size in maxima(tree)]
+    return functools.reduce(jnp.maximum, found, jnp.zeros((), dtype))  # Hands NaN on.
+
+
+def maxima(tree: Tree) -> list[jax.Array]:
+    """Return max |x| of each leaf, or of some of one dtype: what `largest` is made of."""
+    sizes = _merged(jnp.maximum, jax.tree.map(jnp.abs, tree))
+    return [jnp.max(leaf, initial=0) for leaf in sizes]
+
+
+def magnitude(tree: Tree) -> jax.Array:
+    """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
+
+    Scaling by it is exact, and afterwards squares neither overflow nor vanish.
+    """
+    size = largest(tree)
+    limits = jnp.finfo(size.dtype)
+    # Its reciprocal must be finite and normal too, in the dtype of every leaf.
+    widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
+    most = 2.0 ** (min(widest, default=limits.maxexp) - 2)
+    within = jnp.clip(jnp.where(size == 0, 1, size), 1 / most, most)
+    # No bit of the mantissa is left: it is rounded to the nearest power of two.
+    power = jax.lax.reduce_precision(within, limits.nexp, 0)
+    return jnp.where(jnp.isfinite(size), power, size)
+
+
+def unfactored(scaled: Tree) -> Tree:
+    """Return a tree that XLA may not take factors out of.
+
+    Of Σ (s x)² with a leaf x that it knows, as the zero gradient of what the model does
+    not read, XLA makes s² Σ x²: ∞ · 0 where s was to keep the squares in range.
+    """
+    return jax.lax.optimization_barrier(scaled)
+
+
+def normalised(tree: Tree) -> tuple[Tree, jax.Array]:
+    """Return x / s and s = `magnitude(x)`; x itself if some entry is not finite."""
+    size = magnitude(tree)
+    unit = jnp.where(jnp.isfinite(size), size, 1)
+    return unfactored(scale(1 / unit, tree)), size
+
+
+def norm(tree: Tree) -> jax.Array:
+    """Return ‖x‖₂ without overflow or underflow; NaN or inf if some entry is."""
+    scaled, size = normalised(widen(tree))
+    return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
+
+
+def coordinates(vectors: Tree, x: Tree) -> jax.Array:
+    """Return Vᵀx, shape `[K]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
+        dtype = wide(v.dtype)
+        axes = tuple(range(1, v.ndim))
+        return jnp.sum(v.astype(dtype) * x.astype(dtype)[None], axis=axes)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
+    return sum_leaves(parts, scalar_dtype(x))
+
+
+def gram(vectors: Tree, others: Tree) -> jax.Array:
+    """Return VᵀW, shape `[K, L]`, summed in float32 or wider, nothing ravelled."""
+
+    def leaf(v: jax.Array, w: jax.Array) -> jax.Array:
+        dtype, axes = wide(v.dtype), tuple(range(1, v.ndim))
+        v, w = v.astype(dtype), w.astype(dtype)
+        return sharding.contracted(v, w, (axes, axes), EXACT)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, others))
+    return sum_leaves(parts or [jnp.zeros((1, 1))], scalar_dtype(vectors))
+
+
+def combination(weights: jax.Array, vectors: Tree) -> Tree:
+    """Return V a; of rows of coefficients, one such for each."""
+    return jax.tree.map(
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
+        vectors,
+    )

@@ -1,0 +1,209 @@
+"""Convolutions within loops, laid out so that XLA runs them fast on a CPU.
+
+XLA's fast code for CPUs takes the layout NHWC, HWIO → NHWC only. XLA moves the axes of
+other convolutions to that layout, but only outside of loops and branches: within them a
+plain loop over all entries took 4 to 130 times as long, mostly 10 to 80. Derivatives are of this kind:
+of an NHWC convolution, the one in the inputs has the kernel's channels exchanged, and
+the one in the kernel sums over the examples as if they were channels.
+
+So the axes are moved here, in whatever hfjax itself runs within a loop or a branch:
+curvature-vector products above all. The numbers and the work stay the same.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from hfjax._tracing import programs
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_HOLDERS = frozenset(
+    {"scan", "while", "cond", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+)
+"""Equations whose programs are rewritten, besides `jit` and `checkpoint`."""
+
+_CHANNELS_PER_GROUP = 8
+"""Channels in each group from which on a grouped convolution is laid out anew (heuristic).
+With 1 or 2 in each group the plain loop was 9 to 50 times faster than XLA's other code;
+with 4, 1.3 to 1.5 times slower, and with 32, 5 to 16 times."""
+
+
+def for_loops(function: _Function) -> _Function:
+    """Return the same function, its convolutions laid out for loops on a CPU.
+
+    It is traced, and its program evaluated with the axes of convolutions moved. On other
+    platforms, and where nothing is to be moved, the program is the one that was traced.
+    Derivatives of the result are those of the plain convolutions: apply this last.
+
+    Args:
+      function: of trees of arrays, which can be traced.
+
+    Returns:
+      A function of the same arguments.
+    """
+
+    def laid_out(*args: Any) -> Any:
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        operands = jax.tree.leaves(args)
+        if _any_to_move(program.jaxpr):
+            results = _evaluate(program.jaxpr, program.consts, operands)
+        else:
+            results = jaxpr_as_fun(program)(*operands)
+        return jax.tree.structure(shapes).unflatten(results)
+
+    return laid_out  # pyright: ignore[reportReturnType]
+
+
+def to_move(program: Jaxpr) -> Iterator[Any]:
+    """Find the convolutions whose axes are to be moved.
+
+    Args:
+      program: in which, and in whose inner programs, to look.
+
+    Yields:
+      The equations.
+    """
+    for equation in program.eqns:
+        if _is_to_move(equation):
+            yield equation
+        for inner in _inner(equation):
+            yield from to_move(getattr(inner, "jaxpr", inner))
+
+
+def _any_to_move(program: Jaxpr) -> bool:
+    return next(to_move(program), None) is not None
+
+
+def _inner(equation: Any) -> Sequence[Any]:
+    """Return the programs of an equation that are rewritten with it."""
+    name = equation.primitive.name
+    if name not in _HOLDERS | programs.INLINED | programs.CHECKPOINTS:
+        return ()
+    # Branches for platforms are somebody's own choice for each, or made here.
+    if equation.params.get("branches_platforms") is not None:
+        return ()
+    return [
+        leaf
+        for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_program)
+        if _is_program(leaf)
+    ]
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def _is_to_move(equation: Any) -> bool:
+    """Return whether XLA would run it as a plain loop, and that is slower."""
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    numbers = equation.params["dimension_numbers"]
+    inputs, kernel = (atom.aval.shape for atom in equation.invars)
+    if numbers == _channels_last(len(inputs)):
+        return False
+    groups = equation.params["batch_group_count"]
+    if groups > 1:  # The kernel's derivative of a grouped one.
+        return inputs[numbers.lhs_spec[0]] == groups
+    channels = kernel[numbers.rhs_spec[1]]
+    grouped = equation.params["feature_group_count"] > 1
+    return not grouped or channels >= _CHANNELS_PER_GROUP
+
+
+def _evaluate(
+    program: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> list[jax.Array]:
+    """Evaluate a program with its convolutions laid out for loops."""
+    values = dict(
+        zip((*program.constvars, *program.invars), (*consts, *args), strict=True)
+    )
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for equation in program.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        if _is_to_move(equation):
+            results = [_moved(equation.params, *operands)]
+        else:
+            results = programs.run(_rewritten(equation), operands)
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in program.outvars]
+
+
+def _rewritten(equation: Any) -> Any:
+    """Return the equation, its inner programs laid out for loops."""
+    inner = _inner(equation)
+    if not any(_any_to_move(getattr(p, "jaxpr", p)) for p in inner):
+        return equation
+
+    def program(x: Any) -> Any:
+        if not _is_program(x):
+            return x
+        closed = x if isinstance(x, ClosedJaxpr) else ClosedJaxpr(x, ())
+
+        def evaluate(*args: Any) -> list[jax.Array]:
+            return _evaluate(closed.jaxpr, closed.consts, args)
+
+        new = jax.make_jaxpr(evaluate)(*closed.in_avals)
+        return new if isinstance(x, ClosedJaxpr) else new.jaxpr
+
+    params = {
+        name: tuple(map(program, value)) if isinstance(value, tuple) else program(value)
+        for name, value in equation.params.items()
+    }
+    return equation.replace(params=params)
+
+
+def _moved(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Convolve, with the axes in XLA's favourite order where the platform is a CPU."""
+    rest = dict(params)
+    numbers = rest.pop("dimension_numbers")
+    favourite = _channels_last(lhs.ndim)
+
+    def plain(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(lhs, rhs, dimension_numbers=numbers, **rest)
+
+    def moved(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        lhs = _permuted(lhs, numbers.lhs_spec, favourite.lhs_spec)
+        rhs = _permuted(rhs, numbers.rhs_spec, favourite.rhs_spec)
+        out = jax.lax.conv_general_dilated(
+            lhs, rhs, dimension_numbers=favourite, **rest
+        )
+        return _permuted(out, favourite.out_spec, numbers.out_spec)
+
+    # Decided when the program is lowered: a machine with a GPU has a CPU, too. As of a
+    # branch, derivatives would keep what any platform needs of them: take plain ones.
+    @jax.custom_jvp
+    def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(lhs, rhs, cpu=moved, default=plain)
+
+    def tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
+        (lhs, rhs), (dlhs, drhs) = primals, tangents
+        known = [not isinstance(d, SymbolicZero) for d in tangents]
+        out = convolve(lhs, rhs)
+        terms = [plain(dlhs, rhs)] if known[0] else []
+        terms += [plain(lhs, drhs)] if known[1] else []
+        return out, sum(terms[1:], terms[0])
+
+    convolve.defjvp(tangent, symbolic_zeros=True)
+    return convolve(lhs, rhs)
+
+
+def _channels_last(ndim: int) -> jax.lax.ConvDimensionNumbers:
+    """Return the layout NHWC, HWIO → NHWC for so many axes."""
+    space = tuple(range(1, ndim - 1))
+    inputs = (0, ndim - 1, *space)
+    kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
+    return jax.lax.ConvDimensionNumbers(inputs, kernel, inputs)
+
+
+def _permuted(x: jax.Array, spec: Sequence[int], wanted: Sequence[int]) -> jax.Array:
+    """Transpose from one order of batch, feature and space to another."""
+    order = [0] * x.ndim
+    for axis, place in zip(spec, wanted, strict=True):
+        order[place] = axis
+    return x.transpose(order)

@@ -1,0 +1,164 @@
+"""Products with a mean of matrices, one of each case: where linearising happens.
+
+Over terms, microbatches and devices, and with the weight decay, as the objective has them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import jax
+
+from hfjax._core import trees
+from hfjax._core.arguments import as_params, as_tangent, describe
+from hfjax._core.types import Approximate, Batch, Matvec, Params, Tree
+from hfjax._tracing import compiled
+from hfjax._tracing.convolutions import for_loops
+from hfjax._tracing.linearize import linearized
+from hfjax.objectives.cases import Cases
+from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import Term, total
+
+_Function = TypeVar("_Function", bound=Callable[..., Matvec])
+
+
+def of_an_objective(make: _Function) -> _Function:
+    """Linearise once outside of `jit` too, and refuse what is no objective, or no vector.
+
+    Optax calls what it injects with a count.
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Matvec:
+        objective = args[0] if args else kwargs.get("objective")
+        if (args or "objective" in kwargs) and not isinstance(objective, Objective):
+            msg = (
+                "`objective` must be an `hfjax.Objective`, got "
+                f"{describe(objective)}. (`optax.inject_hyperparams` calls every callable "
+                'as a schedule: give it `static_args="curvature"`.)'
+            )
+            raise TypeError(msg)
+        given = signature.bind(*args, **kwargs)
+        _, params, batch = given.args
+        params = as_params(params)
+        product = compiled.built(
+            lambda params, batch: make(objective, params, batch, **given.kwargs),
+            params,
+            batch,
+            like=params,
+        )
+        return _of_tangents(product, params)
+
+    return cast(_Function, checked)
+
+
+def _of_tangents(product: Matvec, params: Params) -> Matvec:
+    """Return the product of what can be a vector; say so of what cannot."""
+    if isinstance(product, Approximate):
+        return Approximate(*(_of_tangents(each, params) for each in product))
+    once = compiled.once(product)
+    return lambda v: once(as_tangent(v, params))
+
+
+Product: TypeAlias = Callable[[Term, Params, Cases], Matvec]
+"""`(term, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, of the term and the cases it is handed."""
+
+
+def linear_mean(
+    product: Product, objective: Objective, params: Params, batch: Batch
+) -> Matvec:
+    """Build v ↦ Σₖ cₖ (Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v), Bᵢ symmetric, of each case.
+
+    Args:
+      product: of a term without microbatches, or to linearise once, it is called once,
+        here: what it computes outside the product is computed once. Else it is called
+        inside the product, on each microbatch.
+      objective: its terms say how their means are taken.
+      params: θ.
+      batch: of the objective.
+
+    Returns:
+      The product, with the dtypes of `v`.
+    """
+    terms = terms_of(objective, batch)
+    products = [_mean_of_term(product, term, params) for term in terms]
+
+    def matvec(v: Tree) -> Tree:
+        return trees.cast_like(total(terms, [matvec(v) for matvec in products]), v)
+
+    return matvec
+
+
+def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
+    """Build the product of one term, in the dtypes of v."""
+    means, cases = term.means, term.cases
+    parts, local = means.parts(cases), means.local(params)
+    once = parts.count == 1 or term.linearize_once
+    whole = None
+    if once:
+        source = term
+        if parts.count > 1:
+            # By wide parameters, narrowed in each microbatch: the transpose of a loop
+            # sums in the dtype of what it is taken by.
+            source, local = _narrowed(term, params), trees.widen(local)
+        # Conjugate gradients are a loop.
+        whole = for_loops(product(source, local, cases))
+
+    def matvec(v: Tree) -> Tree:
+        tangent = means.local(trees.cast_like(v, params))
+        if whole is not None:
+            sums = trees.widen(whole(trees.cast_like(tangent, local)))
+        else:
+            sums = means.accumulate(
+                lambda part: product(term, local, part)(tangent), parts
+            )
+        mean = means.divide(sums, cases.weights)
+        return trees.cast_like(term.decayed(mean, v), v)
+
+    return matvec
+
+
+def gauss_newton(
+    forward: Callable[[Params], Tree],
+    hessian: Callable[[Tree], Matvec],
+    params: Params,
+    cases: Cases,
+) -> Matvec:
+    """Build v ↦ Σᵢ wᵢ Jᵢᵀ Hᵢ Jᵢ v, linearised here.
+
+    Args:
+      forward: `params -> z`, of which J is the Jacobian.
+      hessian: `z -> (v -> H v)`, case by case.
+      params: θ.
+      cases: whose weights are taken.
+
+    Returns:
+      The product.
+    """
+    outputs, tangent, transpose = linearized(forward, params)
+    curved = hessian(outputs)
+
+    def product(v: Tree) -> Tree:
+        weighted = _weighted(cases.weights, curved(tangent(v)))
+        return transpose(trees.cast_like(weighted, outputs))
+
+    return product
+
+
+def _weighted(weights: jax.Array, tree: Tree) -> Tree:
+    """Multiply each case by its weight."""
+    return jax.tree.map(
+        lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree
+    )
+
+
+def _narrowed(term: Term, params: Params) -> Term:
+    """Return the term for wide parameters, run in the dtypes of `params`."""
+
+    def model_fn(wide: Params, inputs: Tree) -> Tree:
+        return term.model_fn(trees.cast_like(wide, params), inputs)
+
+    return term._replace(model_fn=model_fn)

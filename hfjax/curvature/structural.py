@@ -1,0 +1,180 @@
+"""Structural damping as a loss: the hidden states stand beside the outputs.
+
+The report (section 8.4) joins the penalty S(δ) = d(h(θ + δ); h(θ)) to the objective
+by a network whose outputs are the pair (z, h), and whose loss is
+
+    L_μ((z, h), t) = L(z, t) + μ d(h; h(θ)).
+
+Its Gauss-Newton matrix is B + μ S″: one product gives both, at the price of one.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import losses
+from hfjax._core import options, trees
+from hfjax._core.arguments import describe
+from hfjax._core.types import Number, Tree
+from hfjax.losses.loss import LinearMap
+from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import outputs_and_hidden
+
+
+def joined(objective: Objective, strength: Number) -> Objective:
+    """Join the hidden states' distance to the loss: L + μ d(h; h(θ)).
+
+    For curvature and its diagonals: the gradient is that of f, and the outputs are
+    pairs `(outputs, hidden)`.
+
+    Args:
+      objective: with a `hidden_loss`, d.
+      strength: μ, on the scale of the mean loss.
+
+    Returns:
+      The objective, without a `hidden_loss` of its own.
+
+    Raises:
+      TypeError: if `objective` is no `Objective`.
+      ValueError: if there is no `hidden_loss`.
+
+    Example:
+      Here z = θx and h = θ, so that G = x² + μ:
+
+      >>> import hfjax
+      >>> loss = losses.squared_error()
+      >>> f = Objective(lambda p, x: (p * x, p + 0 * x), loss, hidden_loss=loss)
+      >>> batch, p = (jnp.array([[3.0]]), jnp.zeros((1, 1))), jnp.array([[1.0]])
+      >>> print(hfjax.curvature.ggn(joined(f, 0.5), p, batch)(p))
+      [[9.5]]
+
+    References:
+      Martens & Sutskever (2012), section 8.4.
+    """
+    options.check_range("strength", strength, low=0.0)
+    hidden_loss = _needed(objective)
+    return dataclasses.replace(
+        objective,
+        model_fn=functools.partial(outputs_and_hidden, objective),
+        loss=_paired(objective.loss, hidden_loss, strength),
+        hidden_loss=None,
+    )
+
+
+def hidden_distance(objective: Objective) -> Objective:
+    """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay.
+
+    Args:
+      objective: with a `hidden_loss`, d.
+
+    Returns:
+      The objective; its value is least where it is taken, so that it has no gradient.
+
+    Raises:
+      TypeError: if `objective` is no `Objective`.
+      ValueError: if there is no `hidden_loss`.
+
+    Example:
+      >>> import hfjax
+      >>> loss = losses.squared_error()
+      >>> f = Objective(lambda p, x: (p * x, 2 * p + 0 * x), loss, hidden_loss=loss)
+      >>> batch, p = (jnp.array([[3.0]]), jnp.zeros((1, 1))), jnp.array([[1.0]])
+      >>> print(hfjax.curvature.ggn(hidden_distance(f), p, batch)(p))
+      [[4.]]
+    """
+    hidden_loss = _needed(objective)
+    return dataclasses.replace(
+        objective,
+        model_fn=lambda params, inputs: outputs_and_hidden(objective, params, inputs)[
+            1
+        ],
+        loss=_distance(hidden_loss),
+        weight_decay=0.0,
+        hidden_loss=None,
+    )
+
+
+def _needed(objective: Objective) -> losses.Loss:
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
+    if objective.hidden_loss is None:
+        msg = (
+            "Structural damping needs hidden states: give `Objective` a "
+            "`hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
+        )
+        raise ValueError(msg)
+    return objective.hidden_loss
+
+
+def _paired(
+    loss: losses.Loss, hidden_loss: losses.Loss, strength: Number
+) -> losses.Loss:
+    """Build L_μ, a loss of the pair (outputs, hidden).
+
+    Args:
+      loss: L.
+      hidden_loss: d.
+      strength: μ.
+
+    Returns:
+      The loss; its outputs are pairs, its targets those of `loss`.
+    """
+    penalty = _distance(hidden_loss)
+
+    def value(pair: tuple, targets: Tree) -> jax.Array:
+        outputs, hidden = pair
+        data = loss.value(outputs, targets)
+        return data + _scaled(strength, penalty.value(hidden, None)).astype(data.dtype)
+
+    def hessian(pair: tuple, targets: Tree) -> LinearMap:
+        outputs, hidden = pair
+        data, structural = (
+            loss.hessian(outputs, targets),
+            penalty.hessian(hidden, None),
+        )
+        return lambda v: (data(v[0]), _scaled(strength, structural(v[1])))
+
+    def factor(pair: tuple, targets: Tree) -> LinearMap:
+        outputs, hidden = pair
+        data, structural = loss.factor(outputs, targets), penalty.factor(hidden, None)
+        root = jnp.sqrt(strength)
+        return lambda v: (data(v[0]), _scaled(root, structural(v[1])))
+
+    def predict(pair: tuple) -> tuple:
+        return loss.predict(pair[0]), penalty.predict(pair[1])
+
+    def coarse(pair: tuple, targets: Tree) -> str | None:
+        found = loss.coarse(pair[0], targets), penalty.coarse(pair[1], None)
+        return found[0] or found[1]
+
+    return losses.Loss(value, hessian, factor, predict, coarse=coarse)
+
+
+def _distance(hidden_loss: losses.Loss) -> losses.Loss:
+    """Build d(h; h(θ)) alone: a loss of the hidden states that reads no targets.
+
+    Args:
+      hidden_loss: d; `sigmoid_cross_entropy` takes the hidden units' logits, as for
+        outputs (report, footnote 5).
+
+    Returns:
+      The loss. Its value has no gradient, as the reference is held fixed.
+    """
+
+    def reference(hidden: Tree) -> Tree:
+        return jax.lax.stop_gradient(hidden_loss.predict(hidden))
+
+    return losses.Loss(
+        lambda hidden, _: hidden_loss.value(hidden, reference(hidden)),
+        lambda hidden, _: hidden_loss.hessian(hidden, reference(hidden)),
+        lambda hidden, _: hidden_loss.factor(hidden, reference(hidden)),
+        hidden_loss.predict,
+        coarse=lambda hidden, _: hidden_loss.coarse(hidden, hidden),
+    )
+
+
+def _scaled(strength: Number, tree: Tree) -> Tree:
+    return trees.scale(jnp.asarray(strength), tree)

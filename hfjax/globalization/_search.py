@@ -1,0 +1,146 @@
+"""The search for λ: the steps for other λ, compared by f.
+
+After one run with λ the step for λ · factor^p costs little: that over the subspace of a
+run of conjugate gradients, or one more factorisation of an exact solver. f is evaluated at
+the end of the step for p = 0, then for p = 1, 2, … while it gets lower, or else for
+p = −1, −2, …. The step taken is the last that was better, and its λ is that of the next
+update. So a λ that is wrong by orders of magnitude costs evaluations of f, not updates.
+
+| candidate | f there | taken |
+|---|---|---|
+| p = 0 | any | yes |
+| higher λ | at most `tolerance` of the gain above the lowest | yes, as λ makes no difference |
+| higher λ, momentum | lower by `tolerance` of the gain | yes: λ → ∞ repeats the last step |
+| lower λ | lower by `tolerance` of the gain, and by more than rounding | yes |
+| lower λ | hidden by rounding, as is the best step's fall; M falls by 1.1 times as much | yes |
+| any | lower by more than 10 times what M says | as if f had not changed |
+| p = 1 | not taken | no, and p = −1 is next |
+| any other | | no, and the search ends |
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options, sharding, trees
+from hfjax._core.types import Number, ValueFn
+from hfjax.globalization.backtracking import Backtracking, Before, Chosen, finite_or_inf
+from hfjax.solvers.descent import Run, Step
+
+_CREDIBLE = 10.0
+"""Times what M says that f may fall; heuristic."""
+
+_MORE = 1.1
+"""Times as much of M makes λ worth lowering where f shows nothing; heuristic."""
+
+
+def search_damping(
+    factor: Number, tolerance: Number, max_tries: int, cases: int | None
+) -> Backtracking:
+    """Build the rule; the options are those of `hfjax.damping.searched`."""
+
+    def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
+        at_damping = run.at_damping
+        assert at_damping is not None, "who cannot tell is not asked"
+        dtype = before.value.dtype
+
+        def damping_at(power: jax.Array) -> jax.Array:
+            return before.scalar * jnp.asarray(factor, dtype) ** power
+
+        def look(search: _Search) -> _Search:
+            step = at_damping(damping_at(search.trial))
+            value = finite_or_inf(evaluate(step.at())).astype(dtype)
+            assert step.undamped is not None, "where other λ can be told"
+            return _next(
+                search,
+                _Candidate(value, -step.undamped.astype(dtype), step),
+                before,
+                tolerance,
+                anchored=run.anchor is not None,
+            )
+
+        zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
+        nothing = sharding.zeros_like(run.last)
+        nothing = nothing._replace(undamped=sharding.zeros_like(run.last.model))
+        start = _Search(
+            trial=zero,
+            power=zero,
+            best=_Candidate(infinite, zero, nothing),
+            lowest=infinite,
+            first_value=infinite,
+            tries=jnp.zeros((), jnp.int32),
+            going=jnp.ones((), bool),
+        )
+        search = jax.lax.while_loop(
+            lambda search: search.going & (search.tries < max_tries), look, start
+        )
+        best = search.best
+        damping = damping_at(search.power)
+        return Chosen(best.step, best.value, search.first_value, damping)
+
+    return Backtracking(choose, cases)
+
+
+class _Candidate(NamedTuple):
+    value: jax.Array  # f at the end of the step.
+    promised: jax.Array  # By how much it falls, by M without damping.
+    step: Step
+
+
+class _Search(NamedTuple):
+    trial: jax.Array  # Power of `factor` to look at next.
+    power: jax.Array  # That of the best λ so far.
+    best: _Candidate
+    lowest: jax.Array  # f so far, of those that are credible.
+    first_value: jax.Array  # f for the run's own λ.
+    tries: jax.Array
+    going: jax.Array
+
+
+def _next(
+    search: _Search,
+    candidate: _Candidate,
+    before: Before,
+    tolerance: Number,
+    *,
+    anchored: bool,
+) -> _Search:
+    """Compare a candidate with the best so far, and say where to look next."""
+    first, up = search.tries == 0, search.trial > search.power
+    fall = before.value - candidate.value
+    # Falls far larger than M predicts are rounding, and would lead λ anywhere.
+    credible = ~(fall > _CREDIBLE * candidate.promised)
+    value = jnp.where(credible, candidate.value, before.value)
+    slack = _slack(before.value - search.lowest, before.noise, tolerance)
+
+    # Ties go to the higher λ, unless there is nothing but rounding to tell by; with
+    # momentum λ → ∞ repeats the last step, and λ stays.
+    as_good = value <= search.lowest + (-jnp.abs(slack) if anchored else slack)
+    clearly_better = value < search.lowest - jnp.maximum(jnp.abs(slack), before.noise)
+    # A step that f cannot show is no evidence against a longer one.
+    invisible = search.best.promised <= before.noise
+    invisible &= value <= before.value + before.noise
+    goes_further = candidate.promised > _MORE * search.best.promised
+    below = clearly_better | (invisible & goes_further)
+    better = first | jnp.where(up, as_good, below)
+    turns = up & ~better & (search.power == 0)
+
+    power = jnp.where(better, search.trial, search.power)
+    direction = jnp.where((first | up) & ~turns, 1, -1).astype(power.dtype)
+    return _Search(
+        trial=power + direction,
+        power=power,
+        best=trees.select(better, candidate, search.best),
+        lowest=jnp.where(better, jnp.minimum(value, search.lowest), search.lowest),
+        first_value=jnp.where(first, candidate.value, search.first_value),
+        tries=search.tries + 1,
+        going=better | turns,
+    )
+
+
+def _slack(gain: jax.Array, noise: jax.Array, tolerance: Number) -> jax.Array:
+    """Return by how much f may be higher at a higher λ; less than 0 where f is noise."""
+    share = options.like(tolerance, gain)
+    slack = jnp.where(gain > noise, share * gain, -noise)
+    return jnp.where(jnp.isfinite(slack), slack, 0)

@@ -1,0 +1,285 @@
+"""Damping matrices: D in A = B + λD, what a change of the parameters is measured by.
+
+| matrix | D | the fully optimised step is invariant to |
+|---|---|---|
+| `identity` | I (report, section 8.1, Tikhonov) | rotations |
+| `diagonal` | (diag(B) + κs)^ξ (8.3) | with κ = 0, ξ = 1: rescaling of f and of each parameter |
+| `curvature` | B (8.3) | any linear change of parameters; it is the undamped step / (1 + λ) |
+| `reparameterization` | CᵀC, C the Jacobian of φ (8.2) | φ: the step is C⁻¹ times that of φ(θ) |
+| `custom` | the caller's | |
+
+λ multiplies D as it is, never D rescaled. Where D = I it has the scale of the mean
+objective's curvature; where D scales as B does it is a pure number, about 1 for a
+step that is half as long.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options
+from hfjax._core.arguments import as_product, as_tangent, check_like, with_key
+from hfjax._core.types import Batch, Matvec, Number, Params, Tree
+from hfjax._tracing.linearize import linearized
+from hfjax.curvature import diagonals
+from hfjax.objectives.objective import Objective
+
+_FEW_OUTPUTS = 16
+"""Up to so many outputs a case, diag(B) is computed exactly; heuristic."""
+
+
+class Matrix(NamedTuple):
+    """D of one update.
+
+    Attributes:
+      matvec: v ↦ D v.
+      diagonal: its diagonal, a tree like the parameters or a scalar, for the
+        preconditioner; `None` where D is a multiple of B, of which it knows that of B.
+    """
+
+    matvec: Matvec
+    diagonal: Tree | None
+
+
+class DampingMatrix(NamedTuple):
+    """How each update makes its D.
+
+    Attributes:
+      build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
+        the product with B, and a typed key that is new in each update.
+    """
+
+    build: Callable[..., Matrix]
+
+
+Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
+"""`(objective, params, batch) -> (v -> D v, its diagonal)`."""
+
+
+@functools.cache  # So that it can be told from others.
+def identity() -> DampingMatrix:
+    """Damp with D = I: all parameters alike.
+
+    Returns:
+      The matrix.
+
+    References:
+      Martens & Sutskever (2012), section 8.1.
+    """
+    return DampingMatrix(lambda *_: Matrix(lambda v: v, jnp.ones(())))
+
+
+def curvature() -> DampingMatrix:
+    """Damp with D = B: A = (1 + λ) B, and every step is shortened by 1 / (1 + λ).
+
+    With structural damping, B stands for B + μS. No help where B is singular (report,
+    section 8.3).
+
+    Returns:
+      The matrix.
+
+    References:
+      Martens & Sutskever (2012), section 8.3; ERRATA: 1 / (1 + λ).
+    """
+    return DampingMatrix(
+        lambda objective, params, batch, curvature, key: Matrix(curvature, None)
+    )
+
+
+def diagonal(
+    estimate: diagonals.Estimate | None = None,
+    *,
+    exponent: Number = 1.0,
+    kappa: Number = 0.0,
+    scale: Tree | None = None,
+) -> DampingMatrix:
+    """Damp with D = (diag(B) + κ s)^ξ, as the classical Levenberg-Marquardt method.
+
+    B is without structural damping here, as in the report.
+
+    Args:
+      estimate: of diag(B), `(objective, params, batch) -> d`, a function of
+        `hfjax.diagonals` (with `key` or without) or the caller's. `None` is diag(G),
+        exact for up to 16 outputs a case, else by one random sign an output. The
+        Fisher's diagonal grows as f², so it is not invariant to rescaling f.
+      exponent: ξ in [0, 1]; 1 is the diagonal (Levenberg-Marquardt), 0 the identity.
+      kappa: κ ≥ 0, towards the identity (report, section 13: about 1e-2 of the mean
+        entry may be needed).
+      scale: s, a tree like the parameters; `None` is 1 everywhere.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      ValueError: if an option is out of range.
+
+    References:
+      Martens & Sutskever (2012), sections 8.3 and 11.2.
+    """
+    options.check_range("exponent", exponent, low=0.0, high=1.0)
+    options.check_range("kappa", kappa, low=0.0)
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        curvature: Matvec,
+        key: jax.Array,
+    ) -> Matrix:
+        del curvature
+        chosen = estimate
+        if chosen is None:
+            few = diagonals.outputs_per_case(objective, params, batch) <= _FEW_OUTPUTS
+            chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
+        d = with_key(chosen, key)(objective, params, batch)
+        entries = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+        return Matrix(
+            lambda v: jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v),
+            entries,
+        )
+
+    return DampingMatrix(build)
+
+
+def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
+    """Damp with D = CᵀC, C = ∂φ/∂θ: penalise change of the parameters φ(θ).
+
+    Where θ stands for weights w = φ(θ) of roughly uniform scale, say w = exp(θ), this
+    damps w: the fully optimised step is C⁻¹ times the Tikhonov-damped one of w.
+
+    Args:
+      original: φ, `params -> w`, any tree; differentiable. Its Jacobian is linearised
+        once in each update.
+
+    Returns:
+      The matrix. Its diagonal, for the preconditioner, is drawn with random signs:
+      exact where φ acts entry by entry.
+
+    Raises:
+      TypeError: if `original` is not callable.
+
+    Example:
+      >>> matrix = reparameterization(lambda p: jnp.exp(p))
+      >>> p = jnp.log(jnp.array([2.0, 3.0]))
+      >>> d, diagonal = matrix.build(None, p, None, None, jax.random.key(0))
+      >>> print(d(jnp.ones(2)).round(3), diagonal.round(3))  # CᵀC = diag(w²)
+      [4. 9.] [4. 9.]
+
+    References:
+      Martens & Sutskever (2012), sections 8.2 and 8.3.
+    """
+    if not callable(original):
+        msg = f"`original` must be a function of the parameters, got {original!r}."
+        raise TypeError(msg)
+
+    def build(
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        curvature: Matvec,
+        key: jax.Array,
+    ) -> Matrix:
+        del objective, batch, curvature
+        weights, tangent, transpose = linearized(original, params)
+        leaves, structure = jax.tree.flatten(weights)
+        signs = structure.unflatten(
+            [
+                jax.random.rademacher(leaf_key, w.shape, w.dtype)
+                for leaf_key, w in zip(
+                    jax.random.split(key, len(leaves)), leaves, strict=True
+                )
+            ]
+        )
+
+        def matvec(v: Tree) -> Tree:
+            v = as_tangent(v, params)
+            like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+            product = transpose(tangent(like))
+            return jax.tree.map(lambda x, v: x.astype(v.dtype), product, v)
+
+        return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)))
+
+    return DampingMatrix(build)
+
+
+def custom(build: Builder) -> DampingMatrix:
+    """Damp with the caller's D, symmetric and positive semi-definite.
+
+    Args:
+      build: `(objective, params, batch) -> (v -> D v, its diagonal)`, called once in
+        each update; v comes in float32 or wider. The diagonal is a tree like the parameters
+        or a scalar, for the preconditioner: an estimate will do.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      TypeError: if `build` is not callable; in the update, if it returns no pair, or its
+        product no vector.
+    """
+    if not callable(build):
+        msg = (
+            "`matrix` must be a name, a `DampingMatrix` or a callable (objective, "
+            f"params, batch) -> (matvec, diagonal), got {type(build).__name__}."
+        )
+        raise TypeError(msg)
+
+    def checked(
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        curvature: Matvec,
+        key: jax.Array,
+    ) -> Matrix:
+        del curvature, key
+        pair = build(objective, params, batch)
+        if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[0]):
+            msg = (
+                "A damping matrix must be built as (matvec, diagonal), got "
+                f"{type(pair).__name__}."
+            )
+            raise TypeError(msg)
+        matvec, diagonal = pair
+        diagonal = jax.tree.map(jnp.asarray, diagonal)
+        if jax.tree.structure(diagonal) != jax.tree.structure(0) or diagonal.ndim > 0:
+            cure = "Hand one number where all entries are alike."
+            check_like("diagonal", diagonal, params, cure)
+        return Matrix(as_product("matrix", matvec, matrix="D @ v"), diagonal)
+
+    return DampingMatrix(checked)
+
+
+NAMED: dict[str, Callable[[], DampingMatrix]] = {
+    "identity": identity,
+    "curvature_diagonal": diagonal,
+    "curvature": curvature,
+}
+"""What `matrix=` takes by name, with every default."""
+
+
+def as_matrix(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
+    """Return the matrix that an option means: by name, built, or the caller's.
+
+    Args:
+      matrix: a key of `NAMED`, a `DampingMatrix`, or as `custom` takes.
+
+    Returns:
+      The matrix.
+
+    Raises:
+      TypeError: if it is nothing of the kind.
+      ValueError: if the name is not known.
+    """
+    if isinstance(matrix, DampingMatrix):
+        return matrix
+    if matrix in NAMED.values() or matrix is reparameterization or matrix is custom:
+        name = getattr(matrix, "__name__", matrix)
+        msg = f"`matrix` is the function `{name}`: call it, as in `{name}(…)`."
+        raise TypeError(msg)
+    if isinstance(matrix, str):
+        options.check_choice("matrix", matrix, tuple(NAMED))
+        return NAMED[matrix]()
+    return custom(matrix)

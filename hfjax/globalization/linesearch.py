@@ -1,0 +1,177 @@
+"""The line search: how far to go along the chosen direction.
+
+Armijo's condition (report, section 8.8),
+
+    f(θ + αδ) ≤ f(θ) + sufficient_decrease · α · ∇fᵀδ,
+
+with α = first, first · shrink, first · shrink², … until it holds.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options
+from hfjax._core.types import Number
+
+
+class StepSize(NamedTuple):
+    """What a line search found.
+
+    Attributes:
+      step_size: α; 0 if the search failed.
+      value: f(θ + αδ) at the last α tried; +∞ if it is not finite.
+      success: whether the condition held.
+    """
+
+    step_size: jax.Array
+    value: jax.Array
+    success: jax.Array
+
+
+class LineSearch(NamedTuple):
+    """A rule for α.
+
+    Attributes:
+      search: `(along, value, slope, first, first_value) -> StepSize`, from `along`,
+        `α -> f(θ + αδ)`; `value`, f(θ); `slope`, ∇fᵀδ; `first`, the first α; and
+        `first_value`, f there if it is known, else `None`.
+    """
+
+    search: Callable[
+        [
+            Callable[[jax.Array], jax.Array],
+            jax.Array,
+            jax.Array,
+            jax.Array,
+            jax.Array | None,
+        ],
+        StepSize,
+    ]
+
+
+def armijo(
+    *,
+    sufficient_decrease: Number = 1e-2,
+    shrink: Number = 0.8,
+    max_tries: int = 60,
+) -> LineSearch:
+    """Shrink α until f has fallen by a part of what the slope promises.
+
+    Args:
+      sufficient_decrease: in (0, 1) (Martens' program: 1e-2).
+      shrink: factor in (0, 1) (ibid.: 0.8).
+      max_tries: how many α are tried, after which the search has failed (ibid.: 60).
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: if an option is out of range.
+
+    Example:
+      On f(α) = (α − 0.25)², from 0.0625 with slope −0.5:
+
+      >>> value, slope, first = jnp.array([0.0625, -0.5, 1.0])
+      >>> rule = armijo(shrink=0.5)
+      >>> found = rule.search(lambda a: (a - 0.25) ** 2, value, slope, first, None)
+      >>> print(found.step_size, bool(found.success))
+      0.25 True
+    """
+    options.check_range("sufficient_decrease", sufficient_decrease, low=0.0, high=1.0)
+    options.check_range("shrink", shrink, low=0.0, high=1.0, open_low=True)
+    options.check_count("max_tries", max_tries, low=1)
+
+    def enough(
+        alpha: jax.Array, at: jax.Array, value: jax.Array, slope: jax.Array
+    ) -> jax.Array:
+        # False for NaN. Up a slope no α will do.
+        part = options.like(sufficient_decrease, value)
+        sufficient = at <= value + part * alpha * slope
+        return sufficient & (slope < 0) & jnp.isfinite(at)
+
+    def search(
+        along: Callable[[jax.Array], jax.Array],
+        value: jax.Array,
+        slope: jax.Array,
+        first: jax.Array,
+        first_value: jax.Array | None,
+    ) -> StepSize:
+        def next_try(tried: _Tried) -> _Tried:
+            shorter = tried.alpha * options.like(shrink, tried.alpha)
+            alpha = jnp.where(tried.count == 0, first, shorter)
+            at = along(alpha).astype(value.dtype)
+            return _Tried(tried.count + 1, alpha, at, enough(alpha, at, value, slope))
+
+        start = _start(value, first, first_value)
+        if first_value is not None:
+            good = enough(first, first_value, value, slope)
+            start = start._replace(good=good)
+        return _search(
+            lambda tried: (slope < 0) & (tried.count < max_tries), next_try, start
+        )
+
+    return LineSearch(search)
+
+
+def whole() -> LineSearch:
+    """Take the first α unless f rises there: what `line_search=None` stands for.
+
+    Returns:
+      The rule.
+    """
+
+    def search(
+        along: Callable[[jax.Array], jax.Array],
+        value: jax.Array,
+        slope: jax.Array,
+        first: jax.Array,
+        first_value: jax.Array | None,
+    ) -> StepSize:
+        del slope
+        at = along(first) if first_value is None else first_value
+
+        def judge(tried: _Tried) -> _Tried:
+            good = (at <= value) & jnp.isfinite(at)
+            return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
+
+        start = _start(value, first, None)
+        return _search(
+            lambda tried: jnp.isfinite(value) & (tried.count == 0), judge, start
+        )
+
+    return LineSearch(search)
+
+
+class _Tried(NamedTuple):
+    count: jax.Array
+    alpha: jax.Array  # The last.
+    at: jax.Array  # f there.
+    good: jax.Array
+
+
+def _start(value: jax.Array, first: jax.Array, first_value: jax.Array | None) -> _Tried:
+    known = first_value is not None
+    return _Tried(
+        jnp.full((), 1 if known else 0, jnp.int32),
+        jnp.asarray(first, value.dtype),
+        first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf),
+        jnp.zeros((), bool),
+    )
+
+
+def _search(
+    unfinished: Callable[[_Tried], jax.Array],
+    next_try: Callable[[_Tried], _Tried],
+    start: _Tried,
+) -> StepSize:
+    # What a loop hands out is kept. Outside of one, XLA computes a comparison anew for
+    # each of its users, rounded differently, and an update that counts as accepted
+    # could be zero.
+    tried = jax.lax.while_loop(
+        lambda tried: ~tried.good & unfinished(tried), next_try, start
+    )
+    at = jnp.where(jnp.isfinite(tried.at), tried.at, jnp.inf)
+    return StepSize(jnp.where(tried.good, tried.alpha, 0), at, tried.good)

@@ -1,0 +1,299 @@
+"""Trust regions: minimise M(x) = ½xᵀA x − bᵀx with ‖x‖ ≤ radius (report, section 8.6).
+
+Steihaug and Toint: run conjugate gradients from 0, whose iterates grow in norm, and
+where they leave the region, or meet a direction of negative curvature, go to the
+boundary and stop. Where A is positive semi-definite, what is found gains at least half
+of what the best point of the region would: M(x) ≤ ½ M(x*).
+
+    >>> import jax.numpy as jnp
+    >>> d, b = jnp.array([1.0, 2.0]), jnp.ones(2)
+    >>> inside, at = (solve(lambda v: d * v, b, r) for r in (2.0, 0.5))
+    >>> print(inside.x.round(3), inside.on_boundary)
+    [1.  0.5] False
+    >>> print(jnp.linalg.norm(at.x).round(6), at.on_boundary)
+    0.5 True
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options
+from hfjax._core.arguments import as_product, as_vector
+from hfjax._core.refusal import without_derivative
+from hfjax._core.types import Matvec, Number, Preconditioner, Tree
+from hfjax._tracing import compiled
+from hfjax.globalization.damping import (
+    Damping,
+    ReductionRatio,
+    Verdict,
+    levenberg_marquardt,
+)
+from hfjax.globalization.rule import if_told
+from hfjax.solvers.cg import as_run, check_run
+from hfjax.solvers.descent import Reason, Run, Solver, System
+from hfjax.solvers.iterates import Keep, every, grid
+from hfjax.solvers.pcg import CGResult, as_preconditioner, run
+from hfjax.solvers.pcg_hooks import Region
+from hfjax.solvers.stopping import StoppingRule, martens2010
+
+
+class TrustRegionResult(NamedTuple):
+    """What a run of Steihaug-Toint found.
+
+    Attributes:
+      x: like `b`.
+      on_boundary: bool scalar, whether ‖x‖ = radius.
+      num_iterations: int32 scalar, products used.
+      model_values: shape `[max_iterations + 1]`: M at 0 and after each iteration;
+        entries past the last repeat it.
+      reason: int32 scalar, an `hfjax.cg.Reason`.
+    """
+
+    x: Tree
+    on_boundary: jax.Array
+    num_iterations: jax.Array
+    model_values: jax.Array
+    reason: jax.Array
+
+
+def solve(
+    matvec: Matvec,
+    b: Tree,
+    radius: Number,
+    /,
+    *,
+    preconditioner: Preconditioner | None = None,
+    norm: Matvec | None = None,
+    max_iterations: int = 250,
+    stopping: StoppingRule | None = None,
+) -> TrustRegionResult:
+    """Minimise M(x) = ½xᵀA x − bᵀx over xᵀP x ≤ radius², nearly.
+
+    A may be indefinite. With a preconditioner let `norm` be the P that it inverts: only
+    in that norm do the iterates grow, and only then does the bound of one half hold (for
+    positive semi-definite A).
+    With another norm, as the Euclidean one, the run still ends where they first leave.
+    The result has no derivative, as that of `hfjax.cg.solve`.
+
+    Args:
+      matvec: `v -> A v`, on trees like `b`.
+      b: the right-hand side, −∇f, real; integers are taken for floats.
+      radius: r > 0.
+      preconditioner: `r -> P⁻¹ r`; `None` is the identity.
+      norm: `v -> P v` of the region; `None` is the Euclidean ball.
+      max_iterations: a Python integer (250: as `hfjax.cg.solve`).
+      stopping: a rule of `hfjax.stopping`; `None` runs until the boundary, a residual
+        of zero to rounding, or `max_iterations`.
+
+    Returns:
+      The result. On the boundary ‖x‖ is the radius to rounding.
+
+    Raises:
+      TypeError: if `max_iterations` is no Python integer, or something else is not of its
+        kind.
+      ValueError: if `radius` is a plain number and not above 0, or `max_iterations` is
+        negative, or a product is no tree like `b`.
+
+    References:
+      Martens & Sutskever (2012), section 8.6; Steihaug (1983); Toint (1981).
+    """
+    options.check_range("radius", radius, low=0.0, open_low=True)
+    options.check_count("max_iterations", max_iterations, low=0)
+    norm = (lambda v: v) if norm is None else as_product("norm", norm, matrix="P @ v")
+    matvec, preconditioner = (
+        as_product("matvec", matvec),
+        as_preconditioner(preconditioner),
+    )
+
+    def solved(b: Tree, radius: jax.Array) -> CGResult:
+        return _run(
+            matvec,
+            b,
+            preconditioner,
+            Region(radius, norm),
+            max_iterations,
+            stopping,
+            every(max(1, max_iterations)),
+        )
+
+    result = compiled.run(solved, as_vector("b", b), jnp.asarray(radius))
+    return TrustRegionResult(
+        x=result.x,
+        on_boundary=result.reason == Reason.BOUNDARY,
+        num_iterations=result.num_iterations,
+        model_values=result.model_values,
+        reason=result.reason,
+    )
+
+
+def steihaug_toint(
+    *,
+    max_iterations: int = 250,
+    stopping: StoppingRule | None = martens2010(),
+    keep: Keep = grid(),
+    elliptical: bool = True,
+) -> Solver:
+    """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
+
+    Runs start from 0: "unfortunately, the restriction that CG must be initialized from
+    zero cannot be easily removed" (report, section 8.6). Under this solver the
+    `damping` of state and `info` is the radius.
+
+    Args:
+      max_iterations: of a run; a Python integer (250: as `conjugate_gradient`).
+      stopping: a rule of `hfjax.stopping` (Martens 2010), or `None`.
+      keep: which iterates backtracking may choose among.
+      elliptical: whether the region is ‖x‖_P ≤ radius, P the preconditioner, in whose
+        norm the iterates grow; else the Euclidean ball. Alike where there is none.
+
+    Returns:
+      The solver.
+
+    Raises:
+      TypeError: if `max_iterations` is no Python integer.
+      ValueError: if it is less than 1, or if `keep` evaluates f.
+    """
+    options.check_count("max_iterations", max_iterations, low=1)
+    if keep.evaluates:
+        msg = "`keep` must not evaluate f: the region, not f, is to end a run."
+        raise ValueError(msg)
+
+    def solve_within(system: System, x0: None) -> Run:
+        del x0
+        preconditioner = system.preconditioner()
+        plain = preconditioner is None or not elliptical
+        result = _run(
+            system.matvec,
+            system.b,
+            preconditioner,
+            Region(system.scalar, (lambda v: v) if plain else None),
+            max_iterations,
+            stopping,
+            keep,
+        )
+        return as_run(result)
+
+    return Solver(
+        start=lambda direction, count: None,
+        solve=solve_within,
+        scalar="radius",
+        max_iterations=max_iterations,
+    )
+
+
+_SMALLEST = 1e-30
+"""Of a radius: its reciprocal, which the rule adapts, is a float32."""
+
+
+def radius(
+    init: Number = 1.0,
+    *,
+    shrink: Number = 2 / 3,
+    grow: Number = 3 / 2,
+    lower: Number = 1 / 4,
+    upper: Number = 3 / 4,
+    maximum: Number = 1e18,
+    ratio: ReductionRatio = ReductionRatio(),
+) -> Damping:
+    """Adapt the radius to how well M predicts, by the Levenberg-Marquardt rule.
+
+    radius ← `grow` · radius if ρ > `upper` and the step was held back by the region;
+    radius ← `shrink` · radius if ρ < `lower`, or if the update was rejected. It is the
+    rule for λ, applied to 1 / radius. A = B: nothing is added to the curvature.
+
+    Args:
+      init: first radius > 0, in the norm of the region (1: heuristic).
+      shrink: factor in (0, 1] (report, section 8.5: 2/3).
+      grow: factor ≥ 1 (ibid.: 3/2).
+      lower: threshold (ibid.).
+      upper: threshold (ibid.).
+      maximum: of the radius; heuristic.
+      ratio: what ρ is the ratio of.
+
+    Returns:
+      The rule, for `hessian_free(damping=…, solver=trust_region.steihaug_toint())`.
+
+    Raises:
+      ValueError: if a plain number is out of range.
+
+    Example:
+      >>> rule = radius(init=1.0)
+      >>> for verdict in (
+      ...     Verdict(0.9, on_boundary=True),
+      ...     Verdict(0.5, on_boundary=True),
+      ...     Verdict(0.9, on_boundary=False),
+      ... ):
+      ...     print(float(rule.update(rule.init(), verdict)))
+      1.5
+      1.0
+      1.0
+
+    References:
+      Martens & Sutskever (2012), section 8.6; growth at the boundary only: Nocedal &
+      Wright (2006), algorithm 4.1.
+    """
+    options.check_range("init", init, low=0.0, open_low=True)
+    options.check_range("shrink", shrink, low=0.0, high=1.0, open_low=True)
+    options.check_range("grow", grow, low=1.0)
+    options.check_range("maximum", maximum, low=0.0, open_low=True)
+    reciprocal = levenberg_marquardt(
+        1.0,
+        decrease=1 / jnp.asarray(grow),
+        increase=1 / jnp.asarray(shrink),
+        lower=lower,
+        upper=upper,
+        minimum=1 / jnp.asarray(maximum),
+        ratio=ratio,
+    )
+
+    def update(
+        radius: jax.Array, verdict: Verdict, found: jax.Array | None = None
+    ) -> jax.Array:
+        del found
+        adapted = 1 / reciprocal.update(1 / radius, Verdict(verdict.ratio))
+        held_back = verdict.on_boundary
+        adapted = jnp.where(held_back, adapted, jnp.minimum(adapted, radius))
+        return if_told(verdict, adapted, radius)
+
+    def current(radius: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        # A caller may have set it to anything, and NaN would stay for ever.
+        first = options.like(init, radius)
+        known = jnp.where(jnp.isfinite(radius), radius, first)
+        return jnp.clip(known, _SMALLEST, options.like(maximum, radius))
+
+    return Damping(
+        init=lambda: jnp.asarray(init),
+        current=current,
+        update=update,
+        ratio=ratio,
+        matrix=None,
+        scalar="radius",
+    )
+
+
+def _run(
+    matvec: Matvec,
+    b: Tree,
+    preconditioner: Preconditioner | None,
+    region: Region,
+    max_iterations: int,
+    stopping: StoppingRule | None,
+    keep: Keep,
+) -> CGResult:
+    check_run(stopping, keep)
+    result = run(
+        matvec,
+        b,
+        None,
+        preconditioner,
+        keep.build(max_iterations, None),
+        max_iterations=max_iterations,
+        limit=max_iterations,
+        min_iterations=1,
+        stopping=stopping,
+        region=region,
+    )
+    return without_derivative("A run of conjugate gradients", result)

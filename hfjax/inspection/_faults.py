@@ -1,0 +1,328 @@
+"""Faults of a set-up: each function tries one thing, and yields a sentence if it fails.
+
+They are run from Python, on concrete arrays; `hfjax.verify.check` puts them in order.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hfjax._core import trees
+from hfjax._core.arguments import ShapeError
+from hfjax._core.types import Batch, Params
+from hfjax._tracing.linearize import noted
+from hfjax.curvature import ggn
+from hfjax.inspection._finite_differences import slopes
+from hfjax.inspection._gradient_faults import Facts, explain
+from hfjax.inspection._setup import (
+    TINY,
+    Setup,
+    extreme_curvature,
+    flat,
+    relative,
+    walk,
+    waves,
+)
+from hfjax.losses.loss import PAIRS
+from hfjax.update.state import Rejection
+from hfjax.update.system import rounding_noise
+
+_MOST_NOISE = 0.01
+"""Relative error of a gradient or product in its own precision that passes (heuristic)."""
+_WRONG = 1e-3
+"""Relative error of a directional derivative that no rounding explains (heuristic)."""
+_CASES = 64
+"""Cases whose L″ is searched for negative curvature (heuristic)."""
+
+
+def bad_targets(setup: Setup) -> Iterator[str]:
+    """Whether the targets are such as the loss is for."""
+    inputs, targets, _ = setup.batch
+    meant = setup.objective.loss.targets
+    if meant is None:
+        return
+    outputs = setup.outputs(setup.params, inputs)
+    bad = np.flatnonzero(~np.asarray(meant.allowed(outputs, targets)))
+    if len(bad):
+        yield (
+            f"The targets of {_listed(bad)} are not {meant.words}: the loss is meant "
+            "for no others."
+        )
+
+
+def not_finite(setup: Setup) -> Iterator[str]:
+    """Whether every loss is a number."""
+    bad = np.flatnonzero(~np.isfinite(setup.case_values()))
+    if len(bad):
+        yield (
+            f"The loss of {_listed(bad)} is NaN or infinite; a case of weight 0 must be "
+            "finite too."
+        )
+
+
+def random(setup: Setup) -> Iterator[str]:
+    """Whether the same call gives the same losses."""
+    if _differ(setup.case_values(), setup.case_values(), setup):
+        yield (
+            "The model is random: f evaluated twice differs. Give it one key per case "
+            "in `inputs`, so that all evaluations of an update see the same noise."
+        )
+
+
+def bound_to_a_number(setup: Setup) -> Iterator[str]:
+    """Whether model and loss run on other numbers of cases: one, and half the batch."""
+    cases = len(setup.batch[2])
+    for number in sorted({1, (cases + 1) // 2} - {cases}):
+        try:
+            setup.case_values(slice(number))
+        except ShapeError:
+            raise
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            yield (
+                f"The model or the loss runs on the {cases} cases of the batch, but fails "
+                f"on {number} of them ({type(error).__name__}: {first}). It must run on "
+                "any number of cases: do not write the number into it, and do not set "
+                "cases against one another."
+            )
+            return
+
+
+def dependent(setup: Setup) -> Iterator[str]:
+    """Whether a case's loss is its own, whatever stands beside it."""
+    whole = setup.case_values()
+    half = (len(whole) + 1) // 2
+    if len(whole) == 1:
+        return
+    halves = [setup.case_values(slice(half)), setup.case_values(slice(half, None))]
+    if _differ(np.concatenate(halves), whole, setup):
+        yield (
+            "Cases depend on one another: their losses are others in half the batch "
+            "than in the whole. Is batch normalisation in training mode? Use the "
+            "evaluation mode."
+            if _outputs_differ(setup, half)
+            else "The loss mixes cases: a case's loss is another in half the batch than "
+            "in the whole, though the model's outputs are the same. Compute it from the "
+            f"case's own outputs and targets. {PAIRS}"
+        )
+    elif _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
+        yield (
+            "A case's loss depends on its place in the batch: in reverse order it is "
+            "another. Noise belongs to the case: one key per case in `inputs`."
+        )
+
+
+def wrong_derivative(setup: Setup) -> Iterator[str]:
+    """Whether ∇f is the slope of f, along one fixed direction near θ."""
+    # Not at θ itself: where biases are 0, a rectifier may stand on its kink.
+    at = walk(setup.params, waves(setup.params, 1.7), 1e-3)
+    gradient = setup.gradient(at)
+    if not np.all(np.isfinite(flat(gradient))):
+        yield (
+            "The gradient of the objective holds NaN or infinity, though f is finite: "
+            "look for a square root at 0, or a `where` of which one side is NaN."
+        )
+        return
+    # Leaves behind a `stop_gradient` have a slope, and no gradient.
+    direction = jax.tree.map(
+        lambda g, v: v if np.any(g) else 0 * v,
+        setup.data_gradient(at),
+        waves(setup.params, 1.0),
+    )
+    terms = flat(gradient) * flat(direction)
+    misses = []
+    for slope, noise in slopes(setup.value, at, direction, setup.rounding):
+        excess = abs(slope - np.sum(terms)) - noise
+        misses.append((excess / max(np.linalg.norm(terms), noise, TINY), slope))
+    if not misses:
+        return
+    miss, slope = min(misses)
+    if miss > _WRONG:
+        yield (
+            "The derivative of the model or the loss is not that of its values: along "
+            f"one direction it is {np.sum(terms):.6g}, by finite differences "
+            f"{slope:.6g}. Look for a `custom_jvp` or `custom_vjp`, or a "
+            "`stop_gradient` within a sum."
+        )
+
+
+def no_reverse_derivative(setup: Setup) -> Iterator[str]:
+    """Whether there is a gradient at all."""
+    yield from _lacking(setup.objective.value_and_grad, setup.params, setup.batch)
+
+
+def no_forward_derivative(setup: Setup) -> Iterator[str]:
+    """Whether Gauss-Newton products can be made at all."""
+
+    def product(params: Params, batch: Batch) -> Params:
+        return ggn(setup.objective, params, batch)(params)
+
+    yield from _lacking(product, setup.params, setup.batch)
+
+
+def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
+    """Return whether updates can be made, though Gauss-Newton products cannot."""
+
+    def update(grads: Params, params: Params, batch: Batch) -> Any:
+        return tx.update(grads, tx.init(params), params, batch=batch)
+
+    try:
+        jax.eval_shape(update, grads, given.params, batch)
+    except Exception:  # Whatever it is, it is found again where an update is run.
+        return False
+    return True
+
+
+def _lacking(run: Callable[..., Any], *args: Any) -> Iterator[str]:
+    """Trace something, as `jit` does, and yield a sentence if it lacks a derivative."""
+    try:
+        jax.eval_shape(run, *args)
+    except Exception as error:  # Others are raised where the same is run.
+        note = noted(error)
+        if note is not None:
+            yield note
+
+
+def not_convex(setup: Setup) -> Iterator[str]:
+    """Whether L″ has negative curvature at the outputs of some cases."""
+    chosen = np.flatnonzero(np.asarray(setup.batch[2]) > 0)[:_CASES]
+    inputs, targets, _ = jax.tree.map(lambda leaf: leaf[chosen], setup.batch)
+    with setup.precision():
+        outputs = setup.outputs(setup.params, inputs)
+        product = setup.objective.loss.hessian(outputs, targets)
+        least, largest = extreme_curvature(product, outputs)
+    bound = max(1e-6, 1e3 * setup.rounding)
+    if np.any(least < -bound * largest):
+        worst = int(np.argmin(least))
+        yield (
+            f"The loss is not convex in the outputs: L″ of case {chosen[worst]} has "
+            f"the curvature {least[worst]:.3g}, so G is not positive semi-definite. "
+            "Move the nonlinearity into the model, or use "
+            '`losses.from_function(…, positive="clip")`.'
+        )
+
+
+def coarse_root(given: Setup) -> Iterator[str]:
+    """Whether preconditioners and diagonals see L″ only nearly."""
+    inputs, targets, _ = jax.tree.map(lambda leaf: leaf[:1], given.batch)
+    outputs = given.outputs(given.params, inputs)
+    note = given.objective.loss.coarse(outputs, targets)
+    if note is not None:
+        yield (
+            f"Preconditioners and diagonals are estimated only nearly: {note}. Take a "
+            "loss of `hfjax.losses` if there is one, or couple fewer outputs."
+        )
+
+
+def noisy(given: Setup, setup: Setup) -> Iterator[str]:
+    """Whether gradient and product in the parameters' precision are those in float64."""
+    # By the same key another mask may be drawn in float64: no rounding, but chance.
+    leaves = jax.tree.leaves(given.batch[0])
+    random = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    if given.rounding <= setup.rounding or any(random):
+        return
+    exact = setup.gradient(setup.params)
+    with setup.precision():
+        curved = ggn(setup.objective, setup.params, setup.batch)(exact)
+    here = trees.cast_like(exact, given.params)
+    product = ggn(given.objective, given.params, given.batch)(here)
+    for name, rough, fine in (
+        ("The gradient", given.gradient(given.params), exact),
+        ("A product G v", product, curved),
+    ):
+        error = relative(flat(rough), flat(fine))
+        if not error <= _MOST_NOISE:
+            dtype = trees.scalar_dtype(given.params)
+            yield (
+                f"{name} in {dtype} is {error:.2g} from that in float64, relative to "
+                f"its length (more than {_MOST_NOISE}): most of the difference is "
+                "rounding. Scale the problem, compute sums wider, or use float64."
+            )
+            return
+
+
+def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
+    """Whether `grads` is ∇f."""
+    found = flat(grads)
+    if not np.all(np.isfinite(found)):
+        yield "`grads` holds NaN or infinity, the gradient of the objective does not."
+        return
+    sentence = explain(found, Facts.of(given, setup, grads))
+    if sentence is not None:
+        yield sentence
+
+
+def bad_transformation(
+    tx: Any, given: Setup, batch: Batch, grads: Params, *, judge: bool
+) -> Iterator[str]:
+    """Whether `tx` is Hessian-free, and if to be judged: of this f, and takes a step."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        yield (
+            f"`tx` is a {type(tx).__name__}, not a gradient transformation: hand in "
+            "what `hfjax.hessian_free` returned."
+        )
+        return
+    state = tx.init(given.params)
+    if not optax.tree.get_all_with_path(state, "rejection"):
+        yield (
+            "`tx` is no Hessian-free transformation: its state has no "
+            "`HessianFreeInfo`. Use `hfjax.hessian_free`, or chain "
+            "`hfjax.scale_by_hessian_free`."
+        )
+        return
+    if not judge:
+        return
+    _, state = tx.update(grads, state, given.params, batch=batch)
+
+    def told(name: str) -> float:
+        return float(optax.tree.get_all_with_path(state, name)[0][1])
+
+    rejection = Rejection(int(told("rejection")))
+    if rejection == Rejection.NONE and not told("accepted"):
+        return  # Not run: something around it gathers gradients first.
+    value = jnp.asarray(given.value(given.params), trees.scalar_dtype(given.params))
+    noise = float(rounding_noise(value))
+    before, predicted = told("value_before"), told("predicted_change")
+    seen = (Rejection.NONE, Rejection.NO_DECREASE)
+    if rejection != Rejection.NONFINITE_VALUE and abs(before - value) > 100 * noise:
+        yield (
+            f"`tx` was built with another objective: its f is {before:.6g}, that of "
+            f"`objective` {float(value):.6g}."
+        )
+    elif abs(predicted) <= noise and rejection in seen:
+        yield (
+            f"f is too coarse in {value.dtype}: the first update is to change it by "
+            f"{predicted:.2g}, its rounding is about {noise:.2g}. Use float64, or stop: "
+            "this may be the optimum."
+        )
+    elif rejection != Rejection.NONE:
+        yield (
+            f"`tx` rejects its first update: {rejection.name}, see `hfjax.Rejection`."
+        )
+
+
+def _outputs_differ(setup: Setup, half: int) -> bool:
+    """Return whether the model's outputs of the first cases depend on the rest."""
+    inputs = setup.batch[0]
+    first = jax.tree.map(lambda leaf: leaf[:half], inputs)
+    whole, alone = (setup.outputs(setup.params, x) for x in (inputs, first))
+    return any(
+        _differ(np.asarray(x), np.asarray(y[:half]), setup)
+        for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True)
+        if x.size
+    )
+
+
+def _listed(cases: np.ndarray) -> str:
+    some = ", ".join(map(str, cases[:5])) + (", …" if len(cases) > 5 else "")
+    return f"{len(cases)} of the cases (case {some})"
+
+
+def _differ(x: np.ndarray, y: np.ndarray, setup: Setup) -> bool:
+    """Return whether two runs differ by more than sums in another order do."""
+    bound = min(max(1e-6, 1e3 * setup.rounding), 0.1)
+    return not np.max(np.abs(x - y)) <= bound * np.max(np.abs(y))

@@ -1,0 +1,71 @@
+"""Central differences: slow truth for `hfjax.verify`."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hfjax._core.types import Params
+from hfjax.inspection._setup import walk
+
+
+def along(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, v: jax.Array, epsilon: float
+) -> jax.Array:
+    """Return (fn(x + ε v) − fn(x − ε v)) / 2ε."""
+    return (fn(x + epsilon * v) - fn(x - epsilon * v)) / (2 * epsilon)
+
+
+def columns(
+    fn: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    indices: jax.Array,
+    epsilon: float,
+) -> jax.Array:
+    """Return the derivative of `fn` by each of these entries of `x`, stacked first."""
+    return jax.lax.map(
+        lambda j: along(fn, x, jnp.zeros_like(x).at[j].set(1), epsilon), indices
+    )
+
+
+def hessians(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, epsilon: float
+) -> jax.Array:
+    """Return each row's own Hessian, from values alone.
+
+    Args:
+      fn: `[cases, m] -> [cases]`; a case's value depends on its own row.
+      x: shape `[cases, m]`.
+      epsilon: in both differences; rounding enters with its inverse square.
+
+    Returns:
+      Shape `[cases, m, m]`.
+    """
+    size = x.shape[1]
+
+    def entry(pair: jax.Array) -> jax.Array:
+        first, second = (
+            epsilon * (jnp.arange(size) == place)[None].astype(x.dtype)
+            for place in pair
+        )
+        plus = fn(x + first + second) - fn(x + first - second)
+        minus = fn(x - first + second) - fn(x - first - second)
+        return (plus - minus) / (4 * epsilon**2)
+
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size)] * 2, indexing="ij"), axis=-1)
+    entries = jax.lax.map(entry, grid.reshape(-1, 2))
+    return entries.T.reshape(-1, size, size)
+
+
+def slopes(
+    value: Callable[[Params], float], at: Params, direction: Params, rounding: float
+) -> Iterator[tuple[float, float]]:
+    """Yield slopes of f by three sizes of step, and what rounding may add to each."""
+    for size in (10.0, 1.0, 0.1):
+        step = size * rounding ** (1 / 3)
+        ahead = value(walk(at, direction, step))
+        behind = value(walk(at, direction, -step))
+        slope = (ahead - behind) / (2 * step)
+        if np.isfinite(slope):
+            yield slope, 100 * rounding * (abs(ahead) + abs(behind)) / step

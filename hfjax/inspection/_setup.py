@@ -1,0 +1,257 @@
+"""An objective at one place, in its own precision or in float64, to be looked at."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from hfjax._core import trees
+from hfjax._core.types import Batch, Params, Tree
+from hfjax.objectives.cases import as_cases
+from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import terms_of
+
+_DENSE = 64
+"""Most outputs of a case whose L″ is written out (heuristic)."""
+_POWER_ITERATIONS = 30
+"""Products of each half of the search where it is not (heuristic)."""
+TINY = float(np.finfo(np.float64).tiny)
+"""In place of a length of 0, to divide by."""
+
+
+class Setup(NamedTuple):
+    """An objective of numbers alone, its parameters and its batch.
+
+    Attributes:
+      objective: without schedule or mapped axis.
+      params: θ.
+      batch: `(inputs, targets, weights)`.
+      rounding: ε of the coarsest floating dtype that the losses are computed in.
+      wide: whether to compute in float64, whatever the setting.
+    """
+
+    objective: Objective
+    params: Params
+    batch: Batch
+    rounding: float
+    wide: bool
+
+    @classmethod
+    def of(cls, objective: Objective, params: Params, batch: Batch) -> "Setup":
+        """Look at an objective as it is at its first update."""
+        objective = dataclasses.replace(objective.at(0), axis_name=None)
+        params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
+        return cls(objective, params, batch, 0.0, False)._with_rounding()
+
+    def in_float64(self) -> "Setup":
+        """Return the same in float64."""
+        with jax.enable_x64(True):
+            params, batch = in_float64((self.params, self.batch))
+        return Setup(self.objective, params, batch, 0.0, True)._with_rounding()
+
+    def in_float64_if_it_runs(self) -> "Setup":
+        """Return the same in float64, or itself if the model is bound to its dtype."""
+        try:
+            return self.in_float64()
+        except TypeError:  # As of a `lax.scan` whose carry is float32 by name.
+            return self
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Set what to compute in.
+
+        In float64, constants of the model in float32 are promoted: its own dtypes,
+        which may be strict, are no longer those that meet.
+        """
+        if not self.wide:
+            yield
+            return
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            yield
+
+    @property
+    def decay(self) -> float:
+        """The weight decay."""
+        return float(jnp.asarray(self.objective.weight_decay))
+
+    def outputs(self, params: Params, inputs: Tree) -> Tree:
+        """Run the model, without hidden states."""
+        return terms_of(self.objective, self.batch)[0].outputs(params, inputs)
+
+    def value(self, params: Params) -> float:
+        """Compute f."""
+        with self.precision():
+            return float(self.objective.value(params, self.batch))
+
+    def gradient(self, params: Params) -> Params:
+        """Compute ∇f."""
+        with self.precision():
+            return self.objective.value_and_grad(params, self.batch)[1]
+
+    def data_gradient(self, params: Params) -> Params:
+        """Compute ∇f without weight decay."""
+        bare = dataclasses.replace(self.objective, weight_decay=0.0)
+        return self._replace(objective=bare).gradient(params)
+
+    def case_values(self, chosen: Any = slice(None)) -> np.ndarray:
+        """Compute the losses of these cases, run without the others."""
+        with self.precision():
+            batch = jax.tree.map(lambda leaf: leaf[chosen], self.batch)
+            return np.asarray(self.objective.case_values(self.params, batch))
+
+    def rounded(self, rounding: float) -> Params:
+        """Return θ with relative errors of up to `rounding`."""
+        with self.precision():
+            errors = jax.tree.map(jnp.multiply, self.params, waves(self.params, 1.0))
+            return walk(self.params, errors, rounding)
+
+    def _with_rounding(self) -> "Setup":
+        with self.precision():
+            program = jax.make_jaxpr(self.objective.case_values)(
+                self.params, self.batch
+            )
+        dtypes = {*_dtypes(program), *[x.dtype for x in jax.tree.leaves(self.params)]}
+        floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+        return self._replace(rounding=max(float(jnp.finfo(d).eps) for d in floating))
+
+
+def unlike(params: Params, grads: Params) -> Iterator[str]:
+    """Whether `grads` has the structure and shapes of `params`."""
+    ours, theirs = jax.tree.structure(params), jax.tree.structure(grads)
+    shapes, others = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, grads))
+    )
+    if ours != theirs:
+        alone = ", ".join(sorted(shapes.keys() ^ others.keys())[:3])
+        which = f"leaves of one of them: {alone}" if alone else f"{theirs}, not {ours}"
+        yield f"`grads` has another structure than `params`: {which}."
+        return
+    for where, shape in shapes.items():
+        if others[where] != shape:
+            yield (
+                f"`grads{where}` has shape {others[where]}, `params{where}` has "
+                f"{shape}."
+            )
+            return
+
+
+def unusable(params: Params, batch: Batch) -> Iterator[str]:
+    """Whether parameters and data are numbers, and weights are weights."""
+    inputs, targets, weights = as_cases(batch)
+    named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
+    for name, tree in named.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            floating = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+            if floating and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+                where = jax.tree_util.keystr(path)
+                yield f"`{name}{where}` holds NaN or infinity."
+                return
+    if np.any(np.asarray(weights) < 0):
+        yield "A case weight is negative: f is no mean, and G not positive."
+    elif not np.any(np.asarray(weights)):
+        yield "All case weights are 0: there is nothing to fit."
+
+
+def in_float64(tree: Tree) -> Tree:
+    """Cast what is floating; labels and keys stay."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def rows(outputs: Tree) -> jax.Array:
+    """Return outputs as `[cases, m]`."""
+    # Of several dtypes in the widest.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.vmap(lambda case: ravel_pytree(case)[0])(outputs)
+
+
+def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
+    """Return the map from `[cases, m]` back to trees like `outputs`."""
+    with jax.numpy_dtype_promotion("standard"):
+        to_tree = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1]
+    return jax.vmap(to_tree)
+
+
+def extreme_curvature(
+    product: Callable[[Tree], Tree], outputs: Tree
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return about the least and the largest |eigenvalue| of L″ in each case.
+
+    Exact for few outputs; for many by power iterations, the least never too small.
+    """
+    z = rows(outputs)
+    to_tree = unrows(outputs)
+
+    def by_rows(v: jax.Array) -> jax.Array:
+        return rows(product(trees.cast_like(to_tree(v), outputs)))
+
+    size = z.shape[1]
+    if size <= _DENSE:
+        basis = jnp.broadcast_to(
+            jnp.eye(size, dtype=z.dtype)[:, None], (size, *z.shape)
+        )
+        matrices = np.asarray(jnp.swapaxes(jax.lax.map(by_rows, basis), 0, 1))
+        values = np.linalg.eigvalsh(matrices.astype(np.float64))
+        return values[:, 0], np.max(np.abs(values), axis=1)
+
+    def power(multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def step(_: int, v: jax.Array) -> jax.Array:
+            v = multiply(v)
+            length = jnp.linalg.norm(v, axis=1, keepdims=True)
+            return v / jnp.where(length == 0, 1, length)
+
+        start = jnp.broadcast_to(jnp.cos(jnp.arange(size, dtype=z.dtype)), z.shape)
+        v = jax.lax.fori_loop(0, _POWER_ITERATIONS, step, start)
+        square = jnp.sum(v * v, axis=1)
+        return jnp.sum(v * by_rows(v), axis=1) / jnp.where(square == 0, 1, square)
+
+    largest = jnp.abs(power(by_rows))
+    least = power(lambda v: 2 * largest[:, None] * v - by_rows(v))
+    return np.asarray(least), np.asarray(largest)
+
+
+def flat(tree: Tree) -> np.ndarray:
+    """Gather a tree into one float64 vector of the host."""
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([np.zeros(0), *leaves])
+
+
+def waves(tree: Tree, frequency: float) -> Tree:
+    """Return a fixed direction without pattern: cosines of the entries' numbers."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return jnp.cos(frequency * jnp.arange(1.0, x.size + 1)).reshape(x.shape)
+
+    return trees.cast_like(jax.tree.map(leaf, tree), tree)
+
+
+def walk(params: Params, direction: Params, step: float) -> Params:
+    """Return θ + step · direction."""
+    return jax.tree.map(lambda x, v: x + step * v, params, direction)
+
+
+def relative(x: np.ndarray, y: np.ndarray) -> float:
+    """Return ‖x − y‖ / ‖y‖."""
+    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), TINY))
+
+
+def _dtypes(program: Any) -> Iterator[Any]:
+    """Yield the dtypes of whatever a program computes, those within others too."""
+    program = getattr(program, "jaxpr", program)
+    for equation in program.eqns:
+        yield from (out.aval.dtype for out in equation.outvars)
+        for option in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(option, "eqns"):
+                yield from _dtypes(option)

@@ -1,0 +1,250 @@
+"""L″ of a case as a diagonal and one outer product in each block.
+
+    L″ = diag(a) + b cᵀ        in each block of outputs that the loss couples
+
+It is read off the program of v ↦ L″v where all that couples the outputs of a block is one
+sum over them, as in every softmax cross-entropy: then a is what reaches an entry of L″v
+from the same entry of v, c is what the sum is of, and b what becomes of it. Its root is in closed
+form.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from hfjax._core import trees
+from hfjax._tracing import programs
+from hfjax.losses import _coupling
+
+_SUMS_OF_OPERANDS = frozenset({"add", "add_any", "sub"})
+
+
+class Unreadable(Exception):  # noqa: N818 (nothing is wrong: L″ is just no such matrix)
+    """L″ is not a diagonal and one outer product in each block, as far as is known."""
+
+
+class Outer(NamedTuple):
+    """diag(a) + b cᵀ of one case, block by block, for all outputs in one vector.
+
+    Attributes:
+      diagonal: a, shape `[outputs]`.
+      left: b.
+      right: c.
+    """
+
+    diagonal: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+
+def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
+    """Read L″ of one case as a diagonal and one outer product in each block.
+
+    Args:
+      program: of `_coupling.trace`.
+      args: the leaves of its outputs and targets.
+      numbers: of `_coupling.blocks`.
+
+    Returns:
+      What L″ is there; sums of the program are not run, but read.
+
+    Raises:
+      Unreadable: if it is no such matrix, or is not known to be.
+    """
+    walk = _Outer(numbers, [])
+    shapes = [x.shape for x in program.out_avals]
+    entries = _coupling.numbered(shapes)
+    dtype = trees.widest(*(x.dtype for x in program.out_avals))
+    given = [
+        _Form({0: _Part(jnp.ones(entry.shape, out.dtype), entry)})
+        for entry, out in zip(entries, program.out_avals, strict=True)
+    ]
+    results = walk.program(program.jaxpr, program.consts, [*args, *given])
+    count = len(numbers)
+    diagonal, left, right = (jnp.zeros(count, dtype) for _ in range(3))
+    for entry, result in zip(entries, results, strict=True):
+        if not isinstance(result, _Form):
+            continue
+        for source, (factor, places) in result.parts.items():
+            wanted = entry if source == 0 else numbers[entry]
+            if not np.array_equal(places, wanted):
+                raise Unreadable
+            if source == 0:
+                diagonal = _added(diagonal, factor, entry)
+            else:
+                left = _added(left, factor, entry)
+    for factor, places in walk.sums:
+        right = _added(right, factor, places)
+    return Outer(diagonal, left, right)
+
+
+def root(parts: Outer) -> Callable[[jax.Array], jax.Array]:
+    """Build x ↦ S x with S Sᵀ = diag(a) + b cᵀ, of each case: `[cases, blocks, K]`.
+
+    It is symmetric: b cᵀ = σ u uᵀ, σ = ±1. With w = u / √a it is √a (I + σ w wᵀ) √a, so that
+
+        S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
+
+    Where a, or 1 + σ‖w‖², is negative, it counts as 0. Of a loss of a sum alone, as
+    ½(Σz)², a is 0 where u is not. With σ = 1, and e that part of u at length 1, it is then
+
+        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, as √a e = 0.
+    """
+    a, b, c = parts
+    # b = ± c times a number: in their middle neither overflows where the other vanishes.
+    u = jnp.sign(c) * jnp.sqrt(jnp.abs(b)) * jnp.sqrt(jnp.abs(c))
+    sign = jnp.sign(jnp.sum(jnp.sign(b) * jnp.sign(c), axis=-1, keepdims=True))
+    roots = jnp.sqrt(jnp.maximum(a, 0))
+    # Where √a is nothing beside u: their product is rounding of u uᵀ.
+    alone = roots <= jnp.finfo(u.dtype).eps * jnp.abs(u)
+    bare = jnp.where(alone & (sign > 0), u, 0)
+    height = jnp.linalg.norm(bare, axis=-1, keepdims=True)
+    e = bare / jnp.where(height > 0, height, 1)
+    w = jnp.where(alone, 0, u / jnp.where(alone, 1, roots))
+    size = jnp.sum(w * w, axis=-1, keepdims=True)
+    # Of softmax this is 0, and its rounding has a root far above rounding.
+    along_w = 1 + sign * size
+    seen = along_w > a.shape[-1] * jnp.finfo(w.dtype).eps
+    stretch = jnp.sqrt(jnp.where(seen, along_w, 0)) - 1
+    share = stretch / jnp.where(size > 0, size, 1)
+
+    def product(x: jax.Array) -> jax.Array:
+        along = jnp.sum(w * x, axis=-1, keepdims=True)
+        along_e = jnp.sum(e * x, axis=-1, keepdims=True)
+        stretched = roots * (x + share * along * w)
+        return jnp.where(height > 0, roots * x + along_e * u, stretched)
+
+    return product
+
+
+def _added(total: jax.Array, factor: jax.Array, places: np.ndarray) -> jax.Array:
+    """Add entries to those of a vector; where they are all of it, without a scatter."""
+    flat = factor.reshape(-1).astype(total.dtype)
+    if np.array_equal(places.ravel(), np.arange(total.size)):
+        return total + flat
+    return total.at[places.ravel()].add(flat)
+
+
+class _Part(NamedTuple):
+    """`factor` times entries of a vector: `places` has the number of each."""
+
+    factor: jax.Array
+    places: np.ndarray
+
+
+class _Form(NamedTuple):
+    """A value that depends on v: a sum of parts; 0 is of v, 1 of the blocks' sums."""
+
+    parts: dict[int, _Part]
+
+
+class _Outer(NamedTuple):
+    """Evaluates a program on forms; `sums` are what the blocks' sums are of."""
+
+    numbers: np.ndarray
+    sums: list[_Part]
+
+    def program(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
+    ) -> list[Any]:
+        values = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+        )
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for equation in _coupling.needed(jaxpr):
+            operands = [read(atom) for atom in equation.invars]
+            results = self.equation(equation, operands)
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, equation: Any, operands: list[Any]) -> list[Any]:
+        if not any(isinstance(x, _Form) for x in operands):
+            return programs.run(equation, operands)
+        inner = programs.inner(equation)
+        name = equation.primitive.name
+        if inner is not None and name != "scan":
+            consts = getattr(equation.params["jaxpr"], "consts", ())
+            return self.program(inner, consts, operands)
+        sources = dict.fromkeys(
+            source for x in operands if isinstance(x, _Form) for source in x.parts
+        )
+        found: dict[int, _Part] = {}
+        for source in sources:
+            for kind, part in self._applied(equation, operands, source):
+                if kind in found and not np.array_equal(
+                    found[kind].places, part.places
+                ):
+                    raise Unreadable
+                old = found[kind].factor if kind in found else None
+                total = part.factor if old is None else old + part.factor
+                found[kind] = _Part(total, part.places)
+        return [_Form(found)]
+
+    def _applied(
+        self, equation: Any, operands: list[Any], source: int
+    ) -> Iterator[tuple[int, _Part]]:
+        """Apply an equation to one part of its operands."""
+        name, params = equation.primitive.name, equation.params
+        shape = equation.outvars[0].aval.shape
+        parts = [
+            x.parts.get(source) if isinstance(x, _Form) else None for x in operands
+        ]
+        places = [part.places for part in parts if part is not None]
+        if name == "reduce_sum":
+            (part,) = parts
+            assert part is not None
+            yield self._sum(part, params["axes"], shape, source)
+            return
+        if name in _coupling.ARITHMETIC and not (
+            name in ("mul", "div") and len(places) > 1
+        ):
+            after: list[Any] = [np.broadcast_to(x, shape) for x in places]
+        elif len(operands) == 1:
+            after = [_coupling.moved(name, params, places[0], shape)]
+        else:
+            raise Unreadable
+        if any(x is None or not np.array_equal(x, after[0]) for x in after):
+            raise Unreadable
+        adds = name in _SUMS_OF_OPERANDS
+        inputs = []
+        for atom, x, part in zip(equation.invars, operands, parts, strict=True):
+            absent = isinstance(x, _Form) or adds
+            if part is not None:
+                inputs.append(part.factor)
+            elif absent:  # What is added to something linear in v is 0, too.
+                inputs.append(jnp.zeros(atom.aval.shape, atom.aval.dtype))
+            else:
+                inputs.append(x)
+        (factor,) = programs.run(equation, inputs)
+        yield source, _Part(factor, after[0])
+
+    def _sum(
+        self, part: _Part, axes: Sequence[int], shape: tuple[int, ...], source: int
+    ) -> tuple[int, _Part]:
+        factor, places = part
+        groups = self.numbers[places] if source == 0 else places
+        first = np.max(groups, axis=tuple(axes), keepdims=True)
+        if not np.array_equal(np.broadcast_to(first, groups.shape), groups):
+            raise Unreadable  # It couples blocks, or is itself no sum over one.
+        same = np.max(places, axis=tuple(axes), keepdims=True)
+        if np.array_equal(np.broadcast_to(same, places.shape), places):
+            summed = jnp.sum(factor, axis=tuple(axes))
+            return source, _Part(summed, same.reshape(shape))
+        _, counts = np.unique(first, return_counts=True)
+        if self.sums and set(np.unique(first)) & set(
+            np.unique(
+                self.numbers[np.concatenate([s.places.ravel() for s in self.sums])]
+            )
+        ):
+            raise Unreadable  # A second sum over the same outputs.
+        if np.any(counts > 1):
+            raise Unreadable
+        self.sums.append(part)
+        return 1, _Part(jnp.ones(shape, factor.dtype), first.reshape(shape))

@@ -1,0 +1,325 @@
+"""Roots of each case's loss Hessian, and its positive semi-definite repair.
+
+    S Sᵀ = L″,        L″ + R ⪰ 0, with R ⪰ 0 and R = 0 where nothing is missing
+
+(report, sections 6.3 and 11.4). L″ is zero between outputs that the loss does not couple
+(`_coupling`), so all is done block by block, with K the outputs of the largest block:
+
+| what L″ is | S | R |
+|---|---|---|
+| a diagonal: K = 1 | its root; one product with L″ | exact |
+| a diagonal and an outer product in each block (`_outer`) | in closed form; some sums | as below |
+| blocks of K ≤ `MOST_FOR_EIGENVALUES` | by eigenvectors; K products | exact |
+| of K ≤ `_MOST_FOR_ROOT` | the same | Gershgorin's circles |
+| larger blocks | S v by `_STEPS` steps of Lanczos, nearly | the same |
+
+All of it depends on the outputs alone and is made once, but for the steps of Lanczos,
+each of which is a product.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hfjax._core import sharding, trees
+from hfjax._core.types import Tree
+from hfjax._tracing import linalg
+from hfjax.losses import _coupling, _outer
+
+MOST_FOR_EIGENVALUES = 64
+"""Most outputs of a block that is decomposed: 16 KB in float32 (heuristic)."""
+
+_MOST_FOR_ROOT = 96
+"""Most outputs of a block whose root is exact: about 1 ms of a core each (heuristic)."""
+
+_STEPS = 12
+"""Steps of Lanczos for S v; the memory of as many outputs (heuristic)."""
+
+_Curvature = Callable[[Tree, Tree], Callable[[Tree], Tree]]
+
+
+class _Blocks(NamedTuple):
+    """How the outputs of a case fall into blocks.
+
+    Attributes:
+      program: v ↦ L″v of one case.
+      numbers: of each output's block.
+      members: outputs of each block, `[blocks, K]`; −1 fills up smaller ones.
+    """
+
+    program: Any
+    numbers: np.ndarray
+    members: np.ndarray
+
+    @property
+    def largest(self) -> int:
+        """K."""
+        return self.members.shape[1]
+
+    def take(self, flat: jax.Array) -> jax.Array:
+        """Sort `[cases, outputs]` into `[cases, blocks, K]`, with zeros at −1."""
+        if self._in_order:
+            return flat.reshape(-1, *self.members.shape)
+        found = jnp.take(flat, self.members.ravel(), axis=1, mode="clip")
+        found = jnp.where(self.members.ravel() < 0, 0, found)
+        return found.reshape(-1, *self.members.shape)
+
+    def put(self, sorted_: jax.Array) -> jax.Array:
+        """Undo `take`."""
+        flat = sorted_.reshape(len(sorted_), -1)
+        if self._in_order:
+            return flat
+        places = np.argsort(
+            np.where(self.members < 0, flat.shape[1], self.members).ravel()
+        )
+        return jnp.take(flat, places[: len(self.numbers)], axis=1)
+
+    @property
+    def _in_order(self) -> bool:
+        places = self.members.ravel()
+        return np.array_equal(places, np.arange(len(places)))
+
+
+def root(
+    curvature: _Curvature, outputs: Tree, targets: Tree, positive: str | None
+) -> Callable[[Tree], Tree]:
+    """Build v ↦ S v with S Sᵀ = L″ + R; without repair R is "clip"'s.
+
+    `curvature` is `(outputs, targets) -> (v -> L″ v)`; every leaf leads with cases.
+    `positive` is "clip", "shift" or `None`. The product is in the dtypes of `v`.
+    """
+    blocks = _read(curvature, sharding.first_case((outputs, targets)))
+    product = _flat(curvature(outputs, targets), outputs)
+    if blocks.largest <= 1:
+        entries = _repaired(product(_ones(outputs)), positive or "clip")
+        return _unflat(lambda v: jnp.sqrt(entries) * v)
+    if positive is None:
+        try:
+            return _root_of_outer(blocks, outputs, targets)
+        except _outer.Unreadable:
+            pass
+    if positive is not None and blocks.largest > MOST_FOR_EIGENVALUES:
+        lacking = _gershgorin(product, blocks, outputs)
+        product = _plus(product, lacking)
+    if blocks.largest <= _MOST_FOR_ROOT:
+        values, vectors = _eigen(product, blocks, outputs)
+        roots = jnp.sqrt(_repaired(values, positive or "clip"))
+        return _unflat(lambda v: blocks.put(_in_basis(blocks.take(v), roots, vectors)))
+    return _unflat(lambda v: _root_by_lanczos(product, v))
+
+
+def missing(
+    curvature: _Curvature,
+    product: Callable[[Tree], Tree],
+    outputs: Tree,
+    targets: Tree,
+    positive: str,
+) -> Callable[[Tree], Tree]:
+    """Build v ↦ R v, such that L″ + R is positive semi-definite in each case.
+
+    `product` is v ↦ L″ v; the rest is as in `root`.
+    """
+    blocks = _read(curvature, sharding.first_case((outputs, targets)))
+    flat = _flat(product, outputs)
+    if blocks.largest <= 1:
+        entries = flat(_ones(outputs))
+        lacking = _repaired(entries, positive) - entries
+        return _unflat(lambda v: lacking * v)
+    if blocks.largest > MOST_FOR_EIGENVALUES:
+        lacking = _gershgorin(flat, blocks, outputs)
+        return _unflat(lambda v: lacking * v)
+    values, vectors = _eigen(flat, blocks, outputs)
+    lacking = _repaired(values, positive) - values
+    return _unflat(lambda v: blocks.put(_in_basis(blocks.take(v), lacking, vectors)))
+
+
+def coarse(
+    curvature: _Curvature, outputs: Tree, targets: Tree, positive: str | None
+) -> str | None:
+    """Say in a clause for people why S Sᵀ is L″ + R only nearly; `None` if it is exact.
+
+    `outputs` and `targets` are those of one case, with a leading axis; or their shapes.
+    """
+    blocks = _read(curvature, (outputs, targets))
+    if blocks.largest <= _MOST_FOR_ROOT:
+        return None
+    if positive is None and _is_outer(blocks, (outputs, targets)):
+        return None
+    return (
+        f"the loss couples {blocks.largest} outputs of a case, more than the "
+        f"{_MOST_FOR_ROOT} whose L″ is decomposed: its root is taken by {_STEPS} steps "
+        "of Lanczos"
+    )
+
+
+def _read(curvature: _Curvature, one: tuple[Tree, Tree]) -> _Blocks:
+    """Read the program of one case, given its outputs and targets or their shapes."""
+    program = _coupling.trace(curvature, *one)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(one[0])]
+    numbers = _coupling.blocks(program, shapes)
+    sizes = np.bincount(numbers, minlength=1)
+    members = np.full((len(sizes), max(1, sizes.max(initial=0))), -1)
+    order = np.argsort(numbers, kind="stable")
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    members[numbers[order], place] = order
+    return _Blocks(program, numbers, members)
+
+
+def _is_outer(blocks: _Blocks, one: tuple[Tree, Tree]) -> bool:
+    try:
+        jax.eval_shape(
+            lambda *args: _outer.read(blocks.program, args, blocks.numbers),
+            *jax.tree.leaves(one),
+        )
+    except _outer.Unreadable:
+        return False
+    return True
+
+
+def _root_of_outer(
+    blocks: _Blocks, outputs: Tree, targets: Tree
+) -> Callable[[Tree], Tree]:
+    """Build v ↦ S v for L″ that is a diagonal and an outer product in each block."""
+
+    def of_case(outputs: Tree, targets: Tree) -> _outer.Outer:
+        leaves = [leaf[None] for leaf in jax.tree.leaves((outputs, targets))]
+        return _outer.read(blocks.program, leaves, blocks.numbers)
+
+    parts = jax.vmap(of_case)(outputs, targets)
+    parts = (blocks.take(x.astype(trees.wide(x.dtype))) for x in parts)
+    root = _outer.root(_outer.Outer(*parts))
+    return _unflat(lambda v: blocks.put(root(blocks.take(v))))
+
+
+def _root_by_lanczos(product: Callable, v: jax.Array) -> jax.Array:
+    """Return √L″ v of each case, from the space of v, L″v, L″²v, ….
+
+    With an orthonormal basis Q of it that begins with v/‖v‖, and T = QᵀL″Q, it is about
+    ‖v‖ Q √T e₁; what is negative in T counts as 0.
+    """
+    steps = min(_STEPS, v.shape[1])
+    length = jnp.linalg.norm(v, axis=1, keepdims=True)
+    first = v / jnp.where(length > 0, length, 1)
+
+    def step(carry: tuple, n: jax.Array) -> tuple:
+        basis, q = carry
+        basis = jax.lax.dynamic_update_index_in_dim(basis, q, n, 0)
+        image = product(q)
+        # Twice: once is not enough to be orthogonal to rounding.
+        rest = image
+        for _ in range(2):
+            within = jnp.sum(basis * rest[None], axis=2, keepdims=True)
+            rest = rest - jnp.sum(within * basis, axis=0)
+        size = jnp.linalg.norm(rest, axis=1, keepdims=True)
+        known = size > 1e-5 * jnp.linalg.norm(image, axis=1, keepdims=True)
+        q = jnp.where(known, rest / jnp.where(known, size, 1), 0)
+        return (basis, q), jnp.sum(basis * image[None], axis=2)
+
+    start = jnp.stack([sharding.zeros_like(v)] * steps)
+    (basis, _), columns = jax.lax.scan(step, (start, first), jnp.arange(steps))
+    # Column n has QᵀL″qₙ, for the basis as it was then: its lower part comes by symmetry.
+    matrices = jnp.triu(columns.transpose(2, 1, 0))
+    matrices = matrices + jnp.triu(matrices, 1).mT
+    values, vectors = jax.vmap(linalg.eigh)(matrices)
+    weights = vectors[:, 0, :] * jnp.sqrt(jnp.maximum(values, 0))
+    coordinates = jnp.sum(vectors * weights[:, None, :], axis=2)
+    return length * jnp.sum(coordinates.T[:, :, None] * basis, axis=0)
+
+
+def _eigen(
+    product: Callable, blocks: _Blocks, outputs: Tree
+) -> tuple[jax.Array, jax.Array]:
+    """Decompose the blocks of every case: `[cases, blocks, K]`, `[cases, blocks, K, K]`.
+
+    Product k is with every block's k-th output at once. What fills up smaller blocks is
+    decomposed apart, at the eigenvalue 0.
+    """
+    ones = _ones(outputs)
+    columns = jax.vmap(lambda probe: blocks.take(product(ones * probe[None])))(
+        jnp.asarray(_probes(blocks), ones.dtype)
+    )
+    return jax.vmap(jax.vmap(linalg.eigh))(jnp.moveaxis(columns, 0, -1))
+
+
+def _probes(blocks: _Blocks) -> np.ndarray:
+    """Return for each k the vector with a 1 at every block's k-th output, `[K, outputs]`."""
+    probes = np.zeros((blocks.largest, len(blocks.numbers) + 1), np.float32)
+    probes[np.arange(blocks.largest)[None], blocks.members] = 1
+    return probes[:, :-1]  # −1 was the last.
+
+
+def _repaired(values: jax.Array, positive: str) -> jax.Array:
+    """Lift eigenvalues, `[cases, …]`: each to 0 by itself, or all by the lowest's lack."""
+    if positive == "clip":
+        return jnp.maximum(values, 0)
+    axes = tuple(range(1, values.ndim))
+    lowest = jnp.min(values, axis=axes, keepdims=True, initial=0)
+    return values - lowest
+
+
+def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:
+    """Return max(0, Σ_{j≠i}|Lᵢⱼ| − Lᵢᵢ) for each output, `[cases, outputs]`.
+
+    One product with each probe in turn: the memory of three outputs.
+    """
+    zero = sharding.zeros_like(_ones(outputs))
+
+    def step(carry: tuple, probe: jax.Array) -> tuple:
+        sums, diagonal = carry
+        chosen = zero + probe[None]
+        column = product(chosen)
+        return (sums + jnp.abs(column), diagonal + chosen * column), None
+
+    probes = jnp.asarray(_probes(blocks), zero.dtype)
+    (sums, diagonal), _ = jax.lax.scan(step, (zero, zero), probes)
+    return jnp.maximum(sums - jnp.abs(diagonal) - diagonal, 0)
+
+
+def _plus(product: Callable, entries: jax.Array) -> Callable:
+    return lambda v: product(v) + entries * v
+
+
+def _in_basis(x: jax.Array, values: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Return V diag(values) Vᵀx, of `[cases, blocks, K]`."""
+    within = jnp.sum(vectors * x[..., None], axis=-2)
+    return jnp.sum(vectors * (values * within)[..., None, :], axis=-1)
+
+
+def _flat(product: Callable[[Tree], Tree], outputs: Tree) -> Callable:
+    """Return a product of trees as one of `[cases, outputs]`, in float32 or wider."""
+
+    def flat(v: jax.Array) -> jax.Array:
+        return _rows(product(trees.cast_like(_like(v, outputs), outputs)))
+
+    return flat
+
+
+def _unflat(product: Callable[[jax.Array], jax.Array]) -> Callable[[Tree], Tree]:
+    """Return a product of `[cases, outputs]` as one of trees, in the dtypes of `v`."""
+    return lambda v: trees.cast_like(_like(product(_rows(v)), v), v)
+
+
+def _rows(tree: Tree) -> jax.Array:
+    """Lay out each case's outputs in one vector, `[cases, outputs]`."""
+    leaves = jax.tree.leaves(trees.widen(tree))
+    dtype = trees.widest(*(leaf.dtype for leaf in leaves))
+    return jnp.concatenate(
+        [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves], axis=1
+    )
+
+
+def _like(rows: jax.Array, tree: Tree) -> Tree:
+    """Undo `_rows`."""
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = [int(np.prod(leaf.shape[1:])) for leaf in leaves]
+    parts = jnp.split(rows, np.cumsum(sizes)[:-1], axis=1)
+    return structure.unflatten(
+        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def _ones(outputs: Tree) -> jax.Array:
+    return sharding.zeros_like(_rows(outputs)) + 1

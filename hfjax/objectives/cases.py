@@ -1,0 +1,196 @@
+"""Batches: checked, given weights, and split into microbatches."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hfjax._core import sharding, trees
+from hfjax._core.arguments import ShapeError
+from hfjax._core.types import Batch, Tree
+
+
+class Cases(NamedTuple):
+    """A batch, or a microbatch of it: every leaf leads with the case axis.
+
+    Attributes:
+      inputs: a pytree, what `model_fn` reads.
+      targets: a pytree, what the loss compares with.
+      weights: shape `[cases]`; 0 is padding.
+    """
+
+    inputs: Tree
+    targets: Tree
+    weights: jax.Array
+
+
+class Microbatches(NamedTuple):
+    """Microbatches: `cases` itself if there is one, else its leaves [round, part, …]."""
+
+    count: int
+    cases: Cases
+
+    def take(self, k: jax.Array | int) -> Cases:
+        """Return the k-th of them."""
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 1, keepdims=False),
+            self.cases,
+        )
+
+
+def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
+    """Split a batch into microbatches of at most `microbatch_size` cases.
+
+    Microbatch k holds the cases k, k + count, k + 2·count, …: where the cases are
+    sharded, each device then holds its share of every microbatch. The last round
+    is filled up with the first cases, at weight 0 (real cases: a row of zeros
+    could be where a model is not defined, and 0 · NaN is NaN).
+    """
+    total = cases.weights.shape[0]
+    if microbatch_size is None or microbatch_size >= total:
+        return Microbatches(1, cases)
+    # Of cases sharded by type, each device gets as many of every microbatch.
+    shards = sharding.shards_of_cases(cases)
+    count = -(-total // max(shards, microbatch_size // shards * shards))
+    rounds = -(-total // (count * shards)) * shards
+    missing = rounds * count - total
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        if missing:
+            leaf = jnp.concatenate([leaf, leaf[:missing]])
+        return leaf.reshape(rounds, count, *leaf.shape[1:])
+
+    folded = jax.tree.map(fold, cases)
+    if count > trees.FEW:
+        # Sums are then loops within loops. XLA moves constants into loops, and copies
+        # them in each round of the outer one: a batch that the caller's compiled function
+        # closes over is not to be taken for one.
+        folded = jax.lax.optimization_barrier(folded)
+    padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
+    return Microbatches(
+        count, folded._replace(weights=jnp.where(padding, 0, folded.weights))
+    )
+
+
+def thinned(batch: Batch, cases: int) -> Batch:
+    """Return evenly spaced cases of a batch, at least so many, or the batch as it came.
+
+    Every k-th, so that each device still holds its share of sharded cases.
+    """
+    given = as_cases(batch)
+    total, shards = given.weights.shape[0], sharding.shards_of_cases(given)
+    every = max(1, total // cases)
+    while -(-total // every) % shards:
+        every -= 1
+    if every == 1:
+        return batch
+    return jax.tree.map(
+        lambda leaf: jax.lax.slice_in_dim(leaf, 0, total, every), tuple(batch)
+    )
+
+
+def unfold(stacked: jax.Array, total: int) -> jax.Array:
+    """Put results of microbatches back into the order of the batch.
+
+    Args:
+      stacked: what `jax.lax.map` over the microbatches leaves, [microbatch, part, …].
+      total: cases in the batch; what is beyond was padding.
+
+    Returns:
+      Shape `[total, …]`.
+    """
+    return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
+
+
+def as_cases(batch: Batch, name: str = "batch") -> Cases:
+    """Check a user's batch and give it weights; `name` is for the error."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        came = f"{type(batch).__name__}"
+        came += f" of {len(batch)} parts" if isinstance(batch, tuple | list) else ""
+        msg = f"`{name}` must be (inputs, targets) or (inputs, targets, weights), got {came}."
+        raise ValueError(msg)
+    inputs, targets, *rest = batch
+    sizes = {}
+    for part, tree in (("inputs", inputs), ("targets", targets)):
+        if any(_is_sparse(x) for x in jax.tree.leaves(tree, is_leaf=_is_sparse)):
+            msg = (
+                f"`{name}` holds a sparse matrix in its {part}, of which no single case "
+                "can be taken. Hand in what it is made of, with the cases first: `data` "
+                "and `indices` of `BCOO.fromdense(x, n_batch=1)`, and multiply with them "
+                "in `model_fn`. (It may close over a sparse matrix.)"
+            )
+            raise TypeError(msg)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            where = f"{part}{jax.tree_util.keystr(path)}"
+            if not _is_array(leaf):
+                came = getattr(leaf, "dtype", type(leaf).__name__)
+                msg = (
+                    f"Every leaf of `{name}` must be an array of numbers, got {came} "
+                    f"at {where}: use `jnp.asarray`."
+                )
+                raise TypeError(msg)
+            sizes[where] = jnp.shape(leaf)[:1]
+    if not sizes or len(set(sizes.values())) > 1 or () in sizes.values():
+        msg = (
+            f"Every leaf of `{name}` must lead with the same number of cases, got "
+            f"leading axes { ({where: list(size) for where, size in sizes.items()}) }. "
+            "What all cases share is not part of a batch: let `model_fn` close over it. "
+            "Pad graphs and sequences to one size, stack them, and `jax.vmap` the model "
+            "over them."
+        )
+        raise ValueError(msg)
+    (cases,) = next(iter(sizes.values()))
+    if cases == 0:
+        msg = f"`{name}` holds no cases: a mean over none is not defined."
+        raise ValueError(msg)
+    weights = jnp.asarray(rest[0]) if rest and rest[0] is not None else None
+    weights = jnp.ones(cases, jnp.float32) if weights is None else weights
+    if weights.shape != (cases,):
+        msg = f"`{name}` weights must have shape ({cases},), got {weights.shape}."
+        raise ValueError(msg)
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        msg = f"`{name}` weights must be real, got {weights.dtype}."
+        raise TypeError(msg)
+    return Cases(inputs, targets, weights.astype(trees.wide(weights.dtype)))
+
+
+def _is_sparse(leaf: object) -> bool:
+    return hasattr(leaf, "todense") and hasattr(leaf, "nse")
+
+
+def _is_array(leaf: object) -> bool:
+    if isinstance(leaf, jax.Array):  # Of typed keys, too.
+        return True
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSU"
+
+
+def check_outputs(outputs: Tree, cases: int) -> None:
+    """Raise unless a model's outputs are real floats, with the case axis first."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    if not leaves:
+        msg = f"`model_fn` must return arrays, got {outputs!r}: is a `return` missing?"
+        raise TypeError(msg)
+    for path, leaf in leaves:
+        where = f"outputs{jax.tree_util.keystr(path)}"
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            msg = (
+                "`model_fn` must return arrays of real floats and nothing else, got "
+                f"{dtype or type(leaf).__name__} at {where}. (What the loss reads "
+                "besides, as lengths or masks, belongs to the targets.)"
+            )
+            raise TypeError(msg)
+        if leaf.shape[:1] != (cases,):
+            often = f"{cases} case{'s' * (cases != 1)}"
+            msg = (
+                "`model_fn` must keep the case axis first: got "
+                f"{where} of shape {leaf.shape} for {often} (it is run on other "
+                "numbers of them, too)."
+            )
+            if cases == 1:
+                msg += (
+                    " `squeeze()` drops the case axis of a single case: write "
+                    "`squeeze(-1)`."
+                )
+            raise ShapeError(msg)

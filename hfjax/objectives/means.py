@@ -1,0 +1,110 @@
+"""Means over cases: of microbatches one after another, of devices all together.
+
+Numerators and denominators are summed apart and divided once, so that padding,
+uneven shards and a last, smaller microbatch change nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import sharding, trees
+from hfjax._core.types import Params, Tree
+from hfjax._tracing.convolutions import for_loops
+from hfjax.objectives.cases import Cases, Microbatches, split
+
+AxisName: TypeAlias = Any
+"""A mesh axis name, or a tuple of them."""
+
+
+class Means(NamedTuple):
+    """How a batch is summed.
+
+    Attributes:
+      microbatch_size: most cases at once, or `None`.
+      axis_name: of the mapped axis that shards the cases, or `None`.
+    """
+
+    microbatch_size: int | None
+    axis_name: AxisName
+
+    def at_most(self, size: int) -> "Means":
+        """Return the same with microbatches of at most `size` cases."""
+        if self.microbatch_size is not None and self.microbatch_size <= size:
+            return self
+        return self._replace(microbatch_size=size)
+
+    def parts(self, cases: Cases) -> Microbatches:
+        """Split a batch into microbatches."""
+        return split(cases, self.microbatch_size)
+
+    def mean(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
+        """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0."""
+        sums = self.accumulate(sum_over_cases, self.parts(cases))
+        return self.divide(sums, cases.weights)
+
+    def accumulate(
+        self, sum_over_cases: Callable[[Cases], Tree], parts: Microbatches
+    ) -> Tree:
+        """Sum over this device's microbatches, in float32 or wider."""
+        if parts.count == 1:
+            return trees.widen(sum_over_cases(parts.cases))
+
+        shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
+        zeros = self.local(trees.widen(sharding.zeros(shapes)))
+        return trees.summed(
+            lambda k: trees.widen(for_loops(sum_over_cases)(parts.take(k))),
+            parts.count,
+            zeros,
+        )
+
+    def divide(self, sums: Tree, weights: jax.Array) -> Tree:
+        """Divide the sum over all devices by that of their weights."""
+        weight = self.total(weights)
+        return jax.tree.map(
+            lambda x: x / weight.astype(x.dtype), self.over_devices(sums)
+        )
+
+    def total(self, weights: jax.Array) -> jax.Array:
+        """Return the sum of all devices' weights; 1 where they are all 0."""
+        weight = self.over_devices(jnp.sum(weights))
+        return jnp.where(weight == 0, 1, weight)
+
+    def gathered(self, rows: jax.Array) -> jax.Array:
+        """Return the rows of all devices, one device's after another's, on each.
+
+        As a sum, which `shard_map` knows to be the same everywhere.
+        """
+        if self.axis_name is None:
+            return rows
+        count = jax.lax.axis_size(self.axis_name)
+        whole = self.local(jnp.zeros((count, *rows.shape), rows.dtype))
+        number = jax.lax.axis_index(self.axis_name)
+        whole = jax.lax.dynamic_update_index_in_dim(whole, rows, number, 0)
+        return self.over_devices(whole).reshape(-1, *rows.shape[1:])
+
+    def over_devices(self, sums: Tree) -> Tree:
+        """Sum over the devices."""
+        return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+
+    def first_case(self, cases: Cases) -> jax.Array | int:
+        """Return the number of this device's first case among those of all devices."""
+        if self.axis_name is None:
+            return 0
+        return jax.lax.axis_index(self.axis_name) * cases.weights.shape[0]
+
+    def local(self, tree: Params) -> Params:
+        """Mark a replicated tree as each device's own, to differentiate by it.
+
+        Under `shard_map(check_vma=True)` a transpose with respect to replicated values
+        inserts a sum over devices; a varying value's does not, and the sum is then
+        `mean`'s to take, once, as without `check_vma`.
+        """
+        if self.axis_name is None:
+            return tree
+        names = (
+            self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        )
+        return sharding.vary(tree, names)

@@ -1,0 +1,181 @@
+"""Objectives: a model, a loss and data as one function f(θ), and weighted sums of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options, trees
+from hfjax._core.arguments import describe
+from hfjax._core.types import Batch, NumberOrSchedule, Params
+from hfjax.objectives.plain import Objective as Objective
+from hfjax.objectives.terms import Term, decay_of
+
+
+def weighted_sum(
+    parts: Sequence[tuple[NumberOrSchedule, Objective]],
+) -> Objective:
+    """Build f(θ) = Σₖ cₖ fₖ(θ), each fₖ with a model, a loss and a batch of its own.
+
+    For a differential equation's interior, boundary and data, or for several tasks with
+    the same parameters. It goes wherever an `Objective` goes: value, gradient, curvature
+    (G = Σₖ cₖ Gₖ), preconditioners, and `hfjax.hessian_free` with one λ. A batch of it is
+    the tuple of the terms' batches, of as many cases as each has:
+
+        batch = ((interior, zeros), (boundary, values))
+
+    Means are taken term by term: twice as many points of a term do not count twice.
+    There is no structural damping of a sum, and what belongs to one of its terms, as a
+    model or microbatches, the sum does not have.
+
+    Args:
+      parts: pairs (cₖ, fₖ), cₖ ≥ 0 a number or schedule (read by `at`); fₖ an
+        `Objective`, or another sum.
+
+    Returns:
+      The objective. Its `case_values` are a tuple.
+
+    Raises:
+      TypeError: if `parts` are no such pairs.
+      ValueError: if there are none, a plain cₖ is negative, or an fₖ has a
+        `hidden_loss`; in use, if the batch is no tuple of as many batches.
+
+    Example:
+      u(x) = p x is to have the slope 2, on two points, and to be 1 at x = 1:
+
+      >>> import hfjax, jax.numpy as jnp
+      >>> squared_error = hfjax.losses.squared_error()
+      >>> slope = Objective(lambda p, x: p + 0 * x, squared_error)
+      >>> boundary = Objective(lambda p, x: p * x, squared_error)
+      >>> f = weighted_sum([(1.0, slope), (3.0, boundary)])
+      >>> batch = ((jnp.zeros(2), jnp.full(2, 2.0)), (jnp.ones(1), jnp.ones(1)))
+      >>> value, grad = f.value_and_grad(jnp.zeros(()), batch)
+      >>> print(value, grad)  # ½·2² + 3 · ½·1², −2 − 3 · 1
+      3.5 -5.0
+      >>> print(hfjax.curvature.ggn(f, jnp.zeros(()), batch)(jnp.ones(())))
+      4.0
+
+    References:
+      Dangel, Müller & Zeinhofer (2024), "Kronecker-factored approximate curvature for
+      physics-informed neural networks", section 2.
+    """
+    if not isinstance(parts, list | tuple):
+        msg = f"`parts` must be a list of pairs (c, objective), got {describe(parts)}."
+        raise TypeError(msg)
+    if not parts:
+        msg = "`parts` is empty: a sum of no objectives has nothing to minimise."
+        raise ValueError(msg)
+    for k, part in enumerate(parts):
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            msg = f"`parts[{k}]` must be a pair (c, objective), got {describe(part)}."
+            raise TypeError(msg)
+        weight, objective = part
+        if not isinstance(objective, Objective):
+            msg = (
+                f"`parts[{k}]` must be a pair (c, `hfjax.Objective`), got "
+                f"{describe(objective)} in second place."
+            )
+            raise TypeError(msg)
+        options.check_range(f"parts[{k}][0]", weight, low=0.0)
+        if objective.hidden_loss is not None:
+            msg = (
+                f"`parts[{k}]` has a `hidden_loss`: there is no structural damping of a "
+                "sum."
+            )
+            raise ValueError(msg)
+    return _Sum([(weight, objective) for weight, objective in parts])
+
+
+class _Sum(Objective):
+    """Σₖ cₖ fₖ(θ); see `weighted_sum`.
+
+    Attributes:
+      parts: pairs (cₖ, fₖ), each fₖ plain or a sum itself. What belongs to one of them,
+        as a model, the sum does not have.
+    """
+
+    parts: tuple[tuple[NumberOrSchedule, Objective], ...]
+    hidden_loss: None
+
+    _no_hidden = (
+        "a weighted sum has none, even if its terms do. Leave out `structural`, or put "
+        "the terms into one `Objective`."
+    )
+
+    def __init__(self, parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> None:
+        object.__setattr__(self, "parts", tuple(parts))
+        object.__setattr__(self, "hidden_loss", None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight_decay":
+            return self._weight_decay()
+        if name == "axis_name":
+            axes = {part.axis_name for _, part in self.parts} - {None}
+            return next(iter(axes), None)
+        fields = {field.name for field in dataclasses.fields(Objective)}
+        why = ": its parts have." if name in fields else "."
+        msg = f"A weighted sum has no `{name}`{why}"
+        raise AttributeError(msg)
+
+    def __repr__(self) -> str:
+        return f"weighted_sum({list(self.parts)!r})"
+
+    def at(self, count: jax.Array | int) -> "_Sum":
+        """Return f as it is at an update, where a cₖ or a weight decay is a schedule."""
+
+        def read(weight: NumberOrSchedule) -> NumberOrSchedule:
+            if not callable(weight):
+                return weight
+            return options.read(weight, jnp.asarray(count))
+
+        return _Sum([(read(c), part.at(count)) for c, part in self.parts])
+
+    def case_values(self, params: Params, batch: Batch) -> tuple:
+        """Compute each part's `case_values`: a tuple, as their cases differ."""
+        self._terms(batch)
+        return tuple(
+            part.case_values(params, own)
+            for (_, part), own in zip(self.parts, batch, strict=True)
+        )
+
+    def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
+        if not isinstance(batch, tuple | list) or len(batch) != len(self.parts):
+            came = type(batch).__name__
+            came += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            msg = (
+                f"`{name}` of a weighted sum must be a tuple of its terms' "
+                f"{len(self.parts)} batches, each (inputs, targets) or (inputs, "
+                f"targets, weights), got {came}."
+            )
+            raise ValueError(msg)
+        return tuple(
+            term._replace(coefficients=(c, *term.coefficients))
+            for k, ((c, part), own) in enumerate(zip(self.parts, batch, strict=True))
+            for term in part._terms(own, f"{name}[{k}]")
+        )
+
+    def _each(self, change: Callable[[Objective], Objective]) -> "_Sum":
+        return _Sum([(c, part._each(change)) for c, part in self.parts])
+
+    def _thinned(self, batch: Batch, cases: int) -> Batch:
+        thinner = tuple(
+            part._thinned(own, cases)
+            for (_, part), own in zip(self.parts, batch, strict=True)
+        )
+        same = all(new is own for new, own in zip(thinner, batch, strict=True))
+        return batch if same else thinner
+
+    def _weight_decay(self) -> Any:
+        """Return Σₖ cₖ of the parts', a schedule where one of them is."""
+        decays = [(c, part.weight_decay) for c, part in self.parts]
+        if any(callable(number) for pair in decays for number in pair):
+            return lambda count: self.at(count).weight_decay
+        known = [(jnp.asarray(c), decay_of(decay)) for c, decay in decays]
+        arrays = [(c, decay) for c, decay in known if decay is not None]
+        if not arrays:
+            return 0.0
+        dtype = trees.widest(*(x.dtype for pair in arrays for x in pair))
+        products = [c.astype(dtype) * decay.astype(dtype) for c, decay in arrays]
+        return sum(products[1:], products[0])

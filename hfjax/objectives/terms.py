@@ -1,0 +1,185 @@
+"""The terms of an objective, f = Σₖ cₖ fₖ, each with a model, a loss and cases of its own.
+
+    fₖ(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ weight_decay ‖θ‖²
+
+Every objective has terms, a plain one has one. What is linear in f (value, gradient,
+products with its curvature, diagonals) is computed of each term, and summed here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax import losses
+from hfjax._core import options
+from hfjax._core import trees as _tree
+from hfjax._core.arguments import ShapeError, noting_call
+from hfjax._core.types import NumberOrSchedule, Params, Tree
+from hfjax._tracing.convolutions import for_loops
+from hfjax._tracing.linearize import noting_no_reverse
+from hfjax.objectives.cases import Cases, check_outputs, split, unfold
+from hfjax.objectives.means import Means
+
+
+class Term(NamedTuple):
+    """cₖ fₖ: what is computed, and of which cases.
+
+    Attributes:
+      coefficients: numbers or schedules of which cₖ is the product; a plain objective has none.
+      model_fn: `(params, inputs) -> outputs`, without hidden states.
+      loss: of the outputs.
+      weight_decay: β; a schedule that is not read yet can be carried, but not computed.
+      linearize_once: whether the linearisations of all microbatches are kept.
+      means: how cases are summed: microbatches and devices.
+      cases: the term's own.
+    """
+
+    coefficients: tuple[Any, ...]
+    model_fn: Callable[[Params, Tree], Tree]
+    loss: losses.Loss
+    weight_decay: NumberOrSchedule
+    linearize_once: bool
+    means: Means
+    cases: Cases
+
+    @property
+    def weight(self) -> Any:
+        """cₖ; `None` of a plain objective, so that nothing is multiplied by 1."""
+        if any(map(callable, self.coefficients)):
+            msg = (
+                "A weight of the sum is a schedule: say when, as in "
+                "`objective.at(state.count).value_and_grad(params, batch)`."
+            )
+            raise TypeError(msg)
+        return math.prod(self.coefficients) if self.coefficients else None
+
+    @property
+    def decay(self) -> jax.Array | None:
+        """β, `None` where it is known to be zero."""
+        return decay_of(self.weight_decay)
+
+    def outputs(self, params: Params, inputs: Tree) -> Tree:
+        """Run the model: F(θ, x), every leaf with the cases first."""
+        outputs = self.model_fn(params, inputs)
+        cases = [leaf.shape[0] for leaf in jax.tree.leaves(inputs)]
+        if cases:  # Else the targets tell how many there are.
+            check_outputs(outputs, cases[0])
+        return outputs
+
+    def forward(self, params: Params, cases: Cases) -> Tree:
+        """Run the model on cases, microbatch by microbatch where that is to be kept."""
+        size = self.means.microbatch_size if self.linearize_once else None
+        parts, total = split(cases, size), cases.weights.shape[0]
+        if parts.count == 1:
+            outputs = self.outputs(params, cases.inputs)
+        else:
+            stacked = _tree.mapped(
+                for_loops(lambda k: self.outputs(params, parts.take(k).inputs)),
+                parts.count,
+            )
+            outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
+        check_outputs(outputs, total)
+        return outputs
+
+    def losses_of(self, params: Params, cases: Cases) -> jax.Array:
+        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
+        outputs = self.forward(params, cases)
+        with noting_call(
+            "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
+        ):
+            values = self.loss.value(outputs, cases.targets)
+        if values.shape != cases.weights.shape:
+            msg = (
+                f"`loss.value` must have shape {list(cases.weights.shape)}, a number for "
+                f"each case, got {list(values.shape)}."
+            )
+            raise ShapeError(msg)
+        return values.astype(_tree.wide(values.dtype))
+
+    def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
+        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases, of this device."""
+        values = self.losses_of(params, cases)
+        return jnp.sum(cases.weights.astype(values.dtype) * values)
+
+    def value(self, params: Params) -> jax.Array:
+        """Compute fₖ(θ)."""
+        mean = self.means.mean(
+            lambda cases: self.weighted_loss(params, cases), self.cases
+        )
+        return self._penalised(mean, params)
+
+    def value_and_grad(self, params: Params) -> tuple[jax.Array, Params]:
+        """Compute fₖ(θ) and ∇fₖ(θ), in float32 or wider."""
+        local = self.means.local(params)
+        with noting_no_reverse():
+            value, gradient = self.means.mean(
+                lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
+                self.cases,
+            )
+        gradient = self.decayed(gradient, params)
+        return self._penalised(value, params), gradient
+
+    def case_values(self, params: Params) -> jax.Array:
+        """Compute L(F(θ, xᵢ), tᵢ) of each case, in their order."""
+        parts = self.means.parts(self.cases)
+        if parts.count == 1:
+            return self.losses_of(params, self.cases)
+        losses_of = for_loops(self.losses_of)
+        stacked = jax.lax.map(
+            lambda k: losses_of(params, parts.take(k)), jnp.arange(parts.count)
+        )
+        return unfold(stacked, self.cases.weights.shape[0])
+
+    def decayed(self, tree: Tree, v: Tree) -> Tree:
+        """Add the weight decay's part, β v, to a product with v without it."""
+        decay = self.decay
+        return tree if decay is None else _tree.axpy(decay, v, tree)
+
+    def _penalised(self, mean: jax.Array, params: Params) -> jax.Array:
+        """Add ½β‖θ‖², in the wider of two dtypes."""
+        dtype = _tree.widest(mean.dtype, _tree.scalar_dtype(params))
+        mean, decay = mean.astype(dtype), self.decay
+        if decay is None:
+            return mean
+        square = _tree.dot(params, params).astype(dtype)
+        return mean + 0.5 * decay.astype(dtype) * square
+
+
+def decay_of(weight_decay: NumberOrSchedule) -> jax.Array | None:
+    """Return a weight decay as an array, `None` where it is known to be zero."""
+    if callable(weight_decay):
+        msg = (
+            "`weight_decay` is a schedule: say when, as in "
+            "`objective.at(state.count).value_and_grad(params, batch)`."
+        )
+        raise TypeError(msg)
+    zero = options.is_plain_number(weight_decay) and weight_decay == 0
+    return None if zero else jnp.asarray(weight_decay)
+
+
+def total(terms: Sequence[Term], trees: Sequence[Tree]) -> Tree:
+    """Sum Σₖ cₖ of trees, one of each term; a plain objective's is returned as it is.
+
+    Args:
+      terms: of an objective.
+      trees: what is linear in f, computed of each.
+
+    Returns:
+      The sum, in float32 or wider.
+    """
+    weights = [term.weight for term in terms]
+    if weights == [None]:
+        return trees[0]
+
+    def leaf(*leaves: jax.Array) -> jax.Array:
+        dtype = _tree.widest(*(x.dtype for x in leaves))
+        scaled = [
+            jnp.asarray(weight, dtype) * x.astype(dtype)
+            for weight, x in zip(weights, leaves, strict=True)
+        ]
+        return sum(scaled[1:], scaled[0])
+
+    return jax.tree.map(leaf, *map(_tree.widen, trees))

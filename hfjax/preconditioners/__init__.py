@@ -1,0 +1,13 @@
+"""Preconditioners: matrices P close to A = B + λD whose inverse is cheap to apply.
+
+Given an objective, parameters, a batch and λ, a rule hands on r ↦ P⁻¹ r. P is a diagonal, a
+Kronecker product for each layer, or a random sketch of the largest eigenvalues. Layers are
+found in the program of the model, so that nobody has to register them.
+"""
+
+from hfjax.preconditioners.rules import PreconditionerRule as PreconditionerRule
+from hfjax.preconditioners.rules import custom as custom
+from hfjax.preconditioners.rules import diagonal as diagonal
+from hfjax.preconditioners.rules import kronecker as kronecker
+from hfjax.preconditioners.rules import layers as layers
+from hfjax.preconditioners.rules import nystrom as nystrom

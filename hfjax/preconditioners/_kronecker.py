@@ -1,0 +1,320 @@
+"""The inverse of P, the Kronecker factors' damped product: layer by layer, in batches.
+
+Matrices of equal size are inverted together, and layers of equal shape multiplied
+together: a compiled program grows with how many sizes there are, not how many layers.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hfjax._core import options, sharding, trees
+from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
+from hfjax._tracing import linalg
+from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import thinned
+from hfjax.preconditioners import _remembered
+from hfjax.preconditioners._blocks import Blocks, Pair, pack, room_for, unpack
+from hfjax.preconditioners._factors import estimate, read
+from hfjax.preconditioners._layers import Layer
+from hfjax.preconditioners._merged_layers import Merged, merged
+
+_LARGE = 2**16
+"""Entries of a matrix above which it is not stacked with others (heuristic)."""
+_NEARLY = 0.9
+"""Least length of a matrix that is inverted with another, in units of that one's."""
+
+
+class Rule(NamedTuple):
+    """The options of `preconditioners.kronecker`, which has their meaning."""
+
+    damping_share: Number
+    num_probes: int
+    decay: Number
+    interval: int
+    max_size: int
+    cases: int | None
+
+    @property
+    def averages(self) -> bool:
+        """Whether factors are averaged over builds."""
+        return not (options.is_plain_number(self.decay) and self.decay == 0)
+
+    def init(self, params: Params) -> dict[str, tuple]:
+        """Return room for what is remembered; nothing of a rule that does not."""
+        kinds = ["kronecker_factors"] if self.averages else []
+        kinds += ["kronecker_inverses"] if self.interval > 1 else []
+        # Each its own arrays: a state that is donated may hold none of them twice.
+        return {kind: room_for(params, self.max_size) for kind in kinds}
+
+    def build(
+        self,
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        damping: Tree,
+        key: jax.Array,
+        memory: dict[str, tuple],
+        count: jax.Array | int,
+    ) -> tuple[Preconditioner, dict[str, tuple]]:
+        """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
+        if self.cases is not None:
+            batch = thinned(objective, batch, self.cases)
+        model = merged(read(objective, params, batch, self.max_size))
+
+        def fresh(memory: dict[str, tuple]) -> tuple[Blocks, dict[str, tuple]]:
+            blocks = estimate(
+                objective, params, batch, model, key=key, num_probes=self.num_probes
+            )
+            if "kronecker_factors" in memory:
+                old = memory["kronecker_factors"]
+                new = pack(blocks, model, old)
+                builds = count // self.interval
+                new = _remembered.averaged(old, new, self.decay, builds)
+                memory = memory | {"kronecker_factors": new}
+                blocks = unpack(new, model)
+            blocks = inverted(blocks, model, damping, self.damping_share)
+            if "kronecker_inverses" in memory:
+                packed = pack(blocks, model, memory["kronecker_inverses"])
+                memory = memory | {"kronecker_inverses": packed}
+            return blocks, memory
+
+        if "kronecker_inverses" not in memory:
+            blocks, memory = fresh(memory)
+            return product(blocks, model), memory
+        memory = _remembered.every(
+            self.interval, count, lambda memory: fresh(memory)[1], memory
+        )
+        return product(unpack(memory["kronecker_inverses"], model), model), memory
+
+
+def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blocks:
+    """Damp and invert.
+
+    Args:
+      blocks: undamped.
+      model: whose they are.
+      damping: λ, a scalar, or a tree like the parameters of λD's diagonal.
+      share: of λ that goes into the factors' damping.
+
+    Returns:
+      The blocks of P⁻¹.
+    """
+    found = jax.tree.leaves(damping)
+    scalar = len(found) == 1 and jnp.ndim(found[0]) == 0
+
+    def of(number: int) -> jax.Array:
+        return jnp.asarray(found[0] if scalar else found[number])
+
+    def of_layer(layer: Layer) -> jax.Array:
+        """Return λ, and the mean entry of what stands beside the layer's factors."""
+        numbers = [n for n in (layer.kernel, layer.bias) if n in blocks.beside]
+        entries = [blocks.beside[n] for n in numbers]  # pyright: ignore[reportArgumentType]
+        damped = jnp.mean(of(layer.kernel))
+        if not entries:
+            return damped
+        count = layer.units * (layer.inputs + (layer.bias is not None))
+        mean = sum(jnp.sum(x / count) for x in entries)
+        return damped + jnp.asarray(mean).astype(damped.dtype)
+
+    dampings = [jnp.asarray(share * of_layer(layer)) for layer in model.layers]
+    pairs = inverse(blocks.pairs, dampings)
+
+    def reciprocal(number: int, entries: jax.Array) -> jax.Array:
+        entries = jnp.minimum(entries, jnp.finfo(entries.dtype).max)
+        total = entries + of(number).astype(entries.dtype)
+        # Where nothing is known of a parameter's curvature, leave it be.
+        return 1 / jnp.where(total > 0, total, 1)
+
+    rest = {n: reciprocal(n, entries) for n, entries in blocks.diagonals.items()}
+    return Blocks(pairs, rest, {})
+
+
+def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I), with a and g mean eigenvalues.
+
+    In units of a and g the two are damped alike, by μ = √(λ / ag): that, and not less
+    than the rounding of the matrices, is what their Cholesky factors see. A factor that
+    has none all the same counts as the identity.
+
+    Args:
+      pairs: Ā and Ḡ of each layer.
+      dampings: λ ≥ 0 of each.
+
+    Returns:
+      The two inverses of each.
+
+    References:
+      Martens & Grosse (2015), section 6.3, with the ratio of the traces.
+    """
+    found: dict[int, Pair] = {}
+    for members in _alike([pair.inputs.dtype for pair in pairs]):
+        of_a_type = _inverse(
+            [pairs[n] for n in members], [dampings[n] for n in members]
+        )
+        found.update(zip(members, of_a_type, strict=True))
+    return [found[n] for n in range(len(pairs))]
+
+
+def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+    """Invert pairs of one dtype.
+
+    What is a number for each matrix is computed for all at once, with the matrices in the
+    order of their groups.
+    """
+    matrices = [matrix for pair in pairs for matrix in pair]
+    dtype, lengths = matrices[0].dtype, np.array([len(matrix) for matrix in matrices])
+    groups = _nearly_equal(lengths.tolist())
+    stacks = [_stack([matrices[n] for n in group]) for group in groups]
+    order = np.concatenate(groups)
+    traces = jnp.concatenate([_traces(stack) for stack in stacks])
+    sizes = traces[np.argsort(order)] / lengths.astype(dtype)
+    sizes, lengths = sizes.reshape(-1, 2), lengths.reshape(-1, 2)
+    # Of a layer that nothing passes through, only λ is known.
+    damping = jnp.stack(dampings).astype(dtype)
+    scale = jnp.maximum(sizes[:, 0] * sizes[:, 1], 1e-6 * damping)
+    scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
+    nothing = ~(scale > 0)
+    scale = jnp.where(nothing, 1, scale)
+    rounding = 10 * jnp.finfo(dtype).eps * lengths.max(axis=1)
+    mu = jnp.maximum(jnp.sqrt(damping / scale), rounding.astype(dtype))
+    # Where not even λ is known, leave it be: 1 is the inverse, whatever the matrices are.
+    numbers = [
+        jnp.where(nothing[:, None], 0, 1 / jnp.where(sizes > 0, sizes, 1)),
+        jnp.stack([jnp.where(nothing, 1, mu)] * 2, axis=1),
+        jnp.stack([jnp.ones_like(scale), 1 / scale], axis=1),
+        jnp.stack([jnp.where(nothing, 1, 1 / (1 + mu))] * 2, axis=1),
+    ]
+    ordered = jnp.stack(numbers).reshape(len(numbers), -1)[:, order]
+    found, at = {}, 0
+    for group, stack in zip(groups, stacks, strict=True):
+        if len(group) == 1:
+            results = [_positive_inverse(stack, *ordered[:, at])]
+        else:
+            own = ordered[:, at : at + len(group)]
+            results = jax.vmap(_positive_inverse)(stack, *own)
+        for n, result in zip(group, results, strict=True):
+            found[n] = result[: len(matrices[n]), : len(matrices[n])]
+        at += len(group)
+    return [Pair(found[2 * n], found[2 * n + 1]) for n in range(len(pairs))]
+
+
+def _positive_inverse(
+    matrix: jax.Array,
+    shrink: jax.Array,
+    mu: jax.Array,
+    grow: jax.Array,
+    instead: jax.Array,
+) -> jax.Array:
+    """Return `grow` (`shrink` M + μ I)⁻¹, with `instead` I where there is no root."""
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    # It reads one triangle only: as good as the mean of both.
+    half = linalg.inverse_root(shrink * matrix + mu * identity)
+    # Positive as a product with its own transpose, whatever is rounded.
+    found = jnp.matmul(half.T, half, precision=trees.EXACT)
+    # If there is no root, its last pivot is NaN.
+    rooted = jnp.isfinite(half[-1, -1])
+    return grow * jnp.where(rooted, found, instead * identity)
+
+
+def _traces(stack: jax.Array) -> jax.Array:
+    """Return the traces of one or several matrices, by reading the diagonals alone."""
+    size = stack.shape[-1]
+    return jnp.sum(stack.reshape(-1, size * size)[:, :: size + 1], axis=1)
+
+
+def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
+    """Put the numbers of matrices together that are padded to the largest of them."""
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        first = lengths[groups[-1][0]] if groups else 0
+        if first**2 <= _LARGE and lengths[n] >= _NEARLY * first and groups:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    return groups
+
+
+def _stack(matrices: Sequence[jax.Array]) -> jax.Array:
+    """Stack matrices, with zeros beyond those that are smaller than the first."""
+    if len(matrices) == 1:
+        return matrices[0]
+    size = len(matrices[0])
+    return jnp.stack([jnp.pad(x, (0, size - len(x))) for x in matrices])
+
+
+def product(blocks: Blocks, model: Merged) -> Preconditioner:
+    """Return what multiplies a tree like the parameters by all blocks.
+
+    Small layers of equal size are multiplied together; large ones one by one, as to stack
+    them would take the memory again.
+    """
+    groups = []
+    for members in _alike([_batch_of(n, pair) for n, pair in enumerate(blocks.pairs)]):
+        pairs = [blocks.pairs[n] for n in members]
+        alone = len(pairs) == 1
+        pair = pairs[0] if alone else jax.tree.map(lambda *xs: jnp.stack(xs), *pairs)
+        groups.append((members, pair))
+
+    def sandwich(pair: Pair, matrix: jax.Array) -> jax.Array:
+        left = jnp.matmul(pair.inputs, matrix, precision=trees.EXACT)
+        return jnp.matmul(left, pair.units, precision=trees.EXACT)
+
+    def apply(r: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(r)
+        for members, pair in groups:
+            layers = [model.layers[n] for n in members]
+            matrices = [_matrix(x, leaves, pair.inputs.dtype) for x in layers]
+            if len(layers) == 1:
+                found = [sandwich(pair, matrices[0])]
+            else:
+                found = jax.vmap(sandwich)(pair, jnp.stack(matrices))
+            for layer, matrix in zip(layers, found, strict=True):
+                _put(layer, matrix, leaves)
+        for n, entries in blocks.diagonals.items():
+            scaled = leaves[n].astype(entries.dtype) * entries
+            leaves[n] = scaled.astype(leaves[n].dtype)
+        return structure.unflatten(leaves)
+
+    return apply
+
+
+def _batch_of(n: int, pair: Pair) -> Hashable:
+    """Return what layers that are multiplied together have in common."""
+    large = max(pair.inputs.size, pair.units.size) > _LARGE
+    alone = n if large else None
+    return (pair.inputs.shape, pair.units.shape, pair.inputs.dtype, alone)
+
+
+def _matrix(layer: Layer, leaves: list[jax.Array], dtype: Any) -> jax.Array:
+    """Return a layer's kernel and bias as one matrix, `[inputs, units]`."""
+    kernel = leaves[layer.kernel]
+    flat = sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
+    matrix = flat.T if layer.inputs_last else flat
+    if layer.bias is None:
+        return matrix
+    bias = sharding.replicated(leaves[layer.bias]).astype(dtype)
+    return jnp.concatenate([matrix, bias[None]])
+
+
+def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
+    """Take a layer's kernel and bias out of a matrix."""
+    if layer.bias is not None:
+        old = leaves[layer.bias]
+        leaves[layer.bias] = sharding.like(matrix[-1].astype(old.dtype), old)
+        matrix = matrix[:-1]
+    old = leaves[layer.kernel]
+    matrix = matrix.T if layer.inputs_last else matrix
+    shaped = matrix.reshape(old.shape).astype(old.dtype)
+    leaves[layer.kernel] = sharding.like(shaped, old)
+
+
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Put the numbers of equal keys together."""
+    groups: dict[Hashable, list[int]] = {}
+    for n, key in enumerate(keys):
+        groups.setdefault(key, []).append(n)
+    return list(groups.values())

@@ -1,0 +1,280 @@
+"""What becomes of parameters in a program: products with kernels, sums with biases.
+
+Where a matrix product or a convolution has a parameter itself (transposed or cast, but
+not computed with) on one side, that is a use of a kernel; a parameter of one axis that is
+added to what comes out is its bias. Programs inside of the program (`jit`, `checkpoint`,
+`scan`) are read too.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
+
+from hfjax._tracing import programs
+from hfjax.preconditioners._uses import Use
+
+_SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
+_RESHAPES = frozenset({"reshape", "squeeze"})
+_SUMS = frozenset({"add", "add_any"})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """A value that is a parameter: which of its axes each axis is; `None` is new."""
+
+    number: int
+    axes: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A value that is a sum of what came out of layers, among other things.
+
+    Of each use that has a single axis of units, its number, and where that axis is.
+    """
+
+    uses: tuple[tuple[int, int], ...]
+
+
+_Mark = _Parameter | _Sum | None
+
+
+def _mark(marks: Mapping[Any, _Mark], atom: Any) -> _Mark:
+    return None if isinstance(atom, Literal) else marks.get(atom)
+
+
+class Reader:
+    """Walks through a program, and notes what becomes of parameters.
+
+    Attributes:
+      shapes: of the parameters.
+      uses: of kernels.
+      biases: of each use that has one, the number of the parameter.
+      others: of each parameter that is no layer's, its number and why.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], spoiled: Mapping[int, str]
+    ) -> None:
+        self.shapes = shapes
+        self.others = dict(spoiled)
+        self.uses: list[Use] = []
+        self.biases: dict[int, int] = {}
+
+    def read(self, jaxpr: Jaxpr) -> None:
+        """Read a program whose first inputs are the parameters."""
+        marks: dict[Any, _Mark] = {
+            jaxpr.invars[n]: _Parameter(n, tuple(range(len(shape))))
+            for n, shape in enumerate(self.shapes)
+        }
+        self._program(jaxpr, marks, (), ())
+        for atom in jaxpr.outvars:
+            self._spoil(_mark(marks, atom), "the model returns it")
+
+    def _spoil(self, mark: _Mark, why: str) -> None:
+        """Note that a parameter is no layer's; the first reason counts."""
+        if isinstance(mark, _Parameter):
+            self.others.setdefault(mark.number, why)
+
+    def _program(
+        self,
+        jaxpr: Jaxpr,
+        marks: dict[Any, _Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> list[_Mark]:
+        """Read a program whose inputs are marked; mark its outputs."""
+        read = [atom for equation in jaxpr.eqns for atom in equation.invars]
+        often = collections.Counter(
+            atom for atom in (*read, *jaxpr.outvars) if not isinstance(atom, Literal)
+        )
+
+        def mark_of(atom: Any) -> _Mark:
+            # What comes out of a layer and is used twice, once with a parameter added:
+            # what comes back to it is not what comes back to the parameter.
+            mark = _mark(marks, atom)
+            return None if isinstance(mark, _Sum) and often[atom] > 1 else mark
+
+        for number, equation in enumerate(jaxpr.eqns):
+            found = [mark_of(atom) for atom in equation.invars]
+            if any(found):
+                results = self._equation(equation, found, (*path, number), loops)
+                marks.update(zip(equation.outvars, results, strict=True))
+        return [mark_of(atom) for atom in jaxpr.outvars]
+
+    def _equation(
+        self,
+        equation: Any,
+        found: list[_Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> list[_Mark]:
+        name, params = equation.primitive.name, equation.params
+        inner = programs.inner(equation)
+        if inner is not None:
+            known = list(found)
+            if name == "scan":
+                count, _ = programs.consts_and_carry(equation)
+                for mark in found[count:]:
+                    self._spoil(mark, "a `scan` takes it as carry or step by step")
+                known[count:] = [None] * (len(found) - count)
+                known = [x if isinstance(x, _Parameter) else None for x in known]
+                loops = (*loops, params["length"])
+            results = self._program(
+                inner, dict(zip(inner.invars, known, strict=True)), path, loops
+            )
+            if name != "scan":
+                return results
+            for mark in results:
+                self._spoil(mark, "a `scan` returns it")
+            return [None for _ in results]
+        if name in ("dot_general", "conv_general_dilated"):
+            result = self._product(equation, found, path, loops)
+        elif name in _SUMS:
+            result = self._sum(found)
+        else:
+            result = found[0] and _relabelled(equation, found[0])
+        if result is None:
+            for mark in found:
+                self._spoil(mark, f"`{name}` uses it")
+        return [result, *[None for _ in equation.outvars[1:]]]
+
+    def _product(
+        self,
+        equation: Any,
+        found: list[_Mark],
+        path: tuple[int, ...],
+        loops: tuple[int, ...],
+    ) -> _Mark:
+        sides = [n for n, mark in enumerate(found) if isinstance(mark, _Parameter)]
+        if len(sides) != 1:
+            return None
+        side, mark = sides[0], found[sides[0]]
+        assert isinstance(mark, _Parameter)
+        rank = len(self.shapes[mark.number])
+        if rank < 2 or sorted(a if a is not None else -1 for a in mark.axes) != list(
+            range(rank)
+        ):
+            return None
+        axes = _product_axes(equation, side, mark.axes)  # pyright: ignore[reportArgumentType]
+        if axes is None:
+            return None
+        out = equation.outvars[0].aval
+        summed, inputs, units = axes
+        self.uses.append(
+            Use(
+                path=path,
+                kernel=mark.number,
+                operand=1 - side,
+                input_axes=inputs,
+                kernel_axes=mark.axes,  # pyright: ignore[reportArgumentType]
+                output_axes=units,
+                inputs_last=summed == {rank - 1},
+                shape=tuple(out.shape),
+                loops=loops,
+                dtype=out.dtype,
+            )
+        )
+        return _Sum(((len(self.uses) - 1, units[0]),) if len(units) == 1 else ())
+
+    def _sum(self, found: list[_Mark]) -> _Mark:
+        """Give a parameter that is added to a use that it fits, and that has none."""
+        sums = [mark for mark in found if isinstance(mark, _Sum)]
+        biases = [mark for mark in found if isinstance(mark, _Parameter)]
+        uses = tuple(use for mark in sums for use in mark.uses)
+        if not biases:
+            return _Sum(uses)
+        if not sums:
+            return None
+        (bias,) = biases
+        shape = self.shapes[bias.number]
+        for n, axis in uses:
+            use = self.uses[n]
+            (units,) = use.output_axes
+            length = use.shape[units]
+            here = bias.axes[axis] == 0 if length > 1 else True
+            # To the real parts alone: no bias of a kernel that imaginary ones use, too.
+            fits = shape == (length,) and here and not use.is_complex
+            if fits and n not in self.biases:
+                self.biases[n] = bias.number
+                return _Sum(uses)
+        self._spoil(bias, "it is added to no product that lacks a bias")
+        return _Sum(uses)
+
+
+def _product_axes(
+    equation: Any, side: int, kernel_axes: tuple[int, ...]
+) -> tuple[set[int], tuple[int, ...], tuple[int, ...]] | None:
+    """Sort the axes of a product with a kernel, or find that it is no layer.
+
+    Returns:
+      The kernel's axes that are summed over; the inputs' in their order; the result's
+      axes of units, in the order of the kernel's.
+    """
+    numbers = equation.params["dimension_numbers"]
+    last = len(kernel_axes) - 1
+    if equation.primitive.name == "conv_general_dilated":
+        units = kernel_axes[numbers.rhs_spec[0]]
+        grouped = (
+            equation.params["feature_group_count"]
+            * (equation.params["batch_group_count"])
+        )
+        if side != 1 or units != last or grouped != 1:
+            return None
+        return set(range(last)), (), (numbers.out_spec[1],)
+    contracted, batched = numbers
+    if any(batched):
+        return None
+    pairs = {
+        kernel_axes[of_kernel]: of_input
+        for of_kernel, of_input in zip(
+            contracted[side], contracted[1 - side], strict=True
+        )
+    }
+    summed = set(pairs)
+    if summed not in (set(range(last)), {last}):
+        return None
+    free = [n for n in range(len(kernel_axes)) if n not in contracted[side]]
+    rank = len(equation.outvars[0].aval.shape)
+    first = 0 if side == 0 else rank - len(free)
+    places = {kernel_axes[n]: first + place for place, n in enumerate(free)}
+    inputs = tuple(pairs[axis] for axis in sorted(pairs))
+    return summed, inputs, tuple(places[axis] for axis in sorted(places))
+
+
+def _relabelled(equation: Any, mark: _Mark) -> _Mark:
+    """Return the mark of a value that is only laid out anew, or cast; else `None`."""
+    name, params = equation.primitive.name, equation.params
+    if name in _SAME:
+        dtype = equation.outvars[0].aval.dtype
+        return mark if jnp.issubdtype(dtype, jnp.inexact) else None
+    if name == "transpose":
+        order = tuple(params["permutation"])
+        if isinstance(mark, _Sum):
+            return _Sum(tuple((use, order.index(axis)) for use, axis in mark.uses))
+        if isinstance(mark, _Parameter):
+            return _Parameter(mark.number, tuple(mark.axes[n] for n in order))
+    if not isinstance(mark, _Parameter):
+        return None
+    axes = mark.axes
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if name == "broadcast_in_dim":
+        to: list[int | None] = [None] * len(after)
+        places = params["broadcast_dimensions"]
+        if tuple(before) != tuple(after[place] for place in places):
+            return None  # One entry in place of many.
+        for axis, place in zip(axes, places, strict=True):
+            to[place] = axis
+        return _Parameter(mark.number, tuple(to))
+    if name in _RESHAPES:
+        long = [(n, axis) for n, axis in zip(before, axes, strict=True) if n != 1]
+        if [n for n, _ in long] != [n for n in after if n != 1]:
+            return None
+        rest = iter(axis for _, axis in long)
+        to = [None if n == 1 else next(rest) for n in after]
+        return _Parameter(mark.number, tuple(to))
+    return None

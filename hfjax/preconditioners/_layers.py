@@ -1,0 +1,173 @@
+"""The layers of a model: where its program multiplies inputs by a parameter.
+
+Nobody registers a layer. The program that JAX traces of the model on one case is read
+(`_layer_reader`): one side of a product with a parameter is a layer's input, and what
+comes out, to which a bias may be added, is what the layer hands on. The same program is
+then evaluated with those inputs taken out, and something added to what comes out, whose
+derivative is the layer's back-propagated error.
+
+A parameter is a layer's only if nothing else uses it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core.types import Params, Tree
+from hfjax.preconditioners._layer_reader import Reader
+from hfjax.preconditioners._uses import Run, Use, as_rows
+
+
+class Layer(NamedTuple):
+    """A kernel with all its uses.
+
+    Attributes:
+      kernel: number of the parameter.
+      bias: number of the one that is added in each use, or `None`.
+      inputs: their number.
+      units: their number.
+      inputs_last: as in `Use`.
+      uses: their numbers.
+    """
+
+    kernel: int
+    bias: int | None
+    inputs: int
+    units: int
+    inputs_last: bool
+    uses: tuple[int, ...]
+
+    def positions(self, uses: Sequence[Use]) -> int:
+        """Count how often a case uses the kernel, of all the uses there are."""
+        return sum(uses[n].positions for n in self.uses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model's program on one case, read.
+
+    Attributes:
+      uses: of kernels.
+      layers: with those uses.
+      others: of each parameter that is no layer's, its number and why.
+      unread: those of them that the model does not read.
+    """
+
+    uses: tuple[Use, ...]
+    layers: tuple[Layer, ...]
+    others: Mapping[int, str]
+    unread: frozenset[int]
+    _program: Any
+    _structure: Any
+
+    def zeros(self) -> list[jax.Array]:
+        """Return what to add for nothing: zeros, for each use of one case."""
+        return [jnp.zeros((*use.loops, *use.shape), use.dtype) for use in self.uses]
+
+    def evaluate(
+        self, params: Params, inputs: Tree, added: Sequence[jax.Array]
+    ) -> tuple[Tree, list[jax.Array]]:
+        """Run the model on one case, adding to what its layers compute.
+
+        Args:
+          params: θ.
+          inputs: with a leading axis of one.
+          added: for each use, like `zeros`.
+
+        Returns:
+          The outputs, and each use's inputs, `[positions, inputs]`.
+        """
+        run = Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
+        args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+        jaxpr, consts = self._program.jaxpr, self._program.consts
+        outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
+        rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
+        rows = [
+            jnp.concatenate([x.real, x.imag]) if use.is_complex else x
+            for x, use in zip(rows, self.uses, strict=True)
+        ]
+        return self._structure.unflatten(outputs), rows
+
+    def errors(self, number: int, derivative: jax.Array) -> jax.Array:
+        """Lay out the derivative by what is added to a use: `[positions, units]`."""
+        use = self.uses[number]
+        axes = [len(use.loops) + axis for axis in use.output_axes]
+        rows = as_rows(derivative, axes)
+        if use.is_complex:
+            # JAX's derivative by x + iy is ∂/∂x − i ∂/∂y.
+            rows = jnp.concatenate([rows.real, -rows.imag])
+        return rows
+
+
+def read(
+    model_fn: Callable[[Params, Tree], Tree],
+    params: Params,
+    inputs: Tree,
+    spoiled: Mapping[int, str],
+) -> Model:
+    """Trace a model on one case, and find its layers.
+
+    Args:
+      model_fn: `(params, inputs) -> outputs`.
+      params: θ.
+      inputs: with a leading axis of one; or their shapes.
+      spoiled: numbers of parameters that are to be no layer's, and why.
+
+    Returns:
+      What was found.
+    """
+    program, shapes = jax.make_jaxpr(model_fn, return_shape=True)(params, inputs)
+    leaves = jax.tree.leaves(params)
+    reader = Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
+    reader.read(program.jaxpr)
+    uses, layers, others = _sorted(reader)
+    known = {n for layer in layers for n in (layer.kernel, layer.bias)}
+    unread = frozenset(range(len(leaves))) - known - others.keys()
+    others |= dict.fromkeys(unread, "the model does not read it")
+    structure = jax.tree.structure(shapes)
+    return Model(uses, layers, others, unread, program, structure)
+
+
+def _sorted(
+    found: Reader,
+) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
+    """Put uses of one kernel together, with its bias if that is nobody else's.
+
+    Last comes, of each parameter that is read and no layer's, its number and why.
+    """
+    others = dict(found.others)
+    used: dict[int, list[int]] = {}
+    for n, use in enumerate(found.uses):
+        used.setdefault(use.kernel, []).append(n)
+    for kernel, numbers in used.items():
+        if len({found.uses[n].inputs_last for n in numbers}) > 1:
+            others.setdefault(kernel, "it is used transposed, too")
+    kernels_of: dict[int, set[int]] = {}
+    for n, bias in found.biases.items():
+        kernels_of.setdefault(bias, set()).add(found.uses[n].kernel)
+    for bias, kernels in kernels_of.items():
+        if len(kernels) > 1:
+            others.setdefault(bias, "several kernels share it")
+    uses, layers = [], []
+    for kernel, numbers in used.items():
+        biases = {found.biases.get(n) for n in numbers}
+        bias = biases.pop() if len(biases) == 1 else None
+        for other in biases | {bias}:
+            if other is not None and (other != bias or kernel in others):
+                why = "has no factors" if kernel in others else "is used without it"
+                others.setdefault(other, f"its kernel {why}")
+        if kernel in others:
+            continue
+        bias = None if bias in others else bias
+        first = found.uses[numbers[0]]
+        *rest, last = found.shapes[kernel]
+        sizes = (math.prod(rest), last)
+        inputs, units = sizes[::-1] if first.inputs_last else sizes
+        at = tuple(range(len(uses), len(uses) + len(numbers)))
+        uses += [found.uses[n] for n in numbers]
+        layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
+    return tuple(uses), tuple(layers), others

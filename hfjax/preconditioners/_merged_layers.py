@@ -1,0 +1,158 @@
+"""The layers of a sum of objectives, from those that each term's model has.
+
+A term that does not read a kernel adds nothing to its factors. A term that reads it
+otherwise than as a layer has a G of another form there: its diagonal stands beside the
+factors of the terms in which the kernel is a layer.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from hfjax.preconditioners._layers import Layer, Model
+
+
+class Part(NamedTuple):
+    """What a term adds to the blocks of the sum.
+
+    Attributes:
+      model: of the term; its layers are those that are layers of the sum, without a
+        bias where the sum's has none.
+      places: of each of them, its number among the layers of the sum.
+      diagonals: the parameters for which the diagonal of the term's G counts.
+    """
+
+    model: Model
+    places: tuple[int, ...]
+    diagonals: tuple[int, ...]
+
+
+class Merged(NamedTuple):
+    """The layers of a sum; one objective is a sum of one term.
+
+    Attributes:
+      layers: of all terms; what they have as `uses` is each term's own.
+      others: of each parameter that is no layer's, its number and why.
+      beside: of each parameter of a layer that some of the terms read otherwise, the
+        numbers of these terms and why.
+      parts: of each term.
+    """
+
+    layers: tuple[Layer, ...]
+    others: Mapping[int, str]
+    beside: Mapping[int, Mapping[int, str]]
+    parts: tuple[Part, ...]
+
+    def positions(self, place: int) -> list[int]:
+        """Return how often a case uses a layer, in the terms that have it: sorted."""
+        found = {
+            part.model.layers[part.places.index(place)].positions(part.model.uses)
+            for part in self.parts
+            if place in part.places
+        }
+        return sorted(found)
+
+
+def merged(models: Sequence[Model]) -> Merged:
+    """Merge the layers of several models of the same parameters.
+
+    A parameter is the bias of a kernel if it is that in all terms that read it, but for
+    those in which the kernel is no layer either, and no term has another bias of that
+    kernel. (A term that has the kernel without the bias has a column of zeros in its
+    inputs where the others have one of ones: exactly its part of G.)
+
+    Args:
+      models: as `_layers.read` found them, at least one.
+
+    Returns:
+      What is a layer in the sum.
+    """
+    uses: dict[int, list[Layer]] = {}
+    for model in models:
+        for layer in model.layers:
+            uses.setdefault(layer.kernel, []).append(layer)
+    others = {
+        kernel: "it is used transposed in another term"
+        for kernel, found in uses.items()
+        if len({layer.inputs_last for layer in found}) > 1
+    }
+    uses = {kernel: found for kernel, found in uses.items() if kernel not in others}
+    others |= _no_biases(models, others.keys())
+    layers = tuple(
+        found[0]._replace(bias=_bias(found, others)) for found in uses.values()
+    )
+    known = {n for layer in layers for n in (layer.kernel, layer.bias)}
+    beside: dict[int, dict[int, str]] = {}
+    for k, model in enumerate(models):
+        for n in sorted(_read_otherwise(model)):
+            if n in known:
+                beside.setdefault(n, {})[k] = model.others[n]
+    # A reason of a term that reads the parameter comes before that of one that does not.
+    for unread in (False, True):
+        for model in models:
+            for n, why in model.others.items():
+                if n not in known and (n in model.unread) is unread:
+                    others.setdefault(n, why)
+    parts = (_part(k, model, layers, others, beside) for k, model in enumerate(models))
+    return Merged(layers, others, beside, tuple(parts))
+
+
+def _no_biases(models: Sequence[Model], spoiled: Collection[int]) -> dict[int, str]:
+    """Return which biases of one term are none of the sum, and why."""
+    kernels_of: dict[int, set[int]] = {}
+    biases_of: dict[int, set[int]] = {}
+    for model in models:
+        for layer in model.layers:
+            if layer.bias is not None:
+                kernels_of.setdefault(layer.bias, set()).add(layer.kernel)
+                biases_of.setdefault(layer.kernel, set()).add(layer.bias)
+    found: dict[int, str] = {}
+    for bias, kernels in kernels_of.items():
+        kernel = next(iter(kernels))
+        elsewhere = [
+            model.others[bias]
+            for model in models
+            if bias in _read_otherwise(model) and kernel not in _read_otherwise(model)
+        ]
+        if kernels & set(spoiled):
+            found[bias] = "its kernel has no factors"
+        elif len(kernels) > 1:
+            found[bias] = "several kernels share it"
+        elif elsewhere:
+            found[bias] = elsewhere[0]
+        elif len(biases_of[kernel]) > 1:
+            found[bias] = "its kernel has another bias in another term"
+    return found
+
+
+def _read_otherwise(model: Model) -> set[int]:
+    """Return the parameters that a model reads, and that are no layer's in it."""
+    return model.others.keys() - model.unread
+
+
+def _bias(found: Sequence[Layer], others: Mapping[int, str]) -> int | None:
+    """Return the bias that terms have for a layer of the sum."""
+    biases = {layer.bias for layer in found} - {None} - others.keys()
+    return next(iter(biases), None)
+
+
+def _part(
+    term: int,
+    model: Model,
+    layers: Sequence[Layer],
+    others: Mapping[int, str],
+    beside: Mapping[int, Mapping[int, str]],
+) -> Part:
+    places = {layer.kernel: place for place, layer in enumerate(layers)}
+    own = [layer for layer in model.layers if layer.kernel in places]
+    own = [
+        layer._replace(bias=None if layer.bias in others else layer.bias)
+        for layer in own
+    ]
+    diagonals = [n for n in others if n not in model.unread]
+    diagonals += [n for n, terms in beside.items() if term in terms]
+    return Part(
+        dataclasses.replace(model, layers=tuple(own)),
+        tuple(places[layer.kernel] for layer in own),
+        tuple(sorted(diagonals)),
+    )

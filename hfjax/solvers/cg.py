@@ -1,0 +1,312 @@
+"""Preconditioned conjugate gradients on M(x) = ½xᵀA x − bᵀx.
+
+The report's algorithm 2, in one `lax.while_loop` whose body holds one product.
+It differs from `jax.scipy.sparse.linalg.cg` in that it
+
+1. stops on the progress of M, by a rule of `hfjax.stopping`;
+2. returns M at every iterate and keeps some iterates (`hfjax.iterates`);
+3. stops where pᵀA p ≤ 0 or a product is not finite, and says which;
+4. works for right-hand sides whose squares overflow or vanish;
+5. sums in float32 or wider, and gathers no sharded array.
+
+M is summed up from what each step gains, α rᵀy − ½α² pᵀA p, which costs no further
+dot. In float32 its error, and that of the usual ½(r − b)ᵀx, stays below 1e-6 |M| for
+condition numbers up to 10⁸ (`python -m benchmarks precision`): a hundredth of what the
+strictest stopping rule compares with.
+
+    >>> import jax.numpy as jnp
+    >>> d = jnp.array([1.0, 2.0, 4.0])  # three eigenvalues, three steps
+    >>> run = solve(lambda v: d * v, jnp.ones(3), stopping=None)
+    >>> print(run.x.round(3), run.num_iterations, Reason(int(run.reason)).name)
+    [1.   0.5  0.25] 3 RESIDUAL_ZERO
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import options, sharding, trees
+from hfjax._core.arguments import as_product, as_vector, check_function, describe
+from hfjax._core.refusal import without_derivative
+from hfjax._core.types import (
+    Matvec,
+    NumberOrSchedule,
+    Preconditioner,
+    Tree,
+    ValueFn,
+)
+from hfjax._tracing import compiled
+from hfjax.solvers._inverse import inverse as inverse
+from hfjax.solvers._subspace import subspace
+from hfjax.solvers.descent import Reason as Reason
+from hfjax.solvers.descent import Run as Run
+from hfjax.solvers.descent import RunStats as RunStats
+from hfjax.solvers.descent import Solver as Solver
+from hfjax.solvers.descent import Step as Step
+from hfjax.solvers.descent import System as System
+from hfjax.solvers.iterates import Keep, grid
+from hfjax.solvers.pcg import CGResult as CGResult
+from hfjax.solvers.pcg import as_preconditioner, run
+from hfjax.solvers.stopping import RULES, StoppingRule, marginal, martens2010
+
+
+def solve(
+    matvec: Matvec,
+    b: Tree,
+    /,
+    *,
+    x0: Tree | None = None,
+    preconditioner: Preconditioner | None = None,
+    max_iterations: int = 250,
+    min_iterations: int = 1,
+    stopping: StoppingRule | None = martens2010(),
+    keep: Keep = grid(),
+    value_fn: ValueFn | None = None,
+    limit: jax.Array | int | None = None,
+    replace_every: int | None = None,
+) -> CGResult:
+    """Minimise M(x) = ½xᵀA x − bᵀx, for symmetric positive semi-definite A.
+
+    Does not support complex numbers. Where A turns out not to be positive along a
+    direction p, the run ends at the iterate it has; in the very first iteration it
+    takes a step along p = P⁻¹(b − A x₀), of about the length of b: M falls along it for
+    ever. The result has no derivative, and says so: a run that stops early is no smooth
+    function of `b`. `inverse` has one.
+
+    Args:
+      matvec: `v -> A v`, on trees like `b`.
+      b: the right-hand side, real; integers are taken for floats.
+      x0: where to start; `None` is 0 and saves a product.
+      preconditioner: `r -> P⁻¹ r`; its scale does not matter. `None` is the identity.
+      max_iterations: sizes `model_values`, so a Python integer (250: Martens'
+        program).
+      min_iterations: before which the rule is not asked.
+      stopping: a rule of `hfjax.stopping`; `None` runs to `max_iterations` or a
+        residual of zero to rounding. Martens (2010) by default.
+      keep: which iterates to keep, of `hfjax.iterates`.
+      value_fn: `x -> f`, for `hfjax.iterates.best` and `.guarded`.
+      limit: fewer iterations than `max_iterations`, as a number that may be traced.
+      replace_every: iterations after which the residual is not summed up but computed
+        anew, A x − b, and M with it; so is the residual of `x0`. A product more each, of
+        `matvec.exact` if that is an `Approximate`. `coefficients` end with the first.
+        `None` is never.
+
+    Returns:
+      The result; its `x` has the dtypes of `b`.
+
+    Raises:
+      TypeError: if an iteration limit is not a Python integer, or something else is not
+        of its kind.
+      ValueError: if a limit is negative, or `x0` or a product is no tree like `b`.
+
+    References:
+      Martens & Sutskever (2012), section 4, algorithm 2; van der Vorst & Ye (2000),
+      "Residual replacement strategies for Krylov subspace iterative methods".
+    """
+    options.check_count("max_iterations", max_iterations, low=0)
+    options.check_count("min_iterations", min_iterations, low=0)
+    if replace_every is not None:
+        options.check_count("replace_every", replace_every, low=1)
+    options.check_range("limit", limit, low=0)
+    check_run(stopping, keep)
+    if value_fn is not None:
+        check_function("value_fn", value_fn, "x -> f")
+    matvec, b = as_product("matvec", matvec), as_vector("b", b)
+    if x0 is not None:
+        x0 = trees.cast_like(as_vector("x0", x0, like=b, whose="`b`"), b)
+    preconditioner = as_preconditioner(preconditioner)
+
+    def solved(b: Tree, x0: Tree | None) -> CGResult:
+        return run(
+            matvec,
+            b,
+            x0,
+            preconditioner,
+            keep.build(max_iterations, value_fn),
+            max_iterations=max_iterations,
+            limit=max_iterations
+            if limit is None
+            else jnp.minimum(limit, max_iterations),
+            min_iterations=min_iterations,
+            stopping=stopping,
+            replace_every=replace_every,
+        )
+
+    result = compiled.run(solved, b, x0)
+    return without_derivative("A run of conjugate gradients", result)
+
+
+def check_run(stopping: StoppingRule | None, keep: Keep) -> None:
+    """Raise unless a run can be ended and kept so.
+
+    Args:
+      stopping: a rule of `hfjax.stopping`, or `None`.
+      keep: of `hfjax.iterates`.
+
+    Raises:
+      TypeError: if one is not of its kind.
+    """
+    if stopping is not None:
+        check_function("stopping", stopping, "progress -> bool")
+        if stopping in RULES:
+            name = stopping.__name__
+            msg = f"`stopping` is the function `{name}`: call it, as in `{name}(…)`."
+            raise TypeError(msg)
+    if not isinstance(keep, Keep):
+        msg = (
+            "`keep` must be a `Keep` of `hfjax.iterates`, as `grid()`, got "
+            f"{describe(keep)}."
+        )
+        raise TypeError(msg)
+
+
+def conjugate_gradient(
+    *,
+    max_iterations: int = 250,
+    min_iterations: int = 1,
+    stopping: StoppingRule | None = marginal(),
+    keep: Keep = grid(first=1),
+    warm_start_decay: NumberOrSchedule | None = None,
+    warm_start_from: str = "last",
+    limit: NumberOrSchedule | None = None,
+    replace_every: int | None = None,
+) -> Solver:
+    """Solve for the direction by `solve`, from 0 or from the last update's solution.
+
+    A warm start is x₀ = `warm_start_decay` · (what was carried over). M may start above
+    0 there: then no rule on M's progress ends the run before M < 0, and if something else
+    does, as `max_iterations`, it is run again from 0, where M(0) = 0 (report, section
+    8.5).
+
+    The report's solver is `conjugate_gradient(stopping=stopping.martens2010(),
+    keep=iterates.grid(), warm_start_decay=0.95)`. The defaults are what was faster with
+    Kronecker factors, on every problem compared (`benchmarks/results/step6.md`).
+
+    Args:
+      max_iterations: of a run; a Python integer (Martens' program: 250).
+      min_iterations: before which the stopping rule is not asked (ibid.: 1).
+      stopping: a rule of `hfjax.stopping`, or `None`.
+      keep: which iterates backtracking may choose among, of `hfjax.iterates`: `grid`
+        (from 5 on: Martens 2010, section 4.6; from 1 on for short runs), `every`,
+        `best` or `guarded`.
+      warm_start_decay: ζ in [0, 1], a number or schedule (Martens' program: 0.95;
+        report, section 10); `None` starts from 0, which saves a product and, from the
+        thirtieth update on, led to a lower f.
+      warm_start_from: `"last"` carries the run's last iterate over (Martens'
+        program), `"chosen"` the one that backtracking chose, `"best"` the one of the
+        lowest f in the run, where `keep` evaluates it (report, section 13). Without a
+        warm start it is the chosen one that the state holds.
+      limit: fewer iterations, a number or schedule: shorter runs near the end, against
+        overfitting of small batches (report, section 12.2). `None` is none.
+      replace_every: as in `solve`, for products in fewer digits
+        (`hfjax.curvature.with_precision`). `None` is never.
+
+    Returns:
+      The solver.
+
+    Raises:
+      TypeError: if a count is no Python integer.
+      ValueError: if an option is out of range.
+
+    References:
+      Martens & Sutskever (2012), sections 8.5 and 10.
+    """
+    options.check_count("max_iterations", max_iterations, low=1)
+    options.check_count("min_iterations", min_iterations, low=0)
+    options.check_range("warm_start_decay", warm_start_decay, low=0.0, high=1.0)
+    sources = ("last", "chosen", "best") if keep.evaluates else ("last", "chosen")
+    options.check_choice("warm_start_from", warm_start_from, sources)
+    options.check_range("limit", limit, low=1)
+    if replace_every is not None:
+        options.check_count("replace_every", replace_every, low=1)
+
+    def start(direction: Tree, count: jax.Array) -> Tree | None:
+        if warm_start_decay is None:
+            return None
+        return trees.scale(options.read(warm_start_decay, count), direction)
+
+    def solve_from(system: System, x0: Tree | None) -> Run:
+        preconditioner = system.preconditioner()
+        value_fn = system.batch_value if keep.data == "batch" else system.value
+
+        def from_(x0: Tree | None) -> CGResult:
+            return solve(
+                system.matvec,
+                system.b,
+                x0=x0,
+                preconditioner=preconditioner,
+                max_iterations=max_iterations,
+                min_iterations=min_iterations,
+                stopping=stopping,
+                keep=keep,
+                value_fn=value_fn,
+                limit=None if limit is None else _limit(limit, system.count),
+                replace_every=replace_every,
+            )
+
+        result = from_(None) if x0 is None else _or_from_zero(from_, x0)
+        found = as_run(result)
+        # Where a residual was replaced, steps before and after are not conjugate.
+        if not system.tikhonov or keep.evaluates or replace_every is not None:
+            return found
+        space = subspace(result.kept, result.model_values, system.b, system.scalar)
+
+        def at_damping(damping: jax.Array) -> Step:
+            direction, model, undamped = space.solve(damping)
+            iteration = result.num_iterations
+            return Step(direction, model, iteration, undamped=undamped)
+
+        return found._replace(at_damping=at_damping)
+
+    def carry(run: Run, chosen: Tree) -> Tree:
+        if warm_start_from == "best" and run.iterates is not None:
+            values = run.iterates.values
+            best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+            return jax.tree.map(lambda leaf: leaf[best], run.iterates.iterates)
+        # Without a warm start nobody reads it, and the step is at hand, and looked at.
+        last = warm_start_from == "last" and warm_start_decay is not None
+        return run.last.direction if last else chosen
+
+    return Solver(start, solve_from, carry, max_iterations=max_iterations)
+
+
+def as_run(result: CGResult) -> Run:
+    """Return what an update is told of a run: its last step, and the kept iterates.
+
+    Args:
+      result: of conjugate gradients, from 0 or a warm start.
+
+    Returns:
+      The run, which does not tell of other λ.
+    """
+    stats = RunStats(
+        result.num_iterations, result.reason, result.model_values, result.coefficients
+    )
+    model = result.model_values[result.num_iterations]
+    return Run(Step(result.x, model, result.num_iterations), stats, result.kept)
+
+
+def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
+    return jnp.asarray(jnp.floor(options.read(limit, count)), jnp.int32)
+
+
+def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
+    """Run from x0, and once more from 0 if M has not become negative.
+
+    A loop of one or two rounds, so that the run is compiled once.
+    """
+    zero = sharding.zeros_like(x0)
+    unknown = sharding.zeros(jax.eval_shape(run, x0))
+
+    def unfinished(carry: tuple[jax.Array, Tree, CGResult]) -> jax.Array:
+        rounds, _, result = carry
+        stuck = ~(result.model_values[-1] < 0) & (result.reason != Reason.NONFINITE)
+        return (rounds == 0) | ((rounds == 1) & stuck)
+
+    def again(carry: tuple[jax.Array, Tree, CGResult]) -> tuple:
+        rounds, x0, _ = carry
+        return rounds + 1, zero, run(x0)
+
+    start = (jnp.zeros((), jnp.int32), x0, unknown)
+    return jax.lax.while_loop(unfinished, again, start)[2]

@@ -1,0 +1,240 @@
+"""Which parts go together: compared by what they declare, when an optimizer is built.
+
+A part that another one never reads, or reads as something else, would spoil every step
+without an error. So each mismatch is refused here, with a sentence that says what came
+and what to pass instead. Parts of the user's own declare the same things: see the
+attributes of `hfjax.cg.Solver` and `hfjax.damping.Damping`.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+from hfjax._core import options
+from hfjax.curvature import Curvature, ggn
+from hfjax.globalization.backtracking import Backtracking, early_stop, last
+from hfjax.globalization.damping_matrices import identity
+from hfjax.globalization.rule import Damping
+from hfjax.objectives.objective import Objective
+from hfjax.preconditioners import PreconditionerRule, kronecker
+from hfjax.solvers.cg import conjugate_gradient
+from hfjax.solvers.descent import Run, Solver
+from hfjax.solvers.sample_space import where_small
+
+_SCALARS = ("damping", "fixed", "radius")
+
+
+class Fitted(NamedTuple):
+    """Parts that go together.
+
+    Attributes:
+      solver: the one that was given, or that `"auto"` stands for.
+      preconditioner: the rule that `solver` will ask, or `None`.
+      backtracking: the rule; where the solver tells the steps for other λ, `searching`
+        takes its place, if there is one.
+      searching: what the damping rule wants, if that is to be, else `None`.
+    """
+
+    solver: Solver
+    preconditioner: PreconditionerRule | None
+    backtracking: Backtracking
+    searching: Backtracking | None
+
+    def rule_for(self, run: Run) -> Backtracking:
+        """Return the search for λ if there is one, and the solver tells of other λ."""
+        if self.searching is None or run.at_damping is None:
+            return self.backtracking
+        return self.searching
+
+
+def fitted(
+    objective: Objective,
+    damping: Damping,
+    solver: Solver | str,
+    preconditioner: PreconditionerRule | str | None,
+    backtracking: Backtracking | str | None,
+    curvature: Curvature,
+) -> Fitted:
+    """Return the parts that an optimizer is to use, or raise if two do not fit.
+
+    Args:
+      objective: f.
+      damping: of `hfjax.damping`, or `hfjax.trust_region.radius()`.
+      solver: a solver, or `"auto"`.
+      preconditioner: a rule, `"auto"` or `None`.
+      backtracking: a rule, `"auto"` or `None`.
+      curvature: what makes B.
+
+    Returns:
+      The parts.
+
+    Raises:
+      TypeError: if an argument is not a part of its kind.
+      ValueError: if two parts do not fit, or a word is not known.
+    """
+    if not isinstance(objective, Objective):
+        msg = (
+            "`objective` must be an `hfjax.Objective(model_fn, loss)`, got "
+            f"{type(objective).__name__}."
+        )
+        raise TypeError(msg)
+    check_part("damping", damping, Damping)
+    if isinstance(backtracking, str):
+        options.check_choice("backtracking", backtracking, ("auto",))
+    else:
+        check_part("backtracking", backtracking, Backtracking, none=True)
+    if not isinstance(solver, str):
+        check_part("solver", solver, Solver)
+    if not isinstance(preconditioner, str):
+        check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
+    check_curvature(objective, damping, curvature)
+
+    plain = curvature is ggn and damping.matrix is identity()
+    chosen = _solver_of(solver, damping, plain=plain)
+    _check_scalars(chosen, damping)
+    asks = chosen.reads == "products"
+    if isinstance(preconditioner, str):
+        options.check_choice("preconditioner", preconditioner, ("auto",))
+        preconditioner = kronecker() if asks else None
+    elif preconditioner is not None and not asks:
+        msg = (
+            "`preconditioner` was given, but `solver` never asks for one "
+            "(`sample_space.cholesky()` solves exactly). Leave it out, or take "
+            "`solver=hfjax.cg.conjugate_gradient()`."
+        )
+        raise ValueError(msg)
+    if isinstance(backtracking, str):
+        return Fitted(chosen, preconditioner, early_stop(), damping.backtracking)
+    return Fitted(chosen, preconditioner, backtracking or last(), None)
+
+
+def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:
+    """Raise `TypeError` unless an argument is a part of its kind.
+
+    Args:
+      name: of the argument.
+      came: what the user passed.
+      kind: the NamedTuple that it should be.
+      none: whether `None` will do.
+
+    Raises:
+      TypeError: saying what came; for a function, to call it.
+    """
+    if isinstance(came, kind) or (none and came is None):
+        return
+    hint = ": call its function." if inspect.isroutine(came) else "."
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    msg = (
+        f"`{name}` must be {article} `{kind.__name__}`{' or `None`' if none else ''}, "
+        f"got {type(came).__name__}{hint}"
+    )
+    raise TypeError(msg)
+
+
+def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> None:
+    """Raise unless B + μS can be made of these.
+
+    Args:
+      objective: f.
+      damping: what has μ, if anything has.
+      curvature: what makes B.
+
+    Raises:
+      TypeError: if `curvature` is no function.
+      ValueError: if `damping` is structural, and one of the others knows nothing of it.
+    """
+    if not callable(curvature):
+        msg = (
+            "`curvature` must be a function (objective, params, batch) -> (v -> B v), as "
+            f"`hfjax.curvature.ggn`, got {curvature!r}."
+        )
+        raise TypeError(msg)
+    if damping.structural is None:
+        return
+    if objective.hidden_loss is None:
+        msg = (
+            "`damping` is structural, but `objective` has no hidden states: "
+            f"{objective._no_hidden}"
+        )
+        raise ValueError(msg)
+    if not _takes_structural(curvature):
+        msg = (
+            "`damping` is structural, but `curvature` does not take `structural=μ`. "
+            "Add the argument (see `hfjax.curvature.ggn`), or leave out `structural`."
+        )
+        raise ValueError(msg)
+
+
+def _takes_structural(curvature: Any) -> bool:
+    try:
+        parameters = inspect.signature(curvature).parameters
+    except ValueError:  # Of a function that is not written in Python.
+        return True
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return "structural" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:
+    """Return the solver that is meant, if it can solve with these."""
+    options.check_choice(
+        "solver.reads", getattr(solver, "reads", "products"), ("products", "jacobian")
+    )
+    if isinstance(solver, str):
+        options.check_choice("solver", solver, ("auto",))
+        # Outputs of the loss are counted, and hidden states may be many more.
+        small = plain and damping.structural is None
+        otherwise = conjugate_gradient()
+        return where_small(otherwise) if small else otherwise
+    if solver.reads == "products" or plain:
+        return solver
+    came = "another `curvature`"
+    if damping.matrix is not identity():
+        came = "a damping matrix"
+        if damping.scalar == "radius":
+            came = "a trust-region radius: pass `damping=hfjax.damping.searched()`"
+    msg = (
+        "`solver=sample_space.cholesky()` solves with G + λI: it needs "
+        "`curvature=hfjax.curvature.ggn` and `damping` with "
+        f'`matrix="identity"`, got {came}. Take `cg.conjugate_gradient()`, or `"auto"`.'
+    )
+    raise ValueError(msg)
+
+
+def _check_scalars(solver: Solver, damping: Damping) -> None:
+    """Raise unless the solver reads what the rule drives, and the rule knows how."""
+    options.check_choice("solver.scalar", solver.scalar, _SCALARS)
+    options.check_choice("damping.scalar", damping.scalar, _SCALARS)
+    if solver.scalar == "radius" != damping.scalar:
+        msg = (
+            "`solver` works in a trust region and reads a radius, but `damping` drives "
+            "a damping λ (as the default, `damping.searched()`): λ would be taken for "
+            "the radius, and be added to the curvature as well. Pass "
+            "`damping=hfjax.trust_region.radius()`. (A rule of your own for a radius "
+            'declares `scalar="radius"` and `matrix=None`.)'
+        )
+        raise ValueError(msg)
+    if damping.scalar == "radius" != solver.scalar:
+        msg = (
+            "`damping` drives the radius of a trust region, but `solver` reads a "
+            "damping λ: nothing would hold its steps back. Pass "
+            "`damping=hfjax.damping.searched()` or `levenberg_marquardt()`, or "
+            "`solver=hfjax.trust_region.steihaug_toint()`."
+        )
+        raise ValueError(msg)
+    tied = damping.structural is not None and damping.structural.tied
+    if damping.scalar == "radius" and (damping.matrix is not None or tied):
+        msg = (
+            "`damping` drives a radius, so that it must not scale a matrix too: give "
+            "the rule `matrix=None`, and no structural damping that is tied to it."
+        )
+        raise ValueError(msg)
+    # Its step minimises f over the whole subspace. It is the solution for no particular
+    # λ, so ρ says nothing of the λ that was added, and λ would drift anywhere.
+    if solver.scalar == "fixed" and damping.scalar != "fixed":
+        msg = (
+            "`solver` minimises f over all λ by itself (`krylov.subspace_descent()`), "
+            "but `damping` adapts or searches for a λ (as the default, "
+            "`damping.searched()`), which would drift. Pass "
+            "`damping=hfjax.damping.constant(0.0)`. (A rule of your own that moves no λ "
+            'declares `scalar="fixed"`.)'
+        )
+        raise ValueError(msg)

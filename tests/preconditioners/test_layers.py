@@ -1,0 +1,622 @@
+"""Layers are found in the program of a model, and what is taken out of them is exact."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import normal
+from reference import quick_jit
+
+import hfjax
+from hfjax.preconditioners import _layers
+
+nnx = pytest.importorskip("flax.nnx")
+to_nnx = pytest.importorskip("hfjax.flax")
+
+
+@pytest.fixture(autouse=True)
+def allow_rank_promotion():
+    """Flax adds its biases so."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def read(model_fn, params, x, spoiled=None):
+    return _layers.read(model_fn, params, x[:1], spoiled or {})
+
+
+def names(params):
+    """Return leaves' paths in short: their last key, or all of it where they differ."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def found(model, params):
+    """Return kernels with their biases, and the reasons of the others, by name."""
+    name = names(params)
+    pairs = {
+        name[layer.kernel]: None if layer.bias is None else name[layer.bias]
+        for layer in model.layers
+    }
+    return pairs, {name[n]: why for n, why in model.others.items()}
+
+
+def gradients(model_fn, params, x, weights):
+    """Differentiate Σ outputs · weights by the parameters, as JAX does."""
+
+    def total(params):
+        outputs = jax.tree.leaves(model_fn(params, x[:1]))
+        return sum(jnp.sum(z * w) for z, w in zip(outputs, weights, strict=True))
+
+    return jax.tree.leaves(quick_jit(jax.grad(total))(params))
+
+
+def check(model_fn, params, x):
+    """Compare all that is taken out of a model with the derivative of the whole.
+
+    Σ over positions of x gᵀ is the gradient by the kernel, and Σ g that by the bias.
+    """
+    model = read(model_fn, params, x)
+    zeros = model.zeros()
+
+    @quick_jit
+    def run(params, x):
+        outputs, transpose, rows = jax.vjp(
+            lambda added: model.evaluate(params, x[:1], added), zeros, has_aux=True
+        )
+        leaves, structure = jax.tree.flatten(outputs)
+        weights = [jnp.cos(1.0 + jnp.arange(z.size)).reshape(z.shape) for z in leaves]
+        (derivatives,) = transpose(structure.unflatten(weights))
+        return outputs, rows, derivatives, weights
+
+    outputs, rows, derivatives, weights = run(params, x)
+    errors = [model.errors(n, d) for n, d in enumerate(derivatives)]
+    for ours, theirs in zip(
+        jax.tree.leaves(outputs),
+        jax.tree.leaves(model_fn(params, x[:1])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    truth = gradients(model_fn, params, x, weights)
+    leaves = jax.tree.leaves(params)
+    for layer in model.layers:
+        kernel = leaves[layer.kernel]
+        total = sum(np.asarray(rows[n]).T @ np.asarray(errors[n]) for n in layer.uses)
+        assert total.shape == (layer.inputs, layer.units)
+        total = total.T if layer.inputs_last else total
+        # The gradient of a parameter that is cast is rounded to its dtype.
+        rtol = max(1e-9, float(jnp.finfo(kernel.dtype).eps))
+        np.testing.assert_allclose(
+            total.reshape(kernel.shape), truth[layer.kernel], rtol=rtol, atol=1e-12
+        )
+        assert np.any(truth[layer.kernel])
+        positions = sum(len(rows[n]) for n in layer.uses)
+        assert layer.positions(model.uses) == positions
+        if layer.bias is not None:
+            of_bias = sum(np.asarray(errors[n]).sum(axis=0) for n in layer.uses)
+            np.testing.assert_allclose(
+                of_bias, truth[layer.bias], rtol=1e-9, atol=1e-12
+            )
+    return model
+
+
+RNG = np.random.default_rng(0)
+X = normal(RNG, 3, 4)
+SEQUENCE = normal(RNG, 3, 5, 4)
+IMAGE = normal(RNG, 3, 6, 5, 2)
+W, U, B = normal(RNG, 4, 3), normal(RNG, 3, 4), normal(RNG, 3)
+SQUARE = normal(RNG, 4, 4, scale=0.5)
+
+
+def scanned(params, x):
+    def step(h, x):
+        h = jnp.tanh(x @ params["w"] + h @ params["u"].T + params["b"])
+        return h, h @ params["out"]
+
+    h, z = jax.lax.scan(step, jnp.zeros((len(x), 3)), jnp.swapaxes(x, 0, 1))
+    return h, jnp.swapaxes(z, 0, 1)
+
+
+def scanned_in_a_scan(params, x):
+    def outer(h, _):
+        def inner(h, x):
+            return jnp.tanh(x @ params["w"] + h @ params["u"]), None
+
+        return jax.lax.scan(inner, h, jnp.swapaxes(x, 0, 1), reverse=True)
+
+    return jax.lax.scan(outer, jnp.zeros((len(x), 3)), None, length=2)[0]
+
+
+def checkpointed(params, x):
+    h = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]))(params, x)
+    return h @ params["v"]
+
+
+def jitted(params, x):
+    layer = jax.jit(lambda w, b, x: jnp.tanh(x @ w + b))
+    return jax.jit(lambda p, h: h @ p)(params["v"], layer(params["w"], params["b"], x))
+
+
+def product_and_bias_in_two_programs(params, x):
+    y = jax.jit(jnp.matmul)(x, params["w"])
+    return jax.jit(lambda y, b: jnp.tanh(y + b))(y, params["b"])
+
+
+def per_case(params, x):
+    return jax.vmap(lambda x: jnp.tanh(params["w"] @ x + params["b"]))(x)
+
+
+def convolved(params, x, **options):
+    options = {
+        "window_strides": (2, 1),
+        "padding": ((1, 2), (0, 1)),
+        "rhs_dilation": (1, 2),
+        **options,
+    }
+    y = jax.lax.conv_general_dilated(
+        x, params["k"], dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+    )
+    return y + params["b"] if "b" in params else y
+
+
+def channels_first(params, x):
+    dimensions = ("NCHW", "HWIO", "NCHW")
+    y = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, 3, 1), params["k"], (1, 2), "SAME", dimension_numbers=dimensions
+    )
+    return jnp.tanh(y + params["b"][:, None, None])
+
+
+def kernel_in_another_order(params, x):
+    # Inputs lead in the parameter, and are in the middle of what is convolved.
+    kernel = jnp.transpose(params["k"], (1, 0, 2, 3))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+DENSE = {"w": W, "b": B}
+CELL = {"w": W, "u": normal(RNG, 3, 3), "b": B, "out": normal(RNG, 3, 2)}
+KERNEL = {"k": normal(RNG, 3, 2, 2, 3), "b": B}
+FOUND = {
+    "dense": (lambda p, x: x @ p["w"] + p["b"], DENSE, X, {"w": "b"}),
+    "bias_first": (lambda p, x: p["b"] + x @ p["w"], DENSE, X, {"w": "b"}),
+    "bias_of_two_axes": (
+        lambda p, x: x @ p["w"] + p["b"].reshape(1, 3),
+        DENSE,
+        X,
+        {"w": "b"},
+    ),
+    "no_bias": (lambda p, x: jnp.sin(x @ p["w"]), {"w": W}, X, {"w": None}),
+    "transposed": (
+        lambda p, x: x @ p["w"].T + p["b"],
+        {"w": U, "b": B},
+        X,
+        {"w": "b"},
+    ),
+    "of_sequences": (
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]),
+        DENSE,
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "inputs_of_two_axes": (
+        lambda p, x: jnp.einsum("nij,ijk->nk", x, p["w"]) + p["b"],
+        {"w": normal(RNG, 5, 4, 3), "b": B},
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "inputs_in_another_order": (
+        lambda p, x: jnp.einsum("nij,jik->kn", x, p["w"]).T,
+        {"w": normal(RNG, 4, 5, 3)},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "units_of_two_axes": (
+        lambda p, x: jnp.einsum("nj,abj->nba", x, p["w"]) ** 2,
+        {"w": normal(RNG, 2, 3, 4)},
+        X,
+        {"w": None},
+    ),
+    "kernel_on_the_left": (per_case, {"w": U, "b": B}, X, {"w": "b"}),
+    "one_unit": (
+        lambda p, x: x @ p["w"] + p["b"],
+        {"w": normal(RNG, 4, 1), "b": normal(RNG, 1)},
+        X,
+        {"w": "b"},
+    ),
+    "checkpoint": (
+        checkpointed,
+        {**DENSE, "v": normal(RNG, 3, 2)},
+        X,
+        {"w": "b", "v": None},
+    ),
+    "jit": (jitted, {**DENSE, "v": normal(RNG, 3, 2)}, X, {"w": "b", "v": None}),
+    "two_programs": (product_and_bias_in_two_programs, DENSE, X, {"w": "b"}),
+    "scan": (scanned, CELL, SEQUENCE, {"w": "b", "u": None, "out": None}),
+    "scan_in_a_scan": (
+        scanned_in_a_scan,
+        {"w": W, "u": normal(RNG, 3, 3)},
+        SEQUENCE,
+        {"w": None, "u": None},
+    ),
+    "used_twice": (
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"] + p["b"],
+        {"w": SQUARE, "b": normal(RNG, 4)},
+        X,
+        {"w": "b"},
+    ),
+    "two_products_one_bias": (
+        lambda p, x: x @ p["w"] + jnp.sin(x) @ p["v"] + p["b"],
+        {**DENSE, "v": normal(RNG, 4, 3)},
+        X,
+        {"w": None, "v": None},  # And one of them the bias.
+    ),
+    "cast": (
+        lambda p, x: x @ p["w"].astype(float) + p["b"],
+        {"w": W.astype(jnp.float32), "b": B},
+        X,
+        {"w": "b"},
+    ),
+    "convolution": (convolved, KERNEL, IMAGE, {"k": "b"}),
+    "convolution_of_a_dilated_input": (
+        functools.partial(convolved, lhs_dilation=(1, 2), window_strides=(2, 3)),
+        {"k": KERNEL["k"]},
+        IMAGE,
+        {"k": None},
+    ),
+    "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
+    "kernel_in_another_order": (
+        kernel_in_another_order,
+        {"k": normal(RNG, 2, 3, 2, 3)},
+        IMAGE,
+        {"k": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_layers_are_found_and_make_up_the_gradient_of_a_case(name):
+    model_fn, params, x, pairs = FOUND[name]
+    model = check(model_fn, params, x)
+    ours, others = found(model, params)
+    assert others == {}
+    if name == "two_products_one_bias":
+        assert sorted(map(str, ours.values())) == ["None", "b"]
+        assert ours.keys() == pairs.keys()
+    else:
+        assert ours == pairs
+
+
+@pytest.mark.parametrize("name", ["dense", "checkpoint", "scan", "convolution"])
+def test_adding_zeros_leaves_the_outputs_bit_by_bit(name):
+    model_fn, params, x, _ = FOUND[name]
+    model = read(model_fn, params, x)
+    ours = quick_jit(lambda p, x: model.evaluate(p, x, model.zeros())[0])(params, x[:1])
+    theirs = quick_jit(model_fn)(params, x[:1])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_what_is_taken_out_times_the_kernel_is_what_comes_out():
+    for name in ("dense", "inputs_of_two_axes", "inputs_in_another_order"):
+        model_fn, params, x, _ = FOUND[name]
+        model = read(model_fn, params, x)
+        outputs, (rows,) = model.evaluate(params, x[:1], model.zeros())
+        product = rows @ params["w"].reshape(-1, 3)
+        truth = outputs - params.get("b", 0)
+        np.testing.assert_allclose(product, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": None},
+        {"padding": "VALID", "rhs_dilation": (2, 1)},
+        {"lhs_dilation": (2, 3)},
+        {"padding": ((-1, 2), (0, 3))},
+    ],
+)
+def test_patches_times_the_kernel_are_the_convolution(options):
+    params = {"k": KERNEL["k"]}
+    model_fn = functools.partial(convolved, **options)
+    model = read(model_fn, params, IMAGE)
+    outputs, (rows,) = model.evaluate(params, IMAGE[:1], model.zeros())
+    product = (rows @ params["k"].reshape(-1, 3)).reshape(outputs.shape)
+    np.testing.assert_allclose(product, outputs, rtol=1e-9, atol=1e-12)
+    # Rows, columns and channels, as in the kernel: a window with an edge in it, by hand.
+    if not options:
+        padded = np.pad(np.asarray(IMAGE[0]), ((1, 2), (0, 1), (0, 0)))
+        window = padded[2:5, 1:4:2].ravel()  # Second row of outputs, second column.
+        np.testing.assert_array_equal(rows[outputs.shape[2] + 1], window)
+
+
+def while_loop(params, x):
+    def body(carry):
+        k, h = carry
+        return k + 1, jnp.tanh(h @ params["w"])
+
+    return jax.lax.while_loop(lambda carry: carry[0] < 2, body, (0, x))[1]
+
+
+def stacked(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+
+def carried(params, x):
+    def step(carry, _):
+        w, h = carry
+        return (0.5 * w, jnp.tanh(h @ w)), None
+
+    return jax.lax.scan(step, (params["w"], x), None, length=2)[0][1]
+
+
+def normalised(params, x):
+    y = x @ params["w"]
+    y = (y - y.mean(-1, keepdims=True)) / y.std(-1, keepdims=True)
+    return y * params["scale"] + params["shift"]
+
+
+def grouped(params, x):
+    return jax.lax.conv_general_dilated(
+        x,
+        params["w"],
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2,
+    )
+
+
+OTHERS = {
+    "tied_transposed": (
+        lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T,
+        {"w": W},
+        X,
+        {"w": "it is used transposed, too"},
+    ),
+    "embedding": (
+        lambda p, x: p["w"][x.astype(int)[:, 0] % 4],
+        {"w": W},
+        X,
+        {"w": "`gather` uses it"},
+    ),
+    "norm": (
+        normalised,
+        {"w": W, "scale": B, "shift": B},
+        X,
+        {"scale": "`mul` uses it", "shift": "`add` uses it"},
+    ),
+    "stacked": (
+        stacked,
+        {"w": normal(RNG, 2, 4, 4)},
+        X,
+        {"w": "a `scan` takes it as carry or step by step"},
+    ),
+    "carried": (
+        carried,
+        {"w": SQUARE},
+        X,
+        {"w": "a `scan` takes it as carry or step by step"},
+    ),
+    "grouped": (
+        grouped,
+        {"w": normal(RNG, 2, 2, 1, 4)},
+        IMAGE,
+        {"w": "`conv_general_dilated` uses it"},
+    ),
+    "cond": (
+        lambda p, x: jax.lax.cond(
+            x[0, 0] > 0, lambda w: x @ w, lambda w: -x @ w, p["w"]
+        ),
+        {"w": W},
+        X,
+        {"w": "`cond` uses it"},
+    ),
+    "while": (while_loop, {"w": SQUARE}, X, {"w": "`while` uses it"}),
+    "computed_with": (
+        lambda p, x: x @ (2 * p["w"]),
+        {"w": W},
+        X,
+        {"w": "`mul` uses it"},
+    ),
+    "also_computed_with": (
+        lambda p, x: (x @ p["w"]) * jnp.sum(p["w"]),
+        {"w": W},
+        X,
+        {"w": "`reduce_sum` uses it"},
+    ),
+    "part_of_a_kernel": (
+        lambda p, x: x @ p["w"][:, :2],
+        {"w": W},
+        X,
+        {"w": "`slice` uses it"},
+    ),
+    "heads": (  # A sum over the middle axis of three.
+        lambda p, x: jnp.einsum("nj,ajk->nak", x, p["w"]),
+        {"w": normal(RNG, 2, 4, 3)},
+        X,
+        {"w": "`dot_general` uses it"},
+    ),
+    "two_parameters": (
+        lambda p, x: x @ (p["w"] @ p["v"]),
+        {"w": W, "v": U},
+        X,
+        {"w": "`dot_general` uses it", "v": "`dot_general` uses it"},
+    ),
+    "shared_bias": (
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["u"] + p["b"],
+        {"w": W, "u": normal(RNG, 3, 3), "b": B},
+        X,
+        {"b": "several kernels share it"},
+    ),
+    "bias_of_some_uses": (
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"],
+        {"w": SQUARE, "b": normal(RNG, 4)},
+        X,
+        {"b": "its kernel is used without it"},
+    ),
+    "two_biases_of_one_kernel": (
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"] + p["c"],
+        {"w": SQUARE, "b": normal(RNG, 4), "c": normal(RNG, 4)},
+        X,
+        {"b": "its kernel is used without it", "c": "its kernel is used without it"},
+    ),
+    "bias_of_another_kernel": (  # Of one that is no layer's.
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T,
+        {"w": W, "b": B},
+        X,
+        {
+            "w": "it is used transposed, too",
+            "b": "its kernel has no factors",
+        },
+    ),
+    "second_bias": (
+        lambda p, x: x @ p["w"] + p["b"] + p["c"],
+        {"w": W, "b": B, "c": B},
+        X,
+        {"c": "it is added to no product that lacks a bias"},
+    ),
+    "subtracted": (
+        lambda p, x: x @ p["w"] - p["b"],
+        {"w": W, "b": B},
+        X,
+        {"b": "`sub` uses it"},
+    ),
+    "bias_along_positions": (  # As many steps as units: which axis it is along counts.
+        lambda p, x: x @ p["w"] + p["b"][:, None],
+        {"w": normal(RNG, 4, 5), "b": normal(RNG, 5)},
+        SEQUENCE,
+        {"b": "it is added to no product that lacks a bias"},
+    ),
+    "product_used_beside_the_bias": (  # Its derivative is not that of what is added.
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) + (x @ p["w"] + 0),
+        {"w": W, "b": B},
+        X,
+        {"b": "its kernel is used without it"},
+    ),
+    "unused": (lambda p, x: x @ p["w"], DENSE, X, {"b": "the model does not read it"}),
+    "returned": (
+        lambda p, x: (x @ p["w"], p["w"][None]),
+        {"w": W},
+        X,
+        {"w": "the model returns it"},
+    ),
+    "broadcast": (
+        lambda p, x: x @ jnp.broadcast_to(p["w"], (4, 3)),
+        {"w": normal(RNG, 1, 3)},
+        X,
+        {"w": "`broadcast_in_dim` uses it"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_layer_says_why(name):
+    model_fn, params, x, reasons = OTHERS[name]
+    # Layers beside it are exact all the same; JAX has no derivative of a `while`.
+    model = (read if name == "while" else check)(model_fn, params, x)
+    assert found(model, params)[1] == reasons
+
+
+@pytest.mark.parametrize(
+    "model_fn",
+    [
+        lambda p, x: (lambda y: jnp.tanh(y + p["b"]) + y)(x @ p["w"]),
+        lambda p, x: (lambda y: (y + y) + p["b"])(x @ p["w"]),
+        lambda p, x: (lambda y: jnp.tanh(y + (y + p["b"])))(x @ p["w"]),
+        lambda p, x: (lambda y: (jax.jit(jnp.add)(y, p["b"]), y))(x @ p["w"]),
+    ],
+    ids=["skip", "doubled", "again", "returned"],
+)
+def test_a_product_that_is_used_without_its_bias_too_has_none(model_fn):
+    # What comes back to the product is not what comes back to the bias then.
+    model = check(model_fn, DENSE, X)
+    assert [layer.bias for layer in model.layers] == [None]
+    assert found(model, DENSE)[1].keys() == {"b"}
+
+
+def test_parameters_that_are_spoiled_beforehand_are_left_out_with_their_reason():
+    model = read(lambda p, x: x @ p["w"] + p["b"], DENSE, X, {1: "too large"})
+    assert found(model, DENSE) == (
+        {},
+        {"b": "its kernel has no factors", "w": "too large"},
+    )
+
+
+class LinenNetwork(nn.Module):
+    """A convolution, a recurrent layer over rows, a dense one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Conv(3, (3, 2), strides=2, param_dtype=float)(x))
+        x = nn.RNN(nn.GRUCell(3, param_dtype=float))(x.reshape(*x.shape[:2], -1))
+        return nn.Dense(2, param_dtype=float)(x[:, -1])
+
+
+def test_layers_of_linen_are_found():
+    module = LinenNetwork()
+    params = module.init(jax.random.key(0), IMAGE)
+    model = check(module.apply, params, IMAGE)
+    pairs, others = found(model, params)
+    assert others == {}
+    cell = "params.GRUCell_0"
+    assert pairs == {
+        "params.Conv_0.kernel": "params.Conv_0.bias",
+        "params.Dense_0.kernel": "params.Dense_0.bias",
+        f"{cell}.hn.kernel": f"{cell}.hn.bias",
+        **{
+            f"{cell}.{gate}.kernel": f"{cell}.{gate}.bias"
+            for gate in ("ir", "iz", "in")
+        },
+        **{f"{cell}.{gate}.kernel": None for gate in ("hr", "hz")},
+    }
+
+
+def test_layers_of_nnx_are_found():
+    rngs = nnx.Rngs(0)
+    module = nnx.Sequential(
+        nnx.Conv(2, 3, (3, 2), strides=2, param_dtype=float, rngs=rngs),
+        nnx.tanh,
+        lambda x: x.reshape(*x.shape[:2], -1),
+        nnx.RNN(
+            nnx.SimpleCell(9, 4, dtype=float, param_dtype=float, rngs=rngs), rngs=rngs
+        ),
+        nnx.LayerNorm(4, param_dtype=float, rngs=rngs),
+        nnx.Linear(4, 2, param_dtype=float, rngs=rngs),
+    )
+    params = nnx.state(module, nnx.Param)
+    model = check(to_nnx.nnx_model_fn(module), params, IMAGE)
+    pairs, others = found(model, params)
+    kernels = {name for name in names(params) if "kernel" in name}
+    assert pairs.keys() == kernels
+    assert len(kernels) == 4
+    assert sorted(name.split(".")[-2] for name in others) == ["bias", "scale"]
+    with_bias = [kernel for kernel, bias in pairs.items() if bias is not None]
+    assert len(with_bias) == 3  # A simple cell has one for both of its kernels.
+
+
+def test_layers_are_told_by_their_paths():
+    objective = hfjax.Objective(
+        lambda p, x: scanned(p, x)[1] * p["gain"], hfjax.losses.squared_error()
+    )
+    params = {**CELL, "gain": normal(RNG, 2)}
+    lines = hfjax.preconditioners.layers(
+        objective, params, (SEQUENCE, jnp.zeros((3, 5, 2)))
+    )
+    assert lines == {
+        "['b']": "bias of ['w']",
+        "['gain']": "diagonal: `mul` uses it",
+        "['out']": "factors of 3 inputs and 2 units, at 5 positions",
+        "['u']": "factors of 3 inputs and 3 units, at 5 positions",
+        "['w']": "factors of 4 + 1 inputs and 3 units, at 5 positions",
+    }
+    lines = hfjax.preconditioners.layers(
+        objective, params, (SEQUENCE, jnp.zeros((3, 5, 2))), max_size=3
+    )
+    assert lines["['w']"] == "diagonal: a side is longer than 3"

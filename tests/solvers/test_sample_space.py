@@ -1,0 +1,409 @@
+"""The exact step: that of the dense system, whatever matrix it is solved by."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.flatten_util import ravel_pytree
+from mapped import PROBLEM, axis_name, needs_devices, run
+from problems import build, with_hidden
+from reference import quick_jit
+
+import hfjax
+from hfjax import damping, sample_space
+from hfjax.curvature.jacobian import jacobian, size
+from hfjax.objectives.objective import weighted_sum
+from hfjax.objectives.terms import decay_of
+from hfjax.update import fitting
+
+PROBLEMS = build()
+LAMBDA, OTHER = 0.03, 0.5
+SPACES = ("samples", "parameters")
+PLAIN = {"backtracking": None, "line_search": None}
+SQUARED_ERROR = hfjax.losses.squared_error()
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def step_of(objective, params, batch, solver, *, before=None, grads=None, **options):
+    """Return what an update with a constant λ adds to the parameters, and its state."""
+    options = {"damping": damping.constant(LAMBDA)} | PLAIN | options
+    tx = hfjax.hessian_free(objective, solver=solver, **options)
+    state = tx.init(params)
+    if before is not None:
+        state = state._replace(direction=before)
+    if grads is None:
+        _, grads = objective.value_and_grad(params, batch)
+    return tx.update(grads, state, params, batch=batch)
+
+
+def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAMBDA):
+    """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
+    _, grads = objective.value_and_grad(params, batch)
+    decay = decay_of(objective.weight_decay)
+    decay = jnp.zeros(()) if decay is None else decay
+    system = hfjax.cg.System(
+        matvec=None,
+        b=jax.tree.map(jnp.negative, grads) if b is None else b,
+        scalar=jnp.float64(damping),
+        count=jnp.zeros((), jnp.int32),
+        value=None,
+        batch_value=None,
+        value_and_grad=None,
+        jacobian=lambda: (jacobian(objective, params, batch), decay),
+    )
+    x0 = None if before is None else solver.start(before, system.count)
+    run = solver.solve(system, x0)
+    other = run.at_damping(jnp.float64(OTHER))
+    assert (run.anchor is None) == (before is None)
+    found = (other.direction, other.model, other.undamped)
+    return run.last.direction, run.stats.model_values[-1], found
+
+
+def check(found, matrix, b, before=0.0):
+    """Compare with (G + λI) δ = b + λφ, and M; for λ and another."""
+    x, model, (other, model_there, undamped) = found
+    identity = np.eye(len(matrix))
+    damped = matrix + LAMBDA * identity
+
+    def m(x, matrix):
+        return 0.5 * x @ matrix @ x - b @ x
+
+    for step, value in ((x, LAMBDA), (other, OTHER)):
+        truth = np.linalg.solve(matrix + value * identity, b + value * before)
+        size = np.max(np.abs(truth))
+        np.testing.assert_allclose(flat(step), truth, rtol=1e-7, atol=1e-9 * size)
+    np.testing.assert_allclose(model, m(flat(x), damped), rtol=1e-8)
+    np.testing.assert_allclose(model_there, m(flat(other), damped), rtol=1e-8)
+    np.testing.assert_allclose(undamped, m(flat(other), matrix), rtol=1e-8)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_the_step_is_that_of_the_dense_system(problem, space):
+    """Of every loss, with weights, weight decay, and trees of outputs."""
+    objective = problem.objective(microbatch_size=2)
+    solver = sample_space.cholesky(space=space)
+    found = quick_jit(functools.partial(solved, objective, solver=solver))(
+        problem.params, problem.batch
+    )
+    check(found, reference.ggn(problem), -reference.gradient(problem))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_momentum_keeps_the_step_near_the_last_one(space):
+    """(G + λ)δ = −g + λφ, with a gradient of other data, too."""
+    problem = PROBLEMS[0]
+    before, b = (jax.tree.map(f, problem.params) for f in (jnp.sin, jnp.cos))
+    solver = sample_space.cholesky(space=space, momentum=0.7)
+    found = quick_jit(functools.partial(solved, problem.objective(), solver=solver))(
+        problem.params, problem.batch, before=before, b=b
+    )
+    check(found, reference.ggn(problem), flat(b), 0.7 * flat(before))
+
+
+def test_an_update_starts_from_the_last_step_and_hands_its_own_on():
+    f, params, batch, _ = two_terms()
+    solver = sample_space.cholesky(momentum=0.5, corrections=0)
+    first, state = step_of(f, params, batch, solver)
+    np.testing.assert_array_equal(flat(state.direction), flat(first))
+    after = jax.tree.map(jnp.add, params, first)
+    second, _ = step_of(f, after, batch, solver, before=state.direction)
+    x, _, _ = solved(f, after, batch, solver, before=first)
+    np.testing.assert_allclose(flat(second), flat(x), rtol=1e-9)
+
+
+def two_terms():
+    """Return a sum of a slope and values, its batch, parameters and residuals."""
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(1, 5))),
+        "v": jnp.asarray(rng.normal(size=(5, 1))),
+    }
+
+    def values(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    def slopes(params, x):
+        return jax.jvp(lambda x: values(params, x), (x,), (jnp.ones_like(x),))[1]
+
+    f = weighted_sum(
+        [
+            (0.5, hfjax.Objective(slopes, SQUARED_ERROR)),
+            (4.0, hfjax.Objective(values, SQUARED_ERROR)),
+        ]
+    )
+    x, y = (jnp.asarray(rng.normal(size=(n, 1))) for n in (6, 3))
+    batch = ((x, jnp.cos(x)), (y, jnp.sin(y)))
+
+    def residuals(params):
+        return jnp.concatenate(
+            [
+                jnp.sqrt(0.5 / 6) * (slopes(params, x) - jnp.cos(x)).ravel(),
+                jnp.sqrt(4.0 / 3) * (values(params, y) - jnp.sin(y)).ravel(),
+            ]
+        )
+
+    return f, params, batch, residuals
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_it_is_where_conjugate_gradients_converge_to(space):
+    f, params, batch, _ = two_terms()
+    exact, run_out = (
+        quick_jit(functools.partial(step_of, f, solver=solver))(params, batch)[0]
+        for solver in (
+            sample_space.cholesky(space=space, corrections=0),
+            hfjax.cg.conjugate_gradient(stopping=None, max_iterations=400),
+        )
+    )
+    np.testing.assert_allclose(flat(exact), flat(run_out), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_terms_of_a_sum_are_rows_of_one_system(space):
+    f, params, batch, residuals = two_terms()
+    found, _ = quick_jit(
+        functools.partial(
+            step_of, f, solver=sample_space.cholesky(space=space, corrections=0)
+        )
+    )(params, batch)
+    theta, unravel = ravel_pytree(params)
+    r, j = (
+        np.asarray(x)
+        for x in quick_jit(
+            lambda p: (
+                residuals(unravel(p)),
+                jax.jacfwd(lambda p: residuals(unravel(p)))(p),
+            )
+        )(theta)
+    )
+    step = np.linalg.lstsq(
+        np.concatenate([j, np.sqrt(LAMBDA) * np.eye(len(theta))]),
+        np.concatenate([-r, np.zeros(len(theta))]),
+    )[0]
+    np.testing.assert_allclose(flat(found), step, rtol=1e-8)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
+    """The λ that is found, of the powers of 4 around, is that of the lowest f."""
+    f, params, batch, residuals = two_terms()
+    found, state = quick_jit(
+        functools.partial(
+            step_of,
+            f,
+            solver=sample_space.cholesky(space=space, corrections=0),
+            damping=hfjax.damping.searched(init=100.0, tolerance=0.0),
+            backtracking="auto",
+        )
+    )(params, batch)
+    theta, unravel = ravel_pytree(params)
+    r, j = residuals(params), jax.jacfwd(lambda p: residuals(unravel(p)))(theta)
+
+    def value(damping):
+        step = np.linalg.solve(j.T @ j + damping * np.eye(len(theta)), -j.T @ r)
+        return 0.5 * np.sum(np.square(residuals(unravel(theta + step)))), step
+
+    tried = [value(100.0 / 4.0**k) for k in range(7)]
+    values = [one for one, _ in tried]
+    # Down from 100 while f falls.
+    best = next(k for k in range(7) if k == 6 or values[k + 1] >= values[k])
+    assert best > 0
+    np.testing.assert_allclose(state.damping, 100.0 / 4.0**best, rtol=1e-12)
+    np.testing.assert_allclose(flat(found), tried[best][1], rtol=1e-7)
+    np.testing.assert_allclose(state.info.value_after, values[best], rtol=1e-7)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_without_damping_a_singular_system_has_a_finite_step(space, dtype):
+    """Fewer cases than parameters, and two of them the same."""
+    x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]] * 2 + [[0.0, 1.0, 0.0, 1.0]], dtype)
+    batch = (x, jnp.asarray([1.0, 1.0, 2.0], dtype))
+    objective = hfjax.Objective(lambda p, x: x @ p, SQUARED_ERROR)
+    found, state = quick_jit(
+        functools.partial(
+            step_of,
+            objective,
+            solver=sample_space.cholesky(space=space),
+            damping=damping.constant(0.0),
+        )
+    )(jnp.zeros(4, dtype), batch)
+    assert state.info.accepted
+    residual = x @ found - batch[1]
+    np.testing.assert_allclose(residual, 0, atol=100 * np.sqrt(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(
+    ("space", "damping"), [("samples", 1e-13), ("parameters", 1e-10)]
+)
+def test_hardly_any_damping_leaves_the_digits(space, damping):
+    """Of a loss that is no square: the shortest of the undamped steps."""
+    (problem,) = (p for p in PROBLEMS if p.name == "softmax_soft_targets")
+    found, _, _ = quick_jit(
+        functools.partial(
+            solved,
+            problem.objective(),
+            solver=sample_space.cholesky(space=space),
+            damping=damping,
+        )
+    )(problem.params, problem.batch)
+    matrix, gradient = reference.ggn(problem), reference.gradient(problem)
+    step = np.linalg.pinv(matrix, rcond=1e-9, hermitian=True) @ -gradient
+    error = np.linalg.norm(flat(found) - step) / np.linalg.norm(step)
+    assert error < 1e-5
+
+
+def test_a_model_that_is_not_finite_is_rejected():
+    objective = hfjax.Objective(lambda p, x: x * jnp.log(p[None]), SQUARED_ERROR)
+    batch = (jnp.ones((3, 1)), jnp.ones((3, 1)))
+    params = jnp.zeros(1)
+    found, state = quick_jit(
+        functools.partial(step_of, objective, solver=sample_space.cholesky())
+    )(params, batch, grads=jnp.ones(1))
+    assert not state.info.accepted
+    np.testing.assert_array_equal(found, 0)
+    assert np.all(np.isfinite(state.direction))
+
+
+@needs_devices
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "jit_with_shardings",
+        "jit_with_explicit_shardings",
+        "shard_map_check_vma",
+        "shard_map",
+        "pmap",
+        "vmap",
+    ],
+)
+def test_devices_change_nothing(way, space):
+    objective = PROBLEM.objective(axis_name=axis_name(way))
+    solver = sample_space.cholesky(space=space)
+
+    def of_device(params, batch, v):
+        del v
+        return solved(objective, params, batch, solver)
+
+    found = run(way, of_device)
+    check(found, reference.ggn(PROBLEM), -reference.gradient(PROBLEM))
+
+
+def test_structural_damping_has_rows_of_its_own():
+    problem = with_hidden()[0]
+    objective, mu = problem.objective(), 0.7
+    strong = 3.0  # So that f falls along the whole step.
+    found, _ = quick_jit(
+        functools.partial(
+            step_of,
+            objective,
+            solver=sample_space.cholesky(space="samples", corrections=0),
+            damping=damping.constant(strong, structural=mu, tied=False),
+        )
+    )(problem.params, problem.batch)
+    matrix = reference.ggn(problem) + mu * reference.structural(problem)
+    matrix += strong * np.eye(len(matrix))
+    step = np.linalg.solve(matrix, -reference.gradient(problem))
+    np.testing.assert_allclose(flat(found), step, rtol=1e-7, atol=1e-9)
+
+
+def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
+    monkeypatch,
+):
+    problem = PROBLEMS[0]
+    objective = problem.objective()
+
+    def iterations(**options):
+        tx = hfjax.hessian_free(objective, solver="auto", **options)
+        _, grads = objective.value_and_grad(problem.params, problem.batch)
+        _, state = quick_jit(tx.update)(
+            grads, tx.init(problem.params), problem.params, batch=problem.batch
+        )
+        return int(state.info.cg_iterations), hfjax.cg.Reason(int(state.info.cg_reason))
+
+    assert iterations() == (1, hfjax.cg.Reason.RESIDUAL_ZERO)
+    # What a matrix of outputs does not solve.
+    assert iterations(curvature=hfjax.curvature.hessian)[0] > 1
+    by_diagonal = damping.levenberg_marquardt(matrix="curvature_diagonal")
+    assert iterations(damping=by_diagonal)[0] > 1
+    monkeypatch.setattr(sample_space, "_NOTHING", 0)
+    assert iterations()[0] == 1
+    monkeypatch.setattr(sample_space, "_WORTH", 0)
+    assert iterations()[0] > 1
+
+
+def test_what_it_does_not_solve_is_refused():
+    objective, exact = PROBLEMS[0].objective(), sample_space.cholesky()
+    for options in (
+        {"curvature": hfjax.curvature.hessian},
+        {"damping": damping.levenberg_marquardt(matrix="curvature_diagonal")},
+        {"damping": hfjax.trust_region.radius()},
+    ):
+        with pytest.raises(ValueError, match=r"solves with G \+ λI"):
+            hfjax.hessian_free(objective, solver=exact, **options)
+    with pytest.raises(ValueError, match=r"`solver` must be one of 'auto'"):
+        hfjax.hessian_free(objective, solver="cholesky")
+    with pytest.raises(TypeError, match="`solver` must be a `Solver`, got function"):
+        hfjax.hessian_free(objective, solver=sample_space.cholesky)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="`space` must be"):
+        sample_space.cholesky(space="dual")
+    with pytest.raises(ValueError, match="`momentum` must be"):
+        sample_space.cholesky(momentum=1.5)
+    with pytest.raises(ValueError, match="`corrections` must be"):
+        sample_space.cholesky(corrections=-1)
+    with pytest.raises(TypeError, match="`corrections` must be"):
+        sample_space.cholesky(corrections=2.5)  # pyright: ignore[reportArgumentType]
+
+
+def test_no_preconditioner_is_made_and_no_memory_kept(monkeypatch):
+    # Nor the default one, which is only for solvers that ask for it.
+    problem = PROBLEMS[0]
+
+    def build(*_):
+        msg = "nobody asks"
+        raise AssertionError(msg)
+
+    rule = hfjax.preconditioners.custom(build)
+    monkeypatch.setattr(fitting, "kronecker", lambda: rule)
+    tx = hfjax.hessian_free(problem.objective(), solver=sample_space.cholesky())
+    _, grads = problem.objective().value_and_grad(problem.params, problem.batch)
+    jax.eval_shape(
+        functools.partial(tx.update, batch=problem.batch),
+        grads,
+        tx.init(problem.params),
+        problem.params,
+    )
+
+
+def test_sizes_count_the_multiplications_of_a_pass_forward():
+    def model_fn(params, x):
+        def step(state, row):
+            return jnp.tanh(state @ params["w"]) + row, None
+
+        state, _ = jax.lax.scan(step, jnp.zeros((len(x), 4)), jnp.moveaxis(x, 1, 0))
+        image = jax.lax.conv(
+            state.reshape(-1, 1, 2, 2), params["kernel"], (1, 1), "VALID"
+        )
+        return image.reshape(len(x), -1) @ params["head"]
+
+    params = {
+        "w": jnp.ones((4, 4)),
+        "kernel": jnp.ones((3, 1, 2, 1)),
+        "head": jnp.ones((6, 2)),
+    }
+    one = hfjax.Objective(model_fn, SQUARED_ERROR)
+    batch = (jnp.ones((7, 5, 4)), jnp.ones((7, 2)))
+    # Five steps of 4 · 4, three channels at two places of 2, and 6 · 2.
+    forward = 5 * 16 + 3 * 2 * 2 + 12
+    assert size(one, params, batch) == (14, 34, 7 * forward)
+    half = (jnp.ones((3, 5, 4)), jnp.ones((3, 2)))
+    both = weighted_sum([(1.0, one), (2.0, one)])
+    assert size(both, params, (batch, half)) == (20, 34, 10 * forward)
