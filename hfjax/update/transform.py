@@ -283,11 +283,10 @@ def _update(
 
     # A δ = −∇f, from 0 or from ζ δ_before; δ, one of its steps; how far along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
-    before = at.before()
+    before, rate = at.before(), parts.learning_rate
     start = solver.start(at.packing.pack(state.direction), state.count)
     run = solver.solve(at.system, start)
     chosen = choose(parts.fit.rule_for(run), at, run, before, rule.ratio)
-    rate = parts.learning_rate
     trial = go_along(parts.line_search, rate, at, run, before, chosen)
 
     # Accepted or rejected, ρ, and λ for the next update.

@@ -52,10 +52,12 @@ def test_versions_named_are_those_of_the_package():
     assert "jax>=0.10.1" in project["dependencies"]
 
 
-def test_every_room_is_in_the_table():
+def test_every_public_module_is_in_the_table():
     import hfjax
 
-    rooms = set(re.findall(r"`(\w+)`", README.split("## Rooms")[1].split("## Dev")[0]))
+    rooms = set(
+        re.findall(r"`(\w+)`", README.split("## Modules")[1].split("## Dev")[0])
+    )
     site = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))
     public = {site["room"](path) for path in site["rooms"]()}
     assert public <= rooms
