@@ -4,7 +4,8 @@ An update adds, scales and multiplies vectors like the parameters some hundred t
 each of these is a kernel for each leaf: to compile, to launch, to read and to write. So
 leaves of up to 2¹⁶ numbers lie in one array of their dtype. Larger ones stay as they
 are, since they keep a device busy by themselves; and so does what may lie over several
-devices: laid end to end it would be gathered on each of them.
+devices: laid end to end it would be gathered on each of them. What lies on one device has one
+axis: of the kept iterates of a matrix XLA makes a transposed copy, to multiply with it.
 """
 
 import math
@@ -40,24 +41,27 @@ def packing(like: Tree) -> Packing:
     for n, leaf in enumerate(leaves):
         groups.setdefault(_kind(n, leaf), []).append(n)
     shapes = [leaf.shape for leaf in leaves]
+    whole = {n for n, leaf in enumerate(leaves) if sharding.may_be_sharded(leaf)}
 
     def pack(tree: Tree) -> tuple[jax.Array, ...]:
-        given = structure.flatten_up_to(tree)
+        given = [
+            leaf if n in whole else leaf.reshape(-1)
+            for n, leaf in enumerate(structure.flatten_up_to(tree))
+        ]
         return tuple(
             given[group[0]]
             if len(group) == 1
-            else jnp.concatenate([given[n].reshape(-1) for n in group])
+            else jnp.concatenate([given[n] for n in group])
             for group in groups.values()
         )
 
     def unpack(packed: tuple[jax.Array, ...]) -> Tree:
         found: dict[int, jax.Array] = {}
         for group, array in zip(groups.values(), packed, strict=True):
-            if len(group) == 1:
-                found[group[0]] = array
-                continue
-            # Whose transpose is to lay end to end; that of a slice would be to add zeros.
-            parts = jax.lax.split(array, [math.prod(shapes[n]) for n in group])
+            parts = [array]
+            if len(group) > 1:
+                # The transpose of a split lays end to end; that of a slice adds zeros.
+                parts = jax.lax.split(array, [math.prod(shapes[n]) for n in group])
             found |= {
                 n: part.reshape(shapes[n]) for n, part in zip(group, parts, strict=True)
             }
