@@ -313,3 +313,8 @@ def combination(weights: jax.Array, vectors: Tree) -> Tree:
         lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
         vectors,
     )
+
+
+def finite_or_inf(value: jax.Array) -> jax.Array:
+    """Return f at a candidate, and +∞ for what is not finite."""
+    return jnp.where(jnp.isfinite(value), value, jnp.inf)

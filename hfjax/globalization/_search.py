@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from hfjax._core import options, sharding, trees
 from hfjax._core.types import Number, ValueFn
-from hfjax.globalization.backtracking import Backtracking, Before, Chosen, finite_or_inf
+from hfjax.globalization.backtracking import Backtracking, Before, Chosen
 from hfjax.solvers.descent import Run, Step
 
 _CREDIBLE = 10.0
@@ -50,7 +50,7 @@ def search_damping(
 
         def look(search: _Search) -> _Search:
             step = at_damping(damping_at(search.trial))
-            value = finite_or_inf(evaluate(step.at())).astype(dtype)
+            value = trees.finite_or_inf(evaluate(step.at())).astype(dtype)
             assert step.undamped is not None, "where other λ can be told"
             return _next(
                 search,

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options
+from hfjax._core import options, trees
 from hfjax._core.types import Tree, ValueFn
 from hfjax.solvers.descent import Run, Step
 from hfjax.solvers.iterates import Kept
@@ -98,6 +98,19 @@ def full_search(*, cases: int | None = None) -> Backtracking:
     Raises:
       TypeError: if `cases` is no Python integer.
       ValueError: if it is less than 1.
+
+    Example:
+      Of the iterates 1, 2 and 3, f = (x − 2)² is lowest at the second:
+
+      >>> from hfjax import cg, iterates
+      >>> numbers = jnp.array([5, 7, 9])
+      >>> kept = iterates.Kept(jnp.arange(1.0, 4.0), numbers, jnp.full(3, jnp.inf))
+      >>> last = cg.Step(jnp.float32(3.0), jnp.float32(-1.0), numbers[-1])
+      >>> run = cg.Run(last, cg.RunStats(numbers[-1], 0, -jnp.ones(10)), kept)
+      >>> before = Before(jnp.float32(4.0), jnp.float32(0.0), jnp.float32(1.0))
+      >>> chosen = full_search().choose(run, lambda x: (x - 2) ** 2, before)
+      >>> print(chosen.step.direction, chosen.step.iteration, chosen.value)
+      2.0 7 0.0
     """
     return _backtracking(cases, full=True)
 
@@ -110,7 +123,7 @@ def last() -> Backtracking:
     """
 
     def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
-        value = finite_or_inf(evaluate(run.last.at())).astype(before.value.dtype)
+        value = trees.finite_or_inf(evaluate(run.last.at())).astype(before.value.dtype)
         return Chosen(run.last, value, value)
 
     return Backtracking(choose)
@@ -144,7 +157,9 @@ def _walk(
     dtype = before.value.dtype
 
     def look(walk: _Walk) -> _Walk:
-        value = finite_or_inf(evaluate(_at(kept.iterates, walk.slot))).astype(dtype)
+        value = trees.finite_or_inf(evaluate(_at(kept.iterates, walk.slot))).astype(
+            dtype
+        )
         first = walk.slot == final
         better = (value < walk.value) | first
         # A value that is not finite is not one to stop at.
@@ -170,19 +185,3 @@ def _at(iterates: Tree, slot: jax.Array) -> Tree:
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), iterates
     )
-
-
-def finite_or_inf(value: jax.Array) -> jax.Array:
-    """Return f, and +∞ for what is not finite.
-
-    Args:
-      value: f at a candidate.
-
-    Returns:
-      A scalar that is less than +∞ only where f is a number.
-
-    Example:
-      >>> print(finite_or_inf(jnp.float32(2.0)), finite_or_inf(jnp.float32(jnp.nan)))
-      2.0 inf
-    """
-    return jnp.where(jnp.isfinite(value), value, jnp.inf)

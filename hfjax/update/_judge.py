@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from hfjax._core import options, sharding, trees
 from hfjax._core.types import Number, NumberOrSchedule, Tree
-from hfjax.globalization.backtracking import Backtracking, Before, Chosen, finite_or_inf
+from hfjax.globalization.backtracking import Backtracking, Before, Chosen
 from hfjax.globalization.linesearch import LineSearch, StepSize
 from hfjax.globalization.rule import ReductionRatio, Verdict
 from hfjax.objectives.plain import thinned
 from hfjax.solvers.descent import Reason, Run
-from hfjax.update.state import HessianFreeInfo, Rejection, no_info
+from hfjax.update._bookkeeping import no_info
+from hfjax.update.state import HessianFreeInfo, Rejection
 from hfjax.update.system import Assembled
 
 _PART = 0.1
@@ -70,10 +71,10 @@ def choose(
     # Candidates are compared with f(θ), too: on the same cases.
     part = before._replace(value=at.point.value(some))
     chosen = rule.choose(run, at.value_on(some), part)
-    value = finite_or_inf(evaluate(chosen.step.at()))
+    value = trees.finite_or_inf(evaluate(chosen.step.at()))
     if ratio.step != "last":
         return chosen._replace(value=value)
-    last = finite_or_inf(evaluate(run.last.at()))
+    last = trees.finite_or_inf(evaluate(run.last.at()))
     return chosen._replace(value=value, last_value=last)
 
 

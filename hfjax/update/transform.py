@@ -31,15 +31,10 @@ from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Solver
+from hfjax.update._bookkeeping import check_state, no_info, record_of
 from hfjax.update._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax.update.fitting import Fitted, check_part, fitted
-from hfjax.update.state import (
-    HessianFreeState,
-    Rejection,
-    check_state,
-    no_info,
-    record_of,
-)
+from hfjax.update.state import HessianFreeState, Rejection
 from hfjax.update.system import Point, assemble, key_of
 
 

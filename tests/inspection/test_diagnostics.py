@@ -12,6 +12,7 @@ from tqdm.std import tqdm
 
 import hfjax
 from hfjax import diagnostics
+from hfjax.update._bookkeeping import record_of
 
 OBJECTIVE = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
 
@@ -230,5 +231,5 @@ def test_the_record_of_a_run_that_broke_is_finite():
     values = jnp.array([0.0, -1.0, jnp.nan, jnp.inf])
     run = hfjax.cg.solve(lambda v: v, jnp.ones(2), max_iterations=3)
     stats = hfjax.cg.as_run(run._replace(model_values=values)).stats
-    record = hfjax.state.record_of(stats, 3, jnp.float32)
+    record = record_of(stats, 3, jnp.float32)
     np.testing.assert_array_equal(record.model_values, [0, -1, 0, 0])

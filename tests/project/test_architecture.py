@@ -69,7 +69,15 @@ PACKAGES = {
         "trust_region",
         "linesearch",
     ],
-    "update": ["state", "system", "fitting", "_judge", "transform", "recipes"],
+    "update": [
+        "state",
+        "_bookkeeping",
+        "system",
+        "fitting",
+        "_judge",
+        "transform",
+        "recipes",
+    ],
     "inspection": [
         "_eigenvalues",
         "spectrum",

@@ -1,0 +1,97 @@
+"""States made and checked: before the first update, and before each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core.arguments import check_like
+from hfjax._core.types import Params, Tree
+from hfjax.solvers.descent import Reason, RunStats
+from hfjax.update.state import HessianFreeInfo, HessianFreeState, Record
+
+
+def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
+    """Return the `info` before the first update.
+
+    Every field is an array of its own: a donated state may not hold one twice.
+
+    Args:
+      dtype: of the numbers that are no counts.
+
+    Returns:
+      Zeros, and the reason that CG has not run.
+    """
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), dtype)
+
+    def none() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    return HessianFreeInfo(
+        value_before=zero(),
+        value_after=zero(),
+        reduction_ratio=zero(),
+        predicted_change=zero(),
+        cg_iterations=none(),
+        cg_reason=jnp.array(int(Reason.RUNNING), jnp.int32),
+        chosen_iteration=none(),
+        step_size=zero(),
+        accepted=jnp.zeros((), bool),
+        rejection=none(),
+        gradient_norm=zero(),
+        update_norm=zero(),
+    )
+
+
+def record_of(
+    stats: RunStats | None, max_iterations: int, dtype: jax.typing.DTypeLike
+) -> Record | None:
+    """Return what the state keeps of a run.
+
+    Args:
+      stats: of the run; `None` before the first.
+      max_iterations: that a record has room for; 0 for no record.
+      dtype: of the numbers.
+
+    Returns:
+      The record, of finite numbers.
+    """
+    if not max_iterations:
+        return None
+    if stats is None or stats.coefficients is None:
+        zeros = jnp.zeros(max_iterations + 1, dtype)
+        return Record(zeros, jnp.zeros((max_iterations, 2), dtype))
+    values = stats.model_values
+    values = jnp.where(jnp.isfinite(values), values, 0)
+    return Record(values.astype(dtype), stats.coefficients.astype(dtype))
+
+
+def check_state(state: Any, params: Params, memory: Tree) -> None:
+    """Raise unless `state` is of this optimizer and these parameters.
+
+    Args:
+      state: what came.
+      params: θ.
+      memory: shapes of what the preconditioner keeps, or `None`.
+
+    Raises:
+      TypeError: if it is no `HessianFreeState`.
+      ValueError: if it is of other parameters or another preconditioner.
+    """
+    if not isinstance(state, HessianFreeState):
+        msg = (
+            "`state` must be a `HessianFreeState`, as `tx.init(params)` makes, got "
+            f"{type(state).__name__}. (To restore one from a checkpoint, hand the "
+            "checkpointer a template.)"
+        )
+        raise TypeError(msg)
+    check_like("state.direction", state.direction, params, "Is it of other parameters?")
+    came = jax.tree.map(jnp.shape, state.preconditioner)
+    if came != jax.tree.map(jnp.shape, memory):
+        msg = (
+            "`state.preconditioner` is of another preconditioner, `decay` or "
+            "`interval`: start from `tx.init(params)`."
+        )
+        raise ValueError(msg)
