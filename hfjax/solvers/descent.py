@@ -73,6 +73,19 @@ class Step(NamedTuple):
             return straight
         return trees.axpy(alpha**2, self.correction, straight)
 
+    def length(self, alpha: jax.Array) -> jax.Array:
+        """Return ‖αδ + α²c‖.
+
+        Args:
+          alpha: α ≥ 0.
+
+        Returns:
+          A scalar.
+        """
+        if self.correction is None:
+            return alpha * trees.norm(self.direction)
+        return trees.norm(self.at(alpha))
+
 
 class System(NamedTuple):
     """What a solver is given: M(x) = ½xᵀA x − bᵀx with A = B + λD + μS, and f.

@@ -29,6 +29,7 @@ class Trial(NamedTuple):
       run: that it came from.
       before: f(θ), and its noise.
       chosen: the step, and f at its end.
+      gradient_norm: ‖∇f‖.
       slope: ∇fᵀδ.
       search: how far it is gone.
     """
@@ -37,6 +38,7 @@ class Trial(NamedTuple):
     run: Run
     before: Before
     chosen: Chosen
+    gradient_norm: jax.Array
     slope: jax.Array
     search: StepSize
 
@@ -97,7 +99,8 @@ def go_along(
         options.read(rate, at.point.count).astype(before.value.dtype),
         chosen.value if known else None,
     )
-    return Trial(at, run, before, chosen, slope, found)
+    norm = trees.norm(at.system.b)
+    return Trial(at, run, before, chosen, norm, slope, found)
 
 
 def slope_along(b: Tree, step: Tree) -> jax.Array:
@@ -111,7 +114,7 @@ def slope_along(b: Tree, step: Tree) -> jax.Array:
 
 def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
     """Accept the step or reject it, and compare the change of f with M's."""
-    at, run, before, chosen, _, _ = trial
+    at, run, before, chosen, *_ = trial
     rejection = _rejection(trial)
     part = at.penalty(chosen.step.direction)
     change, predicted = _reduction(trial, ratio, part)
@@ -134,8 +137,8 @@ def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
 
 def _rejection(trial: Trial) -> jax.Array:
     """Return why to reject, or NONE: of several reasons the deepest."""
-    at, run, before, chosen, slope, search = trial
-    finite, gradient_norm = jnp.isfinite, trees.norm(at.system.b)
+    _, run, before, chosen, gradient_norm, slope, search = trial
+    finite = jnp.isfinite
     reason = jnp.where(search.success, Rejection.NONE, Rejection.NO_DECREASE)
     seen = finite(before.value) & (finite(chosen.value) | search.success)
     reason = jnp.where(seen, reason, Rejection.NONFINITE_VALUE)
@@ -154,7 +157,7 @@ def _reduction(
 
     `part` is what damping adds to M of the chosen step.
     """
-    at, run, before, chosen, slope, search = trial
+    at, run, before, chosen, _, slope, search = trial
     is_last = ratio.step == "last"
     step = run.last if is_last else chosen.step
     alpha, value = jnp.ones_like(before.value), before.value
@@ -222,7 +225,7 @@ def measured_ratio(
 
 def report(trial: Trial, judged: Judged) -> HessianFreeInfo:
     """Say what the update did, in finite numbers."""
-    at, run, before, chosen, _, search = trial
+    at, run, before, chosen, gradient_norm, _, search = trial
     accepted, value = jnp.asarray(judged.verdict.accepted), before.value
     step_size = jnp.where(accepted, search.step_size, 0)
     info = HessianFreeInfo(
@@ -236,8 +239,8 @@ def report(trial: Trial, judged: Judged) -> HessianFreeInfo:
         step_size=step_size,
         accepted=accepted,
         rejection=judged.rejection,
-        gradient_norm=_finite_or(0, trees.norm(at.system.b)),
-        update_norm=jnp.where(accepted, trees.norm(chosen.step.at(step_size)), 0),
+        gradient_norm=_finite_or(0, gradient_norm),
+        update_norm=jnp.where(accepted, chosen.step.length(step_size), 0),
     )
     return trees.cast_like(info, no_info(at.point.scalar.dtype))
 

@@ -109,9 +109,12 @@ class Assembled(NamedTuple):
             return float(jnp.finfo(x.dtype).eps) * wide
 
         b, b_size = trees.normalised(self.system.b)
-        errors, size = trees.normalised(
-            self.packing.pack(jax.tree.map(rounded, self.point.params))
-        )
+        params, pack = self.point.params, self.packing.pack
+        if _are_wide(params):
+            errors = jax.tree.map(rounded, pack(params))
+        else:
+            errors = pack(jax.tree.map(rounded, params))
+        errors, size = trees.normalised(errors)
         moved = jax.tree.map(lambda b, x: b * x.astype(b.dtype), b, errors)
         of_params = jnp.sqrt(trees.dot(moved, moved)) * (b_size * size)
         # Beyond the floats it counts for nothing: f is there, too.
@@ -199,14 +202,25 @@ def assemble(
 
 
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
+    # Parameters of few digits are added to leaf by leaf, in their own dtypes.
+    wide = _are_wide(point.params)
+    theta = packed.pack(point.params) if wide else point.params
+
     def value(x: Tree) -> jax.Array:
-        at = trees.add(point.params, packed.unpack(x))
-        found = point.objective.value(at, data).astype(point.scalar.dtype)
+        at = trees.add(theta, x if wide else packed.unpack(x))
+        params = packed.unpack(at) if wide else at
+        found = point.objective.value(params, data).astype(point.scalar.dtype)
         # A saturated model has a value even there.
-        beyond = ~trees.is_finite(at) & trees.is_finite(point.params)
+        beyond = ~trees.is_finite(at) & trees.is_finite(theta)
         return jnp.where(beyond, jnp.inf, found)
 
     return for_loops(value)
+
+
+def _are_wide(params: Params) -> bool:
+    """Return whether parameters have the dtypes that vectors are computed with."""
+    leaves = jax.tree.leaves(params)
+    return all(leaf.dtype == trees.wide(leaf.dtype) for leaf in leaves)
 
 
 def _of_packed(packed: Packing, product: Matvec) -> Matvec:

@@ -327,7 +327,7 @@ def _next(
     solver: Solver, trial: Trial, judged: Judged, scalar: jax.Array
 ) -> HessianFreeState:
     """Return the state for the next update."""
-    at, run, _, chosen, _, _ = trial
+    at, run, _, chosen, *_ = trial
     dtype = at.point.scalar.dtype
     carried = solver.carry(run, chosen.step.at())
     kept = judged.verdict.accepted & jnp.isfinite(trees.magnitude(carried))

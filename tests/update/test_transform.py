@@ -206,7 +206,7 @@ def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model):
     search = hfjax.linesearch.StepSize(
         jnp.float64(alpha), value_fn(alpha * chosen), jnp.bool(True)
     )
-    trial = Trial(at, run, before, choice, -jnp.sum(chosen), search)
+    trial = Trial(at, run, before, choice, None, -jnp.sum(chosen), search)
     for of in ("batch", "eval_batch"):
         ratio = hfjax.damping.ReductionRatio(model, step, of)
         change, predicted = _reduction(trial, ratio, penalty(chosen))
