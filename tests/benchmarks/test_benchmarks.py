@@ -306,16 +306,17 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
     usual, undonated = json.loads(path.read_text())["rows"]
     numbers = 2 * (784 * 4 + 4 * 2) + (4 + 2 + 4 + 784)  # Four kernels and biases.
     assert usual["vector_bytes"] == 4 * numbers
-    scalars = usual["state_bytes"] - usual["vector_bytes"]  # Besides the direction.
-    assert 0 < scalars < 100
+    # Besides the direction there are scalars, and the record of 250 iterations.
+    scalars = usual["state_bytes"] - usual["vector_bytes"]
+    assert 0 < scalars - 4 * (251 + 2 * 250) < 100
     # Parameters and some scalars give their place to what replaces them; a direction
     # that no run starts from is not read at all.
     assert undonated["saved_bytes"] == 0
     saved = usual["saved_bytes"] - usual["vector_bytes"]
     assert 0 < saved <= scalars
     for row in (usual, undonated):
-        # 16 kept iterates, and some of conjugate gradients' own.
-        assert 20 < row["temporary_bytes"] / row["vector_bytes"] < 60
+        # Some of conjugate gradients' own; of kept iterates none, as nobody chooses.
+        assert 4 < row["temporary_bytes"] / row["vector_bytes"] < 12
         assert row["instructions"] > row["kernels"] == sum(row["places"].values())
         assert row["places"]["once"] > row["places"]["_pcg.run"] > row["kinds"]["dot"]
         # Once for gradient and linearisation together, and once for f at the step.

@@ -286,7 +286,8 @@ def test_shift_is_taken_off_again(monkeypatch):
     values, noise = quick_jit(lambda r: sketched(lambda v: diagonal * v, r, 5)[1:3])(
         jnp.zeros(5)
     )
-    assert 8 * share / 2 < noise < 32 * share
+    # In units of a power of two near the largest entry of the products.
+    assert 8 * share / 2 <= noise < 32 * share
     np.testing.assert_allclose(values[:3], diagonal[:3], rtol=1e-12)
     np.testing.assert_array_equal(values[3:], 0)
 

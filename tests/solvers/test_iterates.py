@@ -280,7 +280,7 @@ def test_a_guarded_run_ends_once_f_is_significantly_worse(guard, script):
     if np.any(finite):
         carry = cg.conjugate_gradient(keep=GUARDS[guard], warm_start_from="best").carry
         best = numbers[int(np.nanargmin(np.where(finite, values[numbers], np.nan)))]
-        carried = carry(run, jnp.zeros(GUARD_N))
+        carried = carry(cg.as_run(run), jnp.zeros(GUARD_N))
         np.testing.assert_allclose(carried, GUARD_X[best], rtol=1e-6, atol=1e-6)
 
 
