@@ -318,14 +318,14 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
         # Some of conjugate gradients' own; of kept iterates none, as nobody chooses.
         assert 4 < row["temporary_bytes"] / row["vector_bytes"] < 12
         assert row["instructions"] > row["kernels"] == sum(row["places"].values())
-        assert row["places"]["once"] > row["places"]["_pcg.run"] > row["kinds"]["dot"]
+        assert row["places"]["once"] > row["places"]["pcg.run"] > row["kinds"]["dot"]
         # Once for gradient and linearisation together, and once for f at the step.
         assert row["models"] == {"once": 2}
         assert row["jax_seconds"] > 0 < row["xla_seconds"]
     printed = capsys.readouterr().out
     assert "usual" in printed
     assert "784-4-2, 3 images" in printed
-    assert "_pcg.run" in printed
+    assert "pcg.run" in printed
 
 
 def test_products_of_a_convolutional_network_are_timed(tmp_path, capsys):
