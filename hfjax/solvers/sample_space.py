@@ -154,7 +154,8 @@ def where_small(otherwise: Solver) -> Solver:
 
       >>> import hfjax, jax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
-      >>> tx = hfjax.hessian_free(f, solver="auto")
+      >>> bare = {"backtracking": None, "line_search": None}
+      >>> tx = hfjax.hessian_free(f, solver="auto", **bare)
       >>> reason = []
       >>> for units in (1, 10):
       ...     params = jnp.zeros((300, units))
