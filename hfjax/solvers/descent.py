@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hfjax._core import trees
 from hfjax._core.types import Matvec, Preconditioner, Tree, ValueAndGradFn, ValueFn
@@ -82,9 +83,11 @@ class Step(NamedTuple):
         Returns:
           A scalar.
         """
-        if self.correction is None:
-            return alpha * trees.norm(self.direction)
-        return trees.norm(self.at(alpha))
+        if self.correction is not None:
+            return trees.norm(self.at(alpha))
+        unit, size = trees.normalised(trees.widen(self.direction))
+        # The length of δ itself may be no float.
+        return (alpha * size) * jnp.sqrt(trees.dot(unit, unit))
 
 
 class System(NamedTuple):

@@ -98,7 +98,7 @@ class HessianFreeState(NamedTuple):
     Example:
       Set λ, and read it:
 
-      >>> import hfjax, optax
+      >>> import hfjax, jax.numpy as jnp, optax
       >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> state = hfjax.hessian_free(f).init(jnp.zeros(1))
       >>> state = optax.tree.set(state, damping=jnp.float32(0.5))
