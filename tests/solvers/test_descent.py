@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hfjax.cg import Step
+
+from hfjax.solvers.descent import Step
 
 RNG = np.random.default_rng(0)
 DELTA, C = RNG.standard_normal((2, 5))
