@@ -40,8 +40,7 @@ class Probes(NamedTuple):
             offset = jnp.asarray(probe * len(leaves) + number, data.dtype)
             own = data.at[-1].add(offset)
             key = jax.random.wrap_key_data(own, impl=self.implementation)
-            odd = jax.random.bits(key, z.shape) % 2
-            return jnp.where(odd == 1, 1, -1).astype(z.dtype)
+            return jax.random.rademacher(key, z.shape, z.dtype)
 
         return structure.unflatten([of_leaf(n, z) for n, z in enumerate(leaves)])
 

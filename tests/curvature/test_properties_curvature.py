@@ -276,10 +276,10 @@ def estimate():
             weight_decay=drawn.decay,
         )
 
-        def chosen(key, shape):
-            return jnp.broadcast_to((signs > 0).astype(jnp.uint32), shape)
+        def chosen(key, shape, dtype):
+            return jnp.broadcast_to(signs.astype(dtype), shape)
 
-        with mock.patch.object(jax.random, "bits", chosen):
+        with mock.patch.object(jax.random, "rademacher", chosen):
             diagonal = diagonals.ggn_rademacher(
                 objective, drawn.params, drawn[1:4], key=jax.random.key(0)
             )
