@@ -183,7 +183,7 @@ def assemble(
     def value_and_grad(x: Tree) -> tuple[jax.Array, Tree]:
         at = trees.add(params, packed.unpack(x))
         value, gradient = objective.value_and_grad(at, eval_batch)
-        return value, packed.pack(gradient)
+        return value, packed.pack(trees.cast_like(gradient, b))
 
     system = System(
         matvec=total,

@@ -127,3 +127,30 @@ def test_a_solver_sees_as_many_arrays_however_many_layers_there_are(layers):
     )
     assert seen == [[(6 * layers,)]] * 3
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+
+
+def test_a_gradient_within_a_run_is_packed_from_leaves_of_several_types():
+    # Vectors are wide, so that both leaves lie in one array; the gradient's are not.
+    seen = []
+
+    def spy(system, x0):
+        _, gradient = system.value_and_grad(system.b)
+        seen.append([(x.shape, x.dtype) for x in gradient])
+        return solver.solve(system, x0)
+
+    def model_fn(params, x):
+        return x * params["a"][None] + params["b"].astype(x.dtype)[None]
+
+    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+    solver = hfjax.krylov.subspace_descent(dimension=2)
+    tx = hfjax.hessian_free(
+        objective,
+        solver=solver._replace(solve=spy),
+        damping=hfjax.damping.constant(0.0),
+        preconditioner=None,
+    )
+    params = {"a": jnp.ones(2, "float32"), "b": jnp.ones(2, "bfloat16")}
+    batch = (jnp.ones((3, 2), "float32"), jnp.ones((3, 2), "float32"))
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, batch=batch), params)
+    assert seen == [[((4,), jnp.float32)]]
