@@ -26,6 +26,9 @@ _LARGE = 2**16
 """Entries of a matrix above which it is not stacked with others (heuristic)."""
 _NEARLY = 0.9
 """Least length of a matrix that is inverted with another, in units of that one's."""
+_TINY = 64
+"""Length up to which matrices of any length are inverted together: a kernel costs more to
+compile and to launch than the flops of what is padded."""
 
 
 class Rule(NamedTuple):
@@ -231,7 +234,8 @@ def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         first = lengths[groups[-1][0]] if groups else 0
-        if first**2 <= _LARGE and lengths[n] >= _NEARLY * first and groups:
+        near = first**2 <= _LARGE and lengths[n] >= _NEARLY * first
+        if groups and (near or first <= _TINY):
             groups[-1].append(n)
         else:
             groups.append([n])
