@@ -18,6 +18,7 @@ from hfjax.solvers.iterates import Keeper, Kept
 from hfjax.solvers.pcg_hooks import (
     Lengths,
     Line,
+    Memory,
     Recurrence,
     Region,
     Replacement,
@@ -26,9 +27,6 @@ from hfjax.solvers.pcg_hooks import (
     by_product,
 )
 from hfjax.solvers.stopping import Progress, StoppingRule
-
-_SHORTEST = 1e-30
-"""Radius, in units of b and of P⁻¹b, below which nothing but b matters."""
 
 
 class CGResult(NamedTuple):
@@ -41,8 +39,8 @@ class CGResult(NamedTuple):
         entries past the last repeat it.
       kept: the kept iterates.
       reason: int32 scalar, a `Reason`.
-      coefficients: shape `[max_iterations, 2]`, like `model_values`: α and β of each
-        iteration, which make the tridiagonal matrix of Lanczos
+      coefficients: shape `[max_iterations, 2]`, like `model_values`: α of each iteration
+        and β from it to the next, which make the tridiagonal matrix of Lanczos
         (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
     """
 
@@ -58,11 +56,10 @@ class Problem(NamedTuple):
     """What stays the same through a run."""
 
     matvec: Matvec
-    precondition: Preconditioner
-    b: Tree
-    of_b: Tree  # P⁻¹b
+    precondition: Preconditioner | None
+    b: Tree  # In units of `size`.
+    size: jax.Array
     rhs_norm: jax.Array
-    x_size: jax.Array  # x is in units of it.
     max_iterations: int  # Sizes the history of M.
     limit: jax.Array | int  # At most that; may be traced.
     min_iterations: int
@@ -73,12 +70,16 @@ class Problem(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes, named as in algorithm 2: x, r, p and rᵀy with y = P⁻¹r.
+    """What changes, named as in algorithm 2: x, r, and of the last iteration p and rᵀy.
+
+    y = P⁻¹r is found where an iteration begins, so that P⁻¹ is in the program once, and
+    is not applied to the residual that a run ends with. `p_size` is the scale of P⁻¹,
+    which does not matter: of the first y, so that no square leaves the floats.
 
     `lengths` are xᵀPx, xᵀPp and pᵀPp by their recurrences, as P itself is not at hand
     (Conn, Gould & Toint 2000, section 7.5.1); from x₀ = 0. In a region x is in units of
     its radius there, whose square may be no float. `steepest` is the largest pᵀAp / pᵀPp
-    so far.
+    so far; `memory` what the residuals' hook asks for.
     """
 
     i: jax.Array
@@ -86,12 +87,14 @@ class State(NamedTuple):
     r: Tree
     p: Tree
     ry: jax.Array
+    p_size: jax.Array
     model_values: jax.Array
     kept: Kept
     reason: jax.Array
     lengths: tuple[jax.Array, jax.Array, jax.Array]
     steepest: jax.Array
     coefficients: jax.Array
+    memory: Memory
 
 
 def run(
@@ -113,28 +116,18 @@ def run(
     # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
     scaled, size = trees.normalised(b)
     size = jnp.where(jnp.isfinite(size), size, 1)
-    precondition, of_b, p_size = _of_unit_size(preconditioner, scaled)
-    x_size, bounds = size, Unbounded()
-    if region is not None:
-        stretch = jnp.sqrt(p_size) if region.norm is None else 1
-        given = jnp.asarray(region.radius, size.dtype) * stretch
-        radius = jnp.clip(given / size, _SHORTEST, 1 / _SHORTEST)
-        bounds = region._replace(radius=radius)
-        # Beside one as short as that there is no curvature: the step is b, cut short.
-        x_size = jnp.where(given / size < _SHORTEST, given / _SHORTEST, size)
     problem = Problem(
         matvec=matvec,
-        precondition=precondition,
+        precondition=preconditioner,
         b=scaled,
-        of_b=of_b,
+        size=size,
         rhs_norm=jnp.sqrt(trees.dot(scaled, scaled)),
-        x_size=x_size,
         max_iterations=max_iterations,
         limit=limit,
         min_iterations=min_iterations,
         stopping=stopping,
         keeper=keeper,
-        bounds=bounds,
+        bounds=Unbounded() if region is None else region,
         residuals=Recurrence(matvec)
         if replace_every is None
         else Replacement(replace_every, exact_of(matvec), scaled),
@@ -144,6 +137,7 @@ def run(
         lambda state: _step(problem, state),
         _start(problem, None if x0 is None else trees.scale(1 / size, x0)),
     )
+    x_size, _ = problem.bounds.scaled(size, end.p_size)
     coefficients = end.coefficients
     if replace_every is not None:  # Lanczos' matrix ends there.
         coefficients = coefficients.at[replace_every:].set(0)
@@ -154,7 +148,7 @@ def run(
         kept=end.kept,
         reason=end.reason,
         # With P⁻¹ / p_size in place of P⁻¹, α is p_size times as large.
-        coefficients=coefficients.at[:, 0].divide(p_size),
+        coefficients=coefficients.at[:, 0].divide(end.p_size),
     )
 
 
@@ -162,36 +156,49 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     b = problem.b
     if x0 is None:
         x, r = sharding.zeros_like(b), jax.tree.map(jnp.negative, b)
-        model = jnp.zeros((), problem.x_size.dtype)
-        y = jax.tree.map(jnp.negative, problem.of_b)
+        model = jnp.zeros((), problem.size.dtype)
     else:
         x, (r, model) = x0, by_product(problem.residuals.product, b, x0)
-        y = problem.precondition(r)
-    ry = trees.dot(r, y)
+    one = jnp.ones_like(problem.rhs_norm)
     i = jnp.zeros((), jnp.int32)
     model_values = jnp.full(problem.max_iterations + 1, model)
     reason = _judge(problem, i, r, model_values)
-    reason = jnp.where(jnp.isfinite(ry) & jnp.isfinite(model), reason, Reason.NONFINITE)
+    finite = jnp.isfinite(model) & jnp.isfinite(problem.rhs_norm)
+    reason = jnp.where(finite, reason, Reason.NONFINITE)
     model_values = jnp.where(jnp.isnan(model_values), jnp.inf, model_values)
-    kept = problem.keeper.init(trees.scale(problem.x_size, x))
-    p = jax.tree.map(jnp.negative, y)
-    lengths = (jnp.zeros_like(ry), jnp.zeros_like(ry), ry)
-    steepest = jnp.zeros_like(ry)
-    coefficients = jnp.full((problem.max_iterations, 2), jnp.zeros_like(model))
     return State(
-        i, x, r, p, ry, model_values, kept, reason, lengths, steepest, coefficients
+        i=i,
+        x=x,
+        r=r,
+        p=sharding.zeros_like(b),
+        ry=one,
+        p_size=one,
+        model_values=model_values,
+        kept=problem.keeper.init(trees.scale(problem.size, x)),
+        reason=reason,
+        lengths=(jnp.zeros_like(one),) * 3,
+        steepest=jnp.zeros_like(one),
+        coefficients=jnp.full((problem.max_iterations, 2), jnp.zeros_like(model)),
+        memory=problem.residuals.start(b, one),
     )
 
 
 def _step(problem: Problem, state: State) -> State:
     """Do one iteration: the core of algorithm 2, with M at each iterate."""
-    product = problem.matvec(state.p)
-    curvature = trees.dot(state.p, product)
-    slope = problem.residuals.slope(state.r, state.p, state.ry)
-    line, steepest = _line(state, curvature, slope)
-    alpha, moves, leaves = problem.bounds.length(line)
-    beyond = trees.axpy(alpha, state.p, state.x)
-    reached = trees.is_finite(trees.scale(problem.x_size, trees.maxima(beyond)))
+    y, p_size = _preconditioned(problem, state)
+    ry = trees.dot(state.r, y)
+    beta = problem.residuals.beta(ry, state.ry, y, state.memory)
+    beta = jnp.where(state.i == 0, 0, beta)
+    p = trees.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
+    product = problem.matvec(p)
+    curvature = trees.dot(p, product)
+    slope = problem.residuals.slope(state.r, p, ry)
+    lengths = _lengths_of_p(state.lengths, beta, ry)
+    line, steepest = _line(state, p, ry, lengths, curvature, slope)
+    x_size, bounds = problem.bounds.scaled(problem.size, p_size)
+    alpha, moves, leaves = bounds.length(line)
+    beyond = trees.axpy(alpha, p, state.x)
+    reached = trees.is_finite(trees.scale(x_size, trees.maxima(beyond)))
     finite = line.finite & (~moves | reached)
     moves &= finite
     i = state.i + moves.astype(state.i.dtype)
@@ -208,13 +215,6 @@ def _step(problem: Problem, state: State) -> State:
     r, model, fresh = problem.residuals.after(i, moves, x, found)
     finite &= ~fresh | jnp.isfinite(model)
     model = jnp.where(finite, model, found.model)
-    y = problem.precondition(r)
-    ry = trees.dot(r, y)
-    before = jnp.where(state.ry > 0, state.ry, 1)
-    positive = jnp.where(line.positive, curvature, 1)
-    conjugate = trees.dot(y, product) / positive
-    beta = problem.residuals.beta(ry, before, fresh, conjugate)
-    p = trees.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
 
     later = jnp.arange(problem.max_iterations + 1, dtype=i.dtype) >= i
     model_values = jnp.where(later, model, state.model_values)
@@ -222,44 +222,63 @@ def _step(problem: Problem, state: State) -> State:
     reason = jnp.where(line.positive, reason, Reason.NONPOSITIVE_CURVATURE)
     reason = jnp.where(leaves, Reason.BOUNDARY, reason)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
-    kept, reason = _observed(problem, state.kept, i, x, reason)
+    kept, reason = _observed(problem, state.kept, i, trees.scale(x_size, x), reason)
     lanczos = jnp.where(line.positive & line.finite, line.alpha, 0)
+    positive = jnp.where(line.positive, curvature, 1)
     return State(
         i=i,
         x=x,
         r=r,
         p=p,
         ry=ry,
+        p_size=p_size,
         model_values=model_values,
         kept=kept,
         reason=reason,
-        lengths=_lengths(state.lengths, problem.bounds.relative(alpha), beta, ry),
+        lengths=_lengths_of_x(lengths, bounds.relative(alpha)),
         steepest=steepest,
-        coefficients=_recorded(problem, state, lanczos, beta),
+        coefficients=_recorded(state, lanczos, beta),
+        memory=problem.residuals.memory(product, positive, fresh),
     )
 
 
+def _preconditioned(problem: Problem, state: State) -> tuple[Tree, jax.Array]:
+    """Return P⁻¹r in units of the first one's size, and that size."""
+    if problem.precondition is None:
+        return state.r, state.p_size
+    y = problem.precondition(state.r)
+    size = trees.magnitude(y).astype(state.p_size.dtype)
+    first = jnp.where(jnp.isfinite(size), size, 1)
+    size = jnp.where(state.i == 0, first, state.p_size)
+    return trees.scale(1 / size, y), size
+
+
 def _line(
-    state: State, curvature: jax.Array, slope: jax.Array
+    state: State,
+    p: Tree,
+    ry: jax.Array,
+    lengths: Lengths,
+    curvature: jax.Array,
+    slope: jax.Array,
 ) -> tuple[Line, jax.Array]:
     """Find the minimum of M along p; return the largest pᵀAp / pᵀPp so far, too."""
-    positive = (curvature > 0) & (state.ry > 0)
+    positive = (curvature > 0) & (ry > 0)
     alpha = jnp.where(positive, slope / jnp.where(positive, curvature, 1), 1)
     # Curvature does not count as positive either where α would overflow, or where the
     # rounding of p accounts for it: down the null space of A, if b is not in its range.
-    pp = state.lengths[2]
+    pp = lengths[2]
     steepest = jnp.maximum(state.steepest, curvature / jnp.where(pp > 0, pp, 1))
     rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
     positive &= jnp.isfinite(alpha) & (curvature > rounding * steepest * pp)
     line = Line(
         first=state.i == 0,
         x=state.x,
-        p=state.p,
-        ry=state.ry,
-        lengths=state.lengths,
+        p=p,
+        ry=ry,
+        lengths=lengths,
         alpha=jnp.where(positive, alpha, 1),
         positive=positive,
-        finite=jnp.isfinite(curvature) & jnp.isfinite(state.ry),
+        finite=jnp.isfinite(curvature) & jnp.isfinite(ry),
     )
     return line, steepest
 
@@ -269,31 +288,33 @@ def _observed(
 ) -> tuple[Kept, jax.Array]:
     """Offer an iterate to be kept; f, where it is evaluated there, may end the run."""
     is_last = reason != Reason.RUNNING
-    kept = problem.keeper.update(kept, i, trees.scale(problem.x_size, x), is_last)
+    kept = problem.keeper.update(kept, i, x, is_last)
     worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
     return kept, jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
 
 
-def _lengths(
-    lengths: Lengths, alpha: jax.Array, beta: jax.Array, ry: jax.Array
-) -> Lengths:
-    """Return xᵀPx, xᵀPp and pᵀPp of the next iteration."""
+def _lengths_of_p(lengths: Lengths, beta: jax.Array, ry: jax.Array) -> Lengths:
+    """Return xᵀPx, xᵀPp and pᵀPp of the next p."""
     xx, xp, pp = lengths
-    return (
-        xx + alpha * (2 * xp + alpha * pp),
-        beta * (xp + alpha * pp),
-        ry + beta**2 * pp,
-    )
+    return xx, beta * xp, ry + beta**2 * pp
 
 
-def _recorded(
-    problem: Problem, state: State, alpha: jax.Array, beta: jax.Array
-) -> jax.Array:
-    """Write α and β of this iteration into Lanczos' coefficients."""
-    found = jnp.stack([alpha, jnp.where(alpha > 0, beta, 0)])
-    numbers = jnp.arange(problem.max_iterations, dtype=state.i.dtype)
-    here = numbers[:, None] == state.i
-    return jnp.where(here, found[None], state.coefficients)
+def _lengths_of_x(lengths: Lengths, alpha: jax.Array) -> Lengths:
+    """Return xᵀPx, xᵀPp and pᵀPp after x has moved by α p."""
+    xx, xp, pp = lengths
+    return xx + alpha * (2 * xp + alpha * pp), xp + alpha * pp, pp
+
+
+def _recorded(state: State, alpha: jax.Array, beta: jax.Array) -> jax.Array:
+    """Write α of this iteration, and β that follows from the last, for Lanczos.
+
+    The last iteration of a run has no β: nothing follows.
+    """
+    numbers = jnp.arange(len(state.coefficients), dtype=state.i.dtype)
+    alphas, betas = state.coefficients.T
+    alphas = jnp.where(numbers == state.i, alpha, alphas)
+    betas = jnp.where((numbers == state.i - 1) & (alphas > 0), beta, betas)
+    return jnp.stack([alphas, betas], axis=1)
 
 
 def _judge(
@@ -310,26 +331,6 @@ def _judge(
     reason = jnp.where(i >= problem.limit, Reason.MAX_ITERATIONS, reason)
     reason = jnp.where(norm <= rounding, Reason.RESIDUAL_ZERO, reason)
     return reason.astype(jnp.int32)
-
-
-def _of_unit_size(
-    preconditioner: Preconditioner | None, b: Tree
-) -> tuple[Preconditioner, Tree, jax.Array | int]:
-    """Scale P⁻¹, whose scale does not matter, so that P⁻¹b is near 1.
-
-    Returns it, P⁻¹b and the scale. From x₀ one application more in a run; else rᵀP⁻¹r
-    of a P far from 1 leaves float32.
-    """
-    if preconditioner is None:
-        return lambda r: r, b, 1
-    of_b = preconditioner(b)
-    size = trees.magnitude(of_b)
-    size = jnp.where(jnp.isfinite(size), size, 1)
-
-    def precondition(r: Tree) -> Tree:
-        return trees.scale(1 / size, preconditioner(r))
-
-    return precondition, trees.scale(1 / size, of_b), size
 
 
 def as_preconditioner(preconditioner: Preconditioner | None) -> Preconditioner | None:

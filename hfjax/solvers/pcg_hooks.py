@@ -5,16 +5,22 @@ is built. How far to go along p: `Unbounded`, or within a `Region`. How the resi
 found: by its `Recurrence`, or by a `Replacement` every so many iterations.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import trees
+from hfjax._core import sharding, trees
 from hfjax._core.types import Matvec, Tree
 
 Lengths = tuple[jax.Array, jax.Array, jax.Array]
 """xᵀPx, xᵀPp and pᵀPp."""
+
+Memory = Any
+"""What `Recurrence` or `Replacement` reads of the last iteration."""
+
+_SHORTEST = 1e-30
+"""Radius, in units of b and of P⁻¹b, below which nothing but b matters."""
 
 
 class Line(NamedTuple):
@@ -44,6 +50,13 @@ class Line(NamedTuple):
 class Unbounded(NamedTuple):
     """Go to the minimum of M along p."""
 
+    def scaled(
+        self, size: jax.Array, p_size: jax.Array
+    ) -> tuple[jax.Array, "Unbounded"]:
+        """Return the unit of x: that of b."""
+        del p_size
+        return size, self
+
     def length(self, line: Line) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return α, whether x moves, and whether it leaves the region: never."""
         moves = line.finite & (line.positive | (line.first & (line.ry > 0)))
@@ -64,6 +77,21 @@ class Region(NamedTuple):
 
     radius: jax.Array
     norm: Matvec | None
+
+    def scaled(self, size: jax.Array, p_size: jax.Array) -> tuple[jax.Array, "Region"]:
+        """Return the unit of x, and the region in it.
+
+        Args:
+          size: of b.
+          p_size: of P⁻¹b, in units of b.
+        """
+        stretch = jnp.sqrt(p_size) if self.norm is None else 1
+        given = jnp.asarray(self.radius, size.dtype) * stretch / size
+        radius = jnp.clip(given, _SHORTEST, 1 / _SHORTEST)
+        # Beside one as short as that there is no curvature: the step is b, cut short.
+        short = size * (given / _SHORTEST)
+        unit = jnp.where(given < _SHORTEST, short, size)
+        return unit, self._replace(radius=radius)
 
     def length(self, line: Line) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return α, cut short at the boundary, whether x moves, and whether it leaves.
@@ -117,6 +145,16 @@ class Recurrence(NamedTuple):
 
     product: Matvec
 
+    def start(self, like: Tree, one: jax.Array) -> Memory:
+        """Return the memory of a run that begins: there is none."""
+        del like, one
+        return ()
+
+    def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
+        """Return what the next iteration reads."""
+        del product, curvature, fresh
+        return ()
+
     def slope(self, r: Tree, p: Tree, ry: jax.Array) -> jax.Array:
         """Return −rᵀp, which is rᵀP⁻¹r: r is orthogonal to the last p."""
         del r, p
@@ -130,11 +168,11 @@ class Recurrence(NamedTuple):
         return residual
 
     def beta(
-        self, ry: jax.Array, before: jax.Array, fresh: jax.Array, conjugate: jax.Array
+        self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
     ) -> jax.Array:
         """Return β = rᵀP⁻¹r / (rᵀP⁻¹r of the last)."""
-        del fresh, conjugate
-        return ry / before
+        del y, memory
+        return ry / jnp.where(before > 0, before, 1)
 
 
 class Replacement(NamedTuple):
@@ -149,6 +187,14 @@ class Replacement(NamedTuple):
     interval: int
     product: Matvec
     b: Tree
+
+    def start(self, like: Tree, one: jax.Array) -> Memory:
+        """Return the memory of a run that begins."""
+        return sharding.zeros_like(like), one, jnp.zeros((), bool)
+
+    def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
+        """Return what the next iteration reads: A p, pᵀA p, whether r is fresh."""
+        return product, curvature, fresh
 
     def slope(self, r: Tree, p: Tree, ry: jax.Array) -> jax.Array:
         """Return −rᵀp: without it, what replacing brings in grows without bound."""
@@ -168,14 +214,16 @@ class Replacement(NamedTuple):
         return Residual(r, model, due)
 
     def beta(
-        self, ry: jax.Array, before: jax.Array, fresh: jax.Array, conjugate: jax.Array
+        self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
     ) -> jax.Array:
         """Return β, of a fresh residual (P⁻¹r)ᵀA p / pᵀA p.
 
         That is the same number where r is the recurrence's. Beside a far smaller rᵀP⁻¹r
         of before, the quotient would make the next p the old one, and again.
         """
-        return jnp.where(fresh, conjugate, ry / before)
+        product, curvature, fresh = memory
+        quotient = ry / jnp.where(before > 0, before, 1)
+        return jnp.where(fresh, trees.dot(y, product) / curvature, quotient)
 
 
 def by_product(matvec: Matvec, b: Tree, x: Tree) -> tuple[Tree, jax.Array]:

@@ -140,8 +140,9 @@ def assemble(
       The system and what goes with it.
     """
     objective, params, gradient, batch, eval_batch, scalar, count, key, _ = point
-    b = jax.tree.map(jnp.negative, trees.cast_like(gradient, trees.widen(params)))
-    packed = packing(b)
+    gradient = trees.cast_like(gradient, trees.widen(params))
+    packed = packing(gradient)
+    b = jax.tree.map(jnp.negative, packed.pack(gradient))
 
     def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
         return _of_packed(packed, as_product(name, product, matrix=matrix))
@@ -182,12 +183,12 @@ def assemble(
 
     def value_and_grad(x: Tree) -> tuple[jax.Array, Tree]:
         at = trees.add(params, packed.unpack(x))
-        value, gradient = objective.value_and_grad(at, eval_batch)
-        return value, packed.pack(trees.cast_like(gradient, b))
+        value, there = objective.value_and_grad(at, eval_batch)
+        return value, packed.pack(trees.cast_like(there, gradient))
 
     system = System(
         matvec=total,
-        b=packed.pack(b),
+        b=b,
         scalar=scalar,
         count=count,
         value=_value_on(point, packed, eval_batch),
