@@ -16,19 +16,23 @@ DOCS = ROOT / "docs"
 SITE = runpy.run_path(str(DOCS / "docstrings.py"))
 ROOMS = SITE["rooms"]()
 room, dotted = SITE["room"], SITE["dotted"]
+# A paper and the section (of some papers we do not know it), a published program, a
+# measurement, or our choice.
 SOURCE = re.compile(
-    r"report|ERRATA|ibid\.|program|heuristic|section \d|\b(19|20)\d\d\b"
-    r"|(as|that of)\s+`[\w.]+`"
+    r"(M&S \(2012\)|Martens \(2010\)), (section|equation|algorithm) \d+(\.\d+)?"
+    r"|(?!M&S|Martens \()[A-Z][^;,()]* \((19|20)\d\d\)(, section \d+(\.\d+)?)?"
+    r"|(Martens'|Sutskever's) program|measured|our choice"
 )
+FIGURES = re.compile(r"\]\(\.\./benchmarks/results/\w+\.md\)")
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
 class Entry:
     """A public name: where it is, its node in the source, and its docstring."""
 
-    def __init__(self, path, name, node, doc, owner=None):
+    def __init__(self, path, name, node, doc, home):
         self.where = f"{room(path)}.{name}"
-        self.node, self.doc, self.owner = node, doc or "", owner
+        self.node, self.doc, self.home = node, doc or "", home
         self.is_class = isinstance(node, ast.ClassDef)
         self.is_function = isinstance(node, ast.FunctionDef)
         names = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
@@ -109,7 +113,7 @@ def resolved(path, name):
     node, doc = definitions(path)[name]
     if isinstance(node, ast.ImportFrom):
         return resolved(SITE["file_of"](node.module, name), name)
-    return node, doc
+    return node, doc, path
 
 
 @functools.cache
@@ -118,13 +122,14 @@ def entries():
     found = []
     for path in ROOMS:
         for name in SITE["public_names"](path):
-            node, doc = resolved(path, name)
-            found.append(Entry(path, name, node, doc))
+            node, doc, home = resolved(path, name)
+            found.append(Entry(path, name, node, doc, home))
             for method in getattr(node, "body", []) if found[-1].is_class else []:
                 public = not getattr(method, "name", "_").startswith("_")
                 if isinstance(method, ast.FunctionDef) and public:
                     doc = ast.get_docstring(method)
-                    found.append(Entry(path, f"{name}.{method.name}", method, doc))
+                    whole = f"{name}.{method.name}"
+                    found.append(Entry(path, whole, method, doc, home))
     return found
 
 
@@ -200,28 +205,80 @@ def test_every_error_that_is_raised_is_described():
         assert raised <= said, entry.where
 
 
-def test_every_number_that_is_a_default_says_where_it_comes_from():
-    unsaid = []
+def defaults():
+    """Return each default by `module.function(option)`, and whether it needs a row."""
+    found = {}
     for entry in calls():
-        for name, default in entry.parameters().items():
-            numbers = (
-                [n.value for n in ast.walk(default) if isinstance(n, ast.Constant)]
-                if isinstance(default, ast.Constant | ast.BinOp | ast.UnaryOp)
-                else []
+        for option, default in entry.parameters().items():
+            if default is None:
+                continue
+            if isinstance(default, ast.Name) and default.id.startswith("_"):
+                # The page gives the value of a private constant, not its name.
+                default = definitions(entry.home)[default.id][0].value
+            numbers = any(
+                type(node.value) in (int, float)
+                for node in ast.walk(default)
+                if isinstance(node, ast.Constant)
             )
-            # 0 and 1 are no choice: nothing is added, nothing is scaled, one is one.
-            given = [n for n in numbers if type(n) in (int, float) and n not in (0, 1)]
-            if given and not SOURCE.search(entry.described()[name]):
-                unsaid.append(f"{entry.where}({name})")
-    assert not unsaid
+            # Functions also need a row for a text, a name or a call. Fields of classes
+            # do not, and None, True and False may have one.
+            text = isinstance(default, ast.Constant) and isinstance(default.value, str)
+            chosen = text or isinstance(default, ast.Name | ast.Attribute | ast.Call)
+            needed = numbers or (entry.is_function and chosen)
+            found[f"{entry.where}({option})"] = (ast.unparse(default), needed)
+    return found
+
+
+@functools.cache
+def rows():
+    """Return the rows of the page of defaults: options, default, source, reason."""
+    found = []
+    sections = re.split(r"^## ", (DOCS / "defaults.md").read_text(), flags=re.MULTILINE)
+    for section in sections[1:]:
+        module = re.match(r"`(\w+)`\n", section)
+        table = re.findall(r"^\| (?!option |---)(.*) \|$", section, re.MULTILINE)
+        assert bool(module) == bool(table), section.split("\n")[0]
+        for line in table:
+            options, default, source, reason = re.split(r"(?<= )\|", f"{line} ")
+            names = options.strip().split(", ")
+            assert all(re.fullmatch(r"`[\w.]+\(\w+\)`", name) for name in names), line
+            where = [f"{module[1]}.{name[1:-1]}" for name in names]
+            found.append((where, default.strip()[1:-1], source.strip(), reason.strip()))
+    return found
+
+
+def test_every_default_that_is_a_number_or_a_choice_has_a_row_with_its_value():
+    in_code = defaults()
+    on_page = [(option, row[1]) for row in rows() for option in row[0]]
+    options = [option for option, _ in on_page]
+    assert len(options) > 100
+    twice = {option for option in options if options.count(option) > 1}
+    assert not twice
+    stale = set(options) - set(in_code)
+    assert not stale
+    missing = {name for name, (_, needed) in in_code.items() if needed} - set(options)
+    assert not missing
+    other = {
+        option: (default, in_code[option][0])
+        for option, default in on_page
+        if ast.unparse(ast.parse(default, mode="eval")) != in_code[option][0]
+    }
+    assert not other
+
+
+def test_every_default_has_a_source():
+    for options, _, source, reason in rows():
+        kinds = source.split("; ")
+        assert all(SOURCE.fullmatch(kind) for kind in kinds), (options, source)
+        assert "measured" not in kinds or FIGURES.search(reason), options
+        assert "our choice" not in kinds or len(reason.split()) > 2, options
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=room)
-def test_a_room_has_an_example_and_a_source(path):
+def test_a_room_has_an_example(path):
     module = ast.get_docstring(ast.parse(path.read_text()))
     docs = [e.doc for e in entries() if e.where.split(".")[0] == room(path)]
     assert any(">>>" in doc for doc in [module, *docs])
-    assert any(SOURCE.search(doc) for doc in [module, *docs])
 
 
 def test_markdown_of_docstrings_becomes_what_sphinx_reads():
