@@ -174,7 +174,7 @@ def rank_promotion():
 
 def test_every_public_name_of_optax_losses_is_in_one_table_of_the_page():
     public = {name for name in dir(optax.losses) if not name.startswith("_")}
-    tables = [*TABLE, *PAGE["Not losses of a case"]]
+    tables = [*TABLE, *PAGE["Not losses of one example"]]
     assert sorted(tables) == sorted(public)
     assert set(DRAW) == set(TABLE)
 
