@@ -121,7 +121,7 @@ def rules(*, exact: bool) -> dict[str, hfjax.preconditioners.PreconditionerRule 
     }
     # Of few outputs G has few large eigenvalues; of many cases 200 columns are too many.
     rank = 10 if exact else 200
-    found[f"Nyström, rank {rank}"] = hfjax.preconditioners.nystrom(rank=rank, chunk=50)
+    found[f"Nyström, rank {rank}"] = hfjax.preconditioners.nystrom(rank=rank)
     if exact:
         found["exact diag(G), ξ = 0.75"] = diagonal(diagonals.ggn_exact, exponent=0.75)
         found["exact diag(G), ξ = 1"] = diagonal(diagonals.ggn_exact, exponent=1.0)

@@ -72,16 +72,14 @@ def factors(
     model: _layers.Model,
     *,
     key: jax.Array,
-    num_probes: int,
 ) -> list[Pair]:
-    """Compute Ā and Ḡ of each layer: a pass forward, one back a probe, products.
+    """Compute Ā and Ḡ of each layer: a pass forward, one back, products.
 
     Args:
       term: whose G it is, without weight decay.
       params: θ.
       model: as `read` found it.
       key: a typed key.
-      num_probes: combinations of the outputs that are averaged.
 
     Returns:
       A pair for each layer, in float32 or wider.
@@ -103,19 +101,13 @@ def factors(
             rows *= root.astype(rows.dtype)[:, None, None]
             return sharding.contracted(rows, rows, ((0, 1), (0, 1)))
 
-        def grams_of_errors(probe: int) -> list[jax.Array]:
-            signs = jax.vmap(lambda key, z: drawn.signs(key, probe, z))(keys, outputs)
-            (derivatives,) = transpose(factor(signs))
-            return [
-                gram(seen.errors(n, derivative))
-                for n, derivative in enumerate(derivatives)
-            ]
-
         outputs, transpose, rows = jax.vjp(seen.forward, seen.added, has_aux=True)
         factor = term.loss.factor(outputs, cases.targets)
-        errors = grams_of_errors(0)
-        for probe in range(1, num_probes):
-            errors = jax.tree.map(jnp.add, errors, grams_of_errors(probe))
+        signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
+        (derivatives,) = transpose(factor(signs))
+        errors = [
+            gram(seen.errors(n, derivative)) for n, derivative in enumerate(derivatives)
+        ]
 
         def with_bias(rows: jax.Array, layer: _layers.Layer) -> jax.Array:
             if layer.bias is None:
@@ -133,7 +125,7 @@ def factors(
     data = cases._replace(inputs=(cases.inputs, drawn.data))
     means = term.means.mean(sums, sharding.alike(data))
     return [
-        Pair(pair.inputs / layer.positions(model.uses), pair.units / num_probes)
+        Pair(pair.inputs / layer.positions(model.uses), pair.units)
         for layer, pair in zip(model.layers, means, strict=True)
     ]
 
@@ -145,7 +137,6 @@ def estimate(
     model: Merged,
     *,
     key: jax.Array,
-    num_probes: int,
 ) -> Blocks:
     """Compute factors of the layers, and the diagonal of G for the rest.
 
@@ -158,7 +149,6 @@ def estimate(
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
       model: of the models that `read` found.
       key: a typed key.
-      num_probes: as in `factors`.
 
     Returns:
       The blocks, undamped.
@@ -166,7 +156,7 @@ def estimate(
     terms = terms_of(objective, batch)
     keys = _keys(key, len(terms))
     found = [
-        _estimate(term, params, part, key=own_key, num_probes=num_probes)
+        _estimate(term, params, part, key=own_key)
         for term, part, own_key in zip(terms, model.parts, keys, strict=True)
     ]
     weights = [
@@ -235,7 +225,6 @@ def _estimate(
     part: Part,
     *,
     key: jax.Array,
-    num_probes: int,
 ) -> tuple[list[Pair], dict[int, jax.Array]]:
     """Compute a term's factors, and its diagonal for the parameters it counts for."""
     cases = sharding.alike(term.cases)
@@ -245,7 +234,7 @@ def _estimate(
     model = part.model
     pairs: list[Pair] = []
     if model.layers:
-        pairs = factors(term, params, model, key=key, num_probes=num_probes)
+        pairs = factors(term, params, model, key=key)
     if others:
 
         def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
@@ -253,11 +242,5 @@ def _estimate(
             return term.model_fn(structure.unflatten(given), inputs)
 
         bare = term._replace(model_fn=of_others, weight_decay=0.0)
-        others = diagonals.ggn_rademacher(
-            alone(bare),
-            others,
-            term.cases,
-            key=key,
-            num_probes=num_probes,
-        )
+        others = diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
     return pairs, others

@@ -35,7 +35,6 @@ class Rule(NamedTuple):
     """The options of `preconditioners.kronecker`, which has their meaning."""
 
     damping_share: Number
-    num_probes: int
     decay: Number
     interval: int
     max_size: int
@@ -69,9 +68,7 @@ class Rule(NamedTuple):
         model = merged(read(objective, params, batch, self.max_size))
 
         def fresh(memory: dict[str, tuple]) -> tuple[Blocks, dict[str, tuple]]:
-            blocks = estimate(
-                objective, params, batch, model, key=key, num_probes=self.num_probes
-            )
+            blocks = estimate(objective, params, batch, model, key=key)
             if "kronecker_factors" in memory:
                 old = memory["kronecker_factors"]
                 new = pack(blocks, model, old)

@@ -55,7 +55,6 @@ class Rule(NamedTuple):
     """The options of `preconditioners.nystrom`, which has their meaning."""
 
     rank: int
-    chunk: int | None
     interval: int
 
     def init(self, params: Params) -> dict[str, tuple]:
@@ -75,15 +74,7 @@ class Rule(NamedTuple):
         """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
 
         def fresh(_: tuple) -> tuple:
-            found = sketch(
-                objective,
-                params,
-                batch,
-                damping,
-                key,
-                rank=self.rank,
-                chunk=self.chunk,
-            )
+            found = sketch(objective, params, batch, damping, key, rank=self.rank)
             return tuple(found)
 
         if not memory:
@@ -100,7 +91,6 @@ def sketch(
     key: jax.Array,
     *,
     rank: int,
-    chunk: int | None,
 ) -> Sketch:
     """Approximate G, in units of the parameters that make λD a multiple of I.
 
@@ -111,7 +101,6 @@ def sketch(
       damping: λ, or a tree like the parameters, the diagonal of λD.
       key: of Ω, the same on all devices.
       rank: columns of Ω, at most the number of parameters.
-      chunk: columns of Y at a time; `None` is all.
 
     Returns:
       The approximation, in float32 or wider.
@@ -123,7 +112,7 @@ def sketch(
     def matvec(v: Tree) -> Tree:
         return _times(units, product(_times(units, v)))
 
-    return Sketch(*approximate(matvec, params, rank, key, chunk), units)
+    return Sketch(*approximate(matvec, params, rank, key), units)
 
 
 def room_for(params: Params, rank: int) -> Sketch:
@@ -140,7 +129,7 @@ def columns(params: Params, rank: int) -> int:
 
 
 def approximate(
-    matvec: Matvec, like: Tree, rank: int, key: jax.Array, chunk: int | None = None
+    matvec: Matvec, like: Tree, rank: int, key: jax.Array
 ) -> tuple[Tree, jax.Array, jax.Array]:
     """Approximate a positive semi-definite matrix.
 
@@ -149,17 +138,13 @@ def approximate(
       like: a tree of the shapes and dtypes that it takes.
       rank: columns of Ω, at most the number of parameters.
       key: of Ω.
-      chunk: columns of Y at a time; `None` is all.
 
     Returns:
       U, Λ and ν, in float32 or wider; 0, 0 and 1 if a product is not finite.
     """
     rank = columns(like, rank)
     omega = _orthonormal(_random(like, rank, key))
-    if chunk is None or chunk >= rank:
-        products = jax.vmap(matvec)(omega)
-    else:
-        products = jax.lax.map(matvec, omega, batch_size=chunk)
+    products = jax.vmap(matvec)(omega)
 
     # In a unit that keeps squares in range; a G that is not finite counts as 0.
     scale = trees.magnitude(products)

@@ -116,7 +116,6 @@ def diagonal(
 def kronecker(
     *,
     damping_share: Number = 0.1,
-    num_probes: int = 1,
     decay: Number = 0.0,
     interval: int = 1,
     max_size: int = 8192,
@@ -138,17 +137,15 @@ def kronecker(
     No layer is registered: the program of `model_fn` is traced, and `layers` tells what
     counts as one, and what was found in a model.
 
-    A build costs a pass forward and `num_probes` passes back; the products x xᵀ and
-    g gᵀ, of cases · positions · (inputs² + units²) multiplications a layer; and two
-    inverses, of inputs³ + units³. It holds the inputs of all layers, of a convolution
-    its patches; microbatches bound them. P⁻¹r takes inputs · units · (inputs + units).
+    A build costs a pass forward and a pass back; the products x xᵀ and g gᵀ, of
+    cases · positions · (inputs² + units²) multiplications a layer; and two inverses, of
+    inputs³ + units³. It holds the inputs of all layers, of a convolution its patches;
+    microbatches bound them. P⁻¹r takes inputs · units · (inputs + units).
 
     Args:
       damping_share: s, the part of λ that damps the factors. Less than 1, as their
         product counts what damps one factor times the other, too (0.1: measured,
         `benchmarks/results/step6.md`; heuristic).
-      num_probes: random combinations vᵢ of each case that are averaged (1: with hundreds
-        of cases more gain nothing, ibid.).
       decay: ε of the factors' running average over builds, min(ε, 1 − 1/k) of the k-th
         (Martens & Grosse 2015, section 5: 0.95, for small batches). 0 takes each
         batch's own, and saves the memory.
@@ -190,14 +187,13 @@ def kronecker(
       convolutions.
     """
     options.check_range("damping_share", damping_share, low=0.0, open_low=True)
-    options.check_count("num_probes", num_probes, low=1)
     options.check_range("decay", decay, low=0.0, high=1.0)
     options.check_count("interval", interval, low=1)
     options.check_count("max_size", max_size, low=1)
     if cases is not None:
         options.check_count("cases", cases, low=1)
     options.check_choice("data", data, ("batch", "eval_batch"))
-    rule = _kronecker.Rule(damping_share, num_probes, decay, interval, max_size, cases)
+    rule = _kronecker.Rule(damping_share, decay, interval, max_size, cases)
     build = _remembered.with_memory(rule.build)
     remembers = rule.averages or interval > 1
     return PreconditionerRule(build, data=data, init=rule.init if remembers else None)
@@ -206,7 +202,6 @@ def kronecker(
 def nystrom(
     *,
     rank: int = 50,
-    chunk: int | None = None,
     interval: int = 1,
     data: str = "batch",
 ) -> PreconditionerRule:
@@ -230,12 +225,10 @@ def nystrom(
     A build costs `rank` products, and 16 rank² multiplications and additions for each
     parameter: on one CPU core, 840,000 parameters and a rank of 50, as long as 20 products
     of 2,000 cases, or 160 of 200. It holds 5 `rank` vectors like the parameters, and
-    `chunk` times what a product does. P⁻¹r reads U twice.
+    `rank` times what a product does. P⁻¹r reads U twice.
 
     Args:
       rank: r, columns (50: heuristic); no more are taken than there are parameters.
-      chunk: columns of a product at a time, where memory is short; `None` is all. On one
-        CPU core one after another is as fast.
       interval: updates from one sketch to the next; those between have its U and Λ, and
         their own λ.
       data: as in `diagonal`.
@@ -265,12 +258,10 @@ def nystrom(
       2.1 and equation 1.3.
     """
     options.check_count("rank", rank, low=1)
-    if chunk is not None:
-        options.check_count("chunk", chunk, low=1)
     options.check_count("interval", interval, low=1)
     options.check_choice("data", data, ("batch", "eval_batch"))
 
-    rule = _nystrom.Rule(rank, chunk, interval)
+    rule = _nystrom.Rule(rank, interval)
     build = _remembered.with_memory(rule.build)
     return PreconditionerRule(
         build, data=data, init=rule.init if interval > 1 else None

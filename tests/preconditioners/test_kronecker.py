@@ -29,10 +29,10 @@ def drawn_for(objective, batch):
     return probes.probes(term.means, term.cases, KEY)
 
 
-def factors_of(objective, params, batch, model, *, num_probes):
+def factors_of(objective, params, batch, model):
     """Return Ā and Ḡ of each layer, of an objective of one term."""
     (term,) = terms_of(objective, batch)
-    return _factors.factors(term, params, model, key=KEY, num_probes=num_probes)
+    return _factors.factors(term, params, model, key=KEY)
 
 
 # Each model takes what is added to what its layers compute, so that derivatives by it
@@ -139,7 +139,7 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 @functools.cache
-def dense_factors(name, num_probes=1):
+def dense_factors(name):
     """Return Ā and Ḡ of each kernel, by `jax.grad` and sums over cases in NumPy."""
     problem, inputs_fn = NETWORKS[name]
     objective = problem.objective()
@@ -154,20 +154,17 @@ def dense_factors(name, num_probes=1):
         steps = inputs[k].shape[1]
         return jnp.zeros((CASES, steps, units[k]) if steps > 1 else (CASES, units[k]))
 
-    g = dict.fromkeys(inputs, 0.0)
-    for probe in range(num_probes):
-        signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, probe, outputs)
-        combined = objective.loss.factor(outputs, t)(signs)
-        start = {k: added(k) for k in inputs}
-        model_fn = functools.partial(problem.model_fn, problem.params, x)
-        (errors,) = jax.vjp(model_fn, start)[1](combined)
-        for k, e in errors.items():
-            rows = np.asarray(e).reshape(CASES, -1, units[k])
-            g[k] += np.einsum("i,itm,itn->mn", share, rows, rows) / num_probes
-    a = {
-        k: np.einsum("i,itm,itn->mn", share, rows, rows) / rows.shape[1]
-        for k, rows in inputs.items()
-    }
+    signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, outputs)
+    combined = objective.loss.factor(outputs, t)(signs)
+    start = {k: added(k) for k in inputs}
+    model_fn = functools.partial(problem.model_fn, problem.params, x)
+    (errors,) = jax.vjp(model_fn, start)[1](combined)
+
+    def gram(rows):
+        return np.einsum("i,itm,itn->mn", share, rows, rows)
+
+    g = {k: gram(np.asarray(e).reshape(CASES, -1, units[k])) for k, e in errors.items()}
+    a = {k: gram(rows) / rows.shape[1] for k, rows in inputs.items()}
     return a, g
 
 
@@ -175,14 +172,12 @@ def names(params):
     return [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def factors(problem, num_probes=1, batch=None, **options):
+def factors(problem, batch=None, **options):
     objective = problem.objective(**options)
     batch = problem.batch if batch is None else batch
     model = _factors.read(objective, problem.params, batch, 100)[0]
     pairs = quick_jit(
-        lambda params, batch: factors_of(
-            objective, params, batch, model, num_probes=num_probes
-        )
+        lambda params, batch: factors_of(objective, params, batch, model)
     )(problem.params, batch)
     name = names(problem.params)
     return {
@@ -191,14 +186,11 @@ def factors(problem, num_probes=1, batch=None, **options):
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "num_probes"),
-    [("one_output", 1), ("softmax", 1), ("softmax", 3), ("recurrent", 1)],
-)
-def test_factors_are_those_of_each_case_written_out(name, num_probes):
+@pytest.mark.parametrize("name", ["one_output", "softmax", "recurrent"])
+def test_factors_are_those_of_each_case_written_out(name):
     problem, _ = NETWORKS[name]
-    a, g = dense_factors(name, num_probes)
-    ours = factors(problem, num_probes)
+    a, g = dense_factors(name)
+    ours = factors(problem)
     assert ours.keys() == a.keys()
     for k, pair in ours.items():
         np.testing.assert_allclose(pair.inputs, a[k], rtol=1e-10, atol=1e-14)
@@ -472,9 +464,7 @@ def test_joined_structural_damping_is_in_the_factors():
     joined = hfjax.structural.joined(objective, mu)
     many = (jnp.tile(x, (copies, 1)), jnp.tile(t, (copies, 1)))
     model = _factors.read(joined, params, many, 100)[0]
-    pairs = quick_jit(lambda p, b: factors_of(joined, p, b, model, num_probes=1))(
-        params, many
-    )
+    pairs = quick_jit(lambda p, b: factors_of(joined, p, b, model))(params, many)
     ours = {
         names(params)[layer.kernel]: pair
         for layer, pair in zip(model.layers, pairs, strict=True)
@@ -900,8 +890,6 @@ def test_a_state_of_another_preconditioner_is_refused(kept):
     ("options", "error", "message"),
     [
         ({"damping_share": 0.0}, ValueError, "`damping_share` must be above 0"),
-        ({"num_probes": 0}, ValueError, "`num_probes` must be at least 1"),
-        ({"num_probes": 1.0}, TypeError, "`num_probes` must be a Python integer"),
         ({"decay": 1.5}, ValueError, "`decay` must be at least 0.0 and at most 1.0"),
         ({"interval": 0}, ValueError, "`interval` must be at least 1"),
         ({"max_size": 0.5}, TypeError, "`max_size` must be a Python integer"),

@@ -39,7 +39,7 @@ CONFIGURATIONS = {
     },
     "nystrom": {"preconditioner": hfjax.preconditioners.nystrom(rank=3)},
     "nystrom_kept": {
-        "preconditioner": hfjax.preconditioners.nystrom(rank=3, chunk=2, interval=2)
+        "preconditioner": hfjax.preconditioners.nystrom(rank=3, interval=2)
     },
     "kronecker_factored": hfjax.recipes.kronecker_factored,
     "exact": {"preconditioner": hfjax.preconditioners.diagonal(diagonals.ggn_exact)},
