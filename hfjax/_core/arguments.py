@@ -260,6 +260,16 @@ def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]
     return functools.partial(function, key=key)
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function can be called with an argument of this name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # Of a function that is not written in Python.
+        return True
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
 @contextlib.contextmanager
 def noting_call(call: str, **trees: Tree) -> Iterator[None]:
     """Add a note to an error of a user's function: what it was called with.

@@ -4,15 +4,14 @@
 |---|---|---|---|
 | `ggn` | Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ | where the loss is convex in the outputs | 4/3 |
 | `hessian` | ∇²f | no | 2 |
-| `finite_difference_hessian` | ∇²f, nearly | no | 1 or 2 |
+| `finite_difference_hessian` | ∇²f, nearly | no | 2 |
 | `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ | yes | 4/3 |
 
 with `J` the Jacobian of the model in the parameters, `L″` the Hessian of the loss in
 the outputs; each plus `weight_decay` · I. The generalised Gauss-Newton matrix (report,
 section 6; Schraudolph 2002) is the one to train with, and equals the Hessian where the
-model is linear. All take `structural=μ`, which adds μ times the Gauss-Newton matrix of
-the hidden states' mean distance (section 8.4): `ggn` and `hessian` within their product,
-the others by a second one.
+model is linear. `ggn` and `hessian` take `structural=μ`, which adds μ times the
+Gauss-Newton matrix of the hidden states' mean distance (section 8.4) within their product.
 """
 
 from collections.abc import Callable
@@ -23,12 +22,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hfjax._core import options, trees
+from hfjax._core.arguments import takes
 from hfjax._core.types import Approximate, Batch, Matvec, Number, Params, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import derivative_of_gradient
 from hfjax.curvature._linear_mean import gauss_newton, linear_mean, of_an_objective
 from hfjax.curvature._precision import Rounding, as_rounding
-from hfjax.curvature.structural import hidden_distance, joined
+from hfjax.curvature.structural import joined
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.terms import Term
@@ -156,13 +156,10 @@ def finite_difference_hessian(
     batch: Batch,
     *,
     epsilon: Number | None = None,
-    central: bool = True,
-    structural: Number | None = None,
 ) -> Matvec:
     """Build the Hessian product by differences of gradients.
 
-        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ − h v)) / 2h            (central)
-        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ)) / h                   (one-sided)
+        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ − h v)) / 2h
 
     with h = `epsilon` (1 + ‖θ‖) / ‖v‖: the step is scaled to v, and large enough to
     be seen beside θ. For models with a `jax.custom_vjp` whose backward rule cannot be
@@ -173,20 +170,16 @@ def finite_difference_hessian(
       objective: f.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      epsilon: relative step > 0. By default ε^⅓ for central differences and ε^½ for
-        one-sided ones, ε the rounding of the parameters: what balances rounding and
-        truncation (Nocedal & Wright 2006, section 8.1). On small networks the error
-        relative to ∇²f v was 1e-4 to 5e-3 in float32, below 1e-8 in float64.
-      central: two gradients a product; else one, and ∇f(θ) once: errors of 1e-3 in
-        float32, 1e-7 in float64.
-      structural: as in `ggn`; its part is a Gauss-Newton product.
+      epsilon: relative step > 0. By default ε^⅓, ε the rounding of the parameters: what
+        balances rounding and truncation (Nocedal & Wright 2006, section 8.1). On small
+        networks the error relative to ∇²f v was 1e-4 to 5e-3 in float32, below 1e-8 in
+        float64.
 
     Returns:
       The product, as `ggn`; 0 for v = 0.
 
     Raises:
-      ValueError: if `epsilon` is a plain number and not above 0, or if `structural`
-        is given, and the objective has no `hidden_loss`.
+      ValueError: if `epsilon` is a plain number and not above 0.
 
     Example:
       >>> import hfjax
@@ -203,38 +196,29 @@ def finite_difference_hessian(
     dtype = trees.scalar_dtype(params)
     if epsilon is None:
         coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
-        epsilon = coarsest ** (1 / 3 if central else 1 / 2)
+        epsilon = coarsest ** (1 / 3)
     length = jnp.asarray(epsilon, dtype) * (1 + trees.norm(params))
 
     def gradient(step: jax.Array, v: Tree) -> Tree:
         at = trees.axpy(step, v, params)
         return trees.widen(objective.value_and_grad(at, batch)[1])
 
-    here = None if central else gradient(jnp.zeros((), dtype), params)
-
     def matvec(v: Tree) -> Tree:
         magnitude = trees.magnitude(v)  # 1 / h of a huge v is none.
         unit = trees.scale(1 / magnitude, trees.widen(v))
         size = trees.norm(unit)
         h = length / jnp.where(size > 0, size, 1)
-        before, width = (gradient(-h, unit), 2 * h) if central else (here, h)
-        change = jax.tree.map(jnp.subtract, gradient(h, unit), before)
-        product = trees.scale(magnitude, trees.scale(1 / width, change))
+        change = jax.tree.map(jnp.subtract, gradient(h, unit), gradient(-h, unit))
+        product = trees.scale(magnitude, trees.scale(1 / (2 * h), change))
         # Of v = 0 it is the rounding of two gradients at θ, where XLA sums them apart.
         product = jax.tree.map(lambda x: jnp.where(size == 0, 0, x), product)
         return trees.cast_like(product, v)
 
-    return _plus_distance(structural, objective, params, batch, for_loops(matvec))
+    return for_loops(matvec)
 
 
 @of_an_objective
-def empirical_fisher(
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    *,
-    structural: Number | None = None,
-) -> Matvec:
+def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matvec:
     """Build the product with the empirical Fisher matrix, Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ.
 
     It is the Gauss-Newton matrix of ½ Σᵢ wᵢ Lᵢ², with the losses as outputs: a product
@@ -245,13 +229,9 @@ def empirical_fisher(
       objective: whose loss is differentiated case by case.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      structural: as in `ggn`, of which the distance's part is.
 
     Returns:
       The product, as `ggn`.
-
-    Raises:
-      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
 
     Example:
       >>> import hfjax
@@ -273,8 +253,7 @@ def empirical_fisher(
             cases,
         )
 
-    fisher = linear_mean(product, objective, params, batch)
-    return _plus_distance(structural, objective, params, batch, fisher)
+    return linear_mean(product, objective, params, batch)
 
 
 def with_precision(
@@ -333,18 +312,10 @@ def with_precision(
         # beside what the other keeps for the whole run, and uncalled it costs nothing.
         return Approximate(product(fewer), lambda v: product(all_of_them)(v))
 
-    return of_an_objective(build)
+    def without_options(
+        objective: Objective, params: Params, batch: Batch
+    ) -> Approximate:
+        return build(objective, params, batch)
 
-
-def _plus_distance(
-    structural: Number | None,
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    matvec: Matvec,
-) -> Matvec:
-    """Add the hidden states' distance by a product of its own."""
-    if structural is None:
-        return matvec
-    distance = ggn(hidden_distance(objective), params, batch)
-    return lambda v: trees.axpy(jnp.asarray(structural), distance(v), matvec(v))
+    # Structural damping is refused by what a curvature takes, and this takes what `of` does.
+    return of_an_objective(build if takes(of, "structural") else without_options)

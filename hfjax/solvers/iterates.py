@@ -103,7 +103,7 @@ def every(interval: int) -> Keep:
     )
 
 
-def best(*, first: int = 5, growth: float = 1.3, interval: int | None = None) -> Keep:
+def best(*, first: int = 5, growth: float = 1.3) -> Keep:
     """Keep only the iterate with the lowest f, for when memory is short.
 
     f is evaluated during the run, at the iterations of `grid`; the choice is that of
@@ -112,21 +112,15 @@ def best(*, first: int = 5, growth: float = 1.3, interval: int | None = None) ->
     Args:
       first: iteration (as `grid`).
       growth: factor between iterations (as `grid`).
-      interval: evaluate every so many iterations instead, as `every`.
 
     Returns:
       The way of keeping; `hfjax.cg.solve` then needs its `value_fn`.
     """
     _check_spacing(first, growth)
-    if interval is not None:
-        options.check_count("interval", interval, low=1)
 
     def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
         value_fn = _needed(value_fn)
-        if interval is None:
-            ends = _spaced(first, growth, max_iterations)
-        else:
-            ends = _multiples(interval, max_iterations)
+        ends = _spaced(first, growth, max_iterations)
 
         def init(x: Tree) -> Kept:
             return _buffer(x, 1, trees.wide(jax.eval_shape(value_fn, x).dtype))

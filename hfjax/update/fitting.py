@@ -10,6 +10,7 @@ import inspect
 from typing import Any, NamedTuple
 
 from hfjax._core import options
+from hfjax._core.arguments import takes
 from hfjax.curvature import Curvature, ggn
 from hfjax.globalization.backtracking import Backtracking, early_stop, last
 from hfjax.globalization.damping_matrices import identity
@@ -156,21 +157,14 @@ def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> N
             f"{objective._no_hidden}"
         )
         raise ValueError(msg)
-    if not _takes_structural(curvature):
+    if not takes(curvature, "structural"):
         msg = (
             "`damping` is structural, but `curvature` does not take `structural=μ`. "
-            "Add the argument (see `hfjax.curvature.ggn`), or leave out `structural`."
+            "`hfjax.curvature.ggn` and `hfjax.curvature.hessian` do, and `with_precision` "
+            "of these: take one of them, add the argument to your own function, or leave "
+            "out `structural`."
         )
         raise ValueError(msg)
-
-
-def _takes_structural(curvature: Any) -> bool:
-    try:
-        parameters = inspect.signature(curvature).parameters
-    except ValueError:  # Of a function that is not written in Python.
-        return True
-    kinds = [parameter.kind for parameter in parameters.values()]
-    return "structural" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:

@@ -107,7 +107,8 @@ def hessian_free(
         solver that reads a radius and a rule that drives λ, or the reverse;
         `krylov.subspace_descent()` and a λ that is adapted or searched for;
         `sample_space.cholesky()` and a preconditioner, a damping matrix or another
-        curvature; structural damping without a `hidden_loss`.
+        curvature; structural damping without a `hidden_loss`, or with a curvature that
+        does not take `structural`.
 
     Example:
       A linear least-squares problem, without damping, is solved in one update:

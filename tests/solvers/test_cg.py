@@ -585,7 +585,7 @@ def test_f_is_that_of_the_data_asked_for_and_its_best_is_carried_over(data):
         solver = cg.conjugate_gradient(
             max_iterations=N,
             stopping=None,
-            keep=iterates.best(interval=1),
+            keep=iterates.best(first=1, growth=1.0001),
             warm_start_from="best",
         )
         np.testing.assert_allclose(solve_by(solver, a, b)[1], truth[best], rtol=1e-7)

@@ -184,10 +184,10 @@ def test_every_keeps_multiples_and_the_last(interval, maximum, last, numbers):
 
 
 @pytest.mark.parametrize("last", [9, 11, 12])
-def test_best_at_an_interval_is_the_lowest_of_its_multiples_and_the_last(last):
+def test_best_of_another_spacing_is_the_lowest_of_it_and_the_last(last):
     for values in (np.arange(13.0), -np.arange(13.0), (np.arange(13.0) - 7) ** 2):
-        kept = offer(iterates.best(interval=4), 12, last, scripted(values))
-        numbers = [*range(4, last, 4), last]
+        kept = offer(iterates.best(first=4, growth=2.0), 12, last, scripted(values))
+        numbers = [4, 8, last]
         number = min(reversed(numbers), key=lambda i, values=values: values[i])
         assert_kept(kept, [number])
         np.testing.assert_allclose(kept.values, [values[number]])
@@ -302,8 +302,6 @@ def test_bad_options_of_guarded_and_every_are_refused():
             keep(0)
         with pytest.raises(TypeError, match="`interval` must be a Python integer"):
             keep(2.0)
-    with pytest.raises(ValueError, match="`interval` must be at least 1"):
-        iterates.best(interval=0)
     with pytest.raises(ValueError, match="`tolerance` must be at least 0"):
         iterates.guarded(tolerance=-1.0)
     with pytest.raises(ValueError, match="`data` must be one of 'batch', 'eval_batch'"):

@@ -260,7 +260,18 @@ def test_the_admitted_combinations_take_the_step_of_the_dense_matrix(names):
                 "damping": RULES["searched_structural"],
                 "curvature": lambda objective, params, batch: lambda v: v,
             },
-            "`curvature` does not take `structural=μ`",
+            "`curvature` does not take `structural=μ`.*`hfjax.curvature.hessian` do",
+        ),
+        *(
+            (
+                {"damping": RULES["constant_structural"], "curvature": made},
+                "`curvature` does not take `structural=μ`",
+            )
+            for made in (
+                curvature.finite_difference_hessian,
+                curvature.empirical_fisher,
+                curvature.with_precision("bfloat16", of=curvature.empirical_fisher),
+            )
         ),
     ],
 )
