@@ -8,7 +8,6 @@ from hfjax import curvature as curvature
 from hfjax import losses as losses
 from hfjax import preconditioners as preconditioners
 from hfjax.curvature import diagonals as diagonals
-from hfjax.curvature import structural as structural
 from hfjax.globalization import backtracking as backtracking
 from hfjax.globalization import damping as damping
 from hfjax.globalization import damping_matrices as damping_matrices

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core import sharding
-from hfjax._core.types import Tree
+from hfjax._core.types import Number, Tree
 
 FEW = 64
 """Terms that are simply added up: at worst half as many units of rounding are lost."""
@@ -313,6 +313,26 @@ def combination(weights: jax.Array, vectors: Tree) -> Tree:
         lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
         vectors,
     )
+
+
+def interpolate(
+    diagonal: Tree, *, exponent: Number, kappa: Number, scale: Tree | None
+) -> Tree:
+    """Return (d + κ s)^ξ, between a diagonal and a multiple of the identity.
+
+    Args:
+      diagonal: d; what is negative of d + κ s counts as 0.
+      exponent: ξ; 0 is the identity (report, section 11.2).
+      kappa: κ.
+      scale: s, a tree like `diagonal`; `None` is 1 everywhere.
+    """
+    ones = jax.tree.map(jnp.ones_like, diagonal) if scale is None else scale
+
+    def leaf(d: jax.Array, s: jax.Array) -> jax.Array:
+        total = d + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
+        return jnp.maximum(total, 0) ** jnp.asarray(exponent, d.dtype)
+
+    return jax.tree.map(leaf, diagonal, ones)
 
 
 def finite_or_inf(value: jax.Array) -> jax.Array:

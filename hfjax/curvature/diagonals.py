@@ -8,9 +8,9 @@
 
 each plus `weight_decay`. All are means over cases of squares of per-case quantities
 (ERRATA: a mean, so that they stand on the scale of G and λ); the square of the mean
-gradient is another thing. The Gauss-Newton estimates know of structural damping, where
-the objective is `structural.joined(objective, μ)`; the Fisher's cannot, as the hidden
-states' distance has no gradient.
+gradient is another thing. With structural damping an update hands an estimate the
+objective with μ times the hidden states' distance in its loss: those of G then have its
+diagonal in them, the Fisher's has not, as the distance has no gradient.
 
 Where what is squared is an outer product of layer input and back-propagated error
 (dense layers, in any notation), the sum of squares is one matrix product of squares
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from hfjax._core import options, sharding, trees
 from hfjax._core.arguments import as_key, as_params, describe
-from hfjax._core.types import Batch, Number, Params, Tree
+from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
@@ -178,57 +178,10 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
                 at += z.size
             return transpose(term.means.local(factor(structure.unflatten(units))))
 
-        count = _outputs_per_case(term, params)
+        count = term.outputs_per_case(params)
         return _mean_of_squares(term, params, case_gradient, probes=count)
 
     return _summed(of_term, objective, params, batch)
-
-
-def interpolate(
-    diagonal: Tree, *, exponent: Number, kappa: Number, scale: Tree | None
-) -> Tree:
-    """Compute (d + κ s)^ξ, between a diagonal and a multiple of the identity.
-
-    Args:
-      diagonal: d.
-      exponent: ξ; 0 is the identity.
-      kappa: κ.
-      scale: s, a tree like `diagonal`; `None` is 1 everywhere.
-
-    Returns:
-      A tree like `diagonal`; what is negative counts as 0.
-
-    References:
-      Martens & Sutskever (2012), section 11.2.
-    """
-    ones = jax.tree.map(jnp.ones_like, diagonal) if scale is None else scale
-
-    def leaf(d: jax.Array, s: jax.Array) -> jax.Array:
-        total = d + jnp.asarray(kappa, d.dtype) * s.astype(d.dtype)
-        return jnp.maximum(total, 0) ** jnp.asarray(exponent, d.dtype)
-
-    return jax.tree.map(leaf, diagonal, ones)
-
-
-def outputs_per_case(objective: Objective, params: Params, batch: Batch) -> int:
-    """Count the outputs of a case: units, times steps, over all leaves.
-
-    Args:
-      objective: whose model it is.
-      params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-
-    Returns:
-      A Python integer, of a weighted sum the largest; the model is traced, and not run.
-    """
-    terms = terms_of(objective, batch)
-    return max(_outputs_per_case(term, params) for term in terms)
-
-
-def _outputs_per_case(term: Term, params: Params) -> int:
-    inputs = sharding.first_case(term.cases.inputs)
-    shapes = jax.eval_shape(term.outputs, params, inputs)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def _summed(

@@ -28,7 +28,7 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import derivative_of_gradient
 from hfjax.curvature._linear_mean import gauss_newton, linear_mean, of_an_objective
 from hfjax.curvature._precision import Rounding, as_rounding
-from hfjax.curvature.structural import joined
+from hfjax.curvature.structural import with_structural_loss
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.terms import Term
@@ -83,7 +83,9 @@ def ggn(
     References:
       Martens & Sutskever (2012), sections 6, 6.1 and 8.4; algorithm 5.
     """
-    objective = objective if structural is None else joined(objective, structural)
+    objective = (
+        objective if structural is None else with_structural_loss(objective, structural)
+    )
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def hessian(outputs: Tree) -> Matvec:
@@ -135,7 +137,9 @@ def hessian(
     References:
       Martens & Sutskever (2012), section 5; Pearlmutter (1994).
     """
-    objective = objective if structural is None else joined(objective, structural)
+    objective = (
+        objective if structural is None else with_structural_loss(objective, structural)
+    )
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
         def gradient(params: Params) -> Params:

@@ -23,7 +23,7 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import outputs_and_hidden
 
 
-def joined(objective: Objective, strength: Number) -> Objective:
+def with_structural_loss(objective: Objective, strength: Number) -> Objective:
     """Join the hidden states' distance to the loss: L + μ d(h; h(θ)).
 
     For curvature and its diagonals: the gradient is that of f, and the outputs are
@@ -47,7 +47,7 @@ def joined(objective: Objective, strength: Number) -> Objective:
       >>> loss = losses.squared_error()
       >>> f = Objective(lambda p, x: (p * x, p + 0 * x), loss, hidden_loss=loss)
       >>> batch, p = (jnp.array([[3.0]]), jnp.zeros((1, 1))), jnp.array([[1.0]])
-      >>> print(hfjax.curvature.ggn(joined(f, 0.5), p, batch)(p))
+      >>> print(hfjax.curvature.ggn(with_structural_loss(f, 0.5), p, batch)(p))
       [[9.5]]
 
     References:

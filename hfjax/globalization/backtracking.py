@@ -55,15 +55,21 @@ Choose: TypeAlias = Callable[[Run, ValueFn, Before], Chosen]
 """`(run, evaluate, before) -> Chosen`, with `evaluate` x ↦ f(θ + x)."""
 
 
+def _last_step(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
+    value = trees.finite_or_inf(evaluate(run.last.at())).astype(before.value.dtype)
+    return Chosen(run.last, value, value)
+
+
 class Backtracking(NamedTuple):
     """A rule for choosing.
 
     Attributes:
-      choose: `(run, evaluate, before) -> Chosen`.
+      choose: `(run, evaluate, before) -> Chosen`; left out, the last step is taken, which
+        is what `backtracking=None` stands for.
       cases: how many of the evaluation cases it evaluates f on at least, `None` is all.
     """
 
-    choose: Choose
+    choose: Choose = _last_step
     cases: int | None = None
 
 
@@ -115,27 +121,13 @@ def full_search(*, cases: int | None = None) -> Backtracking:
     return _backtracking(cases, full=True)
 
 
-def last() -> Backtracking:
-    """Take the last step: what `backtracking=None` stands for.
-
-    Returns:
-      The rule.
-    """
-
-    def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
-        value = trees.finite_or_inf(evaluate(run.last.at())).astype(before.value.dtype)
-        return Chosen(run.last, value, value)
-
-    return Backtracking(choose)
-
-
 def _backtracking(cases: int | None, *, full: bool) -> Backtracking:
     if cases is not None:
         options.check_count("cases", cases, low=1)
 
     def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
         if run.iterates is None:  # Of a solver that keeps none.
-            return last().choose(run, evaluate, before)
+            return _last_step(run, evaluate, before)
         return _walk(run, run.iterates, evaluate, before, full=full)
 
     return Backtracking(choose, cases)

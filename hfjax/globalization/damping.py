@@ -34,6 +34,12 @@ _RAISED_TO = 1e18
 """λ is raised no higher: 1/λ is then below the rounding of steps of any usual scale."""
 _SET_TO = 1e30
 """What a caller may set λ to, for a loss of such a scale: λ‖p‖² is finite in float32."""
+_NAMED = {
+    "identity": damping_matrices.identity,
+    "curvature_diagonal": damping_matrices.diagonal,
+    "curvature": damping_matrices.curvature,
+}
+"""What `matrix=` takes by name, with every default."""
 
 
 def constant(
@@ -87,7 +93,7 @@ def constant(
         current=current,
         update=lambda state, verdict, found=None: state,
         ratio=ReductionRatio(),
-        matrix=damping_matrices.as_matrix(matrix),
+        matrix=_matrix_of(matrix),
         structural=_structural(structural, tied),
         scalar="fixed",
     )
@@ -180,7 +186,7 @@ def levenberg_marquardt(
         current=current,
         update=update,
         ratio=ratio,
-        matrix=damping_matrices.as_matrix(matrix),
+        matrix=_matrix_of(matrix),
         structural=_structural(structural, tied),
     )
 
@@ -275,6 +281,21 @@ def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array
     # Where a caller has set it higher.
     highest = jnp.maximum(damping, _RAISED_TO)
     return jnp.clip(found, lowest, highest).astype(damping.dtype)
+
+
+def _matrix_of(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
+    """Return the matrix that an option means: by name, built, or the caller's."""
+    if isinstance(matrix, DampingMatrix):
+        return matrix
+    made = damping_matrices.reparameterization, damping_matrices.custom
+    if matrix in _NAMED.values() or matrix in made:
+        name = getattr(matrix, "__name__", matrix)
+        msg = f"`matrix` is the function `{name}`: call it, as in `{name}(…)`."
+        raise TypeError(msg)
+    if isinstance(matrix, str):
+        options.check_choice("matrix", matrix, tuple(_NAMED))
+        return _NAMED[matrix]()
+    return damping_matrices.custom(matrix)
 
 
 def _structural(strength: NumberOrSchedule | None, tied: bool) -> Structural | None:

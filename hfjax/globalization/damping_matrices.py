@@ -20,12 +20,13 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options
+from hfjax._core import options, trees
 from hfjax._core.arguments import as_product, as_tangent, check_like, with_key
 from hfjax._core.types import Batch, Matvec, Number, Params, Tree
 from hfjax._tracing.linearize import linearized
 from hfjax.curvature import diagonals
 from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import terms_of
 
 _FEW_OUTPUTS = 16
 """Up to so many outputs a case, diag(B) is computed exactly; heuristic."""
@@ -132,10 +133,12 @@ def diagonal(
         del curvature
         chosen = estimate
         if chosen is None:
-            few = diagonals.outputs_per_case(objective, params, batch) <= _FEW_OUTPUTS
+            terms = terms_of(objective, batch)
+            most = max(term.outputs_per_case(params) for term in terms)
+            few = most <= _FEW_OUTPUTS
             chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
         d = with_key(chosen, key)(objective, params, batch)
-        entries = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+        entries = trees.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
         return Matrix(
             lambda v: jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v),
             entries,
@@ -250,36 +253,3 @@ def custom(build: Builder) -> DampingMatrix:
         return Matrix(as_product("matrix", matvec, matrix="D @ v"), diagonal)
 
     return DampingMatrix(checked)
-
-
-NAMED: dict[str, Callable[[], DampingMatrix]] = {
-    "identity": identity,
-    "curvature_diagonal": diagonal,
-    "curvature": curvature,
-}
-"""What `matrix=` takes by name, with every default."""
-
-
-def as_matrix(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
-    """Return the matrix that an option means: by name, built, or the caller's.
-
-    Args:
-      matrix: a key of `NAMED`, a `DampingMatrix`, or as `custom` takes.
-
-    Returns:
-      The matrix.
-
-    Raises:
-      TypeError: if it is nothing of the kind.
-      ValueError: if the name is not known.
-    """
-    if isinstance(matrix, DampingMatrix):
-        return matrix
-    if matrix in NAMED.values() or matrix is reparameterization or matrix is custom:
-        name = getattr(matrix, "__name__", matrix)
-        msg = f"`matrix` is the function `{name}`: call it, as in `{name}(…)`."
-        raise TypeError(msg)
-    if isinstance(matrix, str):
-        options.check_choice("matrix", matrix, tuple(NAMED))
-        return NAMED[matrix]()
-    return custom(matrix)

@@ -31,13 +31,64 @@ class StepSize(NamedTuple):
     success: jax.Array
 
 
+class _Tried(NamedTuple):
+    count: jax.Array
+    alpha: jax.Array  # The last.
+    at: jax.Array  # f there.
+    good: jax.Array
+
+
+def _start(value: jax.Array, first: jax.Array, first_value: jax.Array | None) -> _Tried:
+    known = first_value is not None
+    return _Tried(
+        jnp.full((), 1 if known else 0, jnp.int32),
+        jnp.asarray(first, value.dtype),
+        first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf),
+        jnp.zeros((), bool),
+    )
+
+
+def _search(
+    unfinished: Callable[[_Tried], jax.Array],
+    next_try: Callable[[_Tried], _Tried],
+    start: _Tried,
+) -> StepSize:
+    # What a loop hands out is kept. Outside of one, XLA computes a comparison anew for
+    # each of its users, rounded differently, and an update that counts as accepted
+    # could be zero.
+    tried = jax.lax.while_loop(
+        lambda tried: ~tried.good & unfinished(tried), next_try, start
+    )
+    at = jnp.where(jnp.isfinite(tried.at), tried.at, jnp.inf)
+    return StepSize(jnp.where(tried.good, tried.alpha, 0), at, tried.good)
+
+
+def _full_step(
+    along: Callable[[jax.Array], jax.Array],
+    value: jax.Array,
+    slope: jax.Array,
+    first: jax.Array,
+    first_value: jax.Array | None,
+) -> StepSize:
+    del slope
+    at = along(first) if first_value is None else first_value
+
+    def judge(tried: _Tried) -> _Tried:
+        good = (at <= value) & jnp.isfinite(at)
+        return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
+
+    start = _start(value, first, None)
+    return _search(lambda tried: jnp.isfinite(value) & (tried.count == 0), judge, start)
+
+
 class LineSearch(NamedTuple):
     """A rule for α.
 
     Attributes:
       search: `(along, value, slope, first, first_value) -> StepSize`, from `along`,
         `α -> f(θ + αδ)`; `value`, f(θ); `slope`, ∇fᵀδ; `first`, the first α; and
-        `first_value`, f there if it is known, else `None`.
+        `first_value`, f there if it is known, else `None`. Left out, the first α is taken
+        unless f rises there, which is what `line_search=None` stands for.
     """
 
     search: Callable[
@@ -49,7 +100,7 @@ class LineSearch(NamedTuple):
             jax.Array | None,
         ],
         StepSize,
-    ]
+    ] = _full_step
 
 
 def armijo(
@@ -114,64 +165,3 @@ def armijo(
         )
 
     return LineSearch(search)
-
-
-def whole() -> LineSearch:
-    """Take the first α unless f rises there: what `line_search=None` stands for.
-
-    Returns:
-      The rule.
-    """
-
-    def search(
-        along: Callable[[jax.Array], jax.Array],
-        value: jax.Array,
-        slope: jax.Array,
-        first: jax.Array,
-        first_value: jax.Array | None,
-    ) -> StepSize:
-        del slope
-        at = along(first) if first_value is None else first_value
-
-        def judge(tried: _Tried) -> _Tried:
-            good = (at <= value) & jnp.isfinite(at)
-            return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
-
-        start = _start(value, first, None)
-        return _search(
-            lambda tried: jnp.isfinite(value) & (tried.count == 0), judge, start
-        )
-
-    return LineSearch(search)
-
-
-class _Tried(NamedTuple):
-    count: jax.Array
-    alpha: jax.Array  # The last.
-    at: jax.Array  # f there.
-    good: jax.Array
-
-
-def _start(value: jax.Array, first: jax.Array, first_value: jax.Array | None) -> _Tried:
-    known = first_value is not None
-    return _Tried(
-        jnp.full((), 1 if known else 0, jnp.int32),
-        jnp.asarray(first, value.dtype),
-        first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf),
-        jnp.zeros((), bool),
-    )
-
-
-def _search(
-    unfinished: Callable[[_Tried], jax.Array],
-    next_try: Callable[[_Tried], _Tried],
-    start: _Tried,
-) -> StepSize:
-    # What a loop hands out is kept. Outside of one, XLA computes a comparison anew for
-    # each of its users, rounded differently, and an update that counts as accepted
-    # could be zero.
-    tried = jax.lax.while_loop(
-        lambda tried: ~tried.good & unfinished(tried), next_try, start
-    )
-    at = jnp.where(jnp.isfinite(tried.at), tried.at, jnp.inf)
-    return StepSize(jnp.where(tried.good, tried.alpha, 0), at, tried.good)

@@ -7,7 +7,6 @@ is repaired, if asked, where it is not positive semi-definite.
 """
 
 from hfjax.losses.matching import Loss as Loss
-from hfjax.losses.matching import as_loss as as_loss
 from hfjax.losses.matching import from_function as from_function
 from hfjax.losses.matching import sigmoid_cross_entropy as sigmoid_cross_entropy
 from hfjax.losses.matching import softmax_cross_entropy as softmax_cross_entropy

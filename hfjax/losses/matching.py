@@ -279,30 +279,6 @@ def from_function(
     return Loss(value, hessian, factor, lambda outputs: outputs, coarse=coarse)
 
 
-def as_loss(name: str, loss: Loss | Callable[[Tree, Tree], jax.Array]) -> Loss:
-    """Take a loss as it is, and wrap any other callable by `from_function`.
-
-    Args:
-      name: of the argument, for the error.
-      loss: what came.
-
-    Returns:
-      A loss.
-
-    Raises:
-      TypeError: if it is neither.
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if not callable(loss):
-        msg = (
-            f"`{name}` must be an `hfjax.losses.Loss` or a callable (outputs, "
-            f"targets) -> values per case, got {type(loss).__name__}."
-        )
-        raise TypeError(msg)
-    return from_function(loss)
-
-
 def _softmax_curvature(
     mass: Callable[[jax.Array], jax.Array | float],
 ) -> tuple[Callable[..., LinearMap], Callable[..., LinearMap]]:

@@ -99,10 +99,10 @@ class Objective:
         if microbatch_size is not None:
             options.check_count("microbatch_size", microbatch_size, low=1)
         if hidden_loss is not None:
-            hidden_loss = losses.as_loss("hidden_loss", hidden_loss)
+            hidden_loss = _as_loss("hidden_loss", hidden_loss)
         for name, option in (
             ("model_fn", model_fn),
-            ("loss", losses.as_loss("loss", loss)),
+            ("loss", _as_loss("loss", loss)),
             ("weight_decay", weight_decay),
             ("microbatch_size", microbatch_size),
             ("linearize_once", linearize_once),
@@ -279,3 +279,18 @@ def outputs_and_hidden(
         msg = f"With a `hidden_loss`, `model_fn` must return (outputs, hidden), got {came}."
         raise ValueError(msg)
     return pair
+
+
+def _as_loss(
+    name: str, loss: losses.Loss | Callable[[Tree, Tree], jax.Array]
+) -> losses.Loss:
+    """Take a loss as it is, and wrap any other callable; `name` is for the error."""
+    if isinstance(loss, losses.Loss):
+        return loss
+    if not callable(loss):
+        msg = (
+            f"`{name}` must be an `hfjax.losses.Loss` or a callable (outputs, "
+            f"targets) -> values per case, got {type(loss).__name__}."
+        )
+        raise TypeError(msg)
+    return losses.from_function(loss)

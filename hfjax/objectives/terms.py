@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import losses
-from hfjax._core import options
+from hfjax._core import options, sharding
 from hfjax._core import trees as _tree
 from hfjax._core.arguments import ShapeError, noting_call
 from hfjax._core.types import NumberOrSchedule, Params, Tree
@@ -68,6 +68,12 @@ class Term(NamedTuple):
         if cases:  # Else the targets tell how many there are.
             check_outputs(outputs, cases[0])
         return outputs
+
+    def outputs_per_case(self, params: Params) -> int:
+        """Count the outputs of a case: units, times steps, over all leaves."""
+        inputs = sharding.first_case(self.cases.inputs)
+        shapes = jax.eval_shape(self.outputs, params, inputs)  # Traced, not run.
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     def forward(self, params: Params, cases: Cases) -> Tree:
         """Run the model on cases, microbatch by microbatch where that is to be kept."""

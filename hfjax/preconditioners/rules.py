@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options
+from hfjax._core import options, trees
 from hfjax._core.arguments import check_function, with_key
 from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
 from hfjax.curvature import diagonals
@@ -101,7 +101,7 @@ def diagonal(
         key: jax.Array,
     ) -> Preconditioner:
         entries = with_key(estimate, key)(objective, params, batch)
-        powers = diagonals.interpolate(
+        powers = trees.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
         # Where nothing is known of a parameter's curvature (all zero), leave it be.

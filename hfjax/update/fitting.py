@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hfjax._core import options
 from hfjax._core.arguments import takes
 from hfjax.curvature import Curvature, ggn
-from hfjax.globalization.backtracking import Backtracking, early_stop, last
+from hfjax.globalization.backtracking import Backtracking, early_stop
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
 from hfjax.objectives.objective import Objective
@@ -105,7 +105,7 @@ def fitted(
         raise ValueError(msg)
     if isinstance(backtracking, str):
         return Fitted(chosen, preconditioner, early_stop(), damping.backtracking)
-    return Fitted(chosen, preconditioner, backtracking or last(), None)
+    return Fitted(chosen, preconditioner, backtracking or Backtracking(), None)
 
 
 def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:

@@ -27,7 +27,7 @@ from hfjax._core.types import (
 from hfjax._tracing.convolutions import for_loops
 from hfjax.curvature import Curvature, ggn, jacobian
 from hfjax.curvature.jacobian import Jacobian
-from hfjax.curvature.structural import hidden_distance, joined
+from hfjax.curvature.structural import hidden_distance, with_structural_loss
 from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
@@ -151,7 +151,7 @@ def assemble(
     if mu is None:
         curved, matvec = objective, curvature(objective, params, batch)
     else:
-        curved = joined(objective, mu)
+        curved = with_structural_loss(objective, mu)
         matvec = curvature(objective, params, batch, structural=mu)
     product = total = of_vectors("matvec", matvec)
 

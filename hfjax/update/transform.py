@@ -25,7 +25,7 @@ from hfjax._tracing import compiled
 from hfjax.curvature import Curvature, ggn
 from hfjax.globalization.backtracking import Backtracking
 from hfjax.globalization.damping import Damping, searched
-from hfjax.globalization.linesearch import LineSearch, armijo, whole
+from hfjax.globalization.linesearch import LineSearch, armijo
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import PreconditionerRule
@@ -136,9 +136,8 @@ def hessian_free(
     fit = fitted(objective, damping, solver, preconditioner, backtracking, curvature)
     preconditioner = fit.preconditioner
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
-    parts = _Parts(
-        objective, learning_rate, damping, fit, line_search or whole(), curvature, seed
-    )
+    line_search = line_search or LineSearch()
+    parts = _Parts(objective, learning_rate, damping, fit, line_search, curvature, seed)
 
     @compiled.once
     def changed(

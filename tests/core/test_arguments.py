@@ -7,6 +7,7 @@ import pytest
 
 import hfjax
 from hfjax import cg, curvature, diagonals, iterates, krylov, spectrum, trust_region
+from hfjax.curvature.structural import with_structural_loss
 
 KEY = jax.random.key(0)
 A = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 2.0]])
@@ -245,7 +246,7 @@ BAD = {
         "`objective`.*Objective",
     ),
     "objective of structural": (
-        lambda: hfjax.structural.joined(F.value, 0.5),
+        lambda: with_structural_loss(F.value, 0.5),
         "`objective`.*Objective",
     ),
     "objective of a run": (

@@ -223,3 +223,21 @@ def test_select_does_not_hand_nan_on():
     bad = {"a": jnp.asarray([jnp.nan, 1.0])}
     good = {"a": jnp.asarray([0.0, 2.0])}
     assert jnp.all(jnp.isfinite(trees.select(jnp.asarray(False), bad, good)["a"]))
+
+
+@pytest.mark.parametrize(("exponent", "kappa"), [(0.0, 0.5), (0.75, 0.5), (1.0, 0.0)])
+def test_interpolation_is_a_power_of_the_shifted_diagonal(exponent, kappa):
+    d = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([4.0])}
+    scale = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([3.0])}
+    result = trees.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+    truth = np.array([0.0, 2.0 + kappa, 4.0 + 3 * kappa]) ** exponent
+    np.testing.assert_allclose(
+        np.concatenate([result[k] for k in d]), truth, rtol=1e-12
+    )
+
+
+def test_interpolation_without_a_scale_is_towards_the_identity():
+    result = trees.interpolate(
+        jnp.array([0.0, 3.0]), exponent=0.5, kappa=1.0, scale=None
+    )
+    np.testing.assert_allclose(result, [1.0, 2.0])

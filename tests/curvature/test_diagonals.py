@@ -397,22 +397,6 @@ def test_a_number_of_probes_that_is_none_is_refused(probes, error, message):
         )
 
 
-@pytest.mark.parametrize(("exponent", "kappa"), [(0.0, 0.5), (0.75, 0.5), (1.0, 0.0)])
-def test_interpolation_is_a_power_of_the_shifted_diagonal(exponent, kappa):
-    d = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([4.0])}
-    scale = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([3.0])}
-    result = diagonals.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
-    truth = np.array([0.0, 2.0 + kappa, 4.0 + 3 * kappa]) ** exponent
-    np.testing.assert_allclose(flat(result), truth, rtol=1e-12)
-
-
-def test_interpolation_without_a_scale_is_towards_the_identity():
-    result = diagonals.interpolate(
-        jnp.array([0.0, 3.0]), exponent=0.5, kappa=1.0, scale=None
-    )
-    np.testing.assert_allclose(result, [1.0, 2.0])
-
-
 @pytest.mark.parametrize("name", ["empirical_fisher", "ggn_exact", "ggn_rademacher"])
 def test_diagonals_of_a_scheduled_weight_decay_ask_when(name):
     objective = hfjax.Objective(

@@ -12,7 +12,8 @@ from problems import HIDDEN, every_hidden_problem, layers, normal
 from reference import quick_jit
 
 import hfjax
-from hfjax import curvature, diagonals, structural
+from hfjax import curvature, diagonals
+from hfjax.curvature.structural import hidden_distance, with_structural_loss
 from hfjax.objectives.plain import terms_of
 
 TRUTHS = {"ggn": reference.ggn, "hessian": reference.hessian}
@@ -81,7 +82,7 @@ def test_the_distance_of_hidden_states_adds_nothing_to_f_or_its_gradient(problem
 
     @quick_jit
     def both(params, batch):
-        damped = hfjax.structural.joined(objective, 3.0)
+        damped = with_structural_loss(objective, 3.0)
         return (
             objective.value_and_grad(params, batch),
             damped.value_and_grad(params, batch)[1],
@@ -122,11 +123,11 @@ def test_predictions_of_a_joined_loss_are_those_of_outputs_and_of_hidden_states(
         hidden_loss=hfjax.losses.softmax_cross_entropy(),
     )
     outputs, hidden = jnp.array([[1.0, -2.0]]), jnp.array([[0.5, 3.0]])
-    of_outputs, of_hidden = structural.joined(f, 0.3).loss.predict((outputs, hidden))
+    of_outputs, of_hidden = with_structural_loss(f, 0.3).loss.predict((outputs, hidden))
     np.testing.assert_allclose(of_outputs, 1 / (1 + np.exp(-outputs)), rtol=1e-12)
     exponentials = np.exp(hidden)
     np.testing.assert_allclose(of_hidden, exponentials / exponentials.sum(), rtol=1e-12)
-    distance = structural.hidden_distance(f).loss.predict(hidden)
+    distance = hidden_distance(f).loss.predict(hidden)
     np.testing.assert_allclose(distance, of_hidden, rtol=1e-12)
 
 
@@ -227,7 +228,7 @@ def test_exact_diagonal_contains_structural_damping(problem):
     @quick_jit
     def diagonal(mu):
         return diagonals.ggn_exact(
-            hfjax.structural.joined(objective, mu), problem.params, problem.batch
+            with_structural_loss(objective, mu), problem.params, problem.batch
         )
 
     for mu in (0.0, 2.0):
@@ -243,7 +244,7 @@ def test_random_diagonal_contains_structural_damping():
 
     @quick_jit
     def mean(keys):
-        damped = hfjax.structural.joined(objective, mu)
+        damped = with_structural_loss(objective, mu)
         draw = jax.vmap(
             lambda key: diagonals.ggn_rademacher(
                 damped, problem.params, problem.batch, key=key

@@ -85,9 +85,9 @@ def test_none_finite_leaves_the_last_at_infinity():
     assert (choice.step.iteration, choice.value) == (20, np.inf)
 
 
-def test_last_evaluates_the_last_only():
+def test_a_rule_that_is_left_out_evaluates_the_last_only():
     value_fn, kept, evaluated = scripted(VALUES)
-    choice = backtracking.last().choose(run_of(kept), value_fn, BEFORE)
+    choice = backtracking.Backtracking().choose(run_of(kept), value_fn, BEFORE)
     jax.effects_barrier()
     assert (choice.step.iteration, choice.value) == (80, np.float32(7.3))
     assert evaluated == [7]

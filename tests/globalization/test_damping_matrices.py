@@ -379,7 +379,7 @@ def test_sixteen_outputs_take_the_exact_diagonal():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", MATRICES)
 def test_products_with_d_keep_the_dtype_of_the_vector(name, dtype):
-    matrix = damping_matrices.as_matrix(MATRICES[name][0])
+    matrix = constant(1.0, matrix=MATRICES[name][0]).matrix
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PROBLEM.params)
     objective, batch = PROBLEM.objective(), PROBLEM.batch
 

@@ -83,8 +83,8 @@ def test_nothing_is_tried_up_a_slope(slope):
     assert found.step_size == 0
 
 
-def test_whole_takes_the_first_step_unless_f_rises():
-    rule = linesearch.whole()
+def test_a_search_that_is_left_out_takes_the_first_step_unless_f_rises():
+    rule = linesearch.LineSearch()
     assert run(rule, [], first_value=-1.0)[0].step_size == 1
     assert run(rule, [0.0], first=0.5)[0].step_size == 0.5
     assert run(rule, [], first_value=0.1)[0].step_size == 0

@@ -82,9 +82,11 @@ def test_the_first_step_of_the_grid_that_lowers_f_enough_is_taken(
 
 
 @functools.cache
-def whole():
+def full_step():
     def run(value, at, slope, first):
-        return linesearch.whole().search(lambda alpha: at, value, slope, first, None)
+        return linesearch.LineSearch().search(
+            lambda alpha: at, value, slope, first, None
+        )
 
     return quick_jit(run)
 
@@ -93,7 +95,7 @@ def whole():
 def test_without_a_search_the_first_step_is_taken_unless_f_rises(
     value, at, slope, first
 ):
-    found = jax.device_get(whole()(*np.float32([value, at, slope, first])))
+    found = jax.device_get(full_step()(*np.float32([value, at, slope, first])))
     assert found.success == (np.isfinite(at) and at <= value)
     assert found.step_size == (np.float32(first) if found.success else 0)
 

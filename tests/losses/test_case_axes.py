@@ -11,6 +11,7 @@ from problems import normal
 from reference import quick_jit
 
 import hfjax
+from hfjax.objectives.plain import terms_of
 
 RNG = np.random.default_rng(3)
 CASES = 5
@@ -302,7 +303,7 @@ ONE_CASE = {
         SQUEEZED, PARAMS, BATCH, key=KEY
     ),
     "exact": lambda: hfjax.diagonals.ggn_exact(SQUEEZED, PARAMS, BATCH),
-    "count": lambda: hfjax.diagonals.outputs_per_case(SQUEEZED, PARAMS, BATCH),
+    "count": lambda: terms_of(SQUEEZED, BATCH)[0].outputs_per_case(PARAMS),
     "cg_run": lambda: hfjax.diagnostics.cg_run(
         SQUEEZED,
         PARAMS,

@@ -15,6 +15,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import curvature, diagonals
+from hfjax.curvature.structural import with_structural_loss
 
 pytestmark = needs_devices
 
@@ -66,7 +67,7 @@ MU = 0.7
 
 def structural_quantities(objective, params, batch, v):
     """Return products and diagonals with structural damping, and a random diagonal."""
-    damped = hfjax.structural.joined(objective, MU)
+    damped = with_structural_loss(objective, MU)
     products = {
         make.__name__: make(objective, params, batch, structural=MU)(v)
         for make in (curvature.ggn, curvature.hessian)

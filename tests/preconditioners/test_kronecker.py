@@ -15,6 +15,7 @@ from reference import quick_jit
 import hfjax
 from hfjax import preconditioners
 from hfjax.curvature import probes
+from hfjax.curvature.structural import with_structural_loss
 from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import _blocks, _factors, _kronecker
 
@@ -461,7 +462,7 @@ def test_joined_structural_damping_is_in_the_factors():
     objective = hfjax.Objective(pair_fn, SQUARED, hidden_loss=SQUARED)
     x, t = FLAT, normal(RNG, CASES, 1)
     mu, copies = 0.6, 500
-    joined = hfjax.structural.joined(objective, mu)
+    joined = with_structural_loss(objective, mu)
     many = (jnp.tile(x, (copies, 1)), jnp.tile(t, (copies, 1)))
     model = _factors.read(joined, params, many, 100)[0]
     pairs = quick_jit(lambda p, b: factors_of(joined, p, b, model))(params, many)

@@ -16,6 +16,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import preconditioners
+from hfjax.curvature.structural import with_structural_loss
 from hfjax.preconditioners import _nystrom
 
 RNG = np.random.default_rng(8)
@@ -139,7 +140,7 @@ def test_microbatches_change_nothing():
 
 def test_joined_structural_damping_is_in_the_sketch():
     problem = HIDDEN[0]
-    objective = hfjax.structural.joined(problem.objective(), 0.7)
+    objective = with_structural_loss(problem.objective(), 0.7)
     size = ravel_pytree(problem.params)[0].size
     rule = preconditioners.nystrom(rank=size)
 

@@ -11,6 +11,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax import diagonals, preconditioners
+from hfjax.curvature.structural import with_structural_loss
 
 OBJECTIVE = hfjax.Objective(
     lambda params, x: x @ params["w"], hfjax.losses.squared_error(), weight_decay=0.25
@@ -106,7 +107,7 @@ def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural
     rule = preconditioners.diagonal(
         estimate, exponent=0.6, kappa=0.2, scale=unravel(scale)
     )
-    objective = hfjax.structural.joined(problem.objective(), structural)
+    objective = with_structural_loss(problem.objective(), structural)
 
     @quick_jit
     def apply(r, key):
