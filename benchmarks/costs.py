@@ -67,7 +67,7 @@ def _usual(**given: Any) -> Build:
     )
 
 
-def _keeping(keep: iterates.Keep) -> Build:
+def _keeping(keep: iterates.IterateRule) -> Build:
     return _usual(solver=cg.conjugate_gradient(keep=keep))
 
 

@@ -81,7 +81,7 @@ def compile_product(network: Network, layout: str, mesh: Mesh, cases: int) -> Pr
     return _read(_mapped(products, layout, mesh), params, params, batch, count)
 
 
-def solver(keep: hfjax.iterates.Keep) -> hfjax.cg.Solver:
+def solver(keep: hfjax.iterates.IterateRule) -> hfjax.cg.Solver:
     """Return the report's conjugate gradients.
 
     Args:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from hfjax._core import options, trees
 from hfjax._core.types import Tree, ValueFn
 from hfjax.solvers.descent import Run, Step
-from hfjax.solvers.iterates import Kept
+from hfjax.solvers.iterates import Iterates
 
 
 class Before(NamedTuple):
@@ -110,7 +110,7 @@ def full_search(*, cases: int | None = None) -> Backtracking:
 
       >>> from hfjax import cg, iterates
       >>> numbers = jnp.array([5, 7, 9])
-      >>> kept = iterates.Kept(jnp.arange(1.0, 4.0), numbers, jnp.full(3, jnp.inf))
+      >>> kept = iterates.Iterates(jnp.arange(1.0, 4.0), numbers, jnp.full(3, jnp.inf))
       >>> last = cg.Step(jnp.float32(3.0), jnp.float32(-1.0), numbers[-1])
       >>> run = cg.Run(last, cg.RunStats(numbers[-1], 0, -jnp.ones(10)), kept)
       >>> before = Before(jnp.float32(4.0), jnp.float32(0.0), jnp.float32(1.0))
@@ -142,7 +142,7 @@ class _Walk(NamedTuple):
 
 
 def _walk(
-    run: Run, kept: Kept, evaluate: ValueFn, before: Before, *, full: bool
+    run: Run, kept: Iterates, evaluate: ValueFn, before: Before, *, full: bool
 ) -> Chosen:
     """Go from the last kept iterate back, to the first that is no better or to the first."""
     final = (jnp.sum(kept.iterations >= 0) - 1).astype(jnp.int32)

@@ -33,7 +33,7 @@ from hfjax.globalization.damping import (
 from hfjax.globalization.rule import if_told
 from hfjax.solvers.cg import as_run, check_run
 from hfjax.solvers.descent import Reason, Run, Solver, System
-from hfjax.solvers.iterates import Keep, every, grid
+from hfjax.solvers.iterates import IterateRule, every, grid
 from hfjax.solvers.pcg import CGResult, as_preconditioner, run
 from hfjax.solvers.pcg_hooks import Region
 from hfjax.solvers.stopping import StoppingRule, martens2010
@@ -132,7 +132,7 @@ def steihaug_toint(
     *,
     max_iterations: int = 250,
     stopping: StoppingRule | None = martens2010(),
-    keep: Keep = grid(),
+    keep: IterateRule = grid(),
     elliptical: bool = True,
 ) -> Solver:
     """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
@@ -281,7 +281,7 @@ def _run(
     region: Region,
     max_iterations: int,
     stopping: StoppingRule | None,
-    keep: Keep,
+    keep: IterateRule,
 ) -> CGResult:
     check_run(stopping, keep)
     result = run(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.types import Tree
 from hfjax._tracing import linalg
-from hfjax.solvers.iterates import Kept
+from hfjax.solvers.iterates import Iterates
 
 
 class Subspace(NamedTuple):
@@ -74,7 +74,7 @@ class Subspace(NamedTuple):
 
 
 def subspace(
-    kept: Kept, model_values: jax.Array, b: Tree, damping: jax.Array
+    kept: Iterates, model_values: jax.Array, b: Tree, damping: jax.Array
 ) -> Subspace:
     """Find what A is on the kept iterates of a run.
 

@@ -45,7 +45,7 @@ from hfjax.solvers.descent import RunStats as RunStats
 from hfjax.solvers.descent import Solver as Solver
 from hfjax.solvers.descent import Step as Step
 from hfjax.solvers.descent import System as System
-from hfjax.solvers.iterates import Keep, grid
+from hfjax.solvers.iterates import IterateRule, grid
 from hfjax.solvers.pcg import CGResult as CGResult
 from hfjax.solvers.pcg import as_preconditioner, run
 from hfjax.solvers.stopping import RULES, StoppingRule, marginal, martens2010
@@ -61,7 +61,7 @@ def solve(
     max_iterations: int = 250,
     min_iterations: int = 1,
     stopping: StoppingRule | None = martens2010(),
-    keep: Keep = grid(),
+    keep: IterateRule = grid(),
     value_fn: ValueFn | None = None,
     limit: jax.Array | int | None = None,
     replace_every: int | None = None,
@@ -137,7 +137,7 @@ def solve(
     return without_derivative("A run of conjugate gradients", result)
 
 
-def check_run(stopping: StoppingRule | None, keep: Keep) -> None:
+def check_run(stopping: StoppingRule | None, keep: IterateRule) -> None:
     """Raise unless a run can be ended and kept so.
 
     Args:
@@ -153,9 +153,9 @@ def check_run(stopping: StoppingRule | None, keep: Keep) -> None:
             name = stopping.__name__
             msg = f"`stopping` is the function `{name}`: call it, as in `{name}(…)`."
             raise TypeError(msg)
-    if not isinstance(keep, Keep):
+    if not isinstance(keep, IterateRule):
         msg = (
-            "`keep` must be a `Keep` of `hfjax.iterates`, as `grid()`, got "
+            "`keep` must be an `IterateRule` of `hfjax.iterates`, as `grid()`, got "
             f"{describe(keep)}."
         )
         raise TypeError(msg)
@@ -166,7 +166,7 @@ def conjugate_gradient(
     max_iterations: int = 250,
     min_iterations: int = 1,
     stopping: StoppingRule | None = marginal(),
-    keep: Keep = grid(first=1),
+    keep: IterateRule = grid(first=1),
     warm_start_decay: NumberOrSchedule | None = None,
     warm_start_from: str = "last",
     limit: NumberOrSchedule | None = None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from hfjax._core import trees
 from hfjax._core.types import Matvec, Preconditioner, Tree, ValueAndGradFn, ValueFn
-from hfjax.solvers.iterates import Kept
+from hfjax.solvers.iterates import Iterates
 
 
 class Reason(enum.IntEnum):
@@ -156,7 +156,7 @@ class Run(NamedTuple):
 
     last: Step
     stats: RunStats
-    iterates: Kept | None = None
+    iterates: Iterates | None = None
     at_damping: Callable[[jax.Array], Step] | None = None
     anchor: Tree | None = None
 

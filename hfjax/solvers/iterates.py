@@ -20,7 +20,7 @@ from hfjax._core import options, trees
 from hfjax._core.types import Number, Tree, ValueFn
 
 
-class Kept(NamedTuple):
+class Iterates(NamedTuple):
     """Kept iterates, oldest first.
 
     Attributes:
@@ -34,35 +34,37 @@ class Kept(NamedTuple):
     values: jax.Array
 
 
-class Keeper(NamedTuple):
+class IterateBuffer(NamedTuple):
     """A buffer of iterates inside the loop of `hfjax.cg.solve`.
 
     Attributes:
-      init: `x -> Kept`, the buffer at the start, with `x` as iterate 0.
-      update: `(kept, i, x, is_last) -> Kept`, offers iterate `i`.
+      init: `x -> Iterates`, the buffer at the start, with `x` as iterate 0.
+      update: `(kept, i, x, is_last) -> Iterates`, offers iterate `i`.
       stop: `(kept, i) -> bool`, whether the run is to end after iterate `i`.
     """
 
-    init: Callable[[Tree], Kept]
-    update: Callable[[Kept, jax.Array, Tree, jax.Array], Kept]
-    stop: Callable[[Kept, jax.Array], jax.Array] = lambda kept, i: jnp.zeros((), bool)
+    init: Callable[[Tree], Iterates]
+    update: Callable[[Iterates, jax.Array, Tree, jax.Array], Iterates]
+    stop: Callable[[Iterates, jax.Array], jax.Array] = lambda kept, i: jnp.zeros(
+        (), bool
+    )
 
 
-class Keep(NamedTuple):
-    """How a run of conjugate gradients keeps its iterates.
+class IterateRule(NamedTuple):
+    """Which iterates a run of conjugate gradients keeps.
 
     Attributes:
-      build: `(max_iterations, value_fn) -> Keeper`.
-      evaluates: whether the run evaluates f, so that `Kept.values` are known.
+      build: `(max_iterations, value_fn) -> IterateBuffer`.
+      evaluates: whether the run evaluates f, so that `Iterates.values` are known.
       data: of an update that f is then evaluated on, `"batch"` or `"eval_batch"`.
     """
 
-    build: Callable[[int, ValueFn | None], Keeper]
+    build: Callable[[int, ValueFn | None], IterateBuffer]
     evaluates: bool = False
     data: str = "eval_batch"
 
 
-def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
+def grid(*, first: int = 5, growth: float = 1.3) -> IterateRule:
     """Keep iterates number ⌈`first` · `growth`^j⌉, and the last.
 
     Args:
@@ -70,7 +72,7 @@ def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
       growth: factor between iterations (Martens 2010, section 4.6: 1.3).
 
     Returns:
-      The way of keeping. For 250 iterations it holds 16 copies of x.
+      The rule. For 250 iterations it holds 16 copies of x.
 
     Example:
       >>> from hfjax import cg
@@ -83,27 +85,27 @@ def grid(*, first: int = 5, growth: float = 1.3) -> Keep:
       [ 5  7  9 11 12]
     """
     _check_spacing(first, growth)
-    return Keep(
+    return IterateRule(
         lambda max_iterations, value_fn: _slots(_spaced(first, growth, max_iterations))
     )
 
 
-def every(interval: int) -> Keep:
+def every(interval: int) -> IterateRule:
     """Keep iterates number c, 2c, 3c, …, and the last (report, section 8.7).
 
     Args:
       interval: c.
 
     Returns:
-      The way of keeping: a copy of x for every c-th of `max_iterations`.
+      The rule: a copy of x for every c-th of `max_iterations`.
     """
     options.check_count("interval", interval, low=1)
-    return Keep(
+    return IterateRule(
         lambda max_iterations, value_fn: _slots(_multiples(interval, max_iterations))
     )
 
 
-def best(*, first: int = 5, growth: float = 1.3) -> Keep:
+def best(*, first: int = 5, growth: float = 1.3) -> IterateRule:
     """Keep only the iterate with the lowest f, for when memory is short.
 
     f is evaluated during the run, at the iterations of `grid`; the choice is that of
@@ -114,18 +116,20 @@ def best(*, first: int = 5, growth: float = 1.3) -> Keep:
       growth: factor between iterations (as `grid`).
 
     Returns:
-      The way of keeping; `hfjax.cg.solve` then needs its `value_fn`.
+      The rule; `hfjax.cg.solve` then needs its `value_fn`.
     """
     _check_spacing(first, growth)
 
-    def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
+    def build(max_iterations: int, value_fn: ValueFn | None) -> IterateBuffer:
         value_fn = _needed(value_fn)
         ends = _spaced(first, growth, max_iterations)
 
-        def init(x: Tree) -> Kept:
-            return _buffer(x, 1, trees.wide(jax.eval_shape(value_fn, x).dtype))
+        def init(x: Tree) -> Iterates:
+            return _start(x, 1, trees.wide(jax.eval_shape(value_fn, x).dtype))
 
-        def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
+        def update(
+            kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array
+        ) -> Iterates:
             due = is_last | jnp.any(jnp.asarray(ends, jnp.int32) == i)
             value = jax.lax.cond(
                 due,
@@ -140,14 +144,14 @@ def best(*, first: int = 5, growth: float = 1.3) -> Keep:
                 better, lambda: _write(kept, slot, i, x, value), lambda: kept
             )
 
-        return Keeper(init, update)
+        return IterateBuffer(init, update)
 
-    return Keep(keep, evaluates=True)
+    return IterateRule(build, evaluates=True)
 
 
 def guarded(
     interval: int = 10, *, tolerance: Number = 0.01, data: str = "batch"
-) -> Keep:
+) -> IterateRule:
     """Keep every c-th iterate with f there; end the run once f has got worse.
 
     It ends at iterate i = kc when f(xᵢ) > f(xᵢ₋c) + `tolerance` · (highest − lowest f
@@ -162,7 +166,7 @@ def guarded(
         or `"eval_batch"`.
 
     Returns:
-      The way of keeping; `hfjax.cg.solve` then needs its `value_fn`. With
+      The rule; `hfjax.cg.solve` then needs its `value_fn`. With
       `conjugate_gradient(warm_start_from="best")` the next run starts from the
       iterate of the lowest f.
 
@@ -176,12 +180,14 @@ def guarded(
     options.check_range("tolerance", tolerance, low=0.0)
     options.check_choice("data", data, ("batch", "eval_batch"))
 
-    def keep(max_iterations: int, value_fn: ValueFn | None) -> Keeper:
+    def build(max_iterations: int, value_fn: ValueFn | None) -> IterateBuffer:
         value_fn = _needed(value_fn)
         ends = _multiples(interval, max_iterations)
         slots = _slots(ends)
 
-        def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
+        def update(
+            kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array
+        ) -> Iterates:
             kept = slots.update(kept, i, x, is_last)
             slot = _slot_of(ends, i)
             value = jax.lax.cond(
@@ -191,7 +197,7 @@ def guarded(
             )
             return kept._replace(values=kept.values.at[slot].set(value))
 
-        def stop(kept: Kept, i: jax.Array) -> jax.Array:
+        def stop(kept: Iterates, i: jax.Array) -> jax.Array:
             slot = _slot_of(ends, i)
             now, before = kept.values[slot], kept.values[jnp.maximum(slot - 1, 0)]
             seen = jnp.isfinite(kept.values)
@@ -201,18 +207,18 @@ def guarded(
             worse = ((slot > 0) & worse) | ~jnp.isfinite(now)
             return (i % interval == 0) & worse
 
-        return Keeper(slots.init, update, stop)
+        return IterateBuffer(slots.init, update, stop)
 
-    return Keep(keep, evaluates=True, data=data)
+    return IterateRule(build, evaluates=True, data=data)
 
 
-def _slots(ends: list[int]) -> Keeper:
+def _slots(ends: list[int]) -> IterateBuffer:
     """Keep the iterates numbered `ends`, and the last."""
 
-    def init(x: Tree) -> Kept:
-        return _buffer(x, len(ends) + 1, trees.scalar_dtype(x))
+    def init(x: Tree) -> Iterates:
+        return _start(x, len(ends) + 1, trees.scalar_dtype(x))
 
-    def update(kept: Kept, i: jax.Array, x: Tree, is_last: jax.Array) -> Kept:
+    def update(kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array) -> Iterates:
         # A slot is written over until its iteration has come: so the last iterate is
         # always there, each iteration costs one copy of x, and no branch has the
         # buffer as an operand, which would copy all of it.
@@ -220,7 +226,7 @@ def _slots(ends: list[int]) -> Keeper:
         slot = _slot_of(ends, i)
         return _write(kept, slot, i, x, kept.values[slot])
 
-    return Keeper(init, update)
+    return IterateBuffer(init, update)
 
 
 def _slot_of(ends: list[int], i: jax.Array) -> jax.Array:
@@ -254,19 +260,19 @@ def _spaced(first: int, growth: float, max_iterations: int) -> list[int]:
     return sorted(set(below))
 
 
-def _buffer(x: Tree, slots: int, dtype: jax.typing.DTypeLike) -> Kept:
+def _start(x: Tree, slots: int, dtype: jax.typing.DTypeLike) -> Iterates:
     iterates = jax.tree.map(lambda leaf: jnp.stack([leaf] * slots), x)
     iterations = jnp.full(slots, -1, jnp.int32).at[0].set(0)
-    return Kept(iterates, iterations, jnp.full(slots, jnp.inf, dtype))
+    return Iterates(iterates, iterations, jnp.full(slots, jnp.inf, dtype))
 
 
 def _write(
-    kept: Kept, slot: jax.Array, i: jax.Array, x: Tree, value: jax.Array
-) -> Kept:
+    kept: Iterates, slot: jax.Array, i: jax.Array, x: Tree, value: jax.Array
+) -> Iterates:
     write = jax.lax.dynamic_update_index_in_dim
     slot = jnp.asarray(slot, jnp.int32)
     here = jnp.arange(len(kept.iterations), dtype=jnp.int32) == slot
-    return Kept(
+    return Iterates(
         jax.tree.map(
             lambda buffer, leaf: write(buffer, leaf, slot, 0), kept.iterates, x
         ),

@@ -14,7 +14,7 @@ from hfjax._core import sharding, trees
 from hfjax._core.arguments import as_product
 from hfjax._core.types import Matvec, Preconditioner, Tree, exact_of
 from hfjax.solvers.descent import Reason
-from hfjax.solvers.iterates import Keeper, Kept
+from hfjax.solvers.iterates import IterateBuffer, Iterates
 from hfjax.solvers.pcg_hooks import (
     Lengths,
     Line,
@@ -47,7 +47,7 @@ class CGResult(NamedTuple):
     x: Tree
     num_iterations: jax.Array
     model_values: jax.Array
-    kept: Kept
+    kept: Iterates
     reason: jax.Array
     coefficients: jax.Array
 
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     limit: jax.Array | int  # At most that; may be traced.
     min_iterations: int
     stopping: StoppingRule | None
-    keeper: Keeper
+    buffer: IterateBuffer
     bounds: Unbounded | Region
     residuals: Recurrence | Replacement
 
@@ -89,7 +89,7 @@ class State(NamedTuple):
     ry: jax.Array
     p_size: jax.Array
     model_values: jax.Array
-    kept: Kept
+    kept: Iterates
     reason: jax.Array
     lengths: tuple[jax.Array, jax.Array, jax.Array]
     steepest: jax.Array
@@ -102,7 +102,7 @@ def run(
     b: Tree,
     x0: Tree | None,
     preconditioner: Preconditioner | None,
-    keeper: Keeper,
+    buffer: IterateBuffer,
     *,
     max_iterations: int,
     limit: jax.Array | int,
@@ -126,7 +126,7 @@ def run(
         limit=limit,
         min_iterations=min_iterations,
         stopping=stopping,
-        keeper=keeper,
+        buffer=buffer,
         bounds=Unbounded() if region is None else region,
         residuals=Recurrence(matvec)
         if replace_every is None
@@ -174,7 +174,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         ry=one,
         p_size=one,
         model_values=model_values,
-        kept=problem.keeper.init(trees.scale(problem.size, x)),
+        kept=problem.buffer.init(trees.scale(problem.size, x)),
         reason=reason,
         lengths=(jnp.zeros_like(one),) * 3,
         steepest=jnp.zeros_like(one),
@@ -284,12 +284,12 @@ def _line(
 
 
 def _observed(
-    problem: Problem, kept: Kept, i: jax.Array, x: Tree, reason: jax.Array
-) -> tuple[Kept, jax.Array]:
+    problem: Problem, kept: Iterates, i: jax.Array, x: Tree, reason: jax.Array
+) -> tuple[Iterates, jax.Array]:
     """Offer an iterate to be kept; f, where it is evaluated there, may end the run."""
     is_last = reason != Reason.RUNNING
-    kept = problem.keeper.update(kept, i, x, is_last)
-    worse = (reason == Reason.RUNNING) & problem.keeper.stop(kept, i)
+    kept = problem.buffer.update(kept, i, x, is_last)
+    worse = (reason == Reason.RUNNING) & problem.buffer.stop(kept, i)
     return kept, jnp.where(worse, Reason.OBJECTIVE_ROSE, reason).astype(jnp.int32)
 
 

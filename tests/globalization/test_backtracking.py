@@ -8,7 +8,7 @@ import hfjax
 from hfjax import backtracking
 from hfjax.globalization.backtracking import Before
 from hfjax.solvers.cg import Run, RunStats, Step
-from hfjax.solvers.iterates import Kept
+from hfjax.solvers.iterates import Iterates
 
 
 def run_of(kept):
@@ -25,7 +25,7 @@ def scripted(values):
     """Kept iterates whose only entry is their slot, and f that reads `values`."""
     evaluated = []
     slots = len(values)
-    kept = Kept(
+    kept = Iterates(
         {"x": jnp.arange(slots, dtype=jnp.float32)},
         jnp.arange(1, slots + 1, dtype=jnp.int32) * 10,
         jnp.full(slots, jnp.inf, jnp.float32),
@@ -111,7 +111,7 @@ def scripted_solver(steps):
     count = len(steps)
     numbers = jnp.arange(1, count + 1, dtype=jnp.int32)
     # An update's vectors are packed: a tuple of arrays.
-    kept = Kept((steps,), numbers, jnp.full(count, jnp.inf))
+    kept = Iterates((steps,), numbers, jnp.full(count, jnp.inf))
     run = run_of(kept)
     return hfjax.cg.Solver(
         start=lambda direction, count: None, solve=lambda system, x0: run

@@ -14,7 +14,7 @@ from strategies import arrays, eighths, nonfinite, scales
 from hfjax import backtracking, linesearch
 from hfjax.globalization.backtracking import Before
 from hfjax.solvers.cg import Run, RunStats, Step
-from hfjax.solvers.iterates import Kept
+from hfjax.solvers.iterates import Iterates
 
 TRIES, SLOTS = 6, 6
 every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -108,7 +108,7 @@ def chooser(full):
         slots = jnp.arange(SLOTS)
         used = slots < count
         # Iterates that are their slot, of numbers 3, 6, 9, …
-        kept = Kept(
+        kept = Iterates(
             {"x": jnp.where(used, slots, -9.0).astype(jnp.float32)},
             jnp.where(used, 3 * (slots + 1), -1).astype(jnp.int32),
             jnp.full(SLOTS, jnp.inf, jnp.float32),

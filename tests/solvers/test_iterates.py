@@ -22,12 +22,12 @@ def iterate(i):
 @functools.partial(quick_jit, static_argnums=(0, 1, 3))
 def offer(keep, max_iterations, last, value_fn=None):
     """Offer the iterates 1, 2, …, `last`, as a run of conjugate gradients would."""
-    keeper = keep.build(max_iterations, value_fn)
+    buffer = keep.build(max_iterations, value_fn)
     return jax.lax.fori_loop(
         1,
         last + 1,
-        lambda i, kept: keeper.update(kept, i.astype(jnp.int32), iterate(i), i == last),
-        keeper.init(iterate(0)),
+        lambda i, kept: buffer.update(kept, i.astype(jnp.int32), iterate(i), i == last),
+        buffer.init(iterate(0)),
     )
 
 
