@@ -73,7 +73,7 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     )
 
 
-def thinned(batch: Batch, cases: int) -> Batch:
+def subsample(batch: Batch, cases: int) -> Batch:
     """Return evenly spaced cases of a batch, at least so many, or the batch as it came.
 
     Every k-th, so that each device still holds its share of sharded cases.

@@ -159,13 +159,13 @@ class _Sum(Objective):
     def _each(self, change: Callable[[Objective], Objective]) -> "_Sum":
         return _Sum([(c, part._each(change)) for c, part in self.parts])
 
-    def _thinned(self, batch: Batch, cases: int) -> Batch:
-        thinner = tuple(
-            part._thinned(own, cases)
+    def _subsample(self, batch: Batch, cases: int) -> Batch:
+        fewer = tuple(
+            part._subsample(own, cases)
             for (_, part), own in zip(self.parts, batch, strict=True)
         )
-        same = all(new is own for new, own in zip(thinner, batch, strict=True))
-        return batch if same else thinner
+        same = all(new is own for new, own in zip(fewer, batch, strict=True))
+        return batch if same else fewer
 
     def _weight_decay(self) -> Any:
         """Return Σₖ cₖ of the parts', a schedule where one of them is."""

@@ -224,8 +224,8 @@ class Objective:
     def _each(self, change: "Callable[[Objective], Objective]") -> "Objective":
         return change(self)
 
-    def _thinned(self, batch: Batch, cases: int) -> Batch:
-        return _cases.thinned(batch, cases)
+    def _subsample(self, batch: Batch, cases: int) -> Batch:
+        return _cases.subsample(batch, cases)
 
 
 def terms_of(
@@ -249,12 +249,12 @@ def each(objective: Objective, change: Callable[[Objective], Objective]) -> Obje
     return objective._each(change)
 
 
-def thinned(objective: Objective, batch: Batch, cases: int) -> Batch:
+def subsample(objective: Objective, batch: Batch, cases: int) -> Batch:
     """Return evenly spaced cases of a batch, of each term at least so many or all.
 
     The batch as it came, where no term has enough.
     """
-    return objective._thinned(batch, cases)
+    return objective._subsample(batch, cases)
 
 
 def alone(term: Term) -> Objective:

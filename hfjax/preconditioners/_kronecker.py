@@ -15,7 +15,7 @@ from hfjax._core import options, sharding, trees
 from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
 from hfjax._tracing import linalg
 from hfjax.objectives.objective import Objective
-from hfjax.objectives.plain import thinned
+from hfjax.objectives.plain import subsample
 from hfjax.preconditioners import _remembered
 from hfjax.preconditioners._blocks import Blocks, Pair, pack, room_for, unpack
 from hfjax.preconditioners._factors import estimate, read
@@ -64,7 +64,7 @@ class Rule(NamedTuple):
     ) -> tuple[Preconditioner, dict[str, tuple]]:
         """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
         if self.cases is not None:
-            batch = thinned(objective, batch, self.cases)
+            batch = subsample(objective, batch, self.cases)
         model = merged(read(objective, params, batch, self.max_size))
 
         def fresh(memory: dict[str, tuple]) -> tuple[Blocks, dict[str, tuple]]:

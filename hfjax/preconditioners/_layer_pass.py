@@ -15,8 +15,8 @@ from hfjax._core import sharding
 from hfjax._core.types import Params, Tree
 from hfjax.objectives.cases import Cases
 from hfjax.preconditioners import _layers
+from hfjax.preconditioners._interpret import Use
 from hfjax.preconditioners._layers import Model
-from hfjax.preconditioners._uses import Use
 
 Added = list[jax.Array]
 """Zeros, which are added to the result of each use of a kernel."""

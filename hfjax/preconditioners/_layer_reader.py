@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from hfjax._tracing import programs
-from hfjax.preconditioners._uses import Use
+from hfjax.preconditioners._interpret import Use
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
 _RESHAPES = frozenset({"reshape", "squeeze"})

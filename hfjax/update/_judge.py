@@ -10,7 +10,7 @@ from hfjax._core.types import Number, NumberOrSchedule, Tree
 from hfjax.globalization.backtracking import Backtracking, Before, Chosen
 from hfjax.globalization.linesearch import LineSearch, StepSize
 from hfjax.globalization.rule import ReductionRatio, Verdict
-from hfjax.objectives.plain import thinned
+from hfjax.objectives.plain import subsample
 from hfjax.solvers.descent import Reason, Run
 from hfjax.update._bookkeeping import no_info
 from hfjax.update.state import HessianFreeInfo, Rejection
@@ -67,7 +67,7 @@ def choose(
     """
     data, objective = at.point.eval_batch, at.point.objective
     evaluate = at.value_on(data)
-    some = data if rule.cases is None else thinned(objective, data, rule.cases)
+    some = data if rule.cases is None else subsample(objective, data, rule.cases)
     if some is data:
         return rule.choose(run, evaluate, before)
     # Candidates are compared with f(θ), too: on the same cases.

@@ -11,7 +11,7 @@ from reference import quick_jit
 
 import hfjax
 from hfjax.objectives.objective import weighted_sum
-from hfjax.objectives.plain import thinned
+from hfjax.objectives.plain import subsample
 
 SQUARED_ERROR = hfjax.losses.squared_error()
 SIZES = (6, 3)
@@ -265,7 +265,7 @@ def test_what_belongs_to_a_part_the_sum_does_not_have():
 
 def test_a_part_of_the_cases_is_taken_of_each_term():
     both, _ = of_all_cases()
-    (x, _), (y, _) = thinned(both, BATCHES, 3)
+    (x, _), (y, _) = subsample(both, BATCHES, 3)
     np.testing.assert_array_equal(x, BATCHES[0][0][::2])
     np.testing.assert_array_equal(y, BATCHES[1][0])
 

@@ -33,7 +33,7 @@ PACKAGES = {
         "diagonals",
     ],
     "preconditioners": [
-        "_uses",
+        "_interpret",
         "_layer_reader",
         "_layers",
         "_layer_pass",
