@@ -280,7 +280,7 @@ def with_precision(
         `"BF16_BF16_F32"`, …; a GPU or TPU heeds it, a CPU does not. Where nothing is
         said a GPU that has TF32 uses it, and a TPU bfloat16; `"float32"` makes products
         exact there (`jax.lax.Precision`).
-      of: of which curvature.
+      of: of which curvature; it takes `structural=μ` if that one does.
       exact: the precision of the product that it stands for, to which
         `hfjax.cg.conjugate_gradient(replace_every=…)` holds it; `None` is that of `of`.
 
