@@ -1,9 +1,9 @@
 """Losses: how far a model's outputs are from the targets, example by example.
 
-Given outputs and targets, a `Loss` hands on the value of each example, and products with
-its Hessian L″ in the outputs and with a factor S of it, S Sᵀ = L″. The matching losses
-have both in closed form. For any other callable they are derived from its program, and L″
-is repaired, if asked, where it is not positive semi-definite.
+A `Loss` provides the value for each example, products with its Hessian L″ with respect to
+the outputs, and products with a factor S of that Hessian, S Sᵀ = L″. The built-in losses
+have both in closed form. For any other callable they are derived by automatic
+differentiation, and an L″ that is not positive semi-definite can be repaired.
 """
 
 from hfjax.losses.matching import Loss as Loss

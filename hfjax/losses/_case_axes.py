@@ -1,8 +1,9 @@
-"""Whether a loss sets the outputs or targets of one case against those of others.
+"""Detects a loss that broadcasts the outputs or targets of one example against others'.
 
-Where outputs `[cases, 1]` meet targets `[cases]`, they are broadcast to `[cases, cases]`,
-and whatever sums that has the right shape. So the program of the loss is read: which axis
-of a value is the cases' is followed from equation to equation, as far as that is plain.
+When outputs `[cases, 1]` meet targets `[cases]`, they broadcast to `[cases, cases]`, and a
+sum over the second axis restores the expected shape. So we read the program of the loss:
+we track which axis indexes the examples from equation to equation, as far as that is
+certain. What is not certain is never reported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +19,16 @@ _OTHERS = ("dot_general", "conv", "gather", "scatter", "concatenate", "dynamic",
 
 
 def crosses(program: Any) -> bool:
-    """Return whether one case's outputs or targets are broadcast against others'.
+    """Return whether examples are certainly broadcast against one another.
 
-    Args:
-      program: the closed `Jaxpr` of a loss, for two or more cases; every input leads
-        with their axis.
-
-    Returns:
-      `True` if it is plain that they are.
+    `program` is a closed `Jaxpr` for two or more examples, the first axis of every input.
     """
     marks = {atom: 0 for atom in program.jaxpr.invars if atom.aval.ndim}
     return _read(program.jaxpr, marks)
 
 
 def _read(jaxpr: Jaxpr, marks: dict[Any, int]) -> bool:
-    """Follow the axis of the cases through a program; `marks` has it for each value."""
+    """Follow the examples' axis through a program; `marks` holds it for each value."""
     for equation in jaxpr.eqns:
         programs, operands = _inner(equation)
         results: list[tuple[Any, int]] = []
@@ -48,6 +44,7 @@ def _read(jaxpr: Jaxpr, marks: dict[Any, int]) -> bool:
             if _read(inner, within):
                 return True
             found.append([_of(within, x) for x in inner.outvars])
+        # A result is marked only if every branch of a `cond` agrees on its axis.
         for x, axes in zip(equation.outvars, zip(*found, strict=True), strict=False):
             if len(set(axes)) == 1 and axes[0] is not None:
                 results.append((x, axes[0]))
@@ -58,7 +55,7 @@ def _read(jaxpr: Jaxpr, marks: dict[Any, int]) -> bool:
 def _inner(equation: Any) -> tuple[list[Jaxpr], list[Any]]:
     """Return the programs that an equation may run, and their operands."""
     name, params = equation.primitive.name, equation.params
-    if name == "scan":  # It has an axis less within.
+    if name == "scan":  # Inside, its operands lack the axis that is scanned over.
         return [], []
     if name == "cond":
         return [branch.jaxpr for branch in params["branches"]], equation.invars[1:]
@@ -74,7 +71,8 @@ def _of(marks: Mapping[Any, int], atom: Any) -> int | None:
 
 
 def _is_crossing(equation: Any, marks: Mapping[Any, int]) -> bool:
-    """Return whether two values meet with the cases on different axes."""
+    """Return whether two values meet with the examples on different axes."""
+    # Only elementwise operations count: elsewhere operands' axes do not correspond.
     axes = {_of(marks, x) for x in equation.invars} - {None}
     return len(axes) > 1 and _is_elementwise(equation)
 
@@ -90,7 +88,7 @@ def _is_elementwise(equation: Any) -> bool:
 
 
 def _mark(equation: Any, marks: Mapping[Any, int]) -> int | None:
-    """Return where the cases are in the results; `None` if that is not plain."""
+    """Return the examples' axis in the results; `None` if it is not certain."""
     found = [_of(marks, x) for x in equation.invars]
     axes = {axis for axis in found if axis is not None}
     if not axes:
@@ -107,6 +105,7 @@ def _mark(equation: Any, marks: Mapping[Any, int]) -> int | None:
         if name == "stack":
             return axis + (along <= axis)
         return None if along == axis else axis
+    # Unmarked operands (constants) do not move the axis of an elementwise operation.
     if len(equation.invars) > 1 or _is_elementwise(equation):
         return axis if _is_elementwise(equation) else None
     if name == "broadcast_in_dim":
@@ -124,8 +123,10 @@ def _mark(equation: Any, marks: Mapping[Any, int]) -> int | None:
 
 
 def _multiplied(equation: Any, found: Sequence[int | None]) -> int | None:
-    """Return where the cases of a matrix product are, if it does not sum over them."""
+    """Return the examples' axis of a matrix product, unless it is summed over."""
     contracted, batched = equation.params["dimension_numbers"]
+    # The result has the batched axes first, then the free axes of the left, then the
+    # right.
     places, free = set(), len(batched[0])
     for side, axis in enumerate(found):
         rank = equation.invars[side].aval.ndim
@@ -141,7 +142,9 @@ def _multiplied(equation: Any, found: Sequence[int | None]) -> int | None:
 
 
 def _reshaped(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
-    """Return where an axis, longer than one, is after a reshape that leaves it whole."""
+    """Return the place of an axis (of length > 1) after a reshape that keeps it whole."""
+    # It is whole if it keeps its length, and the same axes longer than one stand before
+    # it.
     lead = [n for n in before[:axis] if n != 1]
     seen: list[int] = []
     for place, length in enumerate(after):

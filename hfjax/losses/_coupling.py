@@ -1,13 +1,13 @@
-"""Which outputs of a case a loss couples, read off the program of its curvature.
+"""Finds which outputs of an example a loss couples, from the program of its curvature.
 
-The product v ↦ L″v of one case is a program that is linear in v. Followed entry by
-entry, it tells which entries of v may reach which of L″v: those that are connected make
-a block, and L″ is zero between two blocks, whatever the numbers are. An elementwise loss
-has blocks of one output, a softmax over the last axis one block for each position.
+The product v ↦ L″v of one example is a program that is linear in v. Following it entry by
+entry shows which entries of v can reach which entries of L″v. Connected entries form a
+block, and L″ is zero between blocks, whatever the numbers are: an elementwise loss has
+blocks of one output, a softmax over the last axis one block for each position.
 
-What an equation does to entries is known of arithmetic, sums, matrix products and of
-what moves entries about. Of any other (sorting, indexing by numbers, loops) every result
-is taken to depend on every entry: blocks may come out too large, and never too small.
+We know how arithmetic, sums, matrix products and operations that move entries treat
+them. For any other operation (sorting, indexing by values, loops) every result is assumed
+to depend on every entry, so blocks may come out too large but never too small.
 """
 
 import functools
@@ -24,21 +24,16 @@ ARITHMETIC = frozenset(
     {"add", "add_any", "sub", "mul", "div", "neg", "select_n", "convert_element_type"}
     | {"copy", "copy_p", "reduce_precision", "real", "pvary", "pcast", "reshard"}
 )
-"""Equations that take entries at one place to the same place, if the shapes agree."""
+"""Operations that map entries at one place to the same place, if the shapes agree."""
 
 _INDEPENDENT = -1
 
 
 def trace(product: Callable[..., Any], outputs: Any, targets: Any) -> Any:
-    """Trace the curvature of one case.
+    """Trace the curvature of one example, with a leading axis of length one.
 
-    Args:
-      product: `(outputs, targets) -> (v -> L″ v)`, of cases.
-      outputs: of one case, with a leading axis of one; or their shapes.
-      targets: the same of its targets.
-
-    Returns:
-      The program `(leaves of outputs, targets and v) -> leaves of L″v`.
+    `product` is `(outputs, targets) -> (v -> L″ v)`. The program takes the leaves of
+    outputs, targets and v, and returns those of L″v.
     """
 
     def curved(outputs: Any, targets: Any, v: Any) -> Any:
@@ -48,22 +43,19 @@ def trace(product: Callable[..., Any], outputs: Any, targets: Any) -> Any:
 
 
 def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Find which outputs of a case are coupled.
+    """Return the block of each output, shape `[outputs]`, in the order of v's leaves.
 
-    Args:
-      program: of `trace`.
-      shapes: of the leaves of v.
-
-    Returns:
-      The number of each output's block, shape `[outputs]`, in the order of the leaves.
+    `program` is the result of `trace`, and `shapes` are those of the leaves of v.
     """
     entries = numbered(shapes)
     jaxpr = program.jaxpr
     known = len(jaxpr.invars) - len(entries)
     given = [None] * known + entries
     walk = _Blocks([])
-    results = walk.program(jaxpr, given)
+    results = walk.program(jaxpr, given)  # Fills `walk.edges`.
     count = sum(entry.size for entry in entries)
+    # L″ᵢⱼ ≠ 0 couples outputs i and j: connect each result with the entry of v at its
+    # place.
     for entry, result in zip(entries, results, strict=True):
         if result is not None:
             walk.connect(entry, result)
@@ -71,16 +63,16 @@ def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
 
 
 class _Blocks(NamedTuple):
-    """Walks through a program; what depends on v is an array of entries, else `None`.
+    """Follows v through a program; a value that does not depend on v is `None`.
 
-    An array of entries has, for each place, the number of one entry of v that it depends
-    on; with that one all others that it depends on are connected. −1 is none.
+    Any other is an array of entries: at each place it holds the number of one entry of v
+    that the value depends on there (−1 for none); `edges` connect it with any others.
     """
 
     edges: list[tuple[np.ndarray, np.ndarray]]
 
     def connect(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Connect what stands at the same place; return one of each two."""
+        """Connect the entries at each place of two arrays; return one of each pair."""
         x, y = np.broadcast_arrays(x, y)
         both = (x != y) & (x != _INDEPENDENT) & (y != _INDEPENDENT)
         if np.any(both):
@@ -88,7 +80,7 @@ class _Blocks(NamedTuple):
         return np.where(x == _INDEPENDENT, y, x)
 
     def merged(self, x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-        """Connect along axes, which come out with length one."""
+        """Connect all entries along some axes, which are reduced to length one."""
         if not axes:
             return x
         first = np.max(x, axis=tuple(axes), keepdims=True, initial=_INDEPENDENT)
@@ -102,6 +94,7 @@ class _Blocks(NamedTuple):
         def read(atom: Any) -> Any:
             return None if isinstance(atom, Literal) else found.get(atom)
 
+        # Unused results, as derivative rules leave behind, must not couple anything.
         for equation in needed(jaxpr):
             operands = [read(atom) for atom in equation.invars]
             if any(x is not None for x in operands):
@@ -116,7 +109,7 @@ class _Blocks(NamedTuple):
         if inner is not None and name != "scan":
             return self.program(inner, operands)
         if name == "cond" and operands[0] is None:
-            # Whichever branch is taken: L″ has the entries of one of them.
+            # Only one branch is taken, but it may be any of them: join their couplings.
             branches = [
                 self.program(branch.jaxpr, operands[1:])
                 for branch in params["branches"]
@@ -125,6 +118,7 @@ class _Blocks(NamedTuple):
         results = self._known(equation, operands)
         if results is not None:
             return results
+        # Unknown operation: each result may depend on every entry of every operand.
         every = np.concatenate([x.ravel() for x in operands if x is not None])
         one = self.merged(every, (0,))[0]
         return [np.full(out.aval.shape, one) for out in equation.outvars]
@@ -158,6 +152,7 @@ class _Blocks(NamedTuple):
         if name == "reduce_sum":
             return [self.merged(x, params["axes"]).reshape(shape)]
         if name == "cumsum":
+            # The last partial sum couples them all.
             return [np.broadcast_to(self.merged(x, (params["axis"],)), shape)]
         if name == "dot_general":
             return [self._dot(params, x, int(operands[0] is None), shape)]
@@ -167,6 +162,8 @@ class _Blocks(NamedTuple):
     def _dot(
         self, params: Any, x: np.ndarray, side: int, shape: tuple[int, ...]
     ) -> np.ndarray:
+        # The result has axes [batch, free of the left, free of the right]. Entries do not
+        # vary along the free axes of the other operand, so those are broadcast.
         (contracted, batch) = params["dimension_numbers"]
         summed, batched = contracted[side], batch[side]
         free = [n for n in range(x.ndim) if n not in (*summed, *batched)]
@@ -181,7 +178,7 @@ class _Blocks(NamedTuple):
 
 
 def needed(jaxpr: Any) -> list[Any]:
-    """Return the equations that the results of a program depend on, in their order."""
+    """Return the equations that the results of a program depend on, in order."""
     wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
     for equation in reversed(jaxpr.eqns):
@@ -192,7 +189,7 @@ def needed(jaxpr: Any) -> list[Any]:
 
 
 def numbered(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-    """Number the entries of several arrays, one after another."""
+    """Number the entries of several arrays consecutively."""
     entries, count = [], 0
     for shape in shapes:
         size = int(np.prod(shape))
@@ -204,7 +201,7 @@ def numbered(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
 def moved(
     name: str, params: Any, x: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Move entries as an equation of one array does, or return `None`."""
+    """Move entries as a unary operation does; return `None` if it is unknown."""
     if name in ARITHMETIC:
         return np.broadcast_to(x, shape)
     if name in ("reshape", "squeeze", "expand_dims"):
@@ -233,7 +230,7 @@ def _padded(
     x: np.ndarray, widths: Sequence[tuple[int, int, int]], shape: tuple[int, ...]
 ) -> np.ndarray | None:
     if any(low < 0 or high < 0 for low, high, _ in widths):
-        return None
+        return None  # Negative padding crops, which is rare enough to leave unknown.
     padded = np.full(shape, _INDEPENDENT)
     places = [
         slice(low, low + (length - 1) * (inside + 1) + 1, inside + 1)
@@ -244,7 +241,9 @@ def _padded(
 
 
 def _connected(edges: list[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
-    """Number the connected components of a graph on `count` entries, in their order."""
+    """Number the connected components of a graph on `count` entries, in order."""
+    # Each round passes the smaller label across every edge, to its ends and to the entries
+    # that label them, and then follows the labels one step, so long chains collapse fast.
     least = np.arange(count)
     if edges:
         x, y = (np.concatenate(ends) for ends in zip(*edges, strict=True))

@@ -1,11 +1,11 @@
-"""L″ of a case as a diagonal and one outer product in each block.
+"""L″ of one example as a diagonal and an outer product in each block of coupled outputs.
 
-    L″ = diag(a) + b cᵀ        in each block of outputs that the loss couples
+    L″ = diag(a) + b cᵀ
 
-It is read off the program of v ↦ L″v where all that couples the outputs of a block is one
-sum over them, as in every softmax cross-entropy: then a is what reaches an entry of L″v
-from the same entry of v, c is what the sum is of, and b what becomes of it. Its root is in closed
-form.
+This form can be read off the program of v ↦ L″v if the outputs of a block are coupled
+through a single sum over them, as in every softmax cross-entropy. Then a is the
+coefficient from each entry of v to the same entry of L″v, cᵀv is the sum, and b
+multiplies it. The square root of such a matrix has a closed form.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +24,11 @@ _SUMS_OF_OPERANDS = frozenset({"add", "add_any", "sub"})
 
 
 class Unreadable(Exception):  # noqa: N818 (nothing is wrong: L″ is just no such matrix)
-    """L″ is not a diagonal and one outer product in each block, as far as is known."""
+    """L″ is not known to be a diagonal and one outer product in each block."""
 
 
 class Outer(NamedTuple):
-    """diag(a) + b cᵀ of one case, block by block, for all outputs in one vector.
-
-    Attributes:
-      diagonal: a, shape `[outputs]`.
-      left: b.
-      right: c.
-    """
+    """a, b and c of diag(a) + b cᵀ for one example, each of shape `[outputs]`."""
 
     diagonal: jax.Array
     left: jax.Array
@@ -42,18 +36,10 @@ class Outer(NamedTuple):
 
 
 def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
-    """Read L″ of one case as a diagonal and one outer product in each block.
+    """Read a, b and c off the program of L″ for one example, or raise `Unreadable`.
 
-    Args:
-      program: of `_coupling.trace`.
-      args: the leaves of its outputs and targets.
-      numbers: of `_coupling.blocks`.
-
-    Returns:
-      What L″ is there; sums of the program are not run, but read.
-
-    Raises:
-      Unreadable: if it is no such matrix, or is not known to be.
+    `program` and `numbers` are the results of `_coupling.trace` and `_coupling.blocks`;
+    `args` are the leaves of the outputs and targets.
     """
     walk = _Outer(numbers, [])
     shapes = [x.shape for x in program.out_avals]
@@ -63,6 +49,7 @@ def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
         _Form({0: _Part(jnp.ones(entry.shape, out.dtype), entry)})
         for entry, out in zip(entries, program.out_avals, strict=True)
     ]
+    # What depends only on outputs and targets is computed; what depends on v is read.
     results = walk.program(program.jaxpr, program.consts, [*args, *given])
     count = len(numbers)
     diagonal, left, right = (jnp.zeros(count, dtype) for _ in range(3))
@@ -70,6 +57,7 @@ def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
         if not isinstance(result, _Form):
             continue
         for source, (factor, places) in result.parts.items():
+            # Entry i of L″v may hold entry i of v, and the sum over its own block.
             wanted = entry if source == 0 else numbers[entry]
             if not np.array_equal(places, wanted):
                 raise Unreadable
@@ -83,36 +71,39 @@ def read(program: Any, args: Sequence[jax.Array], numbers: np.ndarray) -> Outer:
 
 
 def root(parts: Outer) -> Callable[[jax.Array], jax.Array]:
-    """Build x ↦ S x with S Sᵀ = diag(a) + b cᵀ, of each case: `[cases, blocks, K]`.
+    """Build x ↦ S x for x `[cases, blocks, K]`, with S Sᵀ = diag(a) + b cᵀ per example.
 
-    It is symmetric: b cᵀ = σ u uᵀ, σ = ±1. With w = u / √a it is √a (I + σ w wᵀ) √a, so that
+    L″ is symmetric, so b cᵀ = σ u uᵀ with σ = ±1. With w = u / √a,
 
-        S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
+        L″ = √a (I + σ w wᵀ) √a,        S = √a (I + (√(1 + σ‖w‖²) − 1) w wᵀ / ‖w‖²).
 
-    Where a, or 1 + σ‖w‖², is negative, it counts as 0. Of a loss of a sum alone, as
-    ½(Σz)², a is 0 where u is not. With σ = 1, and e that part of u at length 1, it is then
+    Negative a or 1 + σ‖w‖² count as 0. If the loss is a function of the sum alone, such
+    as ½(Σz)², then a is 0 where u is not. Let e be that part of u, scaled to length 1.
+    For σ = 1
 
-        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, as √a e = 0.
+        S = √a + u eᵀ,        S Sᵀ = a + u uᵀ, since √a e = 0.
     """
     a, b, c = parts
-    # b = ± c times a number: in their middle neither overflows where the other vanishes.
+    # By symmetry b is proportional to c within a block, so |u| is their geometric mean. It
+    # is in range even if one of them is close to overflow and the other to underflow.
     u = jnp.sign(c) * jnp.sqrt(jnp.abs(b)) * jnp.sqrt(jnp.abs(c))
     sign = jnp.sign(jnp.sum(jnp.sign(b) * jnp.sign(c), axis=-1, keepdims=True))
     roots = jnp.sqrt(jnp.maximum(a, 0))
-    # Where √a is nothing beside u: their product is rounding of u uᵀ.
+    # Here √a is negligible beside u: its contribution is within the rounding of u uᵀ.
     alone = roots <= jnp.finfo(u.dtype).eps * jnp.abs(u)
     bare = jnp.where(alone & (sign > 0), u, 0)
     height = jnp.linalg.norm(bare, axis=-1, keepdims=True)
     e = bare / jnp.where(height > 0, height, 1)
     w = jnp.where(alone, 0, u / jnp.where(alone, 1, roots))
     size = jnp.sum(w * w, axis=-1, keepdims=True)
-    # Of softmax this is 0, and its rounding has a root far above rounding.
+    # For softmax, 1 + σ‖w‖² is exactly 0. Rounding leaves about ε, and √ε is not small.
     along_w = 1 + sign * size
     seen = along_w > a.shape[-1] * jnp.finfo(w.dtype).eps
     stretch = jnp.sqrt(jnp.where(seen, along_w, 0)) - 1
     share = stretch / jnp.where(size > 0, size, 1)
 
     def product(x: jax.Array) -> jax.Array:
+        # Both forms cost two dot products per block, and no matrix is ever formed.
         along = jnp.sum(w * x, axis=-1, keepdims=True)
         along_e = jnp.sum(e * x, axis=-1, keepdims=True)
         stretched = roots * (x + share * along * w)
@@ -122,7 +113,7 @@ def root(parts: Outer) -> Callable[[jax.Array], jax.Array]:
 
 
 def _added(total: jax.Array, factor: jax.Array, places: np.ndarray) -> jax.Array:
-    """Add entries to those of a vector; where they are all of it, without a scatter."""
+    """Add entries to those of a vector, without a scatter if they are all of it."""
     flat = factor.reshape(-1).astype(total.dtype)
     if np.array_equal(places.ravel(), np.arange(total.size)):
         return total + flat
@@ -130,20 +121,20 @@ def _added(total: jax.Array, factor: jax.Array, places: np.ndarray) -> jax.Array
 
 
 class _Part(NamedTuple):
-    """`factor` times entries of a vector: `places` has the number of each."""
+    """`factor` times entries of a vector; `places` numbers the entry for each place."""
 
     factor: jax.Array
     places: np.ndarray
 
 
 class _Form(NamedTuple):
-    """A value that depends on v: a sum of parts; 0 is of v, 1 of the blocks' sums."""
+    """A value that depends on v: a sum of parts, 0 of v itself, 1 of the sums cᵀv."""
 
     parts: dict[int, _Part]
 
 
 class _Outer(NamedTuple):
-    """Evaluates a program on forms; `sums` are what the blocks' sums are of."""
+    """Evaluates a program on forms; `sums` collects the parts that are summed to cᵀv."""
 
     numbers: np.ndarray
     sums: list[_Part]
@@ -175,6 +166,8 @@ class _Outer(NamedTuple):
         sources = dict.fromkeys(
             source for x in operands if isinstance(x, _Form) for source in x.parts
         )
+        # The program is linear in v, so it acts on each part by itself, and results add
+        # up.
         found: dict[int, _Part] = {}
         for source in sources:
             for kind, part in self._applied(equation, operands, source):
@@ -190,7 +183,7 @@ class _Outer(NamedTuple):
     def _applied(
         self, equation: Any, operands: list[Any], source: int
     ) -> Iterator[tuple[int, _Part]]:
-        """Apply an equation to one part of its operands."""
+        """Apply an equation to the parts of its operands that come from one source."""
         name, params = equation.primitive.name, equation.params
         shape = equation.outvars[0].aval.shape
         parts = [
@@ -202,6 +195,7 @@ class _Outer(NamedTuple):
             assert part is not None
             yield self._sum(part, params["axes"], shape, source)
             return
+        # A product or quotient of two values that depend on v would not be linear.
         if name in _coupling.ARITHMETIC and not (
             name in ("mul", "div") and len(places) > 1
         ):
@@ -218,7 +212,7 @@ class _Outer(NamedTuple):
             absent = isinstance(x, _Form) or adds
             if part is not None:
                 inputs.append(part.factor)
-            elif absent:  # What is added to something linear in v is 0, too.
+            elif absent:  # A constant added to something linear in v can only be 0.
                 inputs.append(jnp.zeros(atom.aval.shape, atom.aval.dtype))
             else:
                 inputs.append(x)
@@ -232,7 +226,8 @@ class _Outer(NamedTuple):
         groups = self.numbers[places] if source == 0 else places
         first = np.max(groups, axis=tuple(axes), keepdims=True)
         if not np.array_equal(np.broadcast_to(first, groups.shape), groups):
-            raise Unreadable  # It couples blocks, or is itself no sum over one.
+            raise Unreadable  # A sum across several blocks.
+        # Where one entry is added up repeatedly, it is enough to sum its factors.
         same = np.max(places, axis=tuple(axes), keepdims=True)
         if np.array_equal(np.broadcast_to(same, places.shape), places):
             summed = jnp.sum(factor, axis=tuple(axes))
@@ -245,6 +240,7 @@ class _Outer(NamedTuple):
         ):
             raise Unreadable  # A second sum over the same outputs.
         if np.any(counts > 1):
-            raise Unreadable
+            raise Unreadable  # Two different sums over the same block.
+        # From here on the sums are a source of their own, one entry for each block.
         self.sums.append(part)
         return 1, _Part(jnp.ones(shape, factor.dtype), first.reshape(shape))

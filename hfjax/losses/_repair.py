@@ -1,20 +1,20 @@
-"""Roots of each case's loss Hessian, and its positive semi-definite repair.
+"""Square roots of each example's loss Hessian, and its positive semi-definite repair.
 
-    S Sᵀ = L″,        L″ + R ⪰ 0, with R ⪰ 0 and R = 0 where nothing is missing
+    S Sᵀ = L″ + R,        L″ + R ⪰ 0,        R ⪰ 0, and R = 0 if L″ ⪰ 0 already
 
-(report, sections 6.3 and 11.4). L″ is zero between outputs that the loss does not couple
-(`_coupling`), so all is done block by block, with K the outputs of the largest block:
+L″ is zero between outputs that the loss does not couple (`_coupling`), so everything is
+done block by block. K is the number of outputs of the largest block:
 
-| what L″ is | S | R |
+| L″ | S | R |
 |---|---|---|
-| a diagonal: K = 1 | its root; one product with L″ | exact |
-| a diagonal and an outer product in each block (`_outer`) | in closed form; some sums | as below |
+| diagonal: K = 1 | root of the diagonal; one product with L″ | exact |
+| diagonal and one outer product per block (`_outer`) | closed form, if there is no R | as below |
 | blocks of K ≤ `MOST_FOR_EIGENVALUES` | by eigenvectors; K products | exact |
-| of K ≤ `_MOST_FOR_ROOT` | the same | Gershgorin's circles |
-| larger blocks | S v by `_STEPS` steps of Lanczos, nearly | the same |
+| blocks of K ≤ `_MOST_FOR_ROOT` | by eigenvectors; K products | Gershgorin's bound |
+| larger blocks | approximated by `_STEPS` Lanczos steps | Gershgorin's bound |
 
-All of it depends on the outputs alone and is made once, but for the steps of Lanczos,
-each of which is a product.
+Everything depends only on the outputs and is computed once, except the Lanczos steps: each
+S v takes `_STEPS` products.
 """
 
 from collections.abc import Callable
@@ -30,29 +30,23 @@ from hfjax._tracing import linalg
 from hfjax.losses import _coupling, _outer
 
 MOST_FOR_EIGENVALUES = 64
-"""Most outputs of a block that is decomposed: 16 KB in float32 (heuristic)."""
+"""Largest block that is decomposed for a repair: 16 KB in float32."""
 
 _MOST_FOR_ROOT = 96
-"""Most outputs of a block whose root is exact: about 1 ms of a core each (heuristic)."""
+"""Largest block whose root is exact; each takes about 1 ms on one core."""
 
 _STEPS = 12
-"""Steps of Lanczos for S v; the memory of as many outputs (heuristic)."""
+"""Lanczos steps for S v, each of which holds one more vector like the outputs."""
 
 _Curvature = Callable[[Tree, Tree], Callable[[Tree], Tree]]
 
 
 class _Blocks(NamedTuple):
-    """How the outputs of a case fall into blocks.
-
-    Attributes:
-      program: v ↦ L″v of one case.
-      numbers: of each output's block.
-      members: outputs of each block, `[blocks, K]`; −1 fills up smaller ones.
-    """
+    """How the outputs of one example fall into blocks; v ↦ L″v is its `program`."""
 
     program: Any
-    numbers: np.ndarray
-    members: np.ndarray
+    numbers: np.ndarray  # Block of each output, shape [outputs].
+    members: np.ndarray  # Outputs of each block, [blocks, K]; −1 fills up smaller ones.
 
     @property
     def largest(self) -> int:
@@ -61,6 +55,7 @@ class _Blocks(NamedTuple):
 
     def take(self, flat: jax.Array) -> jax.Array:
         """Sort `[cases, outputs]` into `[cases, blocks, K]`, with zeros at −1."""
+        # Most losses have their blocks in order already: then nothing is gathered.
         if self._in_order:
             return flat.reshape(-1, *self.members.shape)
         found = jnp.take(flat, self.members.ravel(), axis=1, mode="clip")
@@ -72,6 +67,7 @@ class _Blocks(NamedTuple):
         flat = sorted_.reshape(len(sorted_), -1)
         if self._in_order:
             return flat
+        # −1 sorts behind all outputs, and is then cut off.
         places = np.argsort(
             np.where(self.members < 0, flat.shape[1], self.members).ravel()
         )
@@ -86,21 +82,24 @@ class _Blocks(NamedTuple):
 def root(
     curvature: _Curvature, outputs: Tree, targets: Tree, positive: str | None
 ) -> Callable[[Tree], Tree]:
-    """Build v ↦ S v with S Sᵀ = L″ + R; without repair R is "clip"'s.
+    """Build v ↦ S v with S Sᵀ = L″ + R; without a repair, R is that of "clip".
 
-    `curvature` is `(outputs, targets) -> (v -> L″ v)`; every leaf leads with cases.
-    `positive` is "clip", "shift" or `None`. The product is in the dtypes of `v`.
+    `curvature` is `(outputs, targets) -> (v -> L″ v)`; `positive` is "clip", "shift" or
+    `None`.
     """
     blocks = _read(curvature, sharding.first_case((outputs, targets)))
     product = _flat(curvature(outputs, targets), outputs)
+    # One product with a vector of ones gives a diagonal L″ completely.
     if blocks.largest <= 1:
         entries = _repaired(product(_ones(outputs)), positive or "clip")
         return _unflat(lambda v: jnp.sqrt(entries) * v)
+    # The closed form does not know the eigenvalues, so it cannot follow a repair.
     if positive is None:
         try:
             return _root_of_outer(blocks, outputs, targets)
         except _outer.Unreadable:
             pass
+    # The repaired product must be the one of `missing`, so it takes the same bound.
     if positive is not None and blocks.largest > MOST_FOR_EIGENVALUES:
         lacking = _gershgorin(product, blocks, outputs)
         product = _plus(product, lacking)
@@ -118,9 +117,9 @@ def missing(
     targets: Tree,
     positive: str,
 ) -> Callable[[Tree], Tree]:
-    """Build v ↦ R v, such that L″ + R is positive semi-definite in each case.
+    """Build v ↦ R v, which makes L″ + R of each example positive semi-definite.
 
-    `product` is v ↦ L″ v; the rest is as in `root`.
+    `product` is v ↦ L″ v; the other arguments are those of `root`.
     """
     blocks = _read(curvature, sharding.first_case((outputs, targets)))
     flat = _flat(product, outputs)
@@ -139,9 +138,9 @@ def missing(
 def coarse(
     curvature: _Curvature, outputs: Tree, targets: Tree, positive: str | None
 ) -> str | None:
-    """Say in a clause for people why S Sᵀ is L″ + R only nearly; `None` if it is exact.
+    """Return a clause that says why S Sᵀ only approximates L″ + R; `None` if it is exact.
 
-    `outputs` and `targets` are those of one case, with a leading axis; or their shapes.
+    `outputs` and `targets` are those of one example, with a leading axis; or their shapes.
     """
     blocks = _read(curvature, (outputs, targets))
     if blocks.largest <= _MOST_FOR_ROOT:
@@ -156,12 +155,13 @@ def coarse(
 
 
 def _read(curvature: _Curvature, one: tuple[Tree, Tree]) -> _Blocks:
-    """Read the program of one case, given its outputs and targets or their shapes."""
+    """Find the blocks of one example, given its outputs and targets or their shapes."""
     program = _coupling.trace(curvature, *one)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(one[0])]
     numbers = _coupling.blocks(program, shapes)
     sizes = np.bincount(numbers, minlength=1)
     members = np.full((len(sizes), max(1, sizes.max(initial=0))), -1)
+    # `place` is the position of each output within its block.
     order = np.argsort(numbers, kind="stable")
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     members[numbers[order], place] = order
@@ -169,6 +169,7 @@ def _read(curvature: _Curvature, one: tuple[Tree, Tree]) -> _Blocks:
 
 
 def _is_outer(blocks: _Blocks, one: tuple[Tree, Tree]) -> bool:
+    # Whether L″ has this form is decided while tracing, so shapes suffice.
     try:
         jax.eval_shape(
             lambda *args: _outer.read(blocks.program, args, blocks.numbers),
@@ -188,6 +189,7 @@ def _root_of_outer(
         leaves = [leaf[None] for leaf in jax.tree.leaves((outputs, targets))]
         return _outer.read(blocks.program, leaves, blocks.numbers)
 
+    # The program is that of a batch of one example, so each example gets an axis again.
     parts = jax.vmap(of_case)(outputs, targets)
     parts = (blocks.take(x.astype(trees.wide(x.dtype))) for x in parts)
     root = _outer.root(_outer.Outer(*parts))
@@ -195,10 +197,10 @@ def _root_of_outer(
 
 
 def _root_by_lanczos(product: Callable, v: jax.Array) -> jax.Array:
-    """Return √L″ v of each case, from the space of v, L″v, L″²v, ….
+    """Approximate √L″ v of each example in the Krylov space of v, L″v, L″²v, ….
 
-    With an orthonormal basis Q of it that begins with v/‖v‖, and T = QᵀL″Q, it is about
-    ‖v‖ Q √T e₁; what is negative in T counts as 0.
+    With an orthonormal basis Q that starts with v/‖v‖, and T = QᵀL″Q, the result is
+    ‖v‖ Q √T e₁, where negative eigenvalues of T count as 0.
     """
     steps = min(_STEPS, v.shape[1])
     length = jnp.linalg.norm(v, axis=1, keepdims=True)
@@ -208,19 +210,21 @@ def _root_by_lanczos(product: Callable, v: jax.Array) -> jax.Array:
         basis, q = carry
         basis = jax.lax.dynamic_update_index_in_dim(basis, q, n, 0)
         image = product(q)
-        # Twice: once is not enough to be orthogonal to rounding.
+        # Gram-Schmidt twice: a single pass loses orthogonality when `rest` is small.
         rest = image
         for _ in range(2):
             within = jnp.sum(basis * rest[None], axis=2, keepdims=True)
             rest = rest - jnp.sum(within * basis, axis=0)
         size = jnp.linalg.norm(rest, axis=1, keepdims=True)
+        # Below this the space is exhausted; the zero vectors that follow do not
+        # contribute.
         known = size > 1e-5 * jnp.linalg.norm(image, axis=1, keepdims=True)
         q = jnp.where(known, rest / jnp.where(known, size, 1), 0)
         return (basis, q), jnp.sum(basis * image[None], axis=2)
 
     start = jnp.stack([sharding.zeros_like(v)] * steps)
     (basis, _), columns = jax.lax.scan(step, (start, first), jnp.arange(steps))
-    # Column n has QᵀL″qₙ, for the basis as it was then: its lower part comes by symmetry.
+    # Column n was computed with the basis up to qₙ, so the lower triangle is missing.
     matrices = jnp.triu(columns.transpose(2, 1, 0))
     matrices = matrices + jnp.triu(matrices, 1).mT
     values, vectors = jax.vmap(linalg.eigh)(matrices)
@@ -232,11 +236,9 @@ def _root_by_lanczos(product: Callable, v: jax.Array) -> jax.Array:
 def _eigen(
     product: Callable, blocks: _Blocks, outputs: Tree
 ) -> tuple[jax.Array, jax.Array]:
-    """Decompose the blocks of every case: `[cases, blocks, K]`, `[cases, blocks, K, K]`.
-
-    Product k is with every block's k-th output at once. What fills up smaller blocks is
-    decomposed apart, at the eigenvalue 0.
-    """
+    """Decompose all blocks: `[cases, blocks, K]` and `[cases, blocks, K, K]`."""
+    # Blocks do not interact, so product k yields the k-th column of every block at once.
+    # Padding of smaller blocks adds rows and columns of zeros, with the eigenvalue 0.
     ones = _ones(outputs)
     columns = jax.vmap(lambda probe: blocks.take(product(ones * probe[None])))(
         jnp.asarray(_probes(blocks), ones.dtype)
@@ -245,14 +247,14 @@ def _eigen(
 
 
 def _probes(blocks: _Blocks) -> np.ndarray:
-    """Return for each k the vector with a 1 at every block's k-th output, `[K, outputs]`."""
+    """Return vectors `[K, outputs]`; the k-th is 1 at every block's k-th output."""
     probes = np.zeros((blocks.largest, len(blocks.numbers) + 1), np.float32)
     probes[np.arange(blocks.largest)[None], blocks.members] = 1
-    return probes[:, :-1]  # −1 was the last.
+    return probes[:, :-1]  # Drop the column that −1 has written to.
 
 
 def _repaired(values: jax.Array, positive: str) -> jax.Array:
-    """Lift eigenvalues, `[cases, …]`: each to 0 by itself, or all by the lowest's lack."""
+    """Raise eigenvalues, `[cases, …]`: to at least 0, or all by what the lowest lacks."""
     if positive == "clip":
         return jnp.maximum(values, 0)
     axes = tuple(range(1, values.ndim))
@@ -261,10 +263,8 @@ def _repaired(values: jax.Array, positive: str) -> jax.Array:
 
 
 def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:
-    """Return max(0, Σ_{j≠i}|Lᵢⱼ| − Lᵢᵢ) for each output, `[cases, outputs]`.
-
-    One product with each probe in turn: the memory of three outputs.
-    """
+    """Return max(0, Σ_{j≠i}|Lᵢⱼ| − Lᵢᵢ) for each output, `[cases, outputs]`."""
+    # The probes run one after another, so no more than three rows are held at a time.
     zero = sharding.zeros_like(_ones(outputs))
 
     def step(carry: tuple, probe: jax.Array) -> tuple:
@@ -275,6 +275,7 @@ def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:
 
     probes = jnp.asarray(_probes(blocks), zero.dtype)
     (sums, diagonal), _ = jax.lax.scan(step, (zero, zero), probes)
+    # `sums` is over the absolute values of a column, its diagonal entry included.
     return jnp.maximum(sums - jnp.abs(diagonal) - diagonal, 0)
 
 
@@ -283,13 +284,13 @@ def _plus(product: Callable, entries: jax.Array) -> Callable:
 
 
 def _in_basis(x: jax.Array, values: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Return V diag(values) Vᵀx, of `[cases, blocks, K]`."""
+    """Return V diag(values) Vᵀx, with x and values of shape `[cases, blocks, K]`."""
     within = jnp.sum(vectors * x[..., None], axis=-2)
     return jnp.sum(vectors * (values * within)[..., None, :], axis=-1)
 
 
 def _flat(product: Callable[[Tree], Tree], outputs: Tree) -> Callable:
-    """Return a product of trees as one of `[cases, outputs]`, in float32 or wider."""
+    """Turn a product of trees into one of rows `[cases, outputs]`, float32 or wider."""
 
     def flat(v: jax.Array) -> jax.Array:
         return _rows(product(trees.cast_like(_like(v, outputs), outputs)))
@@ -298,12 +299,12 @@ def _flat(product: Callable[[Tree], Tree], outputs: Tree) -> Callable:
 
 
 def _unflat(product: Callable[[jax.Array], jax.Array]) -> Callable[[Tree], Tree]:
-    """Return a product of `[cases, outputs]` as one of trees, in the dtypes of `v`."""
+    """Turn a product of rows into one of trees; results have the dtypes of `v`."""
     return lambda v: trees.cast_like(_like(product(_rows(v)), v), v)
 
 
 def _rows(tree: Tree) -> jax.Array:
-    """Lay out each case's outputs in one vector, `[cases, outputs]`."""
+    """Concatenate the outputs of each example to one row: `[cases, outputs]`."""
     leaves = jax.tree.leaves(trees.widen(tree))
     dtype = trees.widest(*(leaf.dtype for leaf in leaves))
     return jnp.concatenate(

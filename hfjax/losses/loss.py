@@ -1,4 +1,4 @@
-"""What a loss is; how a loss of arrays becomes one of trees, and values one a case."""
+"""What a `Loss` is; lifts losses of arrays to pytrees, checks that examples do not mix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +16,7 @@ LinearMap: TypeAlias = Callable[[Tree], Tree]
 
 
 class Targets(NamedTuple):
-    """What the targets of a loss are meant to be; looked at by `hfjax.verify` alone.
-
-    Attributes:
-      words: for people.
-      allowed: `(outputs, targets) -> [cases]`, whether each case's are such.
-    """
+    """Targets that a loss is meant for: in words, and `(outputs, targets) -> [cases]`."""
 
     words: str
     allowed: Callable[[Tree, Tree], jax.Array]
@@ -29,19 +24,22 @@ class Targets(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-    """A loss, with its curvature at the outputs.
+    """A loss, with its curvature with respect to the outputs.
+
+    `hfjax.losses.from_function` makes one from a function. Write one yourself if you know
+    its curvature in closed form. `cases` is the number of examples, the first axis of
+    every leaf.
 
     Attributes:
-      value: `(outputs, targets) -> [cases]`, the loss of each case.
-      hessian: `(outputs, targets) -> (v -> L″ v)`; whatever depends on the outputs
-        alone is computed once, outside the product.
-      factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`, `v` like the
-        outputs.
-      predict: outputs to predictions, the matching link (identity, logistic,
-        softmax).
-      targets: what they are meant to be, `None` if anything goes.
-      coarse: `(outputs, targets) -> str | None`, of one case: where `factor` is only
-        nearly S, and why, in words; `None` where it is exact.
+      value: `(outputs, targets) -> [cases]`, the loss of each example.
+      hessian: `(outputs, targets) -> (v -> L″ v)`, where `v` is like the outputs. It is
+        called once and the product many times, so compute in advance what does not depend
+        on `v`.
+      factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`.
+      predict: outputs to predictions, the link function (identity, logistic, softmax).
+      targets: which targets the loss is meant for; `None` if any will do.
+      coarse: `(outputs, targets) -> str | None`, for a single example: why `factor` only
+        approximates S, as a clause for messages; `None` if it is exact.
     """
 
     value: Callable[[Tree, Tree], jax.Array]
@@ -61,17 +59,18 @@ def by_leaf(
     label_axes: int = 0,
     targets: Targets | None = None,
 ) -> Loss:
-    """Lift a loss of arrays to pytrees: values are summed, curvature is by leaf.
+    """Lift a loss of arrays to pytrees: sum the values, apply the curvature leaf by leaf.
 
-    Targets have the shape of the outputs without its last `label_axes` axes. Booleans
-    and integers that are no labels count as floats: −t of an unsigned one is none.
-    Outputs and targets of two dtypes meet in the wider one; products are like `v`.
+    Targets have the shape of the outputs without their last `label_axes` axes. Outputs
+    and targets of different dtypes are computed in the wider one; products have the dtype
+    of `v`.
     """
 
     def met(z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         z, t = jnp.asarray(z), jnp.asarray(t)
         if label_axes:
-            return z, t
+            return z, t  # Labels are indices, and stay integers.
+        # Integer and boolean targets become floats: −t of an unsigned one would wrap.
         is_float = jnp.issubdtype(t.dtype, jnp.inexact)
         dtype = trees.widest(z.dtype, t.dtype) if is_float else z.dtype
         return z.astype(dtype), t.astype(dtype)
@@ -82,6 +81,7 @@ def by_leaf(
     def leaf_product(
         build: Callable[[jax.Array, jax.Array], LinearMap], z: jax.Array, t: jax.Array
     ) -> LinearMap:
+        # Whatever depends only on z and t is computed here, once for many products.
         z, t = met(z, t)
         apply = build(z, t)
         return lambda v: apply(v.astype(z.dtype)).astype(v.dtype)
@@ -160,11 +160,11 @@ PAIRS = (
     "A loss that compares cases with one another (pairs, contrastive learning) takes "
     "the whole batch as one case: give every leaf a leading axis of length 1."
 )
-"""What to do with a loss that mixes cases on purpose."""
+"""Advice for a loss that compares examples on purpose."""
 
 
 def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
-    """Sum every axis but the first, which must be the outputs' case axis."""
+    """Sum over every axis except the first, which must index the examples."""
     cases = jax.tree.leaves(outputs)[0].shape[:1]
     if values.shape[:1] != cases or not cases:
         msg = (
@@ -179,16 +179,13 @@ def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
 def case_by_case(
     fn: Callable[[Tree, Tree], jax.Array],
 ) -> Callable[[Tree, Tree], jax.Array]:
-    """Return a function's values summed to one per case, unless shapes show that it mixes.
+    """Return `fn` with its values summed to one per example; raise if it mixes examples.
 
-    It does where outputs `[cases, 1]` and targets `[cases]` are broadcast to
-    `[cases, cases]`: two values meet with the cases on different axes, or axes beside
-    the first depend on the number of cases.
-
-    Args:
-      fn: `(outputs, targets) -> [cases, …]`, of the user.
+    Mixing shows in the shapes when outputs `[cases, 1]` and targets `[cases]` broadcast to
+    `[cases, cases]`. Mixing that leaves no trace in the shapes is found by `hfjax.verify`.
     """
-    known: set = set()  # Shapes that passed: they are looked at once.
+    # The check traces the loss again, so each combination of shapes is checked once.
+    known: set = set()
 
     def value(outputs: Tree, targets: Tree) -> jax.Array:
         values = fn(outputs, targets)
@@ -207,13 +204,16 @@ def case_by_case(
 def _check_unmixed(
     fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], shape: tuple
 ) -> None:
-    """Raise if a loss mixes cases, by its program for one case more."""
+    """Raise if the program of a loss for one more example shows that it mixes examples."""
     cases = shape[0]
+    # Only trees whose leaves all lead with the examples can be traced for more of them.
     if any(leaf.shape[:1] != (cases,) for leaf in jax.tree.leaves(given)):
         return
+    # With one more example, every axis that depends on their number changes its length,
+    # and the axis of a single example cannot be mistaken for one to be broadcast.
     program = _program(fn, given, cases + 1)
     if program is None and cases > 1:
-        # It is right, perhaps, for this number of cases alone.
+        # The loss may be written for exactly this number of examples.
         program = _program(fn, given, cases)
     if program is None:
         return
@@ -236,11 +236,12 @@ def _check_unmixed(
 def _program(
     fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], cases: int
 ) -> Any:
-    """Trace a loss for a number of cases; `None` if it is for no such number."""
+    """Trace a loss for a number of examples; return `None` if it cannot be traced."""
 
     def resized(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((cases, *leaf.shape[1:]), leaf.dtype)
 
+    # Any error counts: the user's own call, with the real shapes, has already succeeded.
     try:
         return jax.make_jaxpr(fn)(*jax.tree.map(resized, given))
     except Exception:

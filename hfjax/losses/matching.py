@@ -1,11 +1,10 @@
-"""Losses: the value of each case, and products with the curvature of the outputs.
+"""Losses: the value for each example, and products with the curvature at the outputs.
 
-A `Loss` compares a model's outputs `z` with targets `t`, case by case. The
-generalised Gauss-Newton matrix needs its Hessian `L″` in `z` (report, section
-6), the unbiased diagonal estimate a factor `S` with `S Sᵀ = L″` (section 11.4).
-The four matching losses have both in closed form (section 6.2, table 2); any
-other callable, Optax's per-example losses among them, is differentiated:
-`docs/losses.md` has how each of them fares.
+A `Loss` compares a model's outputs `z` with targets `t`. The Gauss-Newton matrix needs
+its Hessian `L″` with respect to `z`; diagonal and preconditioner estimates need a factor
+`S` with `S Sᵀ = L″`. The four losses below have both in closed form; they are listed in
+Martens & Sutskever (2012), table 2. `from_function` wraps any other callable, such as
+Optax's losses; `docs/losses.md` says how well suited each of those is.
 
     >>> import jax.numpy as jnp
     >>> loss = sigmoid_cross_entropy()
@@ -14,8 +13,8 @@ other callable, Optax's per-example losses among them, is differentiated:
     >>> print(product(jnp.ones((1, 2))).round(3))
     [[0.25  0.105]]
 
-Outputs and targets may be pytrees; the loss is then the sum over the leaves.
-Every leaf leads with the case axis, further axes are summed.
+Outputs and targets may be pytrees, and the loss is then summed over their leaves. The
+first axis of every leaf indexes the examples; further axes are summed.
 """
 
 from collections.abc import Callable
@@ -32,10 +31,10 @@ from hfjax.losses.loss import Loss as Loss
 
 
 def squared_error() -> Loss:
-    """Return ½‖z − t‖² per case, with `L″ = S = I`; matches linear outputs.
+    """Return ½‖z − t‖² per example, with `L″ = S = I`; matches linear outputs.
 
     Returns:
-      The loss; half the squared error, as in the report's table 2.
+      The loss. Note the factor ½.
 
     Example:
       >>> z, t = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
@@ -54,14 +53,13 @@ def squared_error() -> Loss:
 
 
 def sigmoid_cross_entropy() -> Loss:
-    """Return −Σ t log σ(z) + (1−t) log σ(−z) per case; matches logistic outputs.
+    """Return −Σ [t log σ(z) + (1−t) log σ(−z)] per example; matches logistic outputs.
 
-    `L″ = diag(p(1−p))` and `S = diag(√(p(1−p)))` with `p = σ(z)`, formed as
-    σ(z)σ(−z), which keeps its digits when the logits saturate. Targets may be
-    soft, in [0, 1].
+    `L″ = diag(p(1−p))` and `S = diag(√(p(1−p)))` with `p = σ(z)`. Targets may be soft: any
+    numbers in [0, 1].
 
     Returns:
-      The loss, in nats summed over output units (report, table 2).
+      The loss, in nats, summed over the outputs.
 
     Example:
       >>> value = sigmoid_cross_entropy().value(
@@ -72,14 +70,15 @@ def sigmoid_cross_entropy() -> Loss:
     """
 
     def value(z: jax.Array, t: jax.Array) -> jax.Array:
-        # softplus(z) − z t without its cancellation, where a saturated logit is right;
-        # `where`, as the derivative of |z| at 0 would be 0.
+        # This is softplus(z) − z t, but does not cancel where a saturated logit is right.
+        # It uses `where` because JAX's derivative of |z| at 0 is 0, which would be wrong.
         above, below = jnp.where(z >= 0, z, 0), jnp.where(z >= 0, 0, -z)
         distance = above + below
         return jnp.log1p(jnp.exp(-distance)) + (1 - t) * above + t * below
 
     def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
         del t
+        # p(1 − p) as σ(z) σ(−z): 1 − p would lose its digits as p approaches 1.
         variance = jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
         return lambda v: variance * v
 
@@ -93,17 +92,16 @@ def sigmoid_cross_entropy() -> Loss:
 
 
 def softmax_cross_entropy() -> Loss:
-    """Return −Σ t log softmax(z) per case, over the last axis; `t` may be soft.
+    """Return −Σ t log softmax(z) per example, over the last axis; `t` may be soft.
 
-    With `p = softmax(z)` and `τ = Σ t` (1 for a distribution):
-    `L″ = τ (diag(p) − p pᵀ)`, `S = √τ (diag(√p) − p √pᵀ)`.
+    With `p = softmax(z)` and `τ = Σ t` (1 for a probability distribution),
+    `L″ = τ (diag(p) − p pᵀ)` and `S = √τ (diag(√p) − p √pᵀ)`.
 
     Returns:
-      The loss, in nats summed over the axes between the first and the last
-      (report, table 2).
+      The loss, in nats, summed over the axes between the first and the last.
 
     Example:
-      The Hessian is blind to a shift of all logits:
+      A shift of all logits changes nothing, so it is in the null space of L″:
 
       >>> z, t = jnp.array([[1.0, -2.0, 0.5]]), jnp.array([[0.0, 1.0, 0.0]])
       >>> shifted = softmax_cross_entropy().hessian(z, t)(jnp.ones((1, 3)))
@@ -123,16 +121,17 @@ def softmax_cross_entropy() -> Loss:
 
 
 def softmax_cross_entropy_with_integer_labels() -> Loss:
-    """Return −log softmax(z)[t] per case, for integer targets `t` of one axis less.
+    """Return −log softmax(z)[t] per example, for integer labels `t`.
 
-    The curvature is that of `softmax_cross_entropy` with one-hot targets.
+    `t` lacks the last axis of `z`. The curvature is that of `softmax_cross_entropy` with
+    one-hot targets.
 
     Returns:
-      The loss, in nats; NaN where a label is not one of the classes, negative ones
-      included: give cases without a label the weight 0, and any label.
+      The loss, in nats. An out-of-range label, a negative one included, yields NaN. To
+      leave out an example, give it the weight 0 and any valid label.
 
     Raises:
-      TypeError: when it is called, if the targets are not integers.
+      TypeError: when the loss is evaluated, if the targets are not integers.
 
     Example:
       >>> loss = softmax_cross_entropy_with_integer_labels()
@@ -152,8 +151,8 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
                 "take `softmax_cross_entropy`."
             )
             raise TypeError(msg)
-        # A label that there is not makes NaN, of the gradient too, and so a rejected
-        # update: indexing would wrap it round, or leave it out of the gradient.
+        # An out-of-range label yields NaN, in the gradient too, so that the update is
+        # rejected. Plain indexing would wrap it round, or leave it out of the gradient.
         known = jnp.where(exists(z, t), 1, jnp.nan).astype(z.dtype)[..., None]
         log_probabilities = jax.nn.log_softmax(known * z)
         return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)
@@ -174,51 +173,53 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
 def from_function(
     fn: Callable[[Tree, Tree], jax.Array], *, positive: str | None = None
 ) -> Loss:
-    """Wrap any per-case loss; its curvature comes from differentiating it.
+    """Wrap any per-example loss; its curvature comes from automatic differentiation.
 
-    `L″ v` is one linearisation of the gradient in the outputs. `S v`, for preconditioners
-    and diagonals, depends on which outputs of a case the loss couples, which is read off
-    its program:
+    `L″ v` is the linearised gradient with respect to the outputs. `S v`, which diagonal
+    and preconditioner estimates need, depends on which outputs of an example the loss
+    couples, that is, between which L″ is not zero. hfjax reads this off the loss's traced
+    program:
 
-    - none, as in every elementwise loss: L″ is diagonal, and S its root;
-    - those of blocks, by one sum over each, as softmax does over its last axis: S has a
-      closed form, diag(a) + b cᵀ being known. Both cost a few passes over the outputs,
-      as the losses above do;
-    - those of blocks of up to 96 outputs in another way: S is the symmetric square root
-      of each dense block, K of its outputs for cases × outputs × K² time and cases ×
-      outputs × K memory;
-    - larger blocks: S v is the result of 12 steps of Lanczos, and S Sᵀ is L″ only nearly.
-      `hfjax.preconditioners.layers` and `hfjax.verify.check` then say so.
+    | coupled outputs | S | cost |
+    |---|---|---|
+    | none, as in an elementwise loss | √L″, which is diagonal | a few passes over the outputs |
+    | blocks, each through a single sum, as in a softmax | closed form, without a repair | a few passes |
+    | other blocks of K ≤ 96 outputs | symmetric square root of each block | time examples × outputs × K², memory examples × outputs × K |
+    | larger blocks | only S Sᵀ ≈ L″, by 12 Lanczos steps | 12 products with L″ for each S v |
 
-    Where `fn` is not convex in the outputs, the Gauss-Newton matrix is not positive
-    semi-definite, unless `L″` of each case, with eigenvalues λ, is repaired:
+    `hfjax.preconditioners.layers` and `hfjax.verify.check` tell you if the last row
+    applies.
 
-    - "clip": negative λ become 0, L″ + Σ max(0, −λ) u uᵀ;
-    - "shift": L″ + max(0, −min λ) I. Damps what was positive too;
-    - either where more than 64 outputs are coupled: by Gershgorin's circles, entry i of
-      the diagonal grows by max(0, Σ_{j≠i} |L″ᵢⱼ| − L″ᵢᵢ). Enough in any case, and more
-      than is needed in most.
+    If `fn` is not convex in the outputs, the Gauss-Newton matrix may be indefinite.
+    `positive` repairs L″ of each example, with eigenvalues λ and eigenvectors u:
 
-    To rounding, a convex loss stays as it is, if no more than 64 outputs are coupled, or
-    L″ is diagonally dominant. For each new θ a repair costs one product with L″ for each
-    of the K outputs of a block, and one eigendecomposition a block of up to 64.
+    - "clip" sets negative λ to 0: L″ + Σ max(0, −λ) u uᵀ;
+    - "shift" adds max(0, −min λ) I, which also damps the directions of positive curvature;
+    - for blocks of more than 64 outputs both add max(0, Σ_{j≠i} |L″ᵢⱼ| − L″ᵢᵢ) to
+      diagonal entry i (Gershgorin's theorem), which always suffices and is usually more
+      than needed.
 
-    Better than any repair, where a nonlinearity makes the loss non-convex: **move it
-    into the model**. ½‖tanh(y) − t‖² is not convex in y, ½‖z − t‖² is in z = tanh(y),
-    and f(θ) is the same.
+    The repair leaves a convex loss unchanged to rounding error, in blocks of more than 64
+    outputs only if L″ is diagonally dominant. At each new θ it costs one product with L″
+    for each of the K outputs of a block, and one eigendecomposition of each block of up
+    to 64.
+
+    If a nonlinearity makes the loss non-convex, **move it into the model** instead of
+    repairing L″: ½‖tanh(y) − t‖² is not convex in y, but ½‖z − t‖² is convex in z =
+    tanh(y), and f(θ) is the same.
 
     Args:
-      fn: `(outputs, targets) -> array` whose leading axis is cases; further axes
-        are summed. Optax's losses are such functions. Cases must not mix.
-      positive: repair of a loss that is not convex in the outputs: "clip", "shift",
-        or `None` for none, where only `factor` drops what is negative: of the diagonal
-        apart from the outer product, where it has that closed form.
+      fn: `(outputs, targets) -> array` whose first axis indexes the examples; further axes
+        are summed. Optax's losses are such functions. It must not mix examples.
+      positive: how to repair a loss that is not convex in the outputs: "clip", "shift", or
+        `None` for no repair. Without repair, `factor` still leaves out negative curvature.
 
     Returns:
-      The loss; `predict` is the identity. Values and gradients know no repair.
+      The loss; its `predict` is the identity. A repair changes neither values nor
+      gradients.
 
     Raises:
-      ValueError: if `positive` is something else.
+      ValueError: if `positive` is anything else.
 
     Example:
       >>> import optax
@@ -226,29 +227,18 @@ def from_function(
       >>> z, t = jnp.array([[3.0, 4.0]]), jnp.ones((1, 2))
       >>> bool(ours.value(z, t) == theirs.value(z, t))
       True
-      >>> print(theirs.hessian(z, t)(z))
-      [[3. 4.]]
 
-      One parameter, so that G is its own smallest eigenvalue: tanh in the loss, there
-      but repaired, and moved into the model.
+      L″ of a loss that is not convex in y, and with a repair:
 
-      >>> import hfjax
-      >>> def smallest_eigenvalue(model_fn, loss):
-      ...     f, batch = hfjax.Objective(model_fn, loss), (jnp.ones(1), jnp.zeros(1))
-      ...     return float(
-      ...         hfjax.curvature.ggn(f, jnp.array(2.0), batch)(jnp.array(1.0))
-      ...     )
       >>> squashed = lambda y, t: 0.5 * (jnp.tanh(y) - t) ** 2
-      >>> smallest_eigenvalue(lambda p, x: p * x, from_function(squashed)) < -0.1
+      >>> y, v = jnp.array([[2.0]]), jnp.ones((1, 1))
+      >>> bool(from_function(squashed).hessian(y, 0 * y)(v) < 0)
       True
-      >>> clipped = from_function(squashed, positive="clip")
-      >>> smallest_eigenvalue(lambda p, x: p * x, clipped)
-      0.0
-      >>> smallest_eigenvalue(lambda p, x: jnp.tanh(p * x), squared_error()) > 0.004
-      True
+      >>> print(from_function(squashed, positive="clip").hessian(y, 0 * y)(v))
+      [[0.]]
 
     References:
-      Martens & Sutskever (2012), section 6.3. Gershgorin's bound: Golub & Van Loan,
+      Martens & Sutskever (2012), section 6.3. Gershgorin's theorem: Golub & Van Loan,
       Matrix Computations, theorem 7.2.1.
     """
     if positive is not None:
@@ -256,6 +246,8 @@ def from_function(
 
     value = case_by_case(fn)
 
+    # Examples do not mix, so the Hessian of the sum over the batch is block-diagonal: one
+    # product with it is a product with every example's L″.
     def total(outputs: Tree, targets: Tree) -> jax.Array:
         return jnp.sum(value(outputs, targets))
 
@@ -282,15 +274,15 @@ def from_function(
 def _softmax_curvature(
     mass: Callable[[jax.Array], jax.Array | float],
 ) -> tuple[Callable[..., LinearMap], Callable[..., LinearMap]]:
-    """Return `hessian` and `factor` of softmax, for targets of a given total mass."""
+    """Return `hessian` and `factor` of softmax; `mass` maps the targets to their sum τ."""
 
     def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
         p, weight = jax.nn.softmax(z), mass(t)
         winner = jnp.argmax(z, axis=-1, keepdims=True)
 
         def product(v: jax.Array) -> jax.Array:
-            # p (v − pᵀv), with v taken relative to the winning class: L″ is blind to a
-            # shift, and a saturated case keeps its digits.
+            # The product is p (v − pᵀv). L″ ignores a shift of v, so we subtract its entry
+            # at the winning class: then nothing cancels when that class has p ≈ 1.
             v = v - jnp.take_along_axis(v, winner, axis=-1)
             return weight * p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
 
@@ -301,6 +293,7 @@ def _softmax_curvature(
         root = jnp.sqrt(p)
 
         def product(v: jax.Array) -> jax.Array:
+            # S Sᵀ = τ (diag(p) − 2 p pᵀ + p (Σ p) pᵀ) = τ (diag(p) − p pᵀ), as Σ p = 1.
             return weight * (root * v - p * jnp.sum(root * v, axis=-1, keepdims=True))
 
         return product
