@@ -1,7 +1,7 @@
-"""What users hand in, looked at while the program is built: structures, shapes, dtypes.
+"""Checks user-supplied arguments while the program is built: structures, shapes, dtypes.
 
-Every error names the argument, says what came and what to do. Numbers are traced, and
-judged by the update itself (`_judge`).
+Every error names the argument, says what was passed and what to do. Values are usually
+traced, so numbers that are not finite are left to the update, which rejects such steps.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ import optax
 from hfjax._core.types import Approximate, Matvec, Params, Tree
 
 _SHOWN = 8
-"""Leaves of a tree that a message lists."""
+"""The most leaves of a tree that a message lists."""
 
 
 class ShapeError(ValueError):
-    """Outputs, targets or losses whose shapes are not those of so many cases."""
+    """Shapes of outputs, targets or losses do not match the number of examples."""
 
 
 def as_params(params: Params) -> Params:
-    """Return parameters as a tree of arrays, which must be real floats.
+    """Return parameters as a tree of arrays of real floats.
 
     Raises:
-      TypeError: naming the first leaf that is something else, or is masked.
+      TypeError: naming the first leaf that is masked or is anything else.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hole):
         if _is_hole(leaf):
             msg = (
                 f"params{jax.tree_util.keystr(path)} is masked, as `optax.masked` and "
-                "`optax.partition` do, and `model_fn` needs it. Hand only what is "
+                "`optax.partition` do, and `model_fn` needs it. Pass only what is "
                 "trained, and let `model_fn` close over the rest (Flax: "
                 "`hfjax.flax.nnx_model_fn(model, wrt)`; Equinox: `eqx.partition`)."
             )
@@ -46,9 +46,9 @@ def as_params(params: Params) -> Params:
         if _is_real(x):
             return x
         cure = (
-            "Hand real and imaginary parts as leaves of their own."
+            "Pass real and imaginary parts as leaves of their own."
             if jnp.iscomplexobj(x)
-            else "Hand only what is trained, and let `model_fn` close over the rest "
+            else "Pass only what is trained, and let `model_fn` close over the rest "
             "(Flax: `nnx.split(model, nnx.Param, ...)`)."
         )
         msg = (
@@ -63,6 +63,7 @@ def as_params(params: Params) -> Params:
 def missing(name: str) -> TypeError:
     """Return the error for an update without `"params"` or `"batch"`."""
     call = f"`{name}` is missing: call `tx.update(grads, state, params, batch=batch)`."
+    # Wrappers that do not pass extra arguments on to `tx.update`, with what to do instead.
     droppers = (
         " These wrappers drop it: Flax's `TrainState` (take `hfjax.flax.TrainState`), "
         "`MultiSteps(...).gradient_transformation()` (take "
@@ -76,10 +77,11 @@ def check_gradient(grads: Any, params: Params) -> None:
     """Raise unless `grads` can be the gradient at `params`.
 
     Raises:
-      TypeError: if a leaf is no array of real floats.
-      ValueError: if structure or shapes are others than those of `params`.
+      TypeError: if a leaf is not an array of real floats.
+      ValueError: if the structure or a shape differs from that of `params`.
     """
-    cure = "Hand the gradient of the same parameters"
+    cure = "Pass the gradient of the same parameters"
+    # A tuple in place of another tree is likely what `jax.value_and_grad` returned.
     pair = isinstance(grads, tuple) and not isinstance(params, tuple)
     also = ", without the value that `value_and_grad` returns before it"
     check_like("grads", grads, params, cure + also * pair + ".")
@@ -91,7 +93,7 @@ def check_gradient(grads: Any, params: Params) -> None:
 
 
 def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
-    """Raise a `ValueError` with the cure unless `tree` has the shapes of `params`."""
+    """Raise a `ValueError`, ending in `cure`, unless `tree` is shaped like `params`."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
         msg = (
             f"`{name}` must be a tree like `params`, got {describe(tree)} for "
@@ -112,20 +114,20 @@ def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
 
 
 def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> Tree:
-    """Return what a user hands in as a vector: a tree of arrays of real floats.
+    """Return a user-supplied vector as a tree of arrays of real floats.
 
-    Numbers and NumPy's arrays become arrays; integers and booleans become floats, as
-    the solution of an integer system is no integer.
+    Numbers and NumPy arrays become arrays. Integers and booleans become floats, because a
+    linear system of integers rarely has a solution in integers.
 
     Args:
-      name: of the argument, for the error.
-      tree: what came.
-      like: what it must have the structure and shapes of; `None` is anything.
-      whose: what that is called in the error.
+      name: name of the argument, for the error.
+      tree: the argument.
+      like: a tree whose structure and shapes it must have; `None` allows any.
+      whose: what the error calls `like`.
 
     Raises:
-      TypeError: naming the first leaf that is something else.
-      ValueError: if it is no tree like `like`.
+      TypeError: naming the first leaf that is anything else.
+      ValueError: if `tree` does not match `like`.
     """
     if tree is None:
         msg = f"`{name}` must be an array of real floats, or a tree of them, got None."
@@ -140,7 +142,7 @@ def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> T
         if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
             return jnp.asarray(x).astype(float)
         cure = (
-            " Hand real and imaginary parts as leaves of their own."
+            " Pass real and imaginary parts as leaves of their own."
             if isinstance(x, complex) or jnp.issubdtype(dtype, jnp.complexfloating)
             else ""
         )
@@ -157,12 +159,9 @@ def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> T
 
 
 def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
-    """Return a user's product, which says so where what it returns is none.
+    """Return a user-supplied product `v -> A v` (or `Approximate`) that checks its results.
 
-    Args:
-      name: of the argument, for the errors.
-      product: `v -> A v`, or an `Approximate` of them.
-      matrix: the product, written with the matrix that may have come in its place.
+    `matrix` writes the product with the matrix that may have been passed by mistake.
 
     Raises:
       TypeError: if it is not callable.
@@ -183,6 +182,7 @@ def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
         )
         raise TypeError(msg)
 
+    # Only structures and dtypes are checked: it costs nothing in a compiled program.
     def checked(v: Tree) -> Tree:
         with noting_call(f"`{name}(v)`", v=v):
             found = product(v)
@@ -192,13 +192,11 @@ def as_product(name: str, product: Any, *, matrix: str = "A @ v") -> Matvec:
 
 
 def as_vector_of(name: str, found: Any, v: Tree) -> Tree:
-    """Return what a user's product found, which must be a vector like `v`.
-
-    The arrays keep the dtype that they came in.
+    """Return the result of a user-supplied product, which must be like `v` except in dtype.
 
     Raises:
-      TypeError: if a leaf is no array of real floats.
-      ValueError: if it is no tree like `v`.
+      TypeError: if a leaf is not an array of real floats.
+      ValueError: if the structure or a shape differs from that of `v`.
     """
     whose = "the vector that it is given"
     _check_alike(f"{name}(v)", found, v, whose)
@@ -226,10 +224,10 @@ def _check_alike(name: str, tree: Tree, like: Tree, whose: str) -> None:
 
 
 def as_key(name: str, key: Any) -> jax.Array:
-    """Return a typed key, of one or of the two numbers of an old-style one.
+    """Return a typed key, made from an old-style pair of numbers if need be.
 
     Raises:
-      TypeError: if it is none.
+      TypeError: if `key` is neither.
     """
     dtype = getattr(key, "dtype", np.dtype(object))
     if jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
@@ -241,19 +239,19 @@ def as_key(name: str, key: Any) -> jax.Array:
 
 
 def as_tangent(v: Tree, params: Params) -> Tree:
-    """Return what a user hands to a product as `v`: a tree like the parameters."""
+    """Return `v` of a user's curvature-vector product, checked to be like `params`."""
     return as_vector("v", v, like=params, whose="`params`")
 
 
 def check_function(name: str, function: Any, call: str) -> None:
-    """Raise a `TypeError` unless a function came; `call` says what it takes and returns."""
+    """Raise a `TypeError` unless `function` is callable; `call` is its signature."""
     if not callable(function):
         msg = f"`{name}` must be a function `{call}`, got {describe(function)}."
         raise TypeError(msg)
 
 
 def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
-    """Return a function with its `key` given, if it asks for one without a default."""
+    """Bind `key` if the function has a parameter of that name without a default."""
     parameter = inspect.signature(function).parameters.get("key")
     if parameter is None or parameter.default is not inspect.Parameter.empty:
         return function
@@ -272,10 +270,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 @contextlib.contextmanager
 def noting_call(call: str, **trees: Tree) -> Iterator[None]:
-    """Add a note to an error of a user's function: what it was called with.
-
-    `call` is the function and its arguments, in words; `trees` are the arguments.
-    """
+    """Note in errors of a user-supplied function what it was called with."""
     try:
         yield
     except Exception as error:
@@ -288,7 +283,7 @@ def noting_call(call: str, **trees: Tree) -> Iterator[None]:
 
 
 def describe(tree: Tree) -> str:
-    """Describe a tree in words, as in `dict(['b'] float32[2], ['w'] float32[3,2])`."""
+    """Describe a tree: `dict(['b'] float32[2], ['w'] float32[3,2])`."""
     if jax.tree_util.all_leaves([tree]):
         return _kind(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)

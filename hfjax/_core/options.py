@@ -1,8 +1,7 @@
-"""Numbers that users give: ranges checked when concrete, schedules read at a count.
+"""Numeric options: check their ranges, and evaluate schedules.
 
-An option may be a Python number, an array (traced under
-`optax.inject_hyperparams` or in a sweep) or an Optax schedule. Only a Python or
-NumPy number can be judged while the program is built.
+An option may be a Python number, an array (traced under `optax.inject_hyperparams` or in a
+sweep) or an Optax schedule. Only Python and NumPy numbers can be checked at construction.
 """
 
 import numbers
@@ -15,7 +14,7 @@ from hfjax._core.types import Number, NumberOrSchedule
 
 
 def is_plain_number(option: object) -> bool:
-    """Return whether `option` is a Python or NumPy number: known, not traced."""
+    """Return whether `option` is a Python or NumPy number, whose value is known."""
     return isinstance(option, numbers.Real) and not isinstance(option, bool)
 
 
@@ -27,20 +26,21 @@ def check_range(
     high: float | None = None,
     open_low: bool = False,
 ) -> None:
-    """Raise if `option` is no number, or a plain one outside `[low, high]`.
+    """Raise if `option` is not a number, or is a plain number outside `[low, high]`.
 
     Args:
-      name: of the option, as the user wrote it.
-      option: a number, array or schedule, of which only the first can be judged; or
-        `None`, where an option may be left out.
-      low: least admissible value, excluded if `open_low`.
-      high: greatest admissible value.
-      open_low: whether `low` itself is refused.
+      name: name of the option, for the error.
+      option: a number, an array, a schedule or `None`; only the value of a number is
+        checked.
+      low: smallest allowed value, excluded if `open_low`.
+      high: largest allowed value.
+      open_low: whether to exclude `low` itself.
 
     Raises:
-      TypeError: naming the option and what came, if it is no real number.
-      ValueError: naming the option, its range and what came.
+      TypeError: if it is not a real number.
+      ValueError: if it is out of range, or an array of several numbers.
     """
+    # A traced value or a schedule cannot be compared here; check only what kind it is.
     if not is_plain_number(option):
         dtype, shape = getattr(option, "dtype", None), getattr(option, "shape", ())
         is_array = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
@@ -54,7 +54,7 @@ def check_range(
         return
     too_low = low is not None and (option <= low if open_low else option < low)
     too_high = high is not None and option > high
-    if too_low or too_high or option != option:
+    if too_low or too_high or option != option:  # The last is true of NaN alone.
         bounds = [
             *(
                 [f"{'above' if open_low else 'at least'} {low}"]
@@ -70,15 +70,10 @@ def check_range(
 def check_count(name: str, option: object, *, low: int) -> None:
     """Raise unless `option` is a Python integer of at least `low`.
 
-    Counts size buffers, so they are static: no arrays, no schedules.
-
-    Args:
-      name: of the option, as the user wrote it.
-      option: what came.
-      low: least admissible value.
+    Counts set the sizes of buffers, so they must be static: neither arrays nor schedules.
 
     Raises:
-      TypeError: if it is not a plain integer.
+      TypeError: if it is not a Python integer.
       ValueError: if it is too small.
     """
     if isinstance(option, bool) or not isinstance(option, numbers.Integral):
@@ -94,15 +89,10 @@ def check_count(name: str, option: object, *, low: int) -> None:
 
 
 def check_choice(name: str, option: object, choices: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless `option` is one of `choices`.
-
-    Args:
-      name: of the option, as the user wrote it.
-      option: what came.
-      choices: what is allowed.
+    """Raise unless `option` is one of `choices`.
 
     Raises:
-      ValueError: listing what is allowed.
+      ValueError: listing the choices.
     """
     if option not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
@@ -111,13 +101,14 @@ def check_choice(name: str, option: object, choices: tuple[str, ...]) -> None:
 
 
 def read(option: NumberOrSchedule, count: jax.Array) -> jax.Array:
-    """Return the option's value at `count`: a schedule is called, a number is itself."""
+    """Return the value of an option at `count`: call a schedule, return a number."""
     return jnp.asarray(option(count) if callable(option) else option)
 
 
 def like(option: Number, x: jax.Array) -> jax.Array:
-    """Return the option in the dtype of what it meets.
+    """Return an option in the dtype of `x`.
 
-    A NumPy number or an array, as of `optax.inject_hyperparams`, has a dtype of its own.
+    NumPy numbers and the arrays of `optax.inject_hyperparams` have dtypes of their own,
+    which strict promotion would not combine with that of `x`.
     """
     return jnp.asarray(option, x.dtype)

@@ -1,11 +1,9 @@
-"""Vectors in a few arrays, however many leaves the parameters have.
+"""Vectors like the parameters, stored in a few arrays however many leaves there are.
 
-An update adds, scales and multiplies vectors like the parameters some hundred times, and
-each of these is a kernel for each leaf: to compile, to launch, to read and to write. So
-leaves of up to 2¹⁶ numbers lie in one array of their dtype. Larger ones stay as they
-are, since they keep a device busy by themselves; and so does what may lie over several
-devices: laid end to end it would be gathered on each of them. What lies on one device has one
-axis: of the kept iterates of a matrix XLA makes a transposed copy, to multiply with it.
+An update adds, scales and multiplies such vectors some hundred times. Each operation is
+one kernel per leaf, to be compiled, launched, and read from and written to memory. So
+leaves of up to 2¹⁶ numbers are concatenated with others of their dtype. Larger leaves
+stay separate: each keeps a device busy by itself.
 """
 
 import math
@@ -19,28 +17,26 @@ from hfjax._core import sharding
 from hfjax._core.types import Tree
 
 SMALL = 2**16
-"""Numbers that a leaf may have to be laid beside others."""
+"""Largest leaf, in numbers, that is concatenated with others."""
 
 
 class Packing(NamedTuple):
-    """How trees like the parameters lie in a few arrays.
-
-    Attributes:
-      pack: a tree ↦ a tuple of arrays.
-      unpack: the reverse.
-    """
+    """How trees like the parameters are turned into a tuple of arrays, and back."""
 
     pack: Callable[[Tree], tuple[jax.Array, ...]]
     unpack: Callable[[tuple[jax.Array, ...]], Tree]
 
 
 def packing(like: Tree) -> Packing:
-    """Say how trees of the structure, shapes and types of `like` are packed."""
+    """Return the packing of trees with the structure, shapes and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     groups: dict[Any, list[int]] = {}
     for n, leaf in enumerate(leaves):
         groups.setdefault(_kind(n, leaf), []).append(n)
     shapes = [leaf.shape for leaf in leaves]
+    # What may be sharded keeps its shape: concatenated, it would be gathered on every
+    # device. All else is flattened, since XLA makes a transposed copy of stored iterates
+    # of a matrix in order to multiply with them.
     whole = {n for n, leaf in enumerate(leaves) if sharding.may_be_sharded(leaf)}
 
     def pack(tree: Tree) -> tuple[jax.Array, ...]:
@@ -60,7 +56,8 @@ def packing(like: Tree) -> Packing:
         for group, array in zip(groups.values(), packed, strict=True):
             parts = [array]
             if len(group) > 1:
-                # The transpose of a split lays end to end; that of a slice adds zeros.
+                # In reverse mode a split concatenates cotangents; slices would each pad
+                # theirs with zeros and add them all up.
                 parts = jax.lax.split(array, [math.prod(shapes[n]) for n in group])
             found |= {
                 n: part.reshape(shapes[n]) for n, part in zip(group, parts, strict=True)
@@ -71,7 +68,8 @@ def packing(like: Tree) -> Packing:
 
 
 def _kind(number: int, leaf: jax.Array) -> Any:
-    """Return what leaves have in common that are laid beside each other."""
+    """Return a value that is equal for leaves that may be concatenated."""
     if leaf.size > SMALL or sharding.may_be_sharded(leaf):
         return number
+    # Inside `shard_map`, arrays that vary over different axes have different types.
     return leaf.dtype, sharding.varying(leaf)

@@ -1,9 +1,9 @@
-"""Results that have no derivative say so, in forward and in reverse mode.
+"""Makes results without a derivative say so, in forward and in reverse mode.
 
-A run that stops early is no smooth function of what it is given. JAX would hand out the
-derivative of its iterations in forward mode, which is another number, and speak of a
-`while_loop` in reverse mode. What is dead, as behind `jax.lax.stop_gradient`, is refused
-by nobody under `jax.jit` or in reverse mode.
+A solver that stops early is not a smooth function of its arguments. Without this, JAX
+would return the derivative of its iterations in forward mode, which is a different
+number, and complain about a `while_loop` in reverse mode. A derivative that is unused, as
+behind `jax.lax.stop_gradient`, is accepted under `jax.jit` and in reverse mode.
 """
 
 from typing import Any
@@ -16,21 +16,18 @@ from jax.interpreters import ad, batching, mlir
 from hfjax._core.types import Tree
 
 _CURE = (
-    "Differentiate `hfjax.cg.inverse(matvec)(b)` in its place, which is linear in `b` and "
-    "differentiable in all that `matvec` closes over; where no derivative is meant, hand in "
+    "Differentiate `hfjax.cg.inverse(matvec)(b)` instead, which is linear in `b` and "
+    "differentiable in all that `matvec` closes over; if no derivative is meant, pass "
     "`jax.lax.stop_gradient` of the arguments."
 )
 
 
 def without_derivative(what: str, tree: Tree) -> Tree:
-    """Return a result unchanged; whoever differentiates it is told that it has none.
+    """Return a result unchanged; differentiating it raises a `TypeError`.
 
     Args:
       what: the result, as the subject of the error.
-      tree: of arrays; what is no array of floats is no matter.
-
-    Returns:
-      The same.
+      tree: the result; only its arrays of floats matter.
     """
 
     @jax.custom_jvp
@@ -43,7 +40,7 @@ def without_derivative(what: str, tree: Tree) -> Tree:
     ) -> tuple[jax.Array, jax.Array]:
         return primals[0], _refused.bind(tangents[0], what=what)
 
-    # Leaf by leaf: what does not depend on anything differentiated is not asked then.
+    # One call per leaf: a leaf without a tangent is then not asked for its derivative.
     return jax.tree.map(lambda leaf: same(leaf) if _is_floating(leaf) else leaf, tree)
 
 
@@ -53,14 +50,14 @@ def _is_floating(leaf: Any) -> bool:
 
 def _raise(what: str) -> None:
     msg = (
-        f"{what} has no derivative: it stops early, and is no smooth function of what it "
-        f"is given. {_CURE}"
+        f"{what} has no derivative: it stops early, so it is not a smooth function of its "
+        f"arguments. {_CURE}"
     )
     raise TypeError(msg)
 
 
 _refused = Primitive("hfjax_without_derivative")
-"""The identity on tangents that nobody may use: raises where it is run or transposed."""
+"""The identity on tangents that must not be used: raises if it is run or transposed."""
 
 
 @_refused.def_impl
@@ -89,6 +86,7 @@ def _batch(tangents: tuple, axes: tuple, *, what: str) -> tuple:
     return _refused.bind(*tangents, what=what), axes[0]
 
 
+# Compiling the tangent raises, as does transposing it; a dead one is removed before.
 mlir.register_lowering(_refused, _lower)
 ad.deflinear2(_refused, _transpose)
 batching.primitive_batchers[_refused] = _batch

@@ -1,9 +1,9 @@
-"""What must be said of arrays whose layout over devices is part of their type.
+"""Arrays whose layout over devices is part of their type.
 
-On a mesh of `Explicit` axes (what `jax.make_mesh` makes), and inside `shard_map`, JAX
-refuses what it would otherwise find out by itself: sums over a sharded axis in a matrix
-product, loops that start from zeros of another layout, gradients with respect to what
-is the same on all devices. Everywhere else these functions change nothing.
+On a mesh with `Explicit` axes (the default of `jax.make_mesh`) and inside `shard_map`,
+JAX refuses what it would otherwise work out by itself: a matrix product that sums over a
+sharded axis, a loop that starts from zeros of another layout, a gradient with respect to
+replicated values. Everywhere else these functions change nothing.
 """
 
 import math
@@ -17,11 +17,9 @@ from hfjax._core.types import Tree
 
 
 def may_be_sharded(x: jax.Array) -> bool:
-    """Return whether an array lies over devices, as far as its type tells.
-
-    Over an `Explicit` axis the type says how. Of an `Auto` axis it says only that there is
-    one: the compiler decides.
-    """
+    """Return whether an array may lie over several devices, as far as its type tells."""
+    # The type states the sharding over `Explicit` axes. Over `Auto` axes it does not: the
+    # compiler decides, so an array may lie over any that exist.
     mesh = jax.typeof(x).sharding.mesh
     automatic = [
         mesh.shape[name]
@@ -32,18 +30,13 @@ def may_be_sharded(x: jax.Array) -> bool:
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
-    """Return the mapped axes along which `shard_map` knows an array to differ."""
+    """Return the mapped axes along which `shard_map` considers an array to vary."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def vary(tree: Tree, names: tuple[Any, ...]) -> Tree:
-    """Mark a tree, the same on all devices of these axes, as each device's own.
-
-    Args:
-      tree: of arrays.
-      names: of mapped axes. Under `vmap(axis_name=…)` they are none of a mesh, and
-        there is nothing to mark.
-    """
+    """Mark a tree that is replicated over some mapped axes as varying along them."""
+    # The axes of `vmap(axis_name=…)` are not axes of a mesh: there is nothing to mark.
     manual = jax.sharding.get_abstract_mesh().manual_axes
 
     def leaf(x: jax.Array) -> jax.Array:
@@ -55,21 +48,15 @@ def vary(tree: Tree, names: tuple[Any, ...]) -> Tree:
 
 
 def zeros_like(tree: Tree) -> Tree:
-    """Return zeros, laid out as a tree is.
-
-    `jnp.zeros_like` is compiled apart and, in jax 0.12, forgets the layout at times.
-    """
+    """Return zeros with the layout of a tree."""
+    # `jnp.zeros_like` is compiled separately and, in jax 0.12, sometimes loses the layout.
     return jax.tree.map(
         lambda x: jnp.where(jnp.zeros((), bool), x, jnp.zeros((), x.dtype)), tree
     )
 
 
 def zeros(shapes: Tree) -> Tree:
-    """Return zeros, laid out as `jax.eval_shape` says.
-
-    Args:
-      shapes: what that returned.
-    """
+    """Return zeros with the shapes and layouts that `jax.eval_shape` returned."""
     return jax.tree.map(
         lambda shape: _laid_out(jnp.zeros(shape.shape, shape.dtype), shape.sharding),
         shapes,
@@ -77,17 +64,15 @@ def zeros(shapes: Tree) -> Tree:
 
 
 def like(tree: Tree, other: Tree) -> Tree:
-    """Return `tree`, laid out as another tree of its shapes."""
+    """Return `tree` with the layout of another tree of the same shapes."""
     return jax.tree.map(lambda x, y: _laid_out(x, jax.typeof(y).sharding), tree, other)
 
 
 def first_case(tree: Tree) -> Tree:
-    """Return one case of a tree, or its shapes, for `jax.eval_shape`.
+    """Return one example of a tree, or only its shapes, for `jax.eval_shape`."""
 
-    Of an axis that is sharded by type no row can be taken; else a slice keeps what
-    `shard_map` has in the type.
-    """
-
+    # JAX refuses to take a row of an axis that is sharded by type. Otherwise a slice is
+    # better than its shape, as it keeps what `shard_map` has in the type.
     def leaf(x: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
         if _typed(x) is None:
             return x[:1]
@@ -97,7 +82,7 @@ def first_case(tree: Tree) -> Tree:
 
 
 def shards_of_cases(tree: Tree) -> int:
-    """Return over how many devices the case axis lies, by type; else 1."""
+    """Return how many devices share the examples' axis, by type; otherwise 1."""
     counts = [1]
     for leaf in jax.tree.leaves(tree):
         sharding = _typed(leaf)
@@ -108,7 +93,7 @@ def shards_of_cases(tree: Tree) -> int:
 
 
 def alike(data: Tree) -> Tree:
-    """Lay all leaves' case axes as one of them has it, for `jax.vmap` over the cases."""
+    """Lay out the examples' axis of all leaves in the same way, as `jax.vmap` requires."""
     typed = [s for leaf in jax.tree.leaves(data) if (s := _typed(leaf)) and s.spec[0]]
     if not typed:
         return data
@@ -121,10 +106,10 @@ def alike(data: Tree) -> Tree:
 
 
 def gathered(tree: Tree, data: Tree) -> Tree:
-    """Gather a tree over the axes that the cases of `data` lie over, by type.
+    """Gather a tree over the mesh axes that shard the examples of `data`, by type.
 
-    What is computed for each case, with the cases sharded, can be of no parameters
-    sharded over the same axes.
+    With one computation per example, and the examples sharded, no parameter can be sharded
+    over the same axes.
     """
     specs = [s.spec[:1] for leaf in jax.tree.leaves(data) if (s := _typed(leaf))]
     taken = {name for spec in specs for name in _axes(spec)}
@@ -143,12 +128,12 @@ def gathered(tree: Tree, data: Tree) -> Tree:
 
 
 def lies_elsewhere(tree: Tree, data: Tree) -> bool:
-    """Return whether a tree lies, by type, over axes that the cases of `data` do not."""
+    """Return whether a tree is sharded over mesh axes other than those of the examples."""
     return any(_typed(leaf) for leaf in jax.tree.leaves(gathered(tree, data)))
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Lay out an array whole on every device, where its type says that it is not."""
+    """Replicate an array on all devices if its type says that it is sharded."""
     sharding = _typed(x)
     if sharding is None:
         return x
@@ -161,14 +146,12 @@ def contracted(
     axes: tuple[tuple[int, ...], tuple[int, ...]],
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Sum products over pairs of axes, sharded or not; what is left keeps its layout.
+    """Sum products over pairs of axes, sharded or not; other axes keep their layout.
 
-    Args:
-      left: first factor.
-      right: second factor.
-      axes: those of each that are summed over, as in `jax.lax.dot_general`.
-      precision: as there.
+    `axes` holds the axes of `left` and of `right`; see `jax.lax.dot_general`.
     """
+    # With explicit axes the caller must state the layout of the result of a product that
+    # sums over a sharded axis.
     kept, mesh = [], None
     for x, summed in zip((left, right), axes, strict=True):
         sharding = _typed(x)
@@ -182,7 +165,7 @@ def contracted(
 
 
 def _typed(x: Any) -> Any:
-    """Return the sharding that is part of an array's type, if it says anything."""
+    """Return the sharding in an array's type, or `None` if it shards no axis."""
     sharding = jax.typeof(x).sharding
     return sharding if any(sharding.spec) else None
 
@@ -194,6 +177,6 @@ def _laid_out(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def _axes(spec: Any) -> list[Any]:
-    """Return the mesh axes that a part of a spec names."""
+    """Return the mesh axes that part of a `PartitionSpec` names."""
     parts = [part if isinstance(part, tuple) else (part,) for part in spec]
     return [name for part in parts for name in part if name is not None]

@@ -1,8 +1,8 @@
-"""Tree verbs that `optax.tree` lacks, or has with another promise.
+"""Tree arithmetic that `optax.tree` lacks, or offers with other guarantees.
 
-Sums accumulate in float32 or wider whatever the leaves' dtype, and nothing is
-ravelled: `ravel_pytree` and `jnp.vdot` (which `optax.tree.vdot` falls back to)
-gather a sharded leaf onto every device, `sum(x * y)` does not.
+Sums accumulate in float32 or wider for every dtype of leaves. Nothing is ravelled:
+`ravel_pytree` and `jnp.vdot` (which `optax.tree.vdot` uses) gather a sharded leaf onto
+every device; `sum(x * y)` does not.
 """
 
 import functools
@@ -18,26 +18,26 @@ from hfjax._core import sharding
 from hfjax._core.types import Number, Tree
 
 FEW = 64
-"""Terms that are simply added up: at worst half as many units of rounding are lost."""
+"""The most terms added one by one, which loses at most half as many units of rounding."""
 
 EXACT = jax.lax.Precision.HIGHEST
-"""Some devices multiply float32 in fewer digits; a basis is not orthogonal then."""
+"""Some devices multiply float32 with fewer digits; a basis is then not orthogonal."""
 
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """Return the dtype that sums of `dtype` accumulate in: float32 or wider."""
+    """Return the dtype in which sums of `dtype` accumulate: float32 or wider."""
     return widest(dtype, jnp.float32)
 
 
 def scalar_dtype(tree: Tree) -> jnp.dtype:
-    """Return the dtype of scalars that summarise `tree`: float32 or its widest leaf."""
+    """Return the dtype of scalars computed from `tree`: float32 or its widest leaf."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     return widest(jnp.float32, *dtypes)
 
 
 def widest(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """Return the dtype that arrays of these are cast to before they meet."""
-    # Whoever has set strict promotion means arrays that meet uncast; here none do.
+    """Return the dtype to which arrays of these are cast before they are combined."""
+    # Strict promotion, if the user has set it, guards against implicit casts only.
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
 
@@ -53,15 +53,7 @@ def cast_like(tree: Tree, other: Tree) -> Tree:
 
 
 def dot(x: Tree, y: Tree) -> jax.Array:
-    """Return xᵀy, accumulated in float32 or wider.
-
-    Args:
-      x: a pytree of arrays.
-      y: a pytree like `x`.
-
-    Returns:
-      A scalar in float32, or in the widest dtype of the leaves.
-    """
+    """Return xᵀy, accumulated and returned in float32 or wider."""
     products = jax.tree.map(
         lambda a, b: a.astype(wide(a.dtype)) * b.astype(wide(b.dtype)), x, y
     )
@@ -70,12 +62,10 @@ def dot(x: Tree, y: Tree) -> jax.Array:
 
 
 def _merged(function: Callable[..., jax.Array], tree: Tree) -> list[jax.Array]:
-    """Return the leaves, with vectors of one type merged by a function of two.
-
-    A kernel takes its time to compile, however short, and a sum over few numbers is
-    three on a CPU. Matrices stay apart: of one shape, they may lie over devices
-    crosswise.
-    """
+    """Return the leaves, with vectors of the same type combined by a binary function."""
+    # Each kernel takes time to compile, however short, and even a sum over a few numbers
+    # is three kernels on a CPU. Matrices are left alone: two of the same shape may be
+    # sharded along different axes.
     vectors: dict[Any, list[jax.Array]] = {}
     others = []
     for leaf in jax.tree.leaves(tree):
@@ -87,7 +77,7 @@ def _merged(function: Callable[..., jax.Array], tree: Tree) -> list[jax.Array]:
 
 
 def _pairwise(function: Callable[..., jax.Array], arrays: list[jax.Array]) -> jax.Array:
-    """Merge arrays by pairs, pairs of pairs, …: of N leaves log₂ N roundings count."""
+    """Combine arrays pair by pair, so that of N roundings only log₂ N accumulate."""
     while len(arrays) > 1:
         pairs = (arrays[n : n + 2] for n in range(0, len(arrays), 2))
         arrays = [functools.reduce(function, pair) for pair in pairs]
@@ -101,28 +91,27 @@ def sum_leaves(scalars: Tree, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def summed(term: Callable[[jax.Array], Tree], count: int, zeros: Tree) -> Tree:
-    """Return Σₖ term(k), one term after another, for however many.
+    """Return Σₖ term(k) for k < `count`, one term after another.
 
-    Added up as they come, N terms of one sign lose up to N/2 units of rounding: of 10⁵
-    in float32 two to four digits are right. So terms are added up in blocks of at most
-    64, and blocks with what each addition rounds off, which is kept and added in the end
-    (Knuth's exact sum of two, as in Neumaier's and Klein's summation): at worst 32 units
-    are lost, whatever N. To treat every term so would be exact to a unit, but took a third
-    more time where a term is the gradient of some cases. It holds two trees more than a
-    plain loop. XLA keeps the order of floating-point additions.
+    At worst 32 units of rounding are lost for any `count`. This holds two trees more than
+    a plain loop.
 
     Args:
       term: k ↦ a tree of floats.
-      count: N.
-      zeros: like a term, and laid out over devices as it is.
-
-    Returns:
-      The sum.
+      count: the number of terms.
+      zeros: zeros with the shapes, dtypes and layout of a term.
     """
 
+    # Added one by one, N terms of one sign lose up to N/2 units of rounding: of 10⁵ terms
+    # in float32, two to four digits are right. So terms are added in blocks of at most
+    # 64, and what the addition of each block rounds off is kept and added at the end
+    # (Knuth's two-sum, as in Neumaier's and Klein's summation). Treating every term like
+    # this would be accurate to one unit, but took a third more time where a term is the
+    # gradient of some examples. XLA does not reorder floating-point additions, so this
+    # survives.
     def add_up(total: Tree, k: jax.Array) -> tuple[Tree, None]:
         x = term(jnp.minimum(k, count - 1) if padded else k)
-        # The last block may go beyond the last term.
+        # The last block may run past the last term.
         x = jax.tree.map(lambda x: jnp.where(k < count, x, 0), x) if padded else x
         return add(total, x), None
 
@@ -141,17 +130,15 @@ def summed(term: Callable[[jax.Array], Tree], count: int, zeros: Tree) -> Tree:
     (total, lost), _ = jax.lax.scan(
         add_block, (zeros, zeros), numbers.reshape(blocks, length)
     )
-    # Where the sum has overflowed, what was lost is NaN, and the sum is to stay ∞.
+    # If the sum has overflowed, `lost` is NaN, and the result should still be ∞.
     return jax.tree.map(lambda s, c: s + jnp.where(jnp.isfinite(c), c, 0), total, lost)
 
 
 def _block(count: int) -> int:
-    """Return how many of `count` terms are simply added up: all, if they are few.
-
-    Else the number with the least to do twice, as it may not divide `count`.
-    """
+    """Return how many of `count` terms to add one by one: all, if they are few."""
     if count <= FEW:
         return count
+    # The last block is filled up in vain: choose the length that wastes the fewest terms.
     lengths = range(FEW // 4, FEW + 1)
     return min(lengths, key=lambda n: (-count % n, abs(n - FEW // 2)))
 
@@ -159,28 +146,22 @@ def _block(count: int) -> int:
 def _rounded_off(
     lost: jax.Array, total: jax.Array, x: jax.Array, new: jax.Array
 ) -> jax.Array:
-    """Add total + x − new, exactly known, to what was lost before."""
+    """Add to `lost` the rounding error of total + x, which is exactly representable."""
+    # Knuth's two-sum, unlike the faster one, does not ask which of the two is larger.
     added = new - total
     return lost + ((total - (new - added)) + (x - added))
 
 
 def mapped(fn: Callable[[jax.Array], Tree], count: int) -> Tree:
-    """Return `jax.lax.map(fn, jnp.arange(count))`, by loops within loops.
+    """Return `jax.lax.map(fn, jnp.arange(count))`, computed by nested loops.
 
     The transpose of a loop adds up the cotangents of what `fn` closes over, one after
-    another, and rounds as often. That of a loop within a loop adds up blocks: of N terms
-    no more than 64 for each level are added one after another, at the memory of a
-    cotangent for each. `fn` is in the program once, all the same.
-
-    Args:
-      fn: of a number.
-      count: N.
-
-    Returns:
-      Its results, stacked.
+    another, and rounds each time. The transpose of nested loops adds up blocks, so that
+    no more than 64 terms per level are added one after another. It holds one more
+    cotangent per level, and the program still contains `fn` only once.
     """
     shape = _levels(count)
-    # Up to the full blocks the last one is computed again, and left out.
+    # The last number is repeated until all blocks are full; its copies are cut off below.
     numbers = jnp.minimum(jnp.arange(math.prod(shape)), count - 1).reshape(shape)
 
     def nested(numbers: jax.Array) -> Tree:
@@ -195,13 +176,13 @@ def mapped(fn: Callable[[jax.Array], Tree], count: int) -> Tree:
 
 
 def _levels(count: int) -> tuple[int, ...]:
-    """Return lengths of at most `FEW` whose product is `count`, or little more."""
+    """Return lengths of at most `FEW` whose product is `count`, or slightly more."""
     length = _block(count)
     return (count,) if length == count else (*_levels(-(-count // length)), length)
 
 
 def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:
-    """Return a·x + y in the dtypes of `y`, multiplied and added in float32 or wider."""
+    """Return a·x + y in the dtypes of `y`, computed in float32 or wider."""
 
     def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
         dtype = wide(y.dtype)
@@ -211,19 +192,19 @@ def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:
 
 
 def scale(a: jax.Array, x: Tree) -> Tree:
-    """Return a·x in the dtypes of `x`, multiplied in float32 or wider."""
+    """Return a·x in the dtypes of `x`, computed in float32 or wider."""
     return jax.tree.map(
         lambda x: (a.astype(wide(x.dtype)) * x.astype(wide(x.dtype))).astype(x.dtype), x
     )
 
 
 def add(x: Tree, y: Tree) -> Tree:
-    """Return x + y in the dtypes of `x`: what `optax.apply_updates` does."""
+    """Return x + y in the dtypes of `x`, as `optax.apply_updates` does."""
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
 
 
 def select(predicate: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
-    """Return `on_true` where the scalar `predicate` holds, else `on_false`."""
+    """Return `on_true` if the scalar `predicate` holds, else `on_false`."""
     return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), on_true, on_false)
 
 
@@ -233,58 +214,55 @@ def is_finite(tree: Tree) -> jax.Array:
 
 
 def largest(tree: Tree) -> jax.Array:
-    """Return max |x|, in float32 or wider: NaN or inf if some entry is, 0 of none."""
+    """Return max |x| in float32 or wider: NaN or inf if an entry is, 0 of nothing."""
     dtype = scalar_dtype(tree)
     found = [size.astype(dtype) for size in maxima(tree)]
-    return functools.reduce(jnp.maximum, found, jnp.zeros((), dtype))  # Hands NaN on.
+    # `jnp.maximum` propagates NaN.
+    return functools.reduce(jnp.maximum, found, jnp.zeros((), dtype))
 
 
 def maxima(tree: Tree) -> list[jax.Array]:
-    """Return max |x| of each leaf, or of some of one dtype: what `largest` is made of."""
+    """Return numbers whose maximum is max |x|: one per leaf, or group of similar leaves."""
     sizes = _merged(jnp.maximum, jax.tree.map(jnp.abs, tree))
     return [jnp.max(leaf, initial=0) for leaf in sizes]
 
 
 def magnitude(tree: Tree) -> jax.Array:
-    """Return a power of two near max |x|: NaN or inf if some entry is, 1 for zeros.
-
-    Scaling by it is exact, and afterwards squares neither overflow nor vanish.
-    """
+    """Return a power of two near max |x|: NaN or inf if an entry is, 1 for zeros."""
+    # Scaling by a power of two is exact, and squares then neither overflow nor underflow.
     size = largest(tree)
     limits = jnp.finfo(size.dtype)
-    # Its reciprocal must be finite and normal too, in the dtype of every leaf.
+    # Its reciprocal must also be finite and normal, in the dtype of every leaf.
     widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
     most = 2.0 ** (min(widest, default=limits.maxexp) - 2)
     within = jnp.clip(jnp.where(size == 0, 1, size), 1 / most, most)
-    # No bit of the mantissa is left: it is rounded to the nearest power of two.
+    # A mantissa of no bits rounds to the nearest power of two.
     power = jax.lax.reduce_precision(within, limits.nexp, 0)
     return jnp.where(jnp.isfinite(size), power, size)
 
 
 def unfactored(scaled: Tree) -> Tree:
-    """Return a tree that XLA may not take factors out of.
-
-    Of Σ (s x)² with a leaf x that it knows, as the zero gradient of what the model does
-    not read, XLA makes s² Σ x²: ∞ · 0 where s was to keep the squares in range.
-    """
+    """Return a tree that XLA may not take factors out of."""
+    # In Σ (s x)² with a leaf x that XLA knows, such as the zero gradient of what the model
+    # does not read, XLA would take s² out of the sum. That is ∞ · 0 = NaN if s is large.
     return jax.lax.optimization_barrier(scaled)
 
 
 def normalised(tree: Tree) -> tuple[Tree, jax.Array]:
-    """Return x / s and s = `magnitude(x)`; x itself if some entry is not finite."""
+    """Return x / s and s = `magnitude(x)`; x itself if an entry is not finite."""
     size = magnitude(tree)
     unit = jnp.where(jnp.isfinite(size), size, 1)
     return unfactored(scale(1 / unit, tree)), size
 
 
 def norm(tree: Tree) -> jax.Array:
-    """Return ‖x‖₂ without overflow or underflow; NaN or inf if some entry is."""
+    """Return ‖x‖₂ without overflow or underflow; NaN or inf if an entry is."""
     scaled, size = normalised(widen(tree))
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
 
 
 def coordinates(vectors: Tree, x: Tree) -> jax.Array:
-    """Return Vᵀx, shape `[K]`, summed in float32 or wider, nothing ravelled."""
+    """Return Vᵀx, shape `[K]`, summed in float32 or wider."""
 
     def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
         dtype = wide(v.dtype)
@@ -296,7 +274,7 @@ def coordinates(vectors: Tree, x: Tree) -> jax.Array:
 
 
 def gram(vectors: Tree, others: Tree) -> jax.Array:
-    """Return VᵀW, shape `[K, L]`, summed in float32 or wider, nothing ravelled."""
+    """Return VᵀW, shape `[K, L]`, summed in float32 or wider."""
 
     def leaf(v: jax.Array, w: jax.Array) -> jax.Array:
         dtype, axes = wide(v.dtype), tuple(range(1, v.ndim))
@@ -308,7 +286,7 @@ def gram(vectors: Tree, others: Tree) -> jax.Array:
 
 
 def combination(weights: jax.Array, vectors: Tree) -> Tree:
-    """Return V a; of rows of coefficients, one such for each."""
+    """Return V a; for rows of coefficients, one combination for each row."""
     return jax.tree.map(
         lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
         vectors,
@@ -336,5 +314,5 @@ def interpolate(
 
 
 def finite_or_inf(value: jax.Array) -> jax.Array:
-    """Return f at a candidate, and +∞ for what is not finite."""
+    """Return a value of f, or +∞ in place of one that is not finite."""
     return jnp.where(jnp.isfinite(value), value, jnp.inf)

@@ -1,7 +1,7 @@
-"""The seams between modules: what a tree, a product and a value function are.
+"""Types at the interfaces between modules: trees, products and value functions.
 
-Leaves of the library never know each other. Conjugate gradients see a
-`Matvec`, a line search sees a `ValueFn`; only `hfjax.transform` knows everybody.
+Parts of the library do not know each other. Conjugate gradients receive a `Matvec`, a line
+search receives a `ValueFn`; only `hfjax.transform` puts everything together.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import jax
 from jax.typing import ArrayLike
 
 Tree: TypeAlias = Any
-"""A pytree of arrays; `Params` where it has the structure of the parameters."""
+"""A pytree of arrays; called `Params` if it has the structure of the parameters."""
 
 Params: TypeAlias = Any
-"""A pytree of the structure of the parameters: θ, a gradient, a step."""
+"""A pytree with the structure of the parameters: θ, a gradient, a step."""
 
 Batch: TypeAlias = tuple[Any, ...]
-"""`(inputs, targets)` or `(inputs, targets, weights)`; every leaf leads with the cases."""
+"""`(inputs, targets)` or `(inputs, targets, weights)`; axis 0 of all leaves is examples."""
 
 Matvec: TypeAlias = Callable[[Tree], Tree]
 """`v -> A v` for a symmetric `A`; keeps the structure, shapes and dtypes of `v`."""
@@ -26,37 +26,37 @@ Preconditioner: TypeAlias = Callable[[Tree], Tree]
 """`r -> P⁻¹ r` for a symmetric positive definite `P`."""
 
 ValueFn: TypeAlias = Callable[[Tree], jax.Array]
-"""`x -> f(θ + x)`, a scalar; already closed over the parameters and the data."""
+"""`x -> f(θ + x)`, a scalar; the parameters and the data are already bound."""
 
 ValueAndGradFn: TypeAlias = Callable[[Tree], tuple[jax.Array, Tree]]
-"""`x -> (f(θ + x), ∇f(θ + x))`, closed over the same."""
+"""`x -> (f(θ + x), ∇f(θ + x))`, with the same bound."""
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-"""Step count to number, as in Optax."""
+"""Maps the number of updates so far to a number, as in Optax."""
 
 Number: TypeAlias = ArrayLike
 """A Python number, or a scalar array, which may be traced."""
 
 NumberOrSchedule: TypeAlias = ArrayLike | Schedule
-"""A `Number`, or a `Schedule` that is read anew in each update."""
+"""A `Number`, or a `Schedule` that is evaluated at each update."""
 
 
 class Approximate(NamedTuple):
-    """A `Matvec` in fewer digits, with the one that it stands for.
+    """A `Matvec` in lower precision, together with the accurate product.
 
     Attributes:
-      product: `v -> A v`, nearly.
-      exact: `v -> A v`, which may cost more; called seldom.
+      product: `v -> A v`, approximately.
+      exact: `v -> A v`, accurate, possibly more expensive, and called rarely.
     """
 
     product: Matvec
     exact: Matvec
 
     def __call__(self, v: Tree) -> Tree:
-        """Return A v, nearly."""
+        """Return A v, approximately."""
         return self.product(v)
 
 
 def exact_of(matvec: Matvec) -> Matvec:
-    """Return what a product stands for: itself, if it is not `Approximate`."""
+    """Return the accurate product behind an `Approximate`; any other product unchanged."""
     return matvec.exact if isinstance(matvec, Approximate) else matvec
