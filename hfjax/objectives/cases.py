@@ -1,4 +1,4 @@
-"""Batches: checked, given weights, and split into microbatches."""
+"""Batches: check them, give them weights, and split them into microbatches."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from hfjax._core.types import Batch, Tree
 
 
 class Cases(NamedTuple):
-    """A batch, or a microbatch of it: every leaf leads with the case axis.
+    """A batch, or a microbatch of it; the first axis of every leaf indexes the examples.
 
     Attributes:
-      inputs: a pytree, what `model_fn` reads.
-      targets: a pytree, what the loss compares with.
-      weights: shape `[cases]`; 0 is padding.
+      inputs: a pytree, the argument of `model_fn`.
+      targets: a pytree, which the loss compares with the outputs.
+      weights: shape `[cases]`; 0 marks padding.
     """
 
     inputs: Tree
@@ -26,13 +26,13 @@ class Cases(NamedTuple):
 
 
 class Microbatches(NamedTuple):
-    """Microbatches: `cases` itself if there is one, else its leaves [round, part, …]."""
+    """A single microbatch is `cases`; of several, leaves are [position, microbatch, …]."""
 
     count: int
     cases: Cases
 
     def take(self, k: jax.Array | int) -> Cases:
-        """Return the k-th of them."""
+        """Return the k-th microbatch."""
         return jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 1, keepdims=False),
             self.cases,
@@ -40,22 +40,22 @@ class Microbatches(NamedTuple):
 
 
 def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
-    """Split a batch into microbatches of at most `microbatch_size` cases.
+    """Split a batch into microbatches of at most `microbatch_size` examples.
 
-    Microbatch k holds the cases k, k + count, k + 2·count, …: where the cases are
-    sharded, each device then holds its share of every microbatch. The last round
-    is filled up with the first cases, at weight 0 (real cases: a row of zeros
-    could be where a model is not defined, and 0 · NaN is NaN).
+    Microbatch k holds the examples k, k + count, k + 2·count, …. If the examples are
+    sharded, each device therefore holds its share of every microbatch.
     """
     total = cases.weights.shape[0]
     if microbatch_size is None or microbatch_size >= total:
         return Microbatches(1, cases)
-    # Of cases sharded by type, each device gets as many of every microbatch.
+    # If the examples are sharded by type, every device gets equally many in a microbatch.
     shards = sharding.shards_of_cases(cases)
     count = -(-total // max(shards, microbatch_size // shards * shards))
     rounds = -(-total // (count * shards)) * shards
     missing = rounds * count - total
 
+    # The last round is filled up with the first examples, at weight 0. They are real ones
+    # because the model may not be defined at a row of zeros, and 0 · NaN is NaN.
     def fold(leaf: jax.Array) -> jax.Array:
         if missing:
             leaf = jnp.concatenate([leaf, leaf[:missing]])
@@ -63,9 +63,9 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
 
     folded = jax.tree.map(fold, cases)
     if count > trees.FEW:
-        # Sums are then loops within loops. XLA moves constants into loops, and copies
-        # them in each round of the outer one: a batch that the caller's compiled function
-        # closes over is not to be taken for one.
+        # Sums are then nested loops. XLA moves constants into loops, and copies them in
+        # each round of the outer one. The barrier keeps a batch that the user's compiled
+        # function closes over from being treated as a constant.
         folded = jax.lax.optimization_barrier(folded)
     padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
     return Microbatches(
@@ -74,13 +74,14 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
 
 
 def subsample(batch: Batch, cases: int) -> Batch:
-    """Return evenly spaced cases of a batch, at least so many, or the batch as it came.
+    """Return at least `cases` evenly spaced examples of a batch, or the batch itself.
 
-    Every k-th, so that each device still holds its share of sharded cases.
+    Every k-th example is taken, so that each device still holds its share of sharded ones.
     """
     given = as_cases(batch)
     total, shards = given.weights.shape[0], sharding.shards_of_cases(given)
     every = max(1, total // cases)
+    # Devices keep equal shares only if their number divides that of the examples taken.
     while -(-total // every) % shards:
         every -= 1
     if every == 1:
@@ -91,20 +92,15 @@ def subsample(batch: Batch, cases: int) -> Batch:
 
 
 def unfold(stacked: jax.Array, total: int) -> jax.Array:
-    """Put results of microbatches back into the order of the batch.
+    """Put results for microbatches back into the order of the batch: shape `[total, …]`.
 
-    Args:
-      stacked: what `jax.lax.map` over the microbatches leaves, [microbatch, part, …].
-      total: cases in the batch; what is beyond was padding.
-
-    Returns:
-      Shape `[total, …]`.
+    `stacked`, [microbatch, position, …], is the result of `jax.lax.map` over microbatches.
     """
     return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
 
 
 def as_cases(batch: Batch, name: str = "batch") -> Cases:
-    """Check a user's batch and give it weights; `name` is for the error."""
+    """Check a user-supplied batch and give it weights; `name` is for the error."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         came = f"{type(batch).__name__}"
         came += f" of {len(batch)} parts" if isinstance(batch, tuple | list) else ""
@@ -115,10 +111,10 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
     for part, tree in (("inputs", inputs), ("targets", targets)):
         if any(_is_sparse(x) for x in jax.tree.leaves(tree, is_leaf=_is_sparse)):
             msg = (
-                f"`{name}` holds a sparse matrix in its {part}, of which no single case "
-                "can be taken. Hand in what it is made of, with the cases first: `data` "
-                "and `indices` of `BCOO.fromdense(x, n_batch=1)`, and multiply with them "
-                "in `model_fn`. (It may close over a sparse matrix.)"
+                f"`{name}` holds a sparse matrix in its {part}, which cannot be split into "
+                "cases. Pass its parts, with the cases first: `data` and `indices` of "
+                "`BCOO.fromdense(x, n_batch=1)`, and multiply with them in `model_fn`. "
+                "(`model_fn` may close over a sparse matrix.)"
             )
             raise TypeError(msg)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -144,6 +140,7 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
     if cases == 0:
         msg = f"`{name}` holds no cases: a mean over none is not defined."
         raise ValueError(msg)
+    # Weights are summed, so they are at least float32 whatever their dtype.
     weights = jnp.asarray(rest[0]) if rest and rest[0] is not None else None
     weights = jnp.ones(cases, jnp.float32) if weights is None else weights
     if weights.shape != (cases,):
@@ -160,13 +157,13 @@ def _is_sparse(leaf: object) -> bool:
 
 
 def _is_array(leaf: object) -> bool:
-    if isinstance(leaf, jax.Array):  # Of typed keys, too.
+    if isinstance(leaf, jax.Array):  # Typed keys included, for random models.
         return True
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSU"
 
 
 def check_outputs(outputs: Tree, cases: int) -> None:
-    """Raise unless a model's outputs are real floats, with the case axis first."""
+    """Raise unless outputs are real floats whose first axis indexes the examples."""
     leaves = jax.tree_util.tree_leaves_with_path(outputs)
     if not leaves:
         msg = f"`model_fn` must return arrays, got {outputs!r}: is a `return` missing?"

@@ -1,7 +1,7 @@
-"""Means over cases: of microbatches one after another, of devices all together.
+"""Means over examples, accumulated over microbatches and summed over devices.
 
-Numerators and denominators are summed apart and divided once, so that padding,
-uneven shards and a last, smaller microbatch change nothing.
+Numerators and denominators are summed separately and divided once, so padding, uneven
+shards and a smaller last microbatch do not change the result.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax.objectives.cases import Cases, Microbatches, split
 
 AxisName: TypeAlias = Any
-"""A mesh axis name, or a tuple of them."""
+"""Name of a mapped axis, or a tuple of names."""
 
 
 class Means(NamedTuple):
-    """How a batch is summed.
+    """How to take a mean over a batch.
 
     Attributes:
-      microbatch_size: most cases at once, or `None`.
-      axis_name: of the mapped axis that shards the cases, or `None`.
+      microbatch_size: the most examples to compute with at once, or `None`.
+      axis_name: the mapped axis that shards the examples, or `None`.
     """
 
     microbatch_size: int | None
     axis_name: AxisName
 
     def at_most(self, size: int) -> "Means":
-        """Return the same with microbatches of at most `size` cases."""
+        """Return the same with microbatches of at most `size` examples."""
         if self.microbatch_size is not None and self.microbatch_size <= size:
             return self
         return self._replace(microbatch_size=size)
@@ -53,6 +53,7 @@ class Means(NamedTuple):
             return trees.widen(sum_over_cases(parts.cases))
 
         shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
+        # Under `shard_map` the carry of a loop must vary over devices as the terms do.
         zeros = self.local(trees.widen(sharding.zeros(shapes)))
         return trees.summed(
             lambda k: trees.widen(for_loops(sum_over_cases)(parts.take(k))),
@@ -61,24 +62,23 @@ class Means(NamedTuple):
         )
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
-        """Divide the sum over all devices by that of their weights."""
+        """Sum over all devices, and divide by the sum of their weights."""
         weight = self.total(weights)
         return jax.tree.map(
             lambda x: x / weight.astype(x.dtype), self.over_devices(sums)
         )
 
     def total(self, weights: jax.Array) -> jax.Array:
-        """Return the sum of all devices' weights; 1 where they are all 0."""
+        """Return the sum of all devices' weights; 1 if they are all 0."""
         weight = self.over_devices(jnp.sum(weights))
         return jnp.where(weight == 0, 1, weight)
 
     def gathered(self, rows: jax.Array) -> jax.Array:
-        """Return the rows of all devices, one device's after another's, on each.
-
-        As a sum, which `shard_map` knows to be the same everywhere.
-        """
+        """Return the rows of all devices, in the order of the devices, on each of them."""
         if self.axis_name is None:
             return rows
+        # This is a sum of rows padded with zeros, not an `all_gather`, because
+        # `shard_map` knows that a sum is the same on all devices.
         count = jax.lax.axis_size(self.axis_name)
         whole = self.local(jnp.zeros((count, *rows.shape), rows.dtype))
         number = jax.lax.axis_index(self.axis_name)
@@ -90,18 +90,16 @@ class Means(NamedTuple):
         return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
 
     def first_case(self, cases: Cases) -> jax.Array | int:
-        """Return the number of this device's first case among those of all devices."""
+        """Return the index of this device's first example among those of all devices."""
         if self.axis_name is None:
             return 0
         return jax.lax.axis_index(self.axis_name) * cases.weights.shape[0]
 
     def local(self, tree: Params) -> Params:
-        """Mark a replicated tree as each device's own, to differentiate by it.
-
-        Under `shard_map(check_vma=True)` a transpose with respect to replicated values
-        inserts a sum over devices; a varying value's does not, and the sum is then
-        `mean`'s to take, once, as without `check_vma`.
-        """
+        """Mark replicated parameters as varying, before differentiating by them."""
+        # Under `shard_map(check_vma=True)`, the transpose with respect to a replicated
+        # value sums over the devices by itself. For a varying value it does not, and
+        # `mean` takes that sum, once, just as without `check_vma`.
         if self.axis_name is None:
             return tree
         names = (

@@ -17,33 +17,34 @@ from hfjax.objectives.terms import Term, decay_of
 def weighted_sum(
     parts: Sequence[tuple[NumberOrSchedule, Objective]],
 ) -> Objective:
-    """Build f(θ) = Σₖ cₖ fₖ(θ), each fₖ with a model, a loss and a batch of its own.
+    """Build f(θ) = Σₖ cₖ fₖ(θ), where each fₖ has its own model, loss and batch.
 
-    For a differential equation's interior, boundary and data, or for several tasks with
-    the same parameters. It goes wherever an `Objective` goes: value, gradient, curvature
-    (G = Σₖ cₖ Gₖ), preconditioners, and `hfjax.hessian_free` with one λ. A batch of it is
-    the tuple of the terms' batches, of as many cases as each has:
+    Use it for the interior, boundary and data terms of a differential equation, or for
+    several tasks that share parameters. It works wherever an `Objective` does: value,
+    gradient, curvature (G = Σₖ cₖ Gₖ), preconditioners and `hfjax.hessian_free`, with a
+    single λ. Its batch is the tuple of the terms' batches, which may differ in size:
 
         batch = ((interior, zeros), (boundary, values))
 
-    Means are taken term by term: twice as many points of a term do not count twice.
-    There is no structural damping of a sum, and what belongs to one of its terms, as a
-    model or microbatches, the sum does not have.
+    The mean is taken for each term separately, so the number of points of a term does not
+    change its weight. Structural damping is not supported, and attributes of a single
+    term, such as `model_fn` or `microbatch_size`, do not exist.
 
     Args:
-      parts: pairs (cₖ, fₖ), cₖ ≥ 0 a number or schedule (read by `at`); fₖ an
-        `Objective`, or another sum.
+      parts: pairs (cₖ, fₖ); cₖ ≥ 0 is a number or a schedule (evaluated by `at`), and fₖ
+        an `Objective` or another sum.
 
     Returns:
-      The objective. Its `case_values` are a tuple.
+      The objective. Its `case_values` returns a tuple with one entry for each part.
 
     Raises:
-      TypeError: if `parts` are no such pairs.
-      ValueError: if there are none, a plain cₖ is negative, or an fₖ has a
-        `hidden_loss`; in use, if the batch is no tuple of as many batches.
+      TypeError: if `parts` is not a list of such pairs.
+      ValueError: if `parts` is empty, a plain cₖ is negative, or an fₖ has a
+        `hidden_loss`; when evaluated, if the batch is not a tuple with one batch for each
+        part.
 
     Example:
-      u(x) = p x is to have the slope 2, on two points, and to be 1 at x = 1:
+      Let u(x) = p x have slope 2 at two points, and be 1 at x = 1:
 
       >>> import hfjax, jax.numpy as jnp
       >>> squared_error = hfjax.losses.squared_error()
@@ -89,12 +90,7 @@ def weighted_sum(
 
 
 class _Sum(Objective):
-    """Σₖ cₖ fₖ(θ); see `weighted_sum`.
-
-    Attributes:
-      parts: pairs (cₖ, fₖ), each fₖ plain or a sum itself. What belongs to one of them,
-        as a model, the sum does not have.
-    """
+    """Σₖ cₖ fₖ(θ) of `weighted_sum`; `parts` are the pairs (cₖ, fₖ)."""
 
     parts: tuple[tuple[NumberOrSchedule, Objective], ...]
     hidden_loss: None
@@ -104,11 +100,13 @@ class _Sum(Objective):
         "the terms into one `Objective`."
     )
 
+    # `Objective` is a frozen dataclass, whose constructor would want a model and a loss.
     def __init__(self, parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> None:
         object.__setattr__(self, "parts", tuple(parts))
         object.__setattr__(self, "hidden_loss", None)
 
     def __getattr__(self, name: str) -> Any:
+        # Preconditioners ask any objective for its weight decay, a sum included.
         if name == "weight_decay":
             return self._weight_decay()
         if name == "axis_name":
@@ -123,7 +121,7 @@ class _Sum(Objective):
         return f"weighted_sum({list(self.parts)!r})"
 
     def at(self, count: jax.Array | int) -> "_Sum":
-        """Return f as it is at an update, where a cₖ or a weight decay is a schedule."""
+        """Return f at an update, with the values of any schedules."""
 
         def read(weight: NumberOrSchedule) -> NumberOrSchedule:
             if not callable(weight):
@@ -133,8 +131,8 @@ class _Sum(Objective):
         return _Sum([(read(c), part.at(count)) for c, part in self.parts])
 
     def case_values(self, params: Params, batch: Batch) -> tuple:
-        """Compute each part's `case_values`: a tuple, as their cases differ."""
-        self._terms(batch)
+        """Compute each part's `case_values`, as a tuple because their sizes differ."""
+        self._terms(batch)  # Raises unless `batch` fits.
         return tuple(
             part.case_values(params, own)
             for (_, part), own in zip(self.parts, batch, strict=True)
@@ -150,6 +148,7 @@ class _Sum(Objective):
                 f"targets, weights), got {came}."
             )
             raise ValueError(msg)
+        # A part that is itself a sum has several terms, and its weights multiply theirs.
         return tuple(
             term._replace(coefficients=(c, *term.coefficients))
             for k, ((c, part), own) in enumerate(zip(self.parts, batch, strict=True))
@@ -168,7 +167,7 @@ class _Sum(Objective):
         return batch if same else fewer
 
     def _weight_decay(self) -> Any:
-        """Return Σₖ cₖ of the parts', a schedule where one of them is."""
+        """Return Σₖ cₖ βₖ, as a schedule if any of them is one."""
         decays = [(c, part.weight_decay) for c, part in self.parts]
         if any(callable(number) for pair in decays for number in pair):
             return lambda count: self.at(count).weight_decay

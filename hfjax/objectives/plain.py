@@ -1,8 +1,8 @@
-"""Objectives: what users call, and what other modules ask of them.
+"""Objectives: the interface for users, and what other modules need from one.
 
-One f, the same in the value, the gradient, the curvature and the reduction ratio. A plain
-objective has one term, a weighted sum one of each of its parts; nothing else tells them
-apart.
+Value, gradient, curvature and reduction ratio all refer to the same f. A plain objective
+has a single term, a weighted sum has those of all its parts; nothing else distinguishes
+them.
 """
 
 import dataclasses
@@ -24,42 +24,42 @@ from hfjax.objectives.terms import Term, total
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Objective:
-    """A training objective f(θ), in its value, gradient and curvature.
+    """A training objective f(θ), which provides its value, gradient and curvature.
+
+        f(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ β ‖θ‖²
+
+    F is `model_fn`, L the loss and β the weight decay. A batch is `(inputs, targets)`,
+    with weights wᵢ = 1, or `(inputs, targets, weights)`.
 
     Attributes:
-      model_fn: `(params, inputs) -> outputs`, case by case: a case's outputs depend
-        on no other case (batch normalisation in evaluation mode; one key per case
-        in `inputs` for a random model).
-      loss: an `hfjax.losses.Loss`, or a callable `(outputs, targets) -> array` whose
-        leading axis is cases (further axes are summed).
-      weight_decay: coefficient β ≥ 0 of ½β‖θ‖², on the scale of the mean loss; on
-        all parameters, biases too, as in Martens' program. A schedule (report,
-        section 13: on at first, off near the end) is read by `at`.
-      microbatch_size: most cases that are run through the model at once, or `None`
-        for all. Bounds activation memory; costs one more forward pass in each
-        curvature product, which is then linearised anew for each microbatch. On a mesh
-        of `Explicit` axes it has a case of every device, at least.
-      linearize_once: keep every microbatch's linearisation instead (report, section
-        7.1, activity caching): products cost no forward pass, and hold the
-        activations of the whole batch, but the intermediate results of one
-        microbatch only.
-      axis_name: name(s) of the mapped axis that shards the cases, under
-        `shard_map`, `pmap` or `vmap(axis_name=…)`. Not needed under `jit` with
-        sharded arrays.
-      hidden_loss: for structural damping (report, section 8.4): `model_fn` then
-        returns `(outputs, hidden)`, and this is d(h; h(θ)), the distance of hidden
-        states, of which only the curvature is used: f does not contain it.
-        `squared_error` takes the units' values, `sigmoid_cross_entropy` the logits
-        of logistic units; or any callable `(hidden, reference) -> array`. Summed
-        over units and time, as losses are.
+      model_fn: `(params, inputs) -> outputs`. The outputs for an example must not depend
+        on other examples: use batch normalisation in evaluation mode, and pass a random
+        model one key per example in `inputs`.
+      loss: an `hfjax.losses.Loss`, or a function `(outputs, targets) -> array` whose first
+        axis indexes the examples; further axes are summed.
+      weight_decay: β ≥ 0, on the scale of the mean loss. It applies to all parameters,
+        including biases. A schedule is evaluated by `at`.
+      microbatch_size: the most examples to run through the model at once; `None` for all.
+        This bounds the memory for activations. Each curvature-vector product then costs
+        one more forward pass, because every microbatch is linearised anew. On a mesh of
+        `Explicit` axes a microbatch has at least one example from each device.
+      linearize_once: keep the linearisations of all microbatches. Products then need no
+        forward pass; memory holds the activations of the whole batch, but the intermediate
+        results of only one microbatch at a time.
+      axis_name: name(s) of the mapped axis over which the examples are sharded, inside
+        `shard_map`, `pmap` or `vmap(axis_name=…)`. Not needed for sharded arrays under
+        `jit`.
+      hidden_loss: for structural damping: d(h, h(θ)), a distance between hidden states,
+        summed over units and time. `model_fn` must then return `(outputs, hidden)`. Use
+        `squared_error` for activations, `sigmoid_cross_entropy` for the logits of logistic
+        units, or any function `(hidden, reference) -> array`. Only its curvature is used;
+        it is not part of f.
 
     Raises:
       TypeError: if `model_fn`, `loss` or `hidden_loss` is not callable.
       ValueError: if `weight_decay` or `microbatch_size` is out of range.
 
     Example:
-      A batch is `(inputs, targets)`, or `(inputs, targets, weights)`:
-
       >>> import hfjax
       >>> f = Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
       >>> x, t = jnp.eye(2), jnp.array([[2.0], [4.0]])
@@ -67,6 +67,9 @@ class Objective:
       5.0
       >>> print(f.value(jnp.zeros((2, 1)), (x, t, jnp.array([1.0, 0.0]))))
       2.0
+
+    References:
+      Martens & Sutskever (2012), section 7.1 (`linearize_once`) and 8.4 (`hidden_loss`).
     """
 
     model_fn: Callable[[Params, Tree], Tree]
@@ -112,13 +115,13 @@ class Objective:
             object.__setattr__(self, name, option)
 
     def at(self, count: jax.Array | int) -> "Objective":
-        """Return f as it is at an update, where the weight decay is a schedule.
+        """Return f at an update, with the value of the weight decay if that is a schedule.
 
         Args:
-          count: updates so far, `state.count`.
+          count: the number of updates so far, `state.count`.
 
         Returns:
-          The objective with that number as weight decay; itself if it is one already.
+          An objective whose weight decay is a number.
 
         Example:
           >>> import hfjax, optax
@@ -136,7 +139,7 @@ class Objective:
         return dataclasses.replace(self, weight_decay=decay)
 
     def value(self, params: Params, batch: Batch) -> jax.Array:
-        """Compute f(θ) on `batch`.
+        """Compute f(θ) on a batch.
 
         Args:
           params: θ.
@@ -146,6 +149,7 @@ class Objective:
           A scalar in float32 or wider.
         """
 
+        # `compiled.run` saves calls from outside of `jit` from compiling anew each time.
         def value(params: Params, batch: Batch) -> jax.Array:
             terms = self._terms(batch)
             return total(terms, [term.value(params) for term in terms])
@@ -153,11 +157,11 @@ class Objective:
         return compiled.run(value, as_params(params), batch)
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """Compute f(θ) and ∇f(θ) on `batch`.
+        """Compute f(θ) and ∇f(θ) on a batch.
 
-        Under `shard_map` use this rather than `jax.grad`: with `check_vma=True` a
-        gradient with respect to replicated parameters is already summed over the
-        devices, here it is the mean either way.
+        Under `shard_map`, use this and not `jax.grad`: with `check_vma=True`, the latter
+        sums gradients of replicated parameters over the devices. Here they are always the
+        mean.
 
         Args:
           params: θ.
@@ -176,15 +180,15 @@ class Objective:
         return compiled.run(both, as_params(params), batch)
 
     def case_values(self, params: Params, batch: Batch) -> Tree:
-        """Compute L(F(θ, xᵢ), tᵢ) for each case: no weights, no weight decay.
+        """Compute the loss of each example, without weights and weight decay.
 
         Args:
           params: θ.
           batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
         Returns:
-          Shape `[cases]`, in the order of the batch; under `axis_name`, of this
-          device's cases. Of a weighted sum a tuple, one of each part.
+          Shape `[cases]`, in the order of the batch; under `axis_name`, for this device's
+          examples. For a weighted sum, a tuple with one such array for each part.
         """
 
         def values(params: Params, batch: Batch) -> jax.Array:
@@ -193,13 +197,13 @@ class Objective:
 
         return compiled.run(values, as_params(params), batch)
 
-    # What to do where structural damping finds no hidden states.
+    # Advice for an error: structural damping needs hidden states, and there are none.
     _no_hidden = (
         "give it a `hidden_loss`, and a `model_fn` that returns (outputs, hidden)."
     )
 
     def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
-        """Take f apart; raise unless the batch is one of it, by its `name`."""
+        """Return the terms of f on a batch, or raise; `name` is for the error."""
         return (
             Term(
                 coefficients=(),
@@ -231,28 +235,22 @@ class Objective:
 def terms_of(
     objective: Objective, batch: Batch, name: str = "batch"
 ) -> tuple[Term, ...]:
-    """Return an objective's terms: a plain one's only one; of a sum, those of all parts.
+    """Return the terms of an objective on a batch: one if it is plain, or its parts'.
 
-    Args:
-      objective: any.
-      batch: its batch, of a sum the tuple of its parts' batches.
-      name: of the batch, for the error if it is none.
-
-    Returns:
-      The terms.
+    `name` is what the error calls the batch if it does not fit.
     """
     return objective._terms(batch, name)
 
 
 def each(objective: Objective, change: Callable[[Objective], Objective]) -> Objective:
-    """Change each plain objective that an objective consists of."""
+    """Apply a change to each plain objective that an objective consists of."""
     return objective._each(change)
 
 
 def subsample(objective: Objective, batch: Batch, cases: int) -> Batch:
-    """Return evenly spaced cases of a batch, of each term at least so many or all.
+    """Return evenly spaced examples: at least `cases` for each term, or all.
 
-    The batch as it came, where no term has enough.
+    If no term has more, the batch is returned as it is.
     """
     return objective._subsample(batch, cases)
 

@@ -1,9 +1,9 @@
-"""The terms of an objective, f = Σₖ cₖ fₖ, each with a model, a loss and cases of its own.
+"""The terms of an objective, f = Σₖ cₖ fₖ, each with its own model, loss and examples.
 
     fₖ(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ weight_decay ‖θ‖²
 
-Every objective has terms, a plain one has one. What is linear in f (value, gradient,
-products with its curvature, diagonals) is computed of each term, and summed here.
+A plain objective has a single term. Whatever is linear in f (value, gradient,
+curvature-vector products, diagonals) is computed for each term and summed here.
 """
 
 import math
@@ -25,16 +25,16 @@ from hfjax.objectives.means import Means
 
 
 class Term(NamedTuple):
-    """cₖ fₖ: what is computed, and of which cases.
+    """cₖ fₖ on a batch.
 
     Attributes:
-      coefficients: numbers or schedules of which cₖ is the product; a plain objective has none.
+      coefficients: numbers or schedules whose product is cₖ; empty for a plain objective.
       model_fn: `(params, inputs) -> outputs`, without hidden states.
-      loss: of the outputs.
-      weight_decay: β; a schedule that is not read yet can be carried, but not computed.
-      linearize_once: whether the linearisations of all microbatches are kept.
-      means: how cases are summed: microbatches and devices.
-      cases: the term's own.
+      loss: the loss of the outputs.
+      weight_decay: β. As long as it is a schedule, the term cannot be evaluated.
+      linearize_once: whether to keep the linearisations of all microbatches.
+      means: how to average over examples: microbatches and devices.
+      cases: the batch of this term.
     """
 
     coefficients: tuple[Any, ...]
@@ -47,7 +47,7 @@ class Term(NamedTuple):
 
     @property
     def weight(self) -> Any:
-        """cₖ; `None` of a plain objective, so that nothing is multiplied by 1."""
+        """cₖ; `None` for a plain objective, to avoid multiplying by 1."""
         if any(map(callable, self.coefficients)):
             msg = (
                 "A weight of the sum is a schedule: say when, as in "
@@ -58,14 +58,14 @@ class Term(NamedTuple):
 
     @property
     def decay(self) -> jax.Array | None:
-        """β, `None` where it is known to be zero."""
+        """β; `None` if it is known to be zero."""
         return decay_of(self.weight_decay)
 
     def outputs(self, params: Params, inputs: Tree) -> Tree:
-        """Run the model: F(θ, x), every leaf with the cases first."""
+        """Run the model: F(θ, x), with axis 0 of every leaf indexing the examples."""
         outputs = self.model_fn(params, inputs)
         cases = [leaf.shape[0] for leaf in jax.tree.leaves(inputs)]
-        if cases:  # Else the targets tell how many there are.
+        if cases:  # A model without inputs is checked against the targets instead.
             check_outputs(outputs, cases[0])
         return outputs
 
@@ -76,7 +76,9 @@ class Term(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     def forward(self, params: Params, cases: Cases) -> Tree:
-        """Run the model on cases, microbatch by microbatch where that is to be kept."""
+        """Run the model, in microbatches if their linearisations are to be kept."""
+        # Differentiating this loop as a whole keeps the linearisations of all
+        # microbatches. Otherwise `cases` is already a microbatch, and is run at once.
         size = self.means.microbatch_size if self.linearize_once else None
         parts, total = split(cases, size), cases.weights.shape[0]
         if parts.count == 1:
@@ -91,7 +93,7 @@ class Term(NamedTuple):
         return outputs
 
     def losses_of(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute L(F(θ, xᵢ), tᵢ) of each of these cases, in float32 or wider."""
+        """Compute L(F(θ, xᵢ), tᵢ) for each of these examples, in float32 or wider."""
         outputs = self.forward(params, cases)
         with noting_call(
             "`loss(outputs, targets)`", outputs=outputs, targets=cases.targets
@@ -106,7 +108,7 @@ class Term(NamedTuple):
         return values.astype(_tree.wide(values.dtype))
 
     def weighted_loss(self, params: Params, cases: Cases) -> jax.Array:
-        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these cases, of this device."""
+        """Compute Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) over these examples, on this device."""
         values = self.losses_of(params, cases)
         return jnp.sum(cases.weights.astype(values.dtype) * values)
 
@@ -119,6 +121,8 @@ class Term(NamedTuple):
 
     def value_and_grad(self, params: Params) -> tuple[jax.Array, Params]:
         """Compute fₖ(θ) and ∇fₖ(θ), in float32 or wider."""
+        # Each microbatch is differentiated by itself, so its activations are freed before
+        # the next.
         local = self.means.local(params)
         with noting_no_reverse():
             value, gradient = self.means.mean(
@@ -129,7 +133,7 @@ class Term(NamedTuple):
         return self._penalised(value, params), gradient
 
     def case_values(self, params: Params) -> jax.Array:
-        """Compute L(F(θ, xᵢ), tᵢ) of each case, in their order."""
+        """Compute L(F(θ, xᵢ), tᵢ) for each example of the batch, in order."""
         parts = self.means.parts(self.cases)
         if parts.count == 1:
             return self.losses_of(params, self.cases)
@@ -140,12 +144,12 @@ class Term(NamedTuple):
         return unfold(stacked, self.cases.weights.shape[0])
 
     def decayed(self, tree: Tree, v: Tree) -> Tree:
-        """Add the weight decay's part, β v, to a product with v without it."""
+        """Add β v, the part of the weight decay, to a curvature-vector product."""
         decay = self.decay
         return tree if decay is None else _tree.axpy(decay, v, tree)
 
     def _penalised(self, mean: jax.Array, params: Params) -> jax.Array:
-        """Add ½β‖θ‖², in the wider of two dtypes."""
+        """Add ½β‖θ‖², in the wider dtype of the two."""
         dtype = _tree.widest(mean.dtype, _tree.scalar_dtype(params))
         mean, decay = mean.astype(dtype), self.decay
         if decay is None:
@@ -155,26 +159,22 @@ class Term(NamedTuple):
 
 
 def decay_of(weight_decay: NumberOrSchedule) -> jax.Array | None:
-    """Return a weight decay as an array, `None` where it is known to be zero."""
+    """Return a weight decay as an array, or `None` if it is known to be zero."""
     if callable(weight_decay):
         msg = (
             "`weight_decay` is a schedule: say when, as in "
             "`objective.at(state.count).value_and_grad(params, batch)`."
         )
         raise TypeError(msg)
+    # A traced 0 may be something else in another call, so only a plain one is left out.
     zero = options.is_plain_number(weight_decay) and weight_decay == 0
     return None if zero else jnp.asarray(weight_decay)
 
 
 def total(terms: Sequence[Term], trees: Sequence[Tree]) -> Tree:
-    """Sum Σₖ cₖ of trees, one of each term; a plain objective's is returned as it is.
+    """Return Σₖ cₖ treesₖ in float32 or wider; the only tree of a plain objective as it is.
 
-    Args:
-      terms: of an objective.
-      trees: what is linear in f, computed of each.
-
-    Returns:
-      The sum, in float32 or wider.
+    `trees` holds something linear in f, computed for each term.
     """
     weights = [term.weight for term in terms]
     if weights == [None]:
