@@ -1,7 +1,7 @@
-"""hfjax: Hessian-free optimisation for JAX, as an Optax transformation.
+"""hfjax: Hessian-free optimization for JAX, as an Optax transformation.
 
-The method of Martens (2010) and Martens & Sutskever (2012). `hessian_free` is the
-whole optimizer; the modules are its parts, each of use alone.
+This is the method of Martens (2010) and Martens & Sutskever (2012). `hessian_free` is the
+complete optimizer. The modules contain its components, which are also useful on their own.
 """
 
 from hfjax import curvature as curvature

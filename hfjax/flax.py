@@ -1,24 +1,25 @@
-"""At home in Flax: a `model_fn` of an nnx module, a train state, recurrent networks.
+"""Use hfjax with Flax: `model_fn` of an nnx module, a train state, recurrent networks.
 
     model_fn = hfjax.flax.nnx_model_fn(model)            # nnx
     params = nnx.state(model, nnx.Param)
 
     model_fn = lambda params, x: module.apply({"params": params}, x)       # linen
 
-Needs the extra `flax`, and is not imported with `hfjax`.
+Needs the extra `flax`, and is not imported by `import hfjax`.
 
-**Modules with a training mode.** The objective must be one function of the parameters, a
-mean over cases. Batch normalisation that takes its statistics from the batch is none:
-switch it to the running ones (`model.eval()`, `use_running_average=True`). Dropout is
-one if each case brings its own key: `nnx_model_fn(model, per_case_keys=True)`; in linen
+**Modules with a training mode.** The objective must be a fixed function of the
+parameters, and a mean over examples. Batch normalisation with statistics of the batch is
+not: switch to the running statistics (`model.eval()`, `use_running_average=True`).
+Dropout is, if each example brings its own key: `nnx_model_fn(model, per_case_keys=True)`,
+or in linen
 
     def model_fn(params, inputs):
         def case(x, key):
             return module.apply({"params": params}, x[None], rngs={"dropout": key})[0]
         return jax.vmap(case)(*inputs)
 
-with `inputs = (x, jax.random.split(key, cases))`, and another `key` for each batch:
-every evaluation within an update then sees the same noise.
+with `inputs = (x, jax.random.split(key, cases))` and a new `key` for each batch. All
+evaluations within an update then use the same dropout masks.
 """
 
 import functools
@@ -47,36 +48,35 @@ if TYPE_CHECKING or nnx is not None:
     ) -> Callable[[Params, Any], Any]:
         """Make the `model_fn` of an nnx module, for `hfjax.Objective`.
 
-        model_fn(params, inputs) is `call(model, inputs)` with `params` in the place of
-        `nnx.state(model, wrt)`. All else in the module is frozen, as it is when this
-        is called (and a constant of the compiled program: hundreds of megabytes of it
-        compile slowly). The module itself is not changed.
+        model_fn(params, inputs) calls the module with `params` in place of
+        `nnx.state(model, wrt)`. Everything else in the module is frozen at its present
+        value. It becomes a constant of the compiled program, so hundreds of megabytes of
+        it compile slowly. The module itself is not changed.
 
         Args:
-          model: the module, in the mode that it is to be called in.
-          wrt: which variables are trained, as in `nnx.Optimizer(model, tx, wrt=wrt)`:
-            a type of variable or any nnx filter.
+          model: the module, already in the mode in which to call it.
+          wrt: the variables to train, as in `nnx.Optimizer(model, tx, wrt=wrt)`: a type of
+            variable or any nnx filter.
           call: `(model, inputs) -> outputs`; `None` is `model(inputs)`. For structural
-            damping, `lambda model, x: model(x, return_hidden=True)`.
-          per_case_keys: let `inputs` be `(inputs, keys)`, with a key for each
-            case, shape `[cases]` (raw: `[cases, 2]`), and call the module case by case (by `vmap`, on a
-            batch of one), its random streams started from the case's key, each split to
-            the stream's shape (of scanned blocks). For dropout. A module, or a `call`,
-            that takes `rngs` is given `nnx.Rngs` of the key.
+            damping use `lambda model, x: model(x, return_hidden=True)`.
+          per_case_keys: for dropout: take `(inputs, keys)` as inputs, with one key per
+            example, shape `[cases]` (raw keys: `[cases, 2]`). The module is called, under
+            `vmap`, on a batch of one example at a time, with its random streams seeded
+            from the example's key (split to the shape of the stream, for scanned blocks).
+            A module or a `call` with an argument `rngs` receives `nnx.Rngs` of the key.
 
         Returns:
-          `(params, inputs) -> outputs`. `params` may be the state, or the pure tree
-          that `nnx.Optimizer` hands on.
+          `(params, inputs) -> outputs`. `params` may be the state, or the pure tree that
+          `nnx.Optimizer` passes.
 
         Raises:
-          TypeError: if `model` is no nnx module, or is one of linen.
-          ValueError: when the function is traced, if calling the module changes
-            variables that are not trained (batch normalisation in training mode), or
-            if it draws a dropout mask for all cases together without
-            `per_case_keys`.
+          TypeError: if `model` is not an nnx module.
+          ValueError: when the function is traced, if calling the module changes variables
+            that are not trained (batch normalisation in training mode), or draws the same
+            dropout mask in every update, without `per_case_keys`.
 
         Example:
-          Train the last layer alone:
+          Train only the last layer:
 
           >>> import hfjax, jax, jax.numpy as jnp, optax
           >>> from flax import nnx
@@ -108,7 +108,8 @@ if TYPE_CHECKING or nnx is not None:
             )
             raise TypeError(msg)
         graph, _, rest = nnx.split(model, wrt, ...)
-        frozen = jax.tree.map(lambda x: x, rest)  # The model's own change in place.
+        # New containers, because the module's own are changed in place.
+        frozen = jax.tree.map(lambda x: x, rest)
         tags = _streams(model) if per_case_keys else ()
         run: Callable[..., Any] = call or (
             lambda model, *args, **kw: model(*args, **kw)
@@ -116,7 +117,7 @@ if TYPE_CHECKING or nnx is not None:
         takes_rngs = per_case_keys and _takes_rngs(call or type(model).__call__)
 
         def apply(params: Params, inputs: Any, key: jax.Array | None) -> Any:
-            # A copy: a module that counts its random draws would change `frozen`.
+            # Without a copy, a module that counts its random draws would change `frozen`.
             module = nnx.merge(graph, params, frozen, copy=True)
             options: dict[str, Any] = {}
             if key is not None:
@@ -145,10 +146,7 @@ if TYPE_CHECKING or nnx is not None:
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState`, whose `apply_gradients` hands the batches on.
-
-        state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
-        state = state.apply_gradients(grads=grads, batch=batch)
+    """Flax's `TrainState`, whose `apply_gradients` also passes batches to the optimizer.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -177,16 +175,18 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: ∇f, like `params`.
-          batch: the curvature data, as `tx.update` takes it.
-          eval_batch: the evaluation data; `None` is `batch`.
+          batch: data for the curvature, as `tx.update` takes it.
+          eval_batch: data for evaluating steps; `None` is `batch`.
           **kwargs: other fields to replace, as in Flax.
 
         Returns:
           The new train state.
 
         Raises:
-          TypeError: of `tx`, if it needs `batch` and there is none.
+          TypeError: by `tx`, if it needs `batch` and there is none.
         """
+        # Flax calls `tx.update` without extra arguments, so bind them, and undo that
+        # after.
         tx = optax.with_extra_args_support(self.tx)
         update = functools.partial(tx.update, batch=batch, eval_batch=eval_batch)
         handing_on = self.replace(tx=tx._replace(update=update))
@@ -195,7 +195,7 @@ class TrainState(train_state.TrainState):
 
 
 def __getattr__(name: str) -> Any:
-    """Say why nothing of nnx is here."""
+    """Say why the names that need nnx are missing."""
     if name in ("RecurrentNetwork", "nnx_model_fn"):
         msg = "`flax.nnx` fails to import here; linen does without."
         raise ImportError(msg) from nnx_error
@@ -210,7 +210,7 @@ def _streams(model: Any) -> tuple[str, ...]:
 
 
 def _takes_rngs(call: Callable[..., Any]) -> bool:
-    """Return whether a call asks for random streams, as `rngs`."""
+    """Return whether a function has an argument `rngs`."""
     try:
         return "rngs" in inspect.signature(call).parameters
     except ValueError:  # A callable without a signature.
@@ -218,8 +218,10 @@ def _takes_rngs(call: Callable[..., Any]) -> bool:
 
 
 def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> None:
-    """Raise if a call changed what must stay, or drew one mask for all cases."""
+    """Raise if a call changed frozen variables, or drew one mask for all examples."""
     _, _, rest = nnx.split(module, wrt, ...)
+    # Arrays are immutable, so a variable was assigned if it holds another array than
+    # before.
     now = dict(jax.tree_util.tree_leaves_with_path(rest))
     changed = [
         path
@@ -236,6 +238,8 @@ def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> Non
             "normalisation then uses its running statistics."
         )
         raise ValueError(msg)
+    # Only random counters changed. That is an error if they belong to dropout and the key
+    # is not the example's own; other layers with random state draw at initialisation.
     masks = {
         tuple(str(part) for part in path)
         for path, part in nnx.iter_graph(module)

@@ -1,4 +1,4 @@
-"""Initial weights for deep and recurrent networks that are trained without tricks.
+"""Initial weights for deep and recurrent networks.
 
 >>> import jax
 >>> w = sparse(connections=3)(jax.random.key(0), (100, 5))
@@ -18,7 +18,7 @@ from hfjax._core.arguments import as_key, check_function, describe
 from hfjax._core.types import Number
 
 Initializer: TypeAlias = Callable[..., jax.Array]
-"""`(key, shape, dtype=float32) -> array`, as `jax.nn.initializers`."""
+"""`(key, shape, dtype=float32) -> array`, as in `jax.nn.initializers`."""
 
 
 def sparse(
@@ -28,38 +28,36 @@ def sparse(
     tanh_sides: int = 0,
     replace: bool = True,
 ) -> Initializer:
-    """Initialise each unit with few incoming weights, from N(0, (`scale`/2ᵗ)²).
+    """Initialise each unit with few incoming weights, drawn from N(0, (`scale` / 2ᵗ)²).
 
-    Here t is `tanh_sides`. Units then differ from one another and do not saturate,
-    however wide the layer below (Martens 2010, section 5). Biases start at 0, those
-    of tanh units at 0.5 (his program): `jax.nn.initializers.constant(0.5)`.
+    t is `tanh_sides`. Units then differ from one another and do not saturate, however
+    wide the layer below is. Start biases at 0, or at 0.5 for tanh units
+    (`jax.nn.initializers.constant(0.5)`).
 
-    `sparse(scale=15**-0.5, replace=False)` is what Sutskever's program for recurrent
-    networks (2011) draws for every matrix; it then divides that of the inputs by 4.
+    `sparse(scale=15**-0.5, replace=False)` reproduces the initialisation of Sutskever's
+    program for recurrent networks (2011), which also divides the input matrix by 4.
 
     Args:
-      connections: incoming weights of each unit that are not zero (15: ibid.).
-      scale: standard deviation of those, were no side tanh (1: ibid.).
-      tanh_sides: how many of the two layers that the kernel connects, the one below
-        and the one above, are of tanh units: 0, 1 or 2. Each halves the weights (his
-        program), for tanh x = 2σ(2x) − 1: twice the input, twice the output.
-      replace: whether the inputs are drawn with replacement, as in his program: two
-        draws of the same input leave one weight. If not, exactly
-        min(`connections`, inputs) weights are not zero.
+      connections: number of non-zero incoming weights of each unit.
+      scale: standard deviation of these weights, for t = 0.
+      tanh_sides: how many of the two layers that the kernel connects have tanh units: 0,
+        1 or 2. Each halves the weights, because tanh x = 2σ(2x) − 1 doubles input and
+        output.
+      replace: whether to draw the inputs of a unit with replacement, so that a unit may
+        have fewer than `connections` non-zero weights. If `False`, it has exactly
+        min(`connections`, inputs).
 
     Returns:
-      An initializer for kernels of shape `(inputs, units)`; leading axes are layers
-      of their own.
+      An initializer for kernels of shape `(inputs, units)`; leading axes index layers.
 
     Raises:
       TypeError: if `connections` or `tanh_sides` is not a Python integer; in the
-        initializer, if the key is none, or the dtype is not of real floats.
-      ValueError: if an option is out of range; in the initializer, for a shape of
-        less than two axes.
+        initializer, if the key or the dtype is not valid.
+      ValueError: if an option is out of range; in the initializer, if the shape has fewer
+        than two axes.
 
     References:
-      Martens (2010), section 5; for tanh his program, and Sutskever, Martens, Dahl &
-      Hinton (2013).
+      Martens (2010), section 5; for tanh, Sutskever, Martens, Dahl & Hinton (2013).
     """
     options.check_count("connections", connections, low=1)
     options.check_range("scale", scale, low=0.0)
@@ -84,6 +82,8 @@ def sparse(
         choose_key, weight_key = jax.random.split(key)
         count = connections if replace else min(connections, inputs)
         columns = (*layers, units, count)
+        # With replacement, two draws of the same input leave one weight, the last one
+        # written.
         if replace:
             chosen = jax.random.randint(choose_key, columns, 0, inputs)
         else:
@@ -102,28 +102,25 @@ def sparse(
 def spectral_radius(
     radius: Number = 1.1, *, base: Initializer | None = None
 ) -> Initializer:
-    """Initialise recurrent matrices with a given largest |eigenvalue|.
+    """Initialise recurrent matrices with a given spectral radius (largest |eigenvalue|).
 
-    A matrix is drawn by `base` and multiplied by `radius` over its own spectral
-    radius. Slightly above 1, a tanh network has dynamics of its own that neither die
-    out nor become chaotic (echo-state networks). The scale of `base` does not matter.
-
-    A nilpotent matrix, as zeros or a delay line, has spectral radius 0 and no multiple
-    with another: it is left as `base` drew it.
+    A matrix drawn by `base` is multiplied by `radius` over its own spectral radius, so
+    the scale of `base` does not matter. With a radius slightly above 1, the activity of a
+    tanh network neither dies out nor becomes chaotic (echo-state networks). A nilpotent
+    matrix, such as zeros or a delay line, has spectral radius 0 and is returned as drawn.
 
     Args:
-      radius: of the spectrum (1.1: Sutskever et al. 2013).
-      base: draws the matrices before they are scaled; any initializer. `None` is
-        `sparse()`, 15 connections for each unit (ibid.).
+      radius: the spectral radius.
+      base: an initializer that draws the matrices; `None` is `sparse()`, with 15
+        connections for each unit.
 
     Returns:
-      An initializer for shapes `(units, units)`; leading axes are matrices of their
-      own. It works in float32 or wider, on every device.
+      An initializer for shapes `(units, units)`; leading axes index matrices. It computes
+      in float32 or wider.
 
     Raises:
-      TypeError: as of `sparse`; if `base` is no function.
-      ValueError: if `radius` is negative; in the initializer, if the last two axes
-        are not equal.
+      TypeError: as for `sparse`; if `base` is not a function.
+      ValueError: if `radius` is negative; in the initializer, if the last two axes differ.
 
     Example:
       >>> w = spectral_radius(1.1)(jax.random.key(0), (50, 50))
@@ -142,7 +139,7 @@ def spectral_radius(
         shape: tuple[int, ...],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
-        _check(shape, dtype)  # The key is `base`'s, which may do without.
+        _check(shape, dtype)  # But not the key, which `base` may not need.
         if len(shape) < 2 or shape[-1] != shape[-2]:
             msg = (
                 "A spectral radius is for square recurrent matrices (units, units), "
@@ -160,7 +157,7 @@ def spectral_radius(
 
 
 def _check(shape: Any, dtype: jax.typing.DTypeLike) -> None:
-    """Raise unless a shape and a dtype are what an initializer takes."""
+    """Raise unless an initializer can make an array of this shape and dtype."""
     if not isinstance(shape, tuple | list):
         msg = f"`shape` must be a tuple (inputs, units), got {describe(shape)}."
         raise TypeError(msg)
@@ -170,30 +167,28 @@ def _check(shape: Any, dtype: jax.typing.DTypeLike) -> None:
 
 
 def _spectral_radius(matrix: jax.Array) -> jax.Array:
-    """Return max |λ| of matrices `[..., n, n]`: Gelfand's lim ‖Aᵏ‖^(1/k), k = 2ˢ.
-
-    `jnp.linalg.eigvals` runs on few devices; products run on all. With B₀ = A and
-    Bⱼ₊₁ = (Bⱼ / ‖Bⱼ‖)², log ‖A^(2ˢ)‖ / 2ˢ = Σⱼ log ‖Bⱼ‖ / 2ʲ over j ≤ s. The norm
-    is the largest entry: any norm has the limit, and with this one nothing overflows.
-
-    Truncation: A = V J V⁻¹ with Jordan blocks of size m at most has
-    ρᵏ / n ≤ ‖Aᵏ‖ ≤ c kᵐ⁻¹ ρᵏ, where c grows with the condition of V. So the error of
-    log ρ is at most (log c n + (m − 1) log k) / k: with k = 1/ε, a few ε.
-
-    Rounding: the squaring at j has an error of about n ε ‖Bⱼ‖², which λ sees times its
-    condition (if defective, to the power 1/m, as in any algorithm), and log ρ divided
-    by 2ʲ: as much in all as twice the first.
-
-    A is nilpotent if and only if Aⁿ = 0. A zero that comes later is an underflow
-    (defective, m ≥ 5 in float32), and what was summed up to there stands: within
-    0.2 % for m = 8, 4 % for m = 15.
-    """
+    """Return max |λ| of matrices `[..., n, n]`, by repeated squaring."""
+    # Gelfand: max |λ| = lim ‖Aᵏ‖^(1/k), here at k = 2ˢ. (`jnp.linalg.eigvals` is not
+    # available on all devices; matrix products are.) With B₀ = A and Bⱼ₊₁ = (Bⱼ / ‖Bⱼ‖)²,
+    # log ‖A^(2ˢ)‖ / 2ˢ = Σⱼ log ‖Bⱼ‖ / 2ʲ over j ≤ s. Any norm has this limit; with the
+    # largest entry as norm, nothing overflows.
+    #
+    # Truncation: A = V J V⁻¹ with Jordan blocks of size m at most has ρᵏ / n ≤ ‖Aᵏ‖ ≤
+    # c kᵐ⁻¹ ρᵏ, where c grows with the condition of V. So the error of log ρ is at most
+    # (log c n + (m − 1) log k) / k, which for k = 1/ε is a few ε.
+    #
+    # Rounding: squaring j has an error of about n ε ‖Bⱼ‖². It reaches λ multiplied by its
+    # condition number (to the power 1/m if λ is defective, as in any algorithm), and log ρ
+    # divided by 2ʲ: in total twice the error of the first squaring.
     squarings = jnp.finfo(matrix.dtype).nmant + 1
     last = math.ceil(math.log2(matrix.shape[-1]))
 
     def square(j: int, carry: tuple) -> tuple[jax.Array, jax.Array]:
         power, log_radius = carry
         norm = jnp.max(jnp.abs(power), axis=(-2, -1))
+        # A is nilpotent if and only if Aⁿ = 0. A zero that appears later is an underflow
+        # (λ defective, m ≥ 5 in float32): the sum so far is then right to 0.2 % for m =
+        # 8, and to 4 % for m = 15.
         some = norm > 0
         norm = jnp.where(some, norm, 1)
         log = jnp.where(some | (j > last), jnp.log(norm), -jnp.inf)

@@ -1,18 +1,17 @@
-"""Minibatches for second-order updates: taken in turn, and growing.
+"""Minibatches for second-order updates: taken in turn, and of growing size.
 
-Curvature batches overfit: a step solved on few cases may be wrong for the rest, the
-more so the closer training comes to its end (report, section 12.2). What the report
-offers against it, and where it is here:
+A step computed from few examples may be wrong for the others, and the more so the closer
+training is to its end (Martens & Sutskever 2012, section 12.2). Remedies:
 
-| remedy | here |
+| remedy | in hfjax |
 |---|---|
 | larger batches as training goes on | `growing` |
-| gradients from more cases than the curvature | `grads` of a larger batch |
+| gradients from more examples than the curvature | `grads` of a larger batch |
 | fewer CG iterations | `cg.conjugate_gradient(max_iterations=…, limit=schedule)` |
 | smaller steps | `hessian_free(learning_rate=schedule)` |
-| aim for less than M predicts | `damping.ReductionRatio(data="eval_batch", expected=…)` |
-| warm starts, from batch to batch | `cg.conjugate_gradient(warm_start_decay=…)` |
-| iterates chosen on other data | `update(…, eval_batch=…)` |
+| expect less than the predicted reduction, and measure it on other data | `damping.ReductionRatio(data="eval_batch", expected=…)` |
+| warm starts from one batch to the next | `cg.conjugate_gradient(warm_start_decay=…)` |
+| CG iterates chosen on other data | `update(…, eval_batch=…)` |
 """
 
 import math
@@ -31,21 +30,22 @@ from hfjax._core.types import Tree
 def growing(
     first: int, last: int, *, factor: float = 2.0, interval: int = 50
 ) -> Callable[[int], int]:
-    """Return a batch size for each update: `first` · `factor`^⌊count / interval⌋.
+    """Return the batch size as a function of the update: `first`, multiplied at intervals.
 
-    Sizes change in few jumps, as each is compiled anew.
+    It is `first` · `factor`^⌊count / `interval`⌋, and at most `last`. It changes in few
+    jumps because each size is compiled separately.
 
     Args:
       first: size of the first batches.
-      last: no batch is larger: the size of the training set.
-      factor: between sizes, above 1; heuristic.
-      interval: updates of one size; heuristic.
+      last: upper limit, such as the size of the training set.
+      factor: ratio of successive sizes, above 1.
+      interval: number of updates with the same size.
 
     Returns:
-      `count -> size`, Python integers.
+      `count -> size`, both Python integers.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if `first`, `last` or `interval` is not a Python integer.
       ValueError: if an option is out of range.
 
     Example:
@@ -63,32 +63,33 @@ def growing(
 
     def size(count: int) -> int:
         power = operator.index(count) // interval
-        # By logarithms: a power of floats may overflow.
+        # Compare logarithms, because the power may overflow.
         if power * math.log(factor) >= math.log(last / first):
             return last
-        # 100 · 1.15 is 115, which is not to be rounded below.
+        # The small factor makes up for rounding: 100 · 1.15 must give 115, not 114.
         return min(last, int(first * factor**power * (1 + 1e-12)))
 
     return size
 
 
 def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
-    """Take the next `size` cases of the data, from the first again after the last.
+    """Take the next `size` examples of a data set, cyclically.
 
     Args:
-      data: a tree whose leaves lead with the same number of cases, as a batch
-        `(inputs, targets)`; shuffle it beforehand.
-      size: cases to take, at most all: a Python integer.
-      count: updates so far, which may be traced: update k takes the cases from k ·
-        `size` on.
+      data: a tree such as `(inputs, targets)` whose leaves all have the same number of
+        examples as first axis. Shuffle it beforehand.
+      size: number of examples, a Python integer; at most all of them.
+      count: the number of updates so far, possibly traced. The examples start at index
+        `count` · `size`, modulo their number.
 
     Returns:
-      A tree like `data` with `size` cases.
+      A tree like `data` with `size` examples.
 
     Raises:
-      TypeError: if `size` is no Python integer, or a leaf of `data` no array of cases.
-      ValueError: if `size` is not between 1 and the number of cases, or if the leaves
-        differ in it.
+      TypeError: if `size` is not a Python integer, or a leaf of `data` is not an array
+        with at least one axis.
+      ValueError: if `size` is not between 1 and the number of examples, or if that number
+        is not the same for all leaves.
 
     Example:
       >>> cases = jnp.arange(5)
@@ -96,7 +97,7 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
       [0 1] [2 3] [4 0] [1 2]
 
     References:
-      Martens (2010): his program takes the chunks of its data in turn.
+      Martens (2010), whose program takes the chunks of its data in turn.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if not hasattr(leaf, "shape") or not leaf.shape:
@@ -115,7 +116,8 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
     if size > total:
         msg = f"`size` must be at most the {total} cases of `data`, got {size}."
         raise ValueError(msg)
-    # A table of (k · size) mod total, made in 64 bits: k · size itself may need them.
+    # count · size may overflow 32 bits, so look up (k · size) mod total in a table. It has
+    # period total / gcd(total, size) in k.
     cycle = total // math.gcd(total, size)
     starts = np.arange(cycle, dtype=np.int64) * size % total
     first = jnp.asarray(starts, jnp.int32)[jnp.asarray(count) % cycle]

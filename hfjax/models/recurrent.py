@@ -1,9 +1,7 @@
-"""Basic recurrent networks with a learned first state, for Flax (report, section 3).
+"""Basic recurrent networks with a trainable initial state; import them from `hfjax.flax`.
 
-    hₜ = s(W_xh xₜ + W_hh hₜ₋₁ + b)        zₜ = W_hz hₜ + c
-
-with h₀ a parameter. `LinenRecurrentNetwork` and `RecurrentNetwork` (nnx) are the same
-function of the same arrays, under the same names. `hfjax.flax` is the module to use.
+`LinenRecurrentNetwork` and `RecurrentNetwork` (nnx) are the same function of the same
+arrays, under the same names.
 """
 
 from collections.abc import Callable
@@ -24,13 +22,14 @@ if TYPE_CHECKING:
 else:
     try:
         from flax import nnx
-    except (ImportError, AttributeError) as error:  # Some mixes of flax and JAX.
+    except (ImportError, AttributeError) as error:
+        # Some versions of Flax do not work with some of JAX; linen needs no nnx.
         nnx, nnx_error = None, error
 
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 Chunk: TypeAlias = int | Literal["sqrt"] | None
-"""Steps between the hidden states that are kept; `"sqrt"` is ⌈√T⌉, `None` keeps all."""
+"""Steps per chunk, at whose start the state is stored; `None` stores every state."""
 
 _KERNEL = initializers.sparse(scale=15**-0.5, replace=False)
 _INPUT_KERNEL = initializers.sparse(scale=0.25 * 15**-0.5, replace=False)
@@ -38,7 +37,7 @@ _ZEROS = jax.nn.initializers.zeros
 
 
 class _Weights(NamedTuple):
-    """All parameters, kernels as `(inputs, units)`; a bias may be `None`."""
+    """All parameters; kernels are `(inputs, units)`, and a bias may be `None`."""
 
     input_kernel: jax.Array
     recurrent_kernel: jax.Array
@@ -51,30 +50,32 @@ class _Weights(NamedTuple):
 class LinenRecurrentNetwork(linen.Module):
     """A basic recurrent network, as a Flax linen module.
 
-    Called with inputs `[cases, time, features]` it returns outputs
-    `[cases, time, outputs]`, before the loss's nonlinearity; with
-    `return_hidden=True` the pair of them and the hidden states h₁ … h_T,
-    `[cases, time, units]`, which is what a `model_fn` gives out for structural damping.
+        hₜ = s(W_xh xₜ + W_hh hₜ₋₁ + b)        zₜ = W_hz hₜ + c
+
+    The initial state h₀ is a parameter. The network maps inputs `[cases, time, features]`
+    to outputs z, `[cases, time, outputs]`, to which the loss applies its nonlinearity.
+    With `return_hidden=True` it returns z and the hidden states h₁ … h_T, of shape
+    `[cases, time, units]`, as structural damping needs.
 
     Attributes:
-      units: hidden units.
-      outputs: output units.
-      activation: s, on arrays of any shape.
-      input_init: of W_xh. 15 connections for each unit, from N(0, 1/15), divided by
-        4, so that inputs do not drown the state (Sutskever's program, 2011).
-      recurrent_init: of W_hh. The same, not divided (ibid.);
-        `hfjax.initializers.spectral_radius` is the other choice.
-      output_init: of W_hz. As W_hh (ibid.).
-      hidden_init: of h₀. Zeros (heuristic; ibid.: normal, of variance 1/15).
-      bias_init: of both biases. Zeros (Martens 2010, section 5).
-      use_bias: whether there are biases; the report has none.
-      chunk: keep the state of few steps in derivatives, as `hfjax.scan.checkpointed`
-        does: steps between those, `"sqrt"`, or `None` for a plain scan, faster.
-        Hidden states that are returned are kept in any case.
-      param_dtype: of the parameters.
+      units: number of hidden units.
+      outputs: number of output units.
+      activation: s, a function of arrays of any shape.
+      input_init: initializer of W_xh; 15 connections for each unit from N(0, 1/15),
+        divided by 4 so that inputs do not swamp the state.
+      recurrent_init: initializer of W_hh; the same without the division.
+        `hfjax.initializers.spectral_radius` is an alternative.
+      output_init: initializer of W_hz; as for W_hh.
+      hidden_init: initializer of h₀; zeros.
+      bias_init: initializer of b and c; zeros.
+      use_bias: whether to have biases b and c.
+      chunk: steps per chunk, to save memory as `hfjax.scan.checkpointed` does; `"sqrt"` is
+        ⌈√T⌉. `None` is a plain scan, which is faster. Hidden states that are returned are
+        stored in any case.
+      param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: when called, if `inputs` has not three axes.
+      ValueError: when called, if `inputs` does not have three axes.
 
     Example:
       >>> import hfjax, jax, jax.numpy as jnp
@@ -91,7 +92,8 @@ class LinenRecurrentNetwork(linen.Module):
       True
 
     References:
-      Martens & Sutskever (2012), section 3; 7.1 (`chunk`), 8.4 (hidden states).
+      Martens & Sutskever (2012), section 3, 7.1 (`chunk`) and 8.4 (hidden states);
+      Sutskever's program (2011) for the initial weights.
     """
 
     units: int
@@ -108,15 +110,15 @@ class LinenRecurrentNetwork(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-        """Run over time.
+        """Run the network over time.
 
         Args:
           inputs: shape `[cases, time, features]`.
           return_hidden: whether to return the hidden states too.
 
         Returns:
-          Outputs `[cases, time, outputs]`, or the pair of them and the hidden states
-          `[cases, time, units]`.
+          Outputs `[cases, time, outputs]`; with `return_hidden`, a pair of these and the
+          hidden states, `[cases, time, units]`.
         """
         _check(inputs)
 
@@ -140,40 +142,37 @@ if nnx is not None:
     class RecurrentNetwork(nnx.Module):
         """A basic recurrent network, as a Flax nnx module.
 
-        As `LinenRecurrentNetwork`, which says what the options are, and where the
-        defaults come from; the size of the inputs comes first.
+        The size of the inputs comes first. The options are those of
+        `LinenRecurrentNetwork`, which explains them.
 
         Args:
-          features: inputs at each step.
-          units: hidden units.
-          outputs: output units.
-          activation: s, on arrays of any shape.
-          input_init: of W_xh.
-          recurrent_init: of W_hh.
-          output_init: of W_hz.
-          hidden_init: of h₀.
-          bias_init: of both biases.
-          use_bias: whether there are biases.
-          chunk: steps between the states that are kept in derivatives.
-          param_dtype: of the parameters.
-          rngs: gives the keys, of the stream `params`.
+          features: number of inputs at each step.
+          units: number of hidden units.
+          outputs: number of output units.
+          activation: s, a function of arrays of any shape.
+          input_init: initializer of W_xh.
+          recurrent_init: initializer of W_hh.
+          output_init: initializer of W_hz.
+          hidden_init: initializer of h₀.
+          bias_init: initializer of b and c.
+          use_bias: whether to have biases.
+          chunk: steps per chunk, to save memory.
+          param_dtype: dtype of the parameters.
+          rngs: provides the keys, from the stream `params`.
 
         Example:
-          >>> import hfjax, jax.numpy as jnp
+          >>> import hfjax.flax, jax.numpy as jnp
           >>> from flax import nnx
           >>> network = RecurrentNetwork(2, 4, 1, chunk="sqrt", rngs=nnx.Rngs(0))
-          >>> graph, params = nnx.split(network, nnx.Param)
-          >>> f = hfjax.Objective(
-          ...     lambda params, x: nnx.merge(graph, params)(x),
-          ...     hfjax.losses.squared_error(),
-          ... )
           >>> x, t = jnp.ones((3, 7, 2)), jnp.zeros((3, 7, 1))
-          >>> _, gradient = f.value_and_grad(params, (x, t))
-          >>> print(gradient["initial_hidden"][...].shape)  # h₀ is learned
-          (4,)
           >>> outputs, hidden = network(x, return_hidden=True)
           >>> print(outputs.shape, hidden.shape)
           (3, 7, 1) (3, 7, 4)
+          >>> model_fn = hfjax.flax.nnx_model_fn(network)
+          >>> f = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+          >>> value = f.value(nnx.state(network, nnx.Param), (x, t))
+          >>> print(jnp.allclose(value, (outputs**2).sum() / 2 / 3))
+          True
         """
 
         def __init__(
@@ -210,16 +209,7 @@ if nnx is not None:
             )
 
         def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-            """Run over time.
-
-            Args:
-              inputs: shape `[cases, time, features]`.
-              return_hidden: whether to return the hidden states too.
-
-            Returns:
-              Outputs `[cases, time, outputs]`, or the pair of them and the hidden
-              states `[cases, time, units]`.
-            """
+            """Run the network over time, as `LinenRecurrentNetwork` does."""
             _check(inputs)
             params = [getattr(self, name) for name in _Weights._fields]
             arrays: Any = [None if param is None else param[...] for param in params]
@@ -240,6 +230,8 @@ def _run(
     chunk: Chunk,
     return_hidden: bool,
 ) -> Any:
+    # Cast everything to the widest dtype once, so that the carry of the scan keeps its
+    # own.
     arrays = (inputs, *jax.tree.leaves(weights))
     dtype = trees.widest(*(x.dtype for x in arrays))
     weights, inputs = jax.tree.map(lambda x: x.astype(dtype), (weights, inputs))
@@ -258,11 +250,14 @@ def _run(
         weights.initial_hidden, (inputs.shape[0], *weights.initial_hidden.shape)
     )
     xs = inputs.swapaxes(0, 1)
+    # A plain scan stores all states anyway, so inputs and outputs each take one large
+    # product.
     if chunk is None:
         _, hidden = jax.lax.scan(advance, first, drive(xs))
         outputs = read_out(hidden)
     else:
-        # One step at a time: what is computed for all steps is kept for all.
+        # Everything is computed within a step: what is computed for all steps at once
+        # would be stored for all of them.
         def step(hidden: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
             hidden, _ = advance(hidden, drive(x))
             return hidden, (read_out(hidden), hidden if return_hidden else None)

@@ -1,8 +1,8 @@
-"""Long sequences in less memory: a scan that keeps the state of few steps.
+"""Long sequences in less memory: a scan that stores the state of only a few steps.
 
-A product with the curvature needs every step's activations twice, in the tangent pass
-and in its transpose. `jax.lax.scan` keeps them for the whole run of conjugate
-gradients; here most are computed again (report, section 7.1 and figure 2).
+A curvature-vector product needs the activations of every step twice, in the tangent pass
+and in its transpose. `jax.lax.scan` stores them throughout a run of conjugate gradients;
+here most of them are recomputed.
 """
 
 import math
@@ -24,43 +24,41 @@ def checkpointed(
     length: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Tree, Tree]:
-    """Scan as `jax.lax.scan(step, init, xs, length=length)`, in less memory.
+    """Scan like `jax.lax.scan(step, init, xs, length=length)`, in less memory.
 
-    The T steps are cut into chunks; the last may be shorter. Derivatives keep the
-    carry at the start of each chunk, and run a chunk anew for the rest. With C the
-    size of a carry and R that of all that a derivative needs of one step, T · R
-    becomes
+    The T steps are divided into chunks, of which the last may be shorter. Derivatives
+    store the carry at the start of each chunk and recompute a chunk when they need it. If
+    C is the size of a carry, and R of all that the derivative of one step needs, the
+    memory falls from T · R to
 
         ⌈T / chunk⌉ · C + chunk · R
 
-    beside `xs` and the stacked outputs, which are whole in either case. Each state is
-    computed once more in a gradient and twice in a product (`jax.lax.scan`: in none
-    of the products), which by flops makes a gradient 4/3 and a product 3/2 as long.
+    in addition to `xs` and the stacked outputs. Each state is computed once more for a
+    gradient and twice more for a curvature-vector product (`jax.lax.scan` recomputes
+    none): a gradient takes 4/3 and a product 3/2 as many operations.
 
-    In a model, do all of a step's work in `step`, and let it give out what the loss
-    needs rather than what only leads there: outputs `z`, not hidden states to be
-    multiplied afterwards, for those are kept for all T.
+    In a model, do all the work of a step in `step`, and return only what the loss needs:
+    outputs `z`, rather than hidden states to be multiplied afterwards, since those would
+    be stored for all T steps.
 
     Args:
       step: `(carry, x) -> (carry, y)`.
-      init: the first carry, a tree of arrays.
+      init: the initial carry, a tree of arrays.
       xs: a tree of arrays with leading axis T, or `None`.
-      length: T; needed where `xs` has no arrays.
-      chunk: steps in a chunk. `None` is ⌈√T⌉ (report, section 7.1), the least memory
-        for R = C; √(T · C / R) is the least for steps that need more. Shorter chunks
-        do not save time: every state is computed anew in any case.
+      length: T; required if `xs` has no arrays.
+      chunk: steps per chunk. `None` is ⌈√T⌉, which takes the least memory if R = C; in
+        general that is √(T · C / R). Shorter chunks do not save time.
 
     Returns:
-      The last carry, and the outputs, stacked along a leading axis of T.
+      The final carry, and the outputs, stacked along a leading axis of length T.
 
     Raises:
-      TypeError: if `length` or `chunk` is not a Python integer, or `step` no function.
+      TypeError: if `length` or `chunk` is not a Python integer, or `step` not a function.
       ValueError: if `chunk` is less than 1, or T is unknown or ambiguous.
 
     Example:
-      A recurrent network of `[cases, time, features]`, as `model_fn` of an objective:
+      A recurrent network on `[cases, time, features]`, as the `model_fn` of an objective:
 
-      >>> import hfjax
       >>> def model_fn(params, inputs, scan=checkpointed):
       ...     def step(h, x):
       ...         h = jnp.tanh(x @ params["in"] + h @ params["recurrent"])
@@ -70,17 +68,13 @@ def checkpointed(
       ...     return scan(step, h, inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
       >>> shapes = {"in": (2, 3), "recurrent": (3, 3), "out": (3, 1)}
       >>> params = {name: jnp.full(shape, 0.1) for name, shape in shapes.items()}
-      >>> f = hfjax.Objective(model_fn, hfjax.losses.squared_error())
       >>> inputs = jnp.ones((4, 5, 2))
-      >>> product = hfjax.curvature.ggn(f, params, (inputs, jnp.ones((4, 5, 1))))
-      >>> print(product(params)["recurrent"].shape)
-      (3, 3)
       >>> plain = model_fn(params, inputs, scan=jax.lax.scan)
       >>> print(jnp.allclose(model_fn(params, inputs), plain))
       True
 
     References:
-      Martens & Sutskever (2012), section 7.1.
+      Martens & Sutskever (2012), section 7.1 and figure 2.
     """
     check_function("step", step, "(carry, x) -> (carry, y)")
     steps = _steps(xs, length)
@@ -91,12 +85,13 @@ def checkpointed(
     if not chunks and not rest:
         return jax.lax.scan(step, init, xs, length=0)
 
-    # Barriers against common subexpressions stay on: XLA unrolls a loop over one
-    # chunk, and could then merge the second run of it with the first.
+    # `prevent_cse` stays on: XLA unrolls a loop over a single chunk, and could then merge
+    # its second run with the first, which would store everything again.
     def run(carry: Tree, part: Tree, steps: int) -> tuple[Tree, Tree]:
         scan = jax.checkpoint(lambda c, p: jax.lax.scan(step, c, p, length=steps))
         return scan(carry, part)
 
+    # An outer scan over the full chunks, then the shorter one, if there is any.
     carry, parts = init, []
     if chunks:
         whole = chunks * chunk
@@ -117,7 +112,7 @@ def checkpointed(
 
 
 def _steps(xs: Tree, length: int | None) -> int:
-    """Return T, which `length` and the leading axes of `xs` must agree on."""
+    """Return T, on which `length` and the leading axes of `xs` must agree."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(xs)]
     if () in shapes:
         msg = "`xs` must have the steps as leading axis, got a scalar in it."
