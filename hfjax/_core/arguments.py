@@ -117,13 +117,8 @@ def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> T
     """Return a user-supplied vector as a tree of arrays of real floats.
 
     Numbers and NumPy arrays become arrays. Integers and booleans become floats, because a
-    linear system of integers rarely has a solution in integers.
-
-    Args:
-      name: name of the argument, for the error.
-      tree: the argument.
-      like: a tree whose structure and shapes it must have; `None` allows any.
-      whose: what the error calls `like`.
+    linear system of integers rarely has a solution in integers. If `like` is given, the
+    vector must have its structure and shapes; `whose` is what the error calls it.
 
     Raises:
       TypeError: naming the first leaf that is anything else.

@@ -28,13 +28,7 @@ def check_range(
 ) -> None:
     """Raise if `option` is not a number, or is a plain number outside `[low, high]`.
 
-    Args:
-      name: name of the option, for the error.
-      option: a number, an array, a schedule or `None`; only the value of a number is
-        checked.
-      low: smallest allowed value, excluded if `open_low`.
-      high: largest allowed value.
-      open_low: whether to exclude `low` itself.
+    Schedules, `None` and the values of arrays pass unchecked. `open_low` excludes `low`.
 
     Raises:
       TypeError: if it is not a real number.

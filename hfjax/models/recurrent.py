@@ -110,16 +110,7 @@ class LinenRecurrentNetwork(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-        """Run the network over time.
-
-        Args:
-          inputs: shape `[cases, time, features]`.
-          return_hidden: whether to return the hidden states too.
-
-        Returns:
-          Outputs `[cases, time, outputs]`; with `return_hidden`, a pair of these and the
-          hidden states, `[cases, time, units]`.
-        """
+        """Return outputs; with `return_hidden`, a pair of these and the hidden states."""
         _check(inputs)
 
         def param(name: str, init: Initializer, *shape: int) -> Any:
@@ -209,7 +200,7 @@ if nnx is not None:
             )
 
         def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
-            """Run the network over time, as `LinenRecurrentNetwork` does."""
+            """Return outputs; with `return_hidden`, a pair of these and the hidden states."""
             _check(inputs)
             params = [getattr(self, name) for name in _Weights._fields]
             arrays: Any = [None if param is None else param[...] for param in params]

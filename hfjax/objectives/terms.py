@@ -1,7 +1,5 @@
 """The terms of an objective, f = Σₖ cₖ fₖ, each with its own model, loss and examples.
 
-    fₖ(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ weight_decay ‖θ‖²
-
 A plain objective has a single term. Whatever is linear in f (value, gradient,
 curvature-vector products, diagonals) is computed for each term and summed here.
 """
