@@ -254,10 +254,10 @@ def with_key(function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Return whether a function can be called with an argument of this name."""
+    """Return whether a function accepts an argument of this name."""
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # Of a function that is not written in Python.
+    except ValueError:  # Functions that are not written in Python have no signature.
         return True
     kinds = [parameter.kind for parameter in parameters.values()]
     return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds

@@ -296,11 +296,11 @@ def combination(weights: jax.Array, vectors: Tree) -> Tree:
 def interpolate(
     diagonal: Tree, *, exponent: Number, kappa: Number, scale: Tree | None
 ) -> Tree:
-    """Return (d + κ s)^ξ, between a diagonal and a multiple of the identity.
+    """Return (d + κ s)^ξ: for ξ between 0 and 1, between the identity and a diagonal.
 
     Args:
-      diagonal: d; what is negative of d + κ s counts as 0.
-      exponent: ξ; 0 is the identity (report, section 11.2).
+      diagonal: d; negative entries of d + κ s count as 0.
+      exponent: ξ; 0 gives the identity.
       kappa: κ.
       scale: s, a tree like `diagonal`; `None` is 1 everywhere.
     """

@@ -282,7 +282,7 @@ def outputs_and_hidden(
 def _as_loss(
     name: str, loss: losses.Loss | Callable[[Tree, Tree], jax.Array]
 ) -> losses.Loss:
-    """Take a loss as it is, and wrap any other callable; `name` is for the error."""
+    """Return a loss unchanged; wrap any other callable; `name` is for the error."""
     if isinstance(loss, losses.Loss):
         return loss
     if not callable(loss):

@@ -68,7 +68,7 @@ class Term(NamedTuple):
         return outputs
 
     def outputs_per_case(self, params: Params) -> int:
-        """Count the outputs of a case: units, times steps, over all leaves."""
+        """Count the outputs for one example: units times steps, over all leaves."""
         inputs = sharding.first_case(self.cases.inputs)
         shapes = jax.eval_shape(self.outputs, params, inputs)  # Traced, not run.
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
