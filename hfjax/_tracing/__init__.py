@@ -1,7 +1,7 @@
-"""How JAX is used: functions become programs, which are read, linearised and compiled.
+"""How hfjax uses JAX: functions are traced, linearised and compiled.
 
-Given a function, these modules make it linear at one place, read the program that JAX
-traces of it, lay out its convolutions so that loops run fast, and keep what has been
-compiled for the next call. They hand on linear maps, equations and decompositions. What a
-new version of JAX or XLA may change is met here.
+`programs` reads the jaxpr of a traced function, `linearize` differentiates a function at
+one point, `compiled` reuses executables between eager calls, `convolutions` and `linalg`
+avoid slow or blocking code paths of XLA on CPUs. Nothing here knows about optimization.
+Most of what a new version of JAX or XLA can break is in this package.
 """

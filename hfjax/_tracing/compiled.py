@@ -1,9 +1,10 @@
-"""Calls from outside of `jit`: compiled once for all programs that are alike.
+"""Compile eager calls only once for all calls whose programs are equal.
 
-JAX compiles a loop anew in each such call, as its body is another function each time, and
-keeps what it compiled. Here a call is traced, which is cheap, and what has been compiled
-for a program equal to it, equation by equation, is run with the arrays that it closes over
-now. Inside of `jit` or another transformation nothing changes.
+In a call from outside of `jit`, JAX recompiles every loop whose body is a new function
+object, and keeps each result in memory. This module traces such a call, which is cheap,
+and compares the jaxpr with earlier ones, equation by equation. If an equal one has been
+compiled, that executable runs with the arrays that the new call closes over. Inside of
+`jit` or any other transformation, nothing changes.
 """
 
 import functools
@@ -26,18 +27,19 @@ from jax.extend.core import (
 from hfjax._core.types import Tree
 
 _KEPT = 64
-"""Compiled programs that are kept (heuristic)."""
+"""Number of compiled programs that are kept, the least recently used dropped first."""
 
 _OUTSIDE = get_opaque_trace_state(convention="flax")
-"""That of Python itself, outside of all transformations."""
+"""JAX's trace state outside of all transformations."""
 
 _RULES = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vmap_call": "call",
 }
-"""Equations with rules of Python beside their program, and the program's name: what runs
-here is neither differentiated nor mapped any more."""
+"""Primitives that carry Python rules, and the parameter that holds their program. Only
+the program is compared: nothing is differentiated or vmapped after tracing, so that the
+rules, which are new objects in each trace, are never used."""
 
 _NEEDS_NUMBERS = (
     jax.errors.ConcretizationTypeError,
@@ -45,7 +47,7 @@ _NEEDS_NUMBERS = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-"""Errors of a function that looks at the numbers, as it may outside of `jit`."""
+"""Errors of a function that needs concrete values, which it may have outside of `jit`."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,16 +57,14 @@ _NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 def once(function: Function) -> Function:
     """Return a function whose calls from outside of `jit` are compiled once.
 
-    What it closes over is read in its first call with arguments of a kind, as by `jit`.
-    Functions that are made anew share what was compiled, if their programs are equal.
-
-    Args:
-      function: of trees of arrays; so must be what it returns.
-
-    Returns:
-      The function, of positional arguments.
+    Arrays that `function` closes over are read in the first call with arguments of given
+    shapes and dtypes, as by `jit`. Another function whose program is equal shares the
+    compiled code. Arguments are positional; they and the results are trees of arrays.
     """
+    # Only traced, never run: `jit` keeps the trace for each kind of arguments.
     traceable = jax.jit(function)
+    # Building the key of a program takes a pass over all its equations. A repeated call
+    # gets the same trace from JAX, and is found by that object's identity.
     known: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
 
     def call(*args: Any) -> Any:
@@ -75,6 +75,7 @@ def once(function: Function) -> Function:
         except _NEEDS_NUMBERS:
             return function(*args)
         program = traced.jaxpr
+        # Programs with prints or callbacks are left to JAX.
         if program.effects:
             return function(*args)
         if program not in known:
@@ -86,16 +87,9 @@ def once(function: Function) -> Function:
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)`, traced in each call from outside of `jit`.
+    """Return `function(*args)`, traced anew in each call from outside of `jit`.
 
-    What it closes over is read anew each time; what is compiled is kept.
-
-    Args:
-      function: of trees of arrays; so must be what it returns.
-      *args: the trees.
-
-    Returns:
-      What it returns.
+    So it always reads the current arrays. Compiled code is reused as in `once`.
     """
     return once(function)(*args) if _is_outside(args) else function(*args)
 
@@ -103,24 +97,27 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
 def built(
     make: Callable[..., Callable[[Tree], Tree]], *args: Any, like: Tree
 ) -> Callable[[Tree], Tree]:
-    """Return `make(*args)`, with what it computes beforehand compiled once.
+    """Return `make(*args)`, a function of one tree, compiling what `make` precomputes.
+
+    An example is a linearisation, which evaluates the model once and then gives v ↦ J v.
 
     Args:
-      make: of trees of arrays; returns a function of one tree.
+      make: takes trees of arrays and returns the function.
       *args: the trees.
-      like: what that function is mostly called with.
-
-    Returns:
-      The function. What is not like `like` is handed to one that is made for it.
+      like: an argument of the usual structure, shapes and dtypes. For any other argument
+        the function is made again.
     """
     if not _is_outside(args):
         return make(*args)
+    # Never empty below: `run` traces `beforehand` anew, as it is a new function.
     traced = []
 
     def beforehand(*args: Any) -> list[Any]:
         function = make(*args)
         if isinstance(function, tuple):
             raise _SeveralError
+        # What the function closes over are the constants of its program: these are the
+        # precomputed arrays, returned so that they outlive this trace.
         program, shapes = jax.make_jaxpr(function, return_shape=True)(like)
         traced.append((_opened(program.jaxpr), jax.tree.structure(shapes)))
         return list(program.consts)
@@ -141,7 +138,7 @@ def built(
 
 
 class _SeveralError(Exception):
-    """What was made is no function, but a tuple of them."""
+    """`make` returned a tuple of functions (an `Approximate`), not one function."""
 
 
 def _kinds(tree: Tree) -> tuple:
@@ -150,7 +147,7 @@ def _kinds(tree: Tree) -> tuple:
 
 
 def _is_outside(args: tuple) -> bool:
-    """Return whether a call may be compiled: in no transformation, of arrays alone."""
+    """Return whether to compile a call: no transformation is active, all are arrays."""
     if get_opaque_trace_state(convention="flax") != _OUTSIDE:
         return False
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,7 +156,7 @@ def _is_outside(args: tuple) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    """Return whether it holds numbers; what does not, the function itself refuses."""
+    """Return whether a leaf is a concrete array; `function` itself rejects others."""
     if isinstance(leaf, jax.Array):
         return not isinstance(leaf, Tracer)
     dtype = getattr(leaf, "dtype", np.dtype(object))
@@ -167,7 +164,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _opened(program: Any) -> Jaxpr:
-    """Return a program that takes its constants as its first arguments."""
+    """Return the program with its constants as additional leading arguments."""
     return Jaxpr(
         constvars=[],
         invars=[*program.constvars, *program.invars],
@@ -179,7 +176,7 @@ def _opened(program: Any) -> Jaxpr:
 
 
 class _Program:
-    """A program without its constants, equal to those of the same equations."""
+    """A program without its constants' values, hashed and compared by its equations."""
 
     def __init__(self, program: Any) -> None:
         self.bare = _opened(program)
@@ -200,7 +197,7 @@ def _compiled(program: _Program) -> Callable[[list[Any]], list[Any]]:
 
 
 class _Itself:
-    """What cannot be compared, or only with itself."""
+    """A value that equals only itself: an inner constant, or an option without a hash."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -213,11 +210,12 @@ class _Itself:
 
 
 def _key_of(program: Any) -> tuple:
-    """Return what two programs have in common if they compute the same.
+    """Return a hashable key that is equal for programs which compute the same function.
 
-    Primitives and their options as JAX itself compares them, the kinds of all values, and
-    which equation reads what.
+    It holds the primitives, their options, the shapes and dtypes of all values, and which
+    equation reads which value.
     """
+    # Variables are numbered by first appearance, so that their identities do not matter.
     numbers: dict[Any, int] = {}
 
     def named(atom: Any) -> tuple:
@@ -244,7 +242,7 @@ def _key_of(program: Any) -> tuple:
 
 
 def _compared(value: Any) -> Any:
-    """Return a constant of a program, as it is to be compared."""
+    """Return a hashable stand-in for an option or literal of a program."""
     program = getattr(value, "jaxpr", value)
     if hasattr(program, "eqns"):
         consts = tuple(_Itself(const) for const in getattr(value, "consts", ()))
@@ -254,11 +252,11 @@ def _compared(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _compared(option)) for key, option in value.items())
     if isinstance(value, float | complex | np.generic | np.ndarray):
-        # By bits: 0.0 == −0.0, and NaN is not NaN.
+        # Compare bits, because 0.0 == −0.0 and NaN ≠ NaN.
         array = np.asarray(value)
         return type(value), array.dtype, array.shape, array.tobytes()
     try:
         hash(value)
     except TypeError:
         return _Itself(value)
-    return type(value), value  # True == 1.
+    return type(value), value  # With the type, because True == 1 == 1.0.

@@ -1,13 +1,13 @@
-"""Convolutions within loops, laid out so that XLA runs them fast on a CPU.
+"""Transpose convolutions within loops to the layout that XLA runs fast on a CPU.
 
-XLA's fast code for CPUs takes the layout NHWC, HWIO → NHWC only. XLA moves the axes of
-other convolutions to that layout, but only outside of loops and branches: within them a
-plain loop over all entries took 4 to 130 times as long, mostly 10 to 80. Derivatives are of this kind:
-of an NHWC convolution, the one in the inputs has the kernel's channels exchanged, and
-the one in the kernel sums over the examples as if they were channels.
+XLA's fast CPU code takes the layout NHWC, HWIO → NHWC only. XLA transposes other
+convolutions to it by itself, but not within loops and branches, where its naive code
+took 4 to 130 times as long. Derivatives need this even if the model uses that layout:
+the derivative by the inputs swaps the channels of the kernel, and the derivative by the
+kernel sums over the examples as if they were channels.
 
-So the axes are moved here, in whatever hfjax itself runs within a loop or a branch:
-curvature-vector products above all. The numbers and the work stay the same.
+hfjax applies this to whatever it runs within a loop or a branch, above all to
+curvature-vector products. Results and operation counts do not change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,26 +24,19 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _HOLDERS = frozenset(
     {"scan", "while", "cond", "closed_call", "custom_jvp_call", "custom_vjp_call"}
 )
-"""Equations whose programs are rewritten, besides `jit` and `checkpoint`."""
+"""Primitives whose inner programs are rewritten, besides `jit` and `checkpoint`."""
 
+# With 1 or 2 channels per group the naive code was 9 to 50 times faster than the other;
+# with 4 it was 1.3 to 1.5 times slower, and with 32 it was 5 to 16 times slower.
 _CHANNELS_PER_GROUP = 8
-"""Channels in each group from which on a grouped convolution is laid out anew (heuristic).
-With 1 or 2 in each group the plain loop was 9 to 50 times faster than XLA's other code;
-with 4, 1.3 to 1.5 times slower, and with 32, 5 to 16 times."""
+"""Input channels per group from which on a grouped convolution is transposed."""
 
 
 def for_loops(function: _Function) -> _Function:
-    """Return the same function, its convolutions laid out for loops on a CPU.
+    """Return the same function with its convolutions transposed for loops on a CPU.
 
-    It is traced, and its program evaluated with the axes of convolutions moved. On other
-    platforms, and where nothing is to be moved, the program is the one that was traced.
-    Derivatives of the result are those of the plain convolutions: apply this last.
-
-    Args:
-      function: of trees of arrays, which can be traced.
-
-    Returns:
-      A function of the same arguments.
+    Other platforms run the convolutions as they are. Derivatives of the returned function
+    are those of the original convolutions, so differentiate first and apply this last.
     """
 
     def laid_out(*args: Any) -> Any:
@@ -59,14 +52,7 @@ def for_loops(function: _Function) -> _Function:
 
 
 def to_move(program: Jaxpr) -> Iterator[Any]:
-    """Find the convolutions whose axes are to be moved.
-
-    Args:
-      program: in which, and in whose inner programs, to look.
-
-    Yields:
-      The equations.
-    """
+    """Yield the convolutions to be transposed, in a program and its inner programs."""
     for equation in program.eqns:
         if _is_to_move(equation):
             yield equation
@@ -79,11 +65,11 @@ def _any_to_move(program: Jaxpr) -> bool:
 
 
 def _inner(equation: Any) -> Sequence[Any]:
-    """Return the programs of an equation that are rewritten with it."""
+    """Return the inner programs of an equation that are to be rewritten."""
     name = equation.primitive.name
     if name not in _HOLDERS | programs.INLINED | programs.CHECKPOINTS:
         return ()
-    # Branches for platforms are somebody's own choice for each, or made here.
+    # The branches of `platform_dependent` are made for each platform already.
     if equation.params.get("branches_platforms") is not None:
         return ()
     return [
@@ -98,7 +84,7 @@ def _is_program(x: Any) -> bool:
 
 
 def _is_to_move(equation: Any) -> bool:
-    """Return whether XLA would run it as a plain loop, and that is slower."""
+    """Return whether XLA would run a convolution as a naive loop that is slower."""
     if equation.primitive.name != "conv_general_dilated":
         return False
     numbers = equation.params["dimension_numbers"]
@@ -106,7 +92,8 @@ def _is_to_move(equation: Any) -> bool:
     if numbers == _channels_last(len(inputs)):
         return False
     groups = equation.params["batch_group_count"]
-    if groups > 1:  # The kernel's derivative of a grouped one.
+    if groups > 1:
+        # This is the derivative of a grouped convolution by its kernel.
         return inputs[numbers.lhs_spec[0]] == groups
     channels = kernel[numbers.rhs_spec[1]]
     grouped = equation.params["feature_group_count"] > 1
@@ -116,7 +103,7 @@ def _is_to_move(equation: Any) -> bool:
 def _evaluate(
     program: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
 ) -> list[jax.Array]:
-    """Evaluate a program with its convolutions laid out for loops."""
+    """Evaluate a program, transposing its convolutions."""
     values = dict(
         zip((*program.constvars, *program.invars), (*consts, *args), strict=True)
     )
@@ -135,7 +122,7 @@ def _evaluate(
 
 
 def _rewritten(equation: Any) -> Any:
-    """Return the equation, its inner programs laid out for loops."""
+    """Return the equation with the convolutions of its inner programs transposed."""
     inner = _inner(equation)
     if not any(_any_to_move(getattr(p, "jaxpr", p)) for p in inner):
         return equation
@@ -159,7 +146,7 @@ def _rewritten(equation: Any) -> Any:
 
 
 def _moved(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Convolve, with the axes in XLA's favourite order where the platform is a CPU."""
+    """Convolve, in the layout NHWC, HWIO → NHWC if the platform is a CPU."""
     rest = dict(params)
     numbers = rest.pop("dimension_numbers")
     favourite = _channels_last(lhs.ndim)
@@ -175,8 +162,9 @@ def _moved(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         )
         return _permuted(out, favourite.out_spec, numbers.out_spec)
 
-    # Decided when the program is lowered: a machine with a GPU has a CPU, too. As of a
-    # branch, derivatives would keep what any platform needs of them: take plain ones.
+    # The platform is known only when the program is lowered: a machine with a GPU also
+    # has a CPU. Differentiating `platform_dependent` would store the residuals of every
+    # branch, so derivatives are taken of the plain convolution.
     @jax.custom_jvp
     def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jax.lax.platform_dependent(lhs, rhs, cpu=moved, default=plain)
@@ -194,7 +182,7 @@ def _moved(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def _channels_last(ndim: int) -> jax.lax.ConvDimensionNumbers:
-    """Return the layout NHWC, HWIO → NHWC for so many axes."""
+    """Return the layout NHWC, HWIO → NHWC for `ndim` axes."""
     space = tuple(range(1, ndim - 1))
     inputs = (0, ndim - 1, *space)
     kernel = (ndim - 1, ndim - 2, *range(ndim - 2))

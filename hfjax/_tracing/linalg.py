@@ -1,13 +1,13 @@
-"""Decompositions of many matrices that never wait for each other.
+"""Matrix decompositions whose batches cannot deadlock on a CPU.
 
-On a CPU, jaxlib shares out a batch of matrices over the threads that XLA runs on, and
-the thread that does so waits for the others. If as many batches are decomposed at once
-as there are threads (two, on a machine of two cores), each waits for ever. A batch of
-one is decomposed where it is, and waits for nobody.
+On a CPU, jaxlib distributes a batch of matrices over XLA's thread pool, and the calling
+thread waits for the others. If as many batches are decomposed at once as there are
+threads (two, on a machine with two cores), every thread waits, and none is left to do
+the work. A single matrix is decomposed on the calling thread.
 
-So these functions take one matrix, and `jax.vmap` of them takes one after another on a
-CPU, whoever calls it: a preconditioner of several layers under a user's `vmap` over an
-ensemble, too. Elsewhere a batch stays a batch.
+So these functions take one matrix, and under `jax.vmap` they go through the batch in a
+loop on a CPU; this holds for a user's `vmap` over an ensemble, too. On other platforms a
+batch is decomposed as a batch.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `jax.vmap` of a decomposition go through its batch in turn on a CPU."""
+    """Make `jax.vmap` of a decomposition loop over its batch on a CPU."""
     once = jax.custom_batching.custom_vmap(decompose)
 
     def of_a_batch(size: int, batched: list[bool], *operands: jax.Array) -> Any:
@@ -49,7 +49,7 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
 
     once.def_vmap(of_a_batch)
 
-    # A function with a rule for batches alone cannot be linearised.
+    # `custom_vmap` cannot be linearised: derivatives are those of `decompose`.
     @jax.custom_jvp
     def differentiable(*operands: jax.Array) -> Any:
         return once(*operands)
@@ -64,12 +64,11 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
 def _on_each_device(
     in_turn: Callable[..., Any], batched: list[bool]
 ) -> Callable[..., Any]:
-    """Let each device go through its own matrices, where their type says who has which.
-
-    A loop refuses an axis that is sharded by type.
-    """
+    """Let each device loop over its own matrices if the batch axis is sharded."""
 
     def mapped(*operands: jax.Array) -> Any:
+        # `lax.map` refuses an axis that is sharded in the array's type (explicit mesh
+        # axes).
         typed = [
             sharding
             for x, has_batch in zip(operands, batched, strict=True)
@@ -91,20 +90,21 @@ def _on_each_device(
 
 @_one_by_one
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
+    """Return eigenvalues, in ascending order, and eigenvectors of a symmetric matrix."""
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
 
 
 @_one_by_one
 def cholesky(matrix: jax.Array) -> jax.Array:
-    """Return the lower Cholesky factor, of the lower triangle; NaN if there is none."""
+    """Return the lower Cholesky factor, or NaN; only the lower triangle is read."""
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 @_one_by_one
 def inverse_root(matrix: jax.Array) -> jax.Array:
-    """Return L⁻¹ of a positive definite L Lᵀ, by its lower triangle; NaN if it is none."""
+    """Return L⁻¹ of a positive definite matrix L Lᵀ, or NaN; reads the lower triangle."""
+    # The product L⁻ᵀL⁻¹ is positive semi-definite however L⁻¹ is rounded.
     factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     return jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
@@ -112,15 +112,15 @@ def inverse_root(matrix: jax.Array) -> jax.Array:
 
 @_one_by_one
 def cho_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
-    """Return (L Lᵀ)⁻¹b of a lower triangle L."""
+    """Return (L Lᵀ)⁻¹b for a lower triangular `factor` L."""
     return jax.scipy.linalg.cho_solve((factor, True), right)
 
 
 @_one_by_one
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """Return A⁻¹b of a square matrix."""
-    # By Q R: as stable as L U with its pivots, whose permutation alone is a program of
-    # ten kernels to compile. It takes twice the flops.
+    """Return A⁻¹b for a square matrix A."""
+    # QR is as stable as LU with pivoting and takes twice the flops, but LU's permutation
+    # alone compiles to about ten kernels.
     q, r = jnp.linalg.qr(matrix)
     columns = (q.T @ right).reshape(len(r), -1)
     found = jax.lax.linalg.triangular_solve(r, columns, left_side=True, lower=False)
@@ -129,5 +129,5 @@ def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 @_one_by_one
 def pinv(matrix: jax.Array, rtol: jax.Array) -> jax.Array:
-    """Return the pseudoinverse; singular values below `rtol` of the largest count as 0."""
+    """Return the pseudoinverse; singular values below `rtol` · the largest count as 0."""
     return jnp.linalg.pinv(matrix, rtol=rtol)

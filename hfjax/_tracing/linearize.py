@@ -1,10 +1,10 @@
-"""Functions made linear at one place: J v, Jᵀu, and H v of a gradient.
+"""Linearise a function at one point: v ↦ J v, u ↦ Jᵀu, and v ↦ H v for a gradient.
 
-A `jax.custom_vjp` has a backward rule alone: JAX then knows u ↦ Jᵀu, and no J v. But
-that map is linear, and J v is its transpose: reverse mode over reverse mode, wherever
-the backward rule can be differentiated in the cotangent that it is given. `linearized`
-does this by itself. It is decided while the program is traced, and all that is computed
-besides the products is computed once, outside of them.
+A `jax.custom_vjp` defines only a backward rule, so that JAX can compute Jᵀu but not
+J v. Since u ↦ Jᵀu is linear, J v is its transpose: reverse mode over reverse mode,
+provided that the backward rule is itself differentiable. `linearized` falls back to
+this by itself, while the program is traced; everything but the products is still
+evaluated only once.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ NO_FORWARD = (
     "Or give the function a forward derivative: write a `jax.custom_jvp`; with Diffrax, "
     "use `adjoint=diffrax.DirectAdjoint()`."
 )
-"""What is noted in an error where there is no J v."""
+"""Note added to an error if J v does not exist."""
 
 NO_SECOND = (
     "Second derivatives are needed here, and a derivative rule in the model or the loss "
@@ -35,7 +35,7 @@ NO_SECOND = (
     "`jax.custom_jvp`, or the loss as an `hfjax.losses.Loss` with a `hessian` and a "
     "`factor` of its own."
 )
-"""What is noted in an error where there is no H v."""
+"""Note added to an error if H v does not exist."""
 
 NO_REVERSE = (
     "Training needs reverse-mode derivatives of the model and the loss (∇f, and Jᵀu in "
@@ -44,14 +44,14 @@ NO_REVERSE = (
     "as bounds; write a fixed point as `jax.lax.custom_root`; or give the function a "
     "`jax.custom_vjp`. With Diffrax, use `adjoint=diffrax.DirectAdjoint()`."
 )
-"""What is noted in an error where there is no Jᵀu."""
+"""Note added to an error if Jᵀu does not exist."""
 
 
 class Linearized(NamedTuple):
-    """A function at one place.
+    """A function linearised at one point.
 
     Attributes:
-      outputs: its value.
+      outputs: its value there.
       tangent: v ↦ J v.
       transpose: u ↦ Jᵀu.
     """
@@ -62,15 +62,10 @@ class Linearized(NamedTuple):
 
 
 def linearized(forward: Callable[[Tree], Tree], at: Tree) -> Linearized:
-    """Linearise a function, if need be by its backward rules alone.
+    """Linearise a function of one tree of real floats, by its backward rules if need be.
 
-    Args:
-      forward: of one tree of real floats.
-      at: where.
-
-    Returns:
-      The value and the two maps, which run the function no more. Where there is no J v,
-      asking for it is the error: not everybody does.
+    The two maps do not evaluate the function again. If J v does not exist, an error is
+    raised only when `tangent` is called, since not every solver needs it.
     """
     outputs, tangent = jax.linearize(forward, at)
     pull = jax.linear_transpose(tangent, at)
@@ -85,8 +80,8 @@ def linearized(forward: Callable[[Tree], Tree], at: Tree) -> Linearized:
 
     def transposed() -> tuple[Callable[[Tree], Tree], Callable[[Tree], Tree]]:
         with _noting(NO_FORWARD):
-            # At u = 0. The map is linear, and what it computes of the residuals alone is
-            # computed here.
+            # `transpose` is linear, so any u would do as the point of linearisation. Work
+            # that depends only on the residuals is done here, not in each product.
             back = jax.linearize(transpose, zeros)[1]
             return back, jax.linear_transpose(back, zeros)
 
@@ -96,25 +91,20 @@ def linearized(forward: Callable[[Tree], Tree], at: Tree) -> Linearized:
 
     try:
         back, push = transposed()
-    except (
-        Exception
-    ):  # Whatever a rule raises. It is raised again where J v is asked for.
+    except Exception:
+        # A user's rule may raise anything. It is raised again when J v is requested.
         return Linearized(outputs, lambda v: transposed()[1](v)[0], transpose)
-    # Within a backward rule another `custom_vjp` may stand: `back` then has no forward
-    # derivative in turn, but its own transpose all the same.
+    # If a backward rule contains another `custom_vjp`, `back` cannot be evaluated either,
+    # but its transpose `push` can.
     nested = _backward_only(back, zeros)
     return Linearized(outputs, forwards, transpose if nested else back)
 
 
 def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree) -> Matvec:
-    """Linearise a gradient: v ↦ H v, with H symmetric, so that its transpose will do.
+    """Linearise a gradient: return v ↦ H v.
 
-    Args:
-      gradient: `at` to a tree like it, perhaps of wider dtypes.
-      at: where.
-
-    Returns:
-      The product: trees like `at` to trees like the gradient.
+    `gradient` maps a tree to one of the same structure, perhaps of wider dtypes; so
+    does H.
     """
     try:
         with noting_no_reverse():
@@ -125,6 +115,7 @@ def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree) -> Matvec
         raise
     if not _backward_only(tangent, at):
         return tangent
+    # H is symmetric, so its transpose will do where it cannot be applied itself.
     pull = jax.linear_transpose(tangent, at)
 
     def product(v: Tree) -> Tree:
@@ -135,27 +126,28 @@ def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree) -> Matvec
 
 
 def _has_shapes(function: Callable[[Tree], Tree], at: Tree) -> bool:
-    """Return whether a function can be traced: else its derivative is not at fault."""
+    """Return whether a function can be traced; if not, its derivative is not at fault."""
     try:
         jax.eval_shape(function, at)
-    except Exception:  # Whatever a user's function raises.
+    except Exception:  # A user's function may raise anything.
         return False
     return True
 
 
 @contextlib.contextmanager
 def noting_no_reverse() -> Iterator[None]:
-    """Note in an error that reverse mode is needed, if that is what JAX says it is."""
+    """Add a note to errors of JAX that say that reverse mode does not exist."""
     try:
         yield
     except Exception as error:
+        # JAX has no error class for this, only a message.
         if "everse-mode" in str(error) and not noted(error):
             error.add_note(NO_REVERSE)
         raise
 
 
 def noted(error: BaseException) -> str | None:
-    """Return the note of this module that an error has, if any."""
+    """Return the note of this module that was added to an error, if any."""
     notes = getattr(error, "__notes__", ())
     return next((note for note in notes if note in _NOTES), None)
 
@@ -174,8 +166,6 @@ def _noting(note: str) -> Iterator[None]:
 
 
 def _backward_only(tangent: Callable[[Tree], Tree], at: Tree) -> bool:
-    """Return whether a linear map can be transposed, but not be applied.
-
-    Evaluating it would show this only when it is compiled: as a program it is fine.
-    """
+    """Return whether a linear map can be transposed but not evaluated."""
+    # JAX raises no error for this until the map is lowered, so look for its primitive.
     return programs.contains(jax.make_jaxpr(tangent)(at), "custom_lin")

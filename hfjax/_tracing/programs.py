@@ -1,4 +1,4 @@
-"""Programs of JAX, equation by equation."""
+"""Read and run jaxprs, the programs that JAX traces, equation by equation."""
 
 import math
 from collections.abc import Sequence
@@ -8,23 +8,18 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 INLINED = frozenset({"jit", "pjit"})
-"""Equations that are a program of their own, to be read in place."""
+"""Primitives that only wrap an inner program, which may be read in their place."""
 
 CHECKPOINTS = frozenset({"remat2", "checkpoint"})
-"""Equations that are `jax.checkpoint`, by its names."""
+"""Names of the primitive of `jax.checkpoint` in different versions of JAX."""
 
 _NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    """Run one equation, as a program of its own: no primitive's rules are ours.
+    """Run one equation of a `Jaxpr`, given one operand per input, literals included.
 
-    Args:
-      equation: of a `Jaxpr`.
-      operands: one for each of its inputs, literals included.
-
-    Returns:
-      Its results.
+    It becomes a program of its own, so that JAX applies the rules of every primitive.
     """
     inputs = {
         atom: value
@@ -45,12 +40,11 @@ def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
 def multiplications(program: Any) -> int:
     """Count the multiplications of matrix products and convolutions.
 
+    Inner programs count too: those of a `scan` once per step, those of a `while` once
+    (the number of rounds is unknown), and those of a `cond` for all branches together.
+
     Args:
       program: a `Jaxpr`, closed or not.
-
-    Returns:
-      A Python integer, of the programs within it, too: of a `scan` each step's, of a
-      `while` one round's, of a `cond` all branches'.
     """
     total = 0
     for equation in getattr(program, "jaxpr", program).eqns:
@@ -61,6 +55,7 @@ def multiplications(program: Any) -> int:
             depth = math.prod(left[axis] for axis in contracted)
             total += depth * math.prod(equation.outvars[0].aval.shape)
         elif equation.primitive.name == "conv_general_dilated":
+            # Per output number, one for each kernel entry of its output channel.
             kernel = equation.invars[1].aval.shape
             units = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += (
@@ -77,12 +72,7 @@ def multiplications(program: Any) -> int:
 
 
 def contains(program: Any, name: str) -> bool:
-    """Return whether an operation occurs in a program, or in one within it.
-
-    Args:
-      program: a `Jaxpr`, closed or not.
-      name: of a primitive.
-    """
+    """Return whether a primitive occurs in a program or in one of its inner programs."""
     for equation in getattr(program, "jaxpr", program).eqns:
         within = jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
@@ -95,7 +85,7 @@ def contains(program: Any, name: str) -> bool:
 
 
 def inner(equation: Any) -> Jaxpr | None:
-    """Return the program that an equation is of, if it is one to be read."""
+    """Return the inner program of a `jit`, `scan` or `checkpoint`, else `None`."""
     name = equation.primitive.name
     if name in INLINED or name == "scan":
         return equation.params["jaxpr"].jaxpr
@@ -103,11 +93,9 @@ def inner(equation: Any) -> Jaxpr | None:
 
 
 def consts_and_carry(equation: Any) -> tuple[int, int]:
-    """Count what a `scan` closes over, and what it carries.
-
-    By the axis that what it takes and gives step by step has more than in its program:
-    how JAX notes it has changed.
-    """
+    """Count the constants and the carried values of a `scan`."""
+    # Its parameters for this differ between versions of JAX. Instead: stepwise inputs and
+    # outputs have one more axis outside of the scan than in its program, others do not.
     program = inner(equation)
     assert program is not None
 
