@@ -1,7 +1,7 @@
-"""Inspection: what a run does, what its curvature is like, and what may be wrong with it.
+"""Tools to inspect a training run, a curvature matrix, or a set-up.
 
-Given the states of a run, `diagnostics` hands on numbers, tables and figures. Given a
-product, `spectrum` estimates its eigenvalues. `verify` compares derivatives with finite
-differences, and says in plain sentences what is wrong with a set-up. Training needs none of
-this: nothing else imports it.
+`diagnostics` turns optimizer states into numbers, tables and figures. `spectrum`
+estimates eigenvalues of a matrix from its products with vectors. `verify` compares
+derivatives with finite differences and explains what is wrong with a set-up. No other
+package needs this one.
 """

@@ -1,4 +1,4 @@
-"""One run of conjugate gradients looked at; `hfjax.diagnostics` is the module to use."""
+"""Run conjugate gradients once and record f along the way, for `hfjax.diagnostics`."""
 
 from typing import NamedTuple, cast
 
@@ -19,14 +19,14 @@ from hfjax.update.system import Point, assemble
 
 
 class CGRun(NamedTuple):
-    """f and M along one run of conjugate gradients.
+    """The objective f and its quadratic model M along one run of conjugate gradients.
 
     Attributes:
       num_iterations: int32 scalar.
-      model_values: M at x₀, x₁, …, shape `[max_iterations + 1]`, the last repeated.
-      iterations: int32, shape `[kept + 1]`, where f was evaluated, first at x₀; −1 where
-        it was not.
-      objective_changes: f(θ + x) − f(θ) there, shape `[kept + 1]`.
+      model_values: M at x₀, x₁, …, the last repeated, shape `[max_iterations + 1]`.
+      iterations: where f was evaluated, int32, shape `[kept + 1]`: 0 for x₀ comes
+        first, and −1 marks unused entries.
+      objective_changes: f(θ + x) − f(θ) at these iterates, shape `[kept + 1]`.
       coefficients: for `hfjax.spectrum.ritz_values`.
     """
 
@@ -53,38 +53,38 @@ def cg_run(
     interval: int = 1,
     seed: int = 0,
 ) -> CGRun:
-    """Run the conjugate gradients of an update, and evaluate f as they go.
+    """Run the conjugate gradients of one update, and evaluate f along the way.
 
-    For looking at: where f turns while M still falls, iterations are wasted, λ is too
-    small, or the batch is. It takes no stopping rule, and a value of f for each kept
-    iterate, all of which are in memory at once.
+    The run minimises M(x) = ∇fᵀx + ½ xᵀA x with A = B + λD + μS, as `hfjax.hessian_free`
+    does, but without a stopping rule. If f(θ + x) rises while M still falls, later
+    iterations are wasted, or λ or the batch is too small. Draw the result with
+    `plot_cg_run`. All iterates at which f is evaluated are in memory at once.
 
     Args:
-      objective: f, with its weight decay.
+      objective: f.
       params: θ.
-      batch: what gradient and curvature are taken on.
-      damping: λ, as `state.damping`.
-      rule: whose D and μ to take; its rule for λ does not matter.
-      preconditioner: of `hfjax.preconditioners`; `None` is the identity.
-      curvature: of `hfjax.curvature`.
-      x0: where to start, as 0.95 · `state.direction`; `None` is 0.
-      eval_batch: on which f is evaluated; `None` is `batch`. Data that the run has not
-        seen show how far it overfits.
-      max_iterations: a Python integer; heuristic.
-      interval: evaluate f at every so many iterations.
+      batch: the data for ∇f and the curvature B.
+      damping: λ ≥ 0, in units of the curvature of f, for example `state.damping`.
+      rule: a damping rule, for D and μ; how it adapts λ does not matter.
+      preconditioner: a rule of `hfjax.preconditioners`; `None` is the identity.
+      curvature: makes B, a function of `hfjax.curvature`.
+      x0: first iterate, like `params`, for example 0.95 · `state.direction`; `None` is 0.
+      eval_batch: the data on which f is evaluated; `None` is `batch`. Other data show how
+        far the step overfits `batch`.
+      max_iterations: a Python integer.
+      interval: number of iterations from one evaluation of f to the next.
       seed: for a preconditioner or damping matrix that draws random numbers.
 
     Returns:
-      The run.
+      f and M along the run.
 
     Raises:
-      TypeError: if a count is no Python integer, or an argument is not of its kind.
-      ValueError: if an option is out of range, if `rule` drives a radius, if it is
-        structural and `objective` has no `hidden_loss`, or if `x0` is no tree like
-        `params`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if an option is out of range, `rule` adapts a trust-region radius or
+        is structural without a `hidden_loss` of `objective`, or `x0` is unlike `params`.
 
     Example:
-      Where f is quadratic, M without damping is f's change:
+      If f is quadratic, M without damping is the change of f:
 
       >>> import hfjax, jax.numpy as jnp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
@@ -151,10 +151,11 @@ def _run(
     max_iterations: int,
     interval: int,
 ) -> CGRun:
-    """Run, and evaluate f."""
+    """Assemble the system, run conjugate gradients, and evaluate f."""
     at = assemble(point, curvature, rule, preconditioner)
     system, start = at.system, None
     if x0 is not None:
+        # Solvers work on packed vectors, in float32 or wider.
         start = at.packing.pack(trees.cast_like(x0, trees.widen(point.params)))
     result = cg.solve(
         system.matvec,
@@ -167,6 +168,7 @@ def _run(
     )
     before = point.value(point.eval_batch)
     at_start = before if start is None else system.value(start)
+    # One iterate at a time, so that f needs no more memory than in an update.
     after = jax.lax.map(system.value, result.kept.iterates)
     return CGRun(
         num_iterations=result.num_iterations,

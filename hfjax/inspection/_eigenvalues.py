@@ -1,7 +1,4 @@
-"""A few eigenvalues of a matrix: by Lanczos' method, or read off a run.
-
-Of `hfjax.spectrum`.
-"""
+"""Eigenvalues by the Lanczos method or from a run of CG, for `hfjax.spectrum`."""
 
 from typing import NamedTuple
 
@@ -20,12 +17,13 @@ from hfjax.solvers.krylov import basis
 
 
 class Eigenpairs(NamedTuple):
-    """A few eigenvalues.
+    """Approximate eigenpairs (θ, v) of a symmetric matrix A.
 
     Attributes:
-      values: θ, shape `[num]`, in the order asked for.
-      vectors: of length 1, a tree with a leading axis of `num`.
-      residuals: ‖A v − θ v‖, shape `[num]`: within that of θ lies an eigenvalue.
+      values: θ, shape `[num]`, in the requested order.
+      vectors: v, of norm 1: a tree whose leaves have a leading axis of size `num`.
+      residuals: ‖A v − θ v‖, shape `[num]`; A has an eigenvalue within this distance of
+        θ.
     """
 
     values: jax.Array
@@ -43,31 +41,28 @@ def eigenvalues(
     which: str = "largest",
     num_iterations: int | None = None,
 ) -> Eigenpairs:
-    """Find a few eigenvalues at an end of the spectrum, by Lanczos' method.
+    """Find a few eigenvalues at one end of the spectrum by the Lanczos method.
 
-    θ and v are the best that the space of K products has (Rayleigh & Ritz), from a
-    random start, every vector orthogonalised against all before it. The ends of the
-    spectrum come first, the more so where they stand apart; `residuals` says how far
-    they have come. Of a multiple eigenvalue all copies are found only once the space is
-    exhausted and another random vector joins it.
+    These are Rayleigh-Ritz approximations from a Krylov space of dimension K with a
+    random start and full orthogonalisation. Well-separated extreme eigenvalues converge
+    first; check `residuals`. All copies of a multiple eigenvalue are found only if the
+    Krylov space is exhausted: it is then extended by another random vector. `values` have
+    first derivatives, ∂θ = vᵀ(∂A)v; the derivatives of `vectors` and `residuals` are NaN.
 
     Args:
-      matvec: `v -> A v`, symmetric.
-      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
-      key: of the random start.
-      num: how many; a Python integer.
-      which: `"largest"`, `"smallest"` (algebraically: negative curvature first) or
-        `"magnitude"`.
-      num_iterations: K; `None` is 2 `num` + 20 (as ARPACK's default subspace, which
-        starts anew where this does not), at most the number of parameters.
+      matvec: `v -> A v` for a symmetric A.
+      like: a tree with the shapes and dtypes that `matvec` takes, such as the parameters.
+      key: a random key, for the start.
+      num: number of eigenvalues, a Python integer.
+      which: `"largest"`, `"smallest"` (most negative first) or `"magnitude"`.
+      num_iterations: K, limited to the number of parameters; `None` is 2 `num` + 20.
 
     Returns:
-      The eigenpairs, in the dtype of `like`, float32 or wider.
+      The eigenpairs, in the dtype of `like` or float32, whichever is wider.
 
     Raises:
-      TypeError: if a count is no Python integer, or something else is not of its kind.
-      ValueError: if `num` is larger than K, `which` is another word, or a product is no
-        tree like `like`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if `num` > K, `which` is unknown, or a product is unlike `like`.
 
     Example:
       >>> d = jnp.array([1.0, 5.0, 3.0, 5.0])
@@ -82,6 +77,7 @@ def eigenvalues(
     options.check_choice("which", which, ("largest", "smallest", "magnitude"))
     like, key = as_space(like), as_key("key", key)
     product, size = on_wide(matvec, like), optax.tree.size(like)
+    # About the size of ARPACK's default subspace, but without its restarts.
     dimension = 2 * num + 20 if num_iterations is None else num_iterations
     options.check_count("num_iterations", dimension, low=1)
     dimension = min(dimension, size)
@@ -102,8 +98,9 @@ def eigenvalues(
 def _eigenpairs(
     product: Matvec, like: Tree, key: jax.Array, num: int, which: str, dimension: int
 ) -> Eigenpairs:
-    """Find the eigenpairs in a space of so many dimensions."""
+    """Find the eigenpairs in a Krylov space of the given dimension."""
     first, later = jax.random.split(key)
+    # Derivatives do not go through the recurrence: see `_with_derivative_of`.
     built = basis(
         lambda v: jax.lax.stop_gradient(product(v)),
         _random(first, like),
@@ -116,6 +113,8 @@ def _eigenpairs(
     values, weights = values[chosen], weights[:, chosen]
     vectors = trees.combination(weights.T, built.vectors)
 
+    # This costs one more product per pair: residuals are measured, not inferred from the
+    # recurrence, and the quotients carry the derivatives.
     def looked_at(pair: tuple[jax.Array, Tree]) -> tuple[jax.Array, jax.Array]:
         value, v = pair
         after = product(v)
@@ -132,7 +131,8 @@ def _eigenpairs(
 
 @jax.custom_jvp
 def _with_derivative_of(quotients: jax.Array, values: jax.Array) -> jax.Array:
-    """Return `values`, whose derivatives are those of the Rayleigh quotients vᵀA v."""
+    """Return `values`, with the derivatives of the Rayleigh quotients vᵀA v."""
+    # For an eigenvector, dθ = vᵀ(dA)v: at first order, the change of v does not matter.
     del quotients
     return values
 
@@ -140,14 +140,15 @@ def _with_derivative_of(quotients: jax.Array, values: jax.Array) -> jax.Array:
 @_with_derivative_of.defjvp
 def _derivative_of_quotients(primals: tuple, tangents: tuple) -> tuple:
     quotients, values = primals
-    # Second derivatives would miss how v turns.
+    # Second derivatives depend on the change of v, which is not tracked: make them NaN.
     once = _with_nan_derivative(quotients, jnp.ones_like(values))
     return values, once * tangents[0].astype(values.dtype)
 
 
 @jax.custom_jvp
 def _with_nan_derivative(quotients: jax.Array, x: jax.Array) -> jax.Array:
-    """Return `x`; 0 would be silently wrong where A depends on what one derives by."""
+    """Return `x`, with NaN as its derivative if A depends on the variable."""
+    # A derivative of 0 would be wrong without notice.
     del quotients
     return x
 
@@ -159,25 +160,24 @@ def _nan_derivative(primals: tuple, tangents: tuple) -> tuple:
 
 
 def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarray:
-    """Read eigenvalues of P⁻¹A off a run of conjugate gradients.
+    """Compute approximate eigenvalues of P⁻¹A from a run of conjugate gradients.
 
-    α and β of k iterations make the tridiagonal matrix of Lanczos: 1/αⱼ + βⱼ₋₁/αⱼ₋₁ on
-    its diagonal and √βⱼ/αⱼ beside it, whose eigenvalues lie within the spectrum of
-    P⁻¹A and spread to its ends. A holds the damping: those of B alone are about λ less
-    where D and P are identities. Conjugate gradients see an eigenvalue once, however
-    often it occurs; copies that rounding makes of it are merged once they agree. Not
-    for `jit`: how many there are depends on the numbers.
+    The coefficients αⱼ and βⱼ of a run define the tridiagonal Lanczos matrix, with
+    1/αⱼ + βⱼ₋₁/αⱼ₋₁ on its diagonal and √βⱼ/αⱼ next to it. Its eigenvalues, the Ritz
+    values, lie within the spectrum of P⁻¹A and approach its ends. A includes the
+    damping: if D and P are identities, the eigenvalues of B are smaller by λ. A
+    multiple eigenvalue appears once.
 
     Args:
-      coefficients: shape `[max_iterations, 2]`, of a `CGResult`, or of `state.record`.
-      tolerance: values that agree to it, relatively, count as one (heuristic: 1e-3).
+      coefficients: shape `[max_iterations, 2]`, from a `CGResult` or from `state.record`.
+      tolerance: relative difference below which values are merged.
 
     Returns:
-      The Ritz values, descending, float64; empty if there was no iteration.
+      The Ritz values in descending order, float64; empty if there was no iteration.
 
     Raises:
-      TypeError: inside of `jit` and other transformations.
-      ValueError: if `coefficients` are no pairs.
+      TypeError: if called inside of `jit` or another transformation.
+      ValueError: if `coefficients` do not have shape `[max_iterations, 2]`.
 
     Example:
       >>> import hfjax
@@ -199,12 +199,14 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
         )
         raise ValueError(msg)
     alpha, beta = np.asarray(coefficients, np.float64).T
+    # Entries after the last iteration are 0.
     length = int(np.argmin(np.append(alpha, 0) > 0))
     alpha, beta = alpha[:length], beta[:length]
     diagonal = 1 / alpha
     diagonal[1:] += beta[:-1] / alpha[:-1]
     beside = np.sqrt(beta[:-1]) / alpha[:-1]
     matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    # Rounding makes copies of eigenvalues that have converged: merge them.
     values = np.linalg.eigvalsh(matrix)[::-1]
     gaps = np.append(np.inf, values[:-1] - values[1:])
     return values[gaps > tolerance * np.abs(values)]
@@ -225,7 +227,7 @@ def as_space(like: Tree) -> Tree:
 
 
 def on_wide(matvec: Matvec, like: Tree) -> Matvec:
-    """Return the product on wide vectors, of one that takes the dtypes of `like`."""
+    """Return `matvec` for float32 or wider vectors, by casts to the dtypes of `like`."""
     checked = as_product("matvec", matvec)
     return lambda v: trees.cast_like(checked(trees.cast_like(v, like)), v)
 

@@ -1,6 +1,7 @@
-"""Faults of a set-up: each function tries one thing, and yields a sentence if it fails.
+"""Tests of a set-up for `hfjax.verify.check`: each yields a sentence per fault.
 
-They are run from Python, on concrete arrays; `hfjax.verify.check` puts them in order.
+They run in Python on concrete arrays. `given` is the set-up in the user's precision,
+`setup` the same in float64 if possible.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,15 +33,15 @@ from hfjax.update.state import Rejection
 from hfjax.update.system import rounding_noise
 
 _MOST_NOISE = 0.01
-"""Relative error of a gradient or product in its own precision that passes (heuristic)."""
+"""Largest tolerated relative rounding error of a gradient or product."""
 _WRONG = 1e-3
-"""Relative error of a directional derivative that no rounding explains (heuristic)."""
+"""Relative error above which a directional derivative is called wrong."""
 _CASES = 64
-"""Cases whose L″ is searched for negative curvature (heuristic)."""
+"""Number of examples whose L″ is searched for negative curvature."""
 
 
 def bad_targets(setup: Setup) -> Iterator[str]:
-    """Whether the targets are such as the loss is for."""
+    """Check that the targets are in the range that the loss requires."""
     inputs, targets, _ = setup.batch
     meant = setup.objective.loss.targets
     if meant is None:
@@ -49,13 +50,13 @@ def bad_targets(setup: Setup) -> Iterator[str]:
     bad = np.flatnonzero(~np.asarray(meant.allowed(outputs, targets)))
     if len(bad):
         yield (
-            f"The targets of {_listed(bad)} are not {meant.words}: the loss is meant "
-            "for no others."
+            f"The targets of {_listed(bad)} are not {meant.words}, which this "
+            "loss requires."
         )
 
 
 def not_finite(setup: Setup) -> Iterator[str]:
-    """Whether every loss is a number."""
+    """Check that all losses are finite."""
     bad = np.flatnonzero(~np.isfinite(setup.case_values()))
     if len(bad):
         yield (
@@ -65,16 +66,16 @@ def not_finite(setup: Setup) -> Iterator[str]:
 
 
 def random(setup: Setup) -> Iterator[str]:
-    """Whether the same call gives the same losses."""
+    """Check that two identical calls return the same losses."""
     if _differ(setup.case_values(), setup.case_values(), setup):
         yield (
-            "The model is random: f evaluated twice differs. Give it one key per case "
+            "The model is random: two evaluations of f differ. Give it one key per case "
             "in `inputs`, so that all evaluations of an update see the same noise."
         )
 
 
 def bound_to_a_number(setup: Setup) -> Iterator[str]:
-    """Whether model and loss run on other numbers of cases: one, and half the batch."""
+    """Check that model and loss accept one example, and half of the batch."""
     cases = len(setup.batch[2])
     for number in sorted({1, (cases + 1) // 2} - {cases}):
         try:
@@ -86,14 +87,14 @@ def bound_to_a_number(setup: Setup) -> Iterator[str]:
             yield (
                 f"The model or the loss runs on the {cases} cases of the batch, but fails "
                 f"on {number} of them ({type(error).__name__}: {first}). It must run on "
-                "any number of cases: do not write the number into it, and do not set "
-                "cases against one another."
+                "any number of cases: do not hard-code the number, and do not combine "
+                "different cases."
             )
             return
 
 
 def dependent(setup: Setup) -> Iterator[str]:
-    """Whether a case's loss is its own, whatever stands beside it."""
+    """Check that an example's loss does not depend on the other examples or its place."""
     whole = setup.case_values()
     half = (len(whole) + 1) // 2
     if len(whole) == 1:
@@ -101,24 +102,25 @@ def dependent(setup: Setup) -> Iterator[str]:
     halves = [setup.case_values(slice(half)), setup.case_values(slice(half, None))]
     if _differ(np.concatenate(halves), whole, setup):
         yield (
-            "Cases depend on one another: their losses are others in half the batch "
-            "than in the whole. Is batch normalisation in training mode? Use the "
+            "Cases depend on one another: their losses differ between half the batch "
+            "and the whole batch. Is batch normalisation in training mode? Use the "
             "evaluation mode."
             if _outputs_differ(setup, half)
-            else "The loss mixes cases: a case's loss is another in half the batch than "
-            "in the whole, though the model's outputs are the same. Compute it from the "
+            else "The loss mixes cases: a case's loss differs between half the batch and "
+            "the whole batch, though the model's outputs do not. Compute it from the "
             f"case's own outputs and targets. {PAIRS}"
         )
     elif _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
         yield (
-            "A case's loss depends on its place in the batch: in reverse order it is "
-            "another. Noise belongs to the case: one key per case in `inputs`."
+            "A case's loss depends on its place in the batch: it changes if the order is "
+            "reversed. Draw noise by case: put one key per case into `inputs`."
         )
 
 
 def wrong_derivative(setup: Setup) -> Iterator[str]:
-    """Whether ∇f is the slope of f, along one fixed direction near θ."""
-    # Not at θ itself: where biases are 0, a rectifier may stand on its kink.
+    """Check ∇f against slopes of f along one fixed direction near θ."""
+    # Not at θ itself, because rectifiers may be at their kink there, for example if
+    # biases are 0.
     at = walk(setup.params, waves(setup.params, 1.7), 1e-3)
     gradient = setup.gradient(at)
     if not np.all(np.isfinite(flat(gradient))):
@@ -127,13 +129,15 @@ def wrong_derivative(setup: Setup) -> Iterator[str]:
             "look for a square root at 0, or a `where` of which one side is NaN."
         )
         return
-    # Leaves behind a `stop_gradient` have a slope, and no gradient.
+    # Leaves behind a `stop_gradient` change f but have no gradient: leave them out.
     direction = jax.tree.map(
         lambda g, v: v if np.any(g) else 0 * v,
         setup.data_gradient(at),
         waves(setup.params, 1.0),
     )
     terms = flat(gradient) * flat(direction)
+    # A slope is wrong only if it differs by more than rounding can explain. Of the three
+    # step sizes the best counts, as others may be spoilt by curvature or rounding.
     misses = []
     for slope, noise in slopes(setup.value, at, direction, setup.rounding):
         excess = abs(slope - np.sum(terms)) - noise
@@ -144,19 +148,19 @@ def wrong_derivative(setup: Setup) -> Iterator[str]:
     if miss > _WRONG:
         yield (
             "The derivative of the model or the loss is not that of its values: along "
-            f"one direction it is {np.sum(terms):.6g}, by finite differences "
+            f"one direction it is {np.sum(terms):.6g}, but finite differences give "
             f"{slope:.6g}. Look for a `custom_jvp` or `custom_vjp`, or a "
             "`stop_gradient` within a sum."
         )
 
 
 def no_reverse_derivative(setup: Setup) -> Iterator[str]:
-    """Whether there is a gradient at all."""
+    """Check that the gradient exists."""
     yield from _lacking(setup.objective.value_and_grad, setup.params, setup.batch)
 
 
 def no_forward_derivative(setup: Setup) -> Iterator[str]:
-    """Whether Gauss-Newton products can be made at all."""
+    """Check that Gauss-Newton vector products exist."""
 
     def product(params: Params, batch: Batch) -> Params:
         return ggn(setup.objective, params, batch)(params)
@@ -165,30 +169,30 @@ def no_forward_derivative(setup: Setup) -> Iterator[str]:
 
 
 def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
-    """Return whether updates can be made, though Gauss-Newton products cannot."""
+    """Return whether `tx` can run even if Gauss-Newton vector products do not exist."""
 
     def update(grads: Params, params: Params, batch: Batch) -> Any:
         return tx.update(grads, tx.init(params), params, batch=batch)
 
     try:
         jax.eval_shape(update, grads, given.params, batch)
-    except Exception:  # Whatever it is, it is found again where an update is run.
+    except Exception:  # Any error: it is raised again when an update is run.
         return False
     return True
 
 
 def _lacking(run: Callable[..., Any], *args: Any) -> Iterator[str]:
-    """Trace something, as `jit` does, and yield a sentence if it lacks a derivative."""
+    """Trace a function and yield a sentence if a derivative does not exist."""
     try:
         jax.eval_shape(run, *args)
-    except Exception as error:  # Others are raised where the same is run.
+    except Exception as error:  # Other errors are raised when the same function is run.
         note = noted(error)
         if note is not None:
             yield note
 
 
 def not_convex(setup: Setup) -> Iterator[str]:
-    """Whether L″ has negative curvature at the outputs of some cases."""
+    """Check L″ for negative curvature at the outputs of the first few examples."""
     chosen = np.flatnonzero(np.asarray(setup.batch[2]) > 0)[:_CASES]
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[chosen], setup.batch)
     with setup.precision():
@@ -207,20 +211,20 @@ def not_convex(setup: Setup) -> Iterator[str]:
 
 
 def coarse_root(given: Setup) -> Iterator[str]:
-    """Whether preconditioners and diagonals see L″ only nearly."""
+    """Check that preconditioners and diagonals can use L″ without approximation."""
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[:1], given.batch)
     outputs = given.outputs(given.params, inputs)
     note = given.objective.loss.coarse(outputs, targets)
     if note is not None:
         yield (
-            f"Preconditioners and diagonals are estimated only nearly: {note}. Take a "
-            "loss of `hfjax.losses` if there is one, or couple fewer outputs."
+            f"Preconditioners and diagonals are only approximate: {note}. Use a loss of "
+            "`hfjax.losses` if there is one, or couple fewer outputs."
         )
 
 
 def noisy(given: Setup, setup: Setup) -> Iterator[str]:
-    """Whether gradient and product in the parameters' precision are those in float64."""
-    # By the same key another mask may be drawn in float64: no rounding, but chance.
+    """Compare gradient and product in the user's precision with those in float64."""
+    # A key may draw another mask in float64, and the difference is then not rounding.
     leaves = jax.tree.leaves(given.batch[0])
     random = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
     if given.rounding <= setup.rounding or any(random):
@@ -228,6 +232,7 @@ def noisy(given: Setup, setup: Setup) -> Iterator[str]:
     exact = setup.gradient(setup.params)
     with setup.precision():
         curved = ggn(setup.objective, setup.params, setup.batch)(exact)
+    # Both products are along the gradient, the first direction of CG.
     here = trees.cast_like(exact, given.params)
     product = ggn(given.objective, given.params, given.batch)(here)
     for name, rough, fine in (
@@ -238,18 +243,18 @@ def noisy(given: Setup, setup: Setup) -> Iterator[str]:
         if not error <= _MOST_NOISE:
             dtype = trees.scalar_dtype(given.params)
             yield (
-                f"{name} in {dtype} is {error:.2g} from that in float64, relative to "
-                f"its length (more than {_MOST_NOISE}): most of the difference is "
-                "rounding. Scale the problem, compute sums wider, or use float64."
+                f"{name} in {dtype} has a relative rounding error of {error:.2g}, more "
+                f"than {_MOST_NOISE}. Rescale the problem, compute sums in a wider "
+                "dtype, or use float64."
             )
             return
 
 
 def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
-    """Whether `grads` is ∇f."""
+    """Check that `grads` is ∇f."""
     found = flat(grads)
     if not np.all(np.isfinite(found)):
-        yield "`grads` holds NaN or infinity, the gradient of the objective does not."
+        yield "`grads` holds NaN or infinity, but the gradient of the objective does not."
         return
     sentence = explain(found, Facts.of(given, setup, grads))
     if sentence is not None:
@@ -259,17 +264,17 @@ def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
 def bad_transformation(
     tx: Any, given: Setup, batch: Batch, grads: Params, *, judge: bool
 ) -> Iterator[str]:
-    """Whether `tx` is Hessian-free, and if to be judged: of this f, and takes a step."""
+    """Check that `tx` is Hessian-free and, if `judge`, takes a step on this f."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         yield (
-            f"`tx` is a {type(tx).__name__}, not a gradient transformation: hand in "
-            "what `hfjax.hessian_free` returned."
+            f"`tx` is a {type(tx).__name__}, not a gradient transformation: pass what "
+            "`hfjax.hessian_free` returned."
         )
         return
     state = tx.init(given.params)
     if not optax.tree.get_all_with_path(state, "rejection"):
         yield (
-            "`tx` is no Hessian-free transformation: its state has no "
+            "`tx` is not a Hessian-free transformation: its state has no "
             "`HessianFreeInfo`. Use `hfjax.hessian_free`, or chain "
             "`hfjax.scale_by_hessian_free`."
         )
@@ -283,21 +288,23 @@ def bad_transformation(
 
     rejection = Rejection(int(told("rejection")))
     if rejection == Rejection.NONE and not told("accepted"):
-        return  # Not run: something around it gathers gradients first.
+        # Not run: a wrapper, such as `optax.MultiSteps`, collects gradients first.
+        return
     value = jnp.asarray(given.value(given.params), trees.scalar_dtype(given.params))
     noise = float(rounding_noise(value))
     before, predicted = told("value_before"), told("predicted_change")
+    # After any other rejection, the predicted change is not meaningful.
     seen = (Rejection.NONE, Rejection.NO_DECREASE)
     if rejection != Rejection.NONFINITE_VALUE and abs(before - value) > 100 * noise:
         yield (
-            f"`tx` was built with another objective: its f is {before:.6g}, that of "
-            f"`objective` {float(value):.6g}."
+            f"`tx` was built with another objective: its f is {before:.6g}, but that of "
+            f"`objective` is {float(value):.6g}."
         )
     elif abs(predicted) <= noise and rejection in seen:
         yield (
-            f"f is too coarse in {value.dtype}: the first update is to change it by "
-            f"{predicted:.2g}, its rounding is about {noise:.2g}. Use float64, or stop: "
-            "this may be the optimum."
+            f"f is too coarse in {value.dtype}: the first update is predicted to change "
+            f"it by {predicted:.2g}, but its rounding error is about {noise:.2g}. Use "
+            "float64, or stop: this may be the optimum."
         )
     elif rejection != Rejection.NONE:
         yield (
@@ -306,7 +313,7 @@ def bad_transformation(
 
 
 def _outputs_differ(setup: Setup, half: int) -> bool:
-    """Return whether the model's outputs of the first cases depend on the rest."""
+    """Return whether the outputs of the first examples depend on the remaining ones."""
     inputs = setup.batch[0]
     first = jax.tree.map(lambda leaf: leaf[:half], inputs)
     whole, alone = (setup.outputs(setup.params, x) for x in (inputs, first))
@@ -323,6 +330,7 @@ def _listed(cases: np.ndarray) -> str:
 
 
 def _differ(x: np.ndarray, y: np.ndarray, setup: Setup) -> bool:
-    """Return whether two runs differ by more than sums in another order do."""
+    """Return whether two results differ by more than rounding in another order."""
+    # `not <=`, so that NaN counts as a difference.
     bound = min(max(1e-6, 1e3 * setup.rounding), 0.1)
     return not np.max(np.abs(x - y)) <= bound * np.max(np.abs(y))

@@ -1,4 +1,4 @@
-"""The pictures of `hfjax.diagnostics`, which is the module to use."""
+"""Figures of `hfjax.diagnostics`; matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ Scalars = Mapping[str, float | int | bool | str]
 
 
 def plot(history: Sequence[Scalars]) -> Figure:
-    """Draw a run: f, λ, ρ, CG iterations and α by update; rejected updates marked.
-
-    Needs matplotlib (`pip install hfjax[plot]`).
+    """Draw f, λ, ρ, CG iterations and α against the update, and mark rejected updates.
 
     Args:
-      history: what `scalars` returned after each update.
+      history: what `scalars` returned after each update, for example a `History`.
 
     Returns:
-      A matplotlib figure that no window shows.
+      A matplotlib figure, which is not shown.
 
     Raises:
       ValueError: if `history` is empty.
@@ -50,6 +48,7 @@ def plot(history: Sequence[Scalars]) -> Figure:
         lw=0.8,
     )
     axes[2].set(ylabel="reduction ratio ρ\n(clipped to −1…2)", ylim=(-1.1, 2.1))
+    # The default thresholds of `damping.levenberg_marquardt`.
     for threshold in (0.25, 0.75):
         axes[2].axhline(threshold, color="gray", lw=0.6, ls="--")
     axes[3].plot(
@@ -80,17 +79,14 @@ def plot(history: Sequence[Scalars]) -> Figure:
 
 
 def plot_progress(history: Sequence[Scalars], *, floor: float = 0.0) -> Figure:
-    """Draw f, and your error where it was recorded, against time and CG iterations.
-
-    Needs matplotlib (`pip install hfjax[plot]`).
+    """Draw f, and a recorded `error`, against wall time and CG iterations.
 
     Args:
-      history: a `History`, or rows with `seconds` (and `error`) beside what `scalars`
-        returned.
-      floor: the least that f can be, in its unit: f − `floor` is drawn.
+      history: a `History`; or rows of `scalars` with `seconds` and, optionally, `error`.
+      floor: a lower bound of f, in the same units; f − `floor` is drawn.
 
     Returns:
-      A matplotlib figure that no window shows: f above, the error below.
+      A matplotlib figure, which is not shown: f in the first row, then the error.
 
     Raises:
       ValueError: if `history` is empty, or its rows have no `seconds`.
@@ -126,16 +122,18 @@ def plot_progress(history: Sequence[Scalars], *, floor: float = 0.0) -> Figure:
 
 
 def plot_cg_run(run: Any) -> Figure:
-    """Draw f and M along one run of conjugate gradients: the report's figure 4.
+    """Draw the changes of f and of the model M along one run of conjugate gradients.
 
-    Needs matplotlib (`pip install hfjax[plot]`).
+    A circle marks the iterate with the lowest f, which backtracking would choose.
 
     Args:
-      run: of `hfjax.diagnostics.cg_run`.
+      run: the result of `hfjax.diagnostics.cg_run`.
 
     Returns:
-      A matplotlib figure that no window shows. f is what the step would change it by;
-      its least value among the iterates, which backtracking would find, is marked.
+      A matplotlib figure, which is not shown.
+
+    References:
+      Martens & Sutskever (2012), figure 4.
     """
     from matplotlib.figure import Figure
 
@@ -162,7 +160,7 @@ def plot_cg_run(run: Any) -> Figure:
             ha="center",
             fontsize="small",
         )
-    # Where f soars it would leave M flat.
+    # Limit the axis: if f explodes, M would look like a flat line.
     low = min(np.min(models), np.min(changes[finite], initial=0.0))
     axis.set_ylim(1.15 * low, max(0.15 * -low, np.max(models)))
     axis.axhline(0, color="gray", lw=0.6)
@@ -173,21 +171,19 @@ def plot_cg_run(run: Any) -> Figure:
 
 
 def plot_spectrum(values: ArrayLike, *, damping: float | None = None) -> Figure:
-    """Draw eigenvalues, or Ritz values, by rank on a logarithmic axis.
+    """Draw eigenvalues or Ritz values against their rank, on a logarithmic axis.
 
-    Needs matplotlib (`pip install hfjax[plot]`).
+    Negative values are drawn by magnitude, in another colour; zeros are left out.
 
     Args:
-      values: as `hfjax.spectrum.ritz_values` or `.eigenvalues` found them, shape
-        `[values]`. Negative ones are drawn by their size, in another colour; zeros are
-        left out.
-      damping: λ, drawn as a line: in the same unit, the mean curvature of f.
+      values: eigenvalues, shape `[values]`, for example of `hfjax.spectrum.ritz_values`.
+      damping: λ, in the same units, drawn as a horizontal line.
 
     Returns:
-      A matplotlib figure that no window shows.
+      A matplotlib figure, which is not shown.
 
     Raises:
-      ValueError: if no value is other than zero.
+      ValueError: if there is no nonzero value.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

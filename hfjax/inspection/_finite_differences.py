@@ -1,4 +1,4 @@
-"""Central differences: slow truth for `hfjax.verify`."""
+"""Derivatives by central differences, as reference values for `hfjax.verify`."""
 
 from collections.abc import Callable, Iterator
 
@@ -23,7 +23,7 @@ def columns(
     indices: jax.Array,
     epsilon: float,
 ) -> jax.Array:
-    """Return the derivative of `fn` by each of these entries of `x`, stacked first."""
+    """Return the derivatives of `fn` by the given entries of `x`, stacked on axis 0."""
     return jax.lax.map(
         lambda j: along(fn, x, jnp.zeros_like(x).at[j].set(1), epsilon), indices
     )
@@ -32,16 +32,14 @@ def columns(
 def hessians(
     fn: Callable[[jax.Array], jax.Array], x: jax.Array, epsilon: float
 ) -> jax.Array:
-    """Return each row's own Hessian, from values alone.
+    """Return the Hessian of each row's value, from values alone, shape `[cases, m, m]`.
 
     Args:
-      fn: `[cases, m] -> [cases]`; a case's value depends on its own row.
+      fn: `[cases, m] -> [cases]`; each value depends only on its own row.
       x: shape `[cases, m]`.
-      epsilon: in both differences; rounding enters with its inverse square.
-
-    Returns:
-      Shape `[cases, m, m]`.
+      epsilon: the step ε in both differences.
     """
+    # The truncation error is of order ε², the rounding error of order 1/ε².
     size = x.shape[1]
 
     def entry(pair: jax.Array) -> jax.Array:
@@ -61,7 +59,9 @@ def hessians(
 def slopes(
     value: Callable[[Params], float], at: Params, direction: Params, rounding: float
 ) -> Iterator[tuple[float, float]]:
-    """Yield slopes of f by three sizes of step, and what rounding may add to each."""
+    """Yield slopes of f for three step sizes, each with a bound on its rounding error."""
+    # A step of rounding^(1/3) balances truncation and rounding errors if f and its
+    # derivatives are of order 1. Their scale is unknown, so try other steps as well.
     for size in (10.0, 1.0, 0.1):
         step = size * rounding ** (1 / 3)
         ahead = value(walk(at, direction, step))

@@ -1,8 +1,4 @@
-"""What was done to a gradient: which slip turns ∇f into the one that was handed in.
-
-All on flat float64 vectors of NumPy: `data` is the gradient without weight decay, so that
-∇f = data + decay · θ.
-"""
+"""Explain how a user's gradient differs from ∇f, by trying the usual mistakes."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,16 +12,18 @@ from hfjax.inspection._setup import TINY, Setup, flat, relative
 
 
 class Facts(NamedTuple):
-    """What is known of the gradient that was to be.
+    """The correct gradient, and what is needed to recognise wrong ones.
+
+    Vectors are flat float64 NumPy arrays.
 
     Attributes:
-      data: gradient of the mean loss, without weight decay.
+      data: gradient of the mean loss: ∇f = data + decay · θ.
       params: θ.
       decay: the objective's weight decay.
-      cases: how many.
-      weight: sum of the case weights.
-      output_shape: of one case, where the outputs are one array; else its size alone.
-      tolerance: relative error that rounding may make.
+      cases: number of examples.
+      weight: sum of the example weights.
+      output_shape: shape of one example's outputs; only their number if they are a tree.
+      tolerance: relative error that rounding may cause.
     """
 
     data: np.ndarray
@@ -38,16 +36,18 @@ class Facts(NamedTuple):
 
     @classmethod
     def of(cls, given: Setup, setup: Setup, grads: Params) -> "Facts":
-        """Gather the facts in float64, `setup`, and in the precision that is given."""
+        """Compute the facts from a set-up in the user's precision and one in float64."""
         exact = flat(setup.gradient(setup.params))
-        # Near an optimum ∇f is what rounding leaves of larger terms: θ, rounded, shows
-        # how much, as does the precision it is given in.
+        # Near an optimum, ∇f is a small difference of larger terms and mostly rounding.
+        # The gradient in the user's precision shows by how much, and so does one at
+        # rounded θ.
         noise = max(
             relative(flat(given.gradient(given.params)), exact),
             relative(flat(setup.gradient(setup.rounded(given.rounding))), exact),
         )
         coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(grads))
-        # Compiled, sums round otherwise; where no float64 tells how much, 1e-3.
+        # A compiled gradient sums in another order. If the model does not run in float64,
+        # the size of that effect is unknown: allow 1e-3.
         floor = 1e-3 if setup is given else max(1e-6, 100 * float(coarsest))
         with setup.precision():
             shapes = jax.eval_shape(setup.outputs, setup.params, setup.batch[0])
@@ -70,7 +70,7 @@ class Facts(NamedTuple):
 
 
 def explain(grads: np.ndarray, facts: Facts) -> str | None:
-    """Return one sentence on how `grads` differs from ∇f, `None` if it does not."""
+    """Return one sentence on how `grads` differs from ∇f, or `None` if it does not."""
     if _same(grads, facts.gradient, facts):
         return None
     for suspect, sentence in _suspects(grads, facts):
@@ -86,24 +86,26 @@ def explain(grads: np.ndarray, facts: Facts) -> str | None:
 
 
 def _suspects(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield what `grads` might be, the plain slips before the fitted ones."""
+    """Yield what `grads` might be instead of ∇f, with a sentence for each."""
+    # Candidates without a fitted number come first: they are more specific.
     yield 0 * grads, "`grads` is zero where the gradient of the objective is not."
     decay = facts.decay * facts.params
     for factor, reason in _factors(facts):
         says = f"`grads` is {factor:.4g} times the gradient of"
         yield factor * facts.gradient, f"{says} this objective: {reason}"
         if facts.decay:
-            # Weight decay was added afterwards, as it should be.
+            # The loss is scaled wrongly, but weight decay was added correctly.
             yield factor * facts.data + decay, f"{says} the mean loss: {reason}"
     yield from _decays(grads, facts)
-    if grads.size > 2:  # Fewer numbers would fit by chance.
+    # One or two numbers could be fitted to any gradient.
+    if grads.size > 2:
         yield from _scaled(grads, facts)
         yield from _clipped_by_value(grads, facts)
         yield from _both(grads, facts)
 
 
 def _factors(facts: Facts) -> Iterator[tuple[float, str]]:
-    """Yield factors that a gradient is off by, and why."""
+    """Yield factors by which a gradient may be wrong, and the reasons."""
     yield -1.0, "its sign is reversed."
     if facts.weight != 1:
         yield (
@@ -120,14 +122,14 @@ def _factors(facts: Facts) -> Iterator[tuple[float, str]]:
     shape = facts.output_shape
     for units in dict.fromkeys((int(np.prod(shape)), *shape)):
         if units > 1:
-            mean = f"a mean over {units} output units or time steps too"
+            mean = f"an additional mean over {units} output units or time steps"
             yield 1 / units, f"{mean}, which the objective sums."
-            yield 2 / units, f"{mean}, and of the square without its ½."
-    yield 2.0, "the square without its ½?"
+            yield 2 / units, f"{mean}, and the ½ of the squared error is missing."
+    yield 2.0, "is the ½ of the squared error missing?"
 
 
 def _decays(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the right gradient of the loss, with the wrong weight decay."""
+    """Yield the correct gradient of the loss with a wrong weight decay."""
     square = facts.params @ facts.params
     if facts.decay:
         yield (
@@ -140,6 +142,7 @@ def _decays(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
             "it to `Objective(weight_decay=…)` alone.",
         )
     if square and grads.size > 2:
+        # The least-squares fit of c in grads = data + c θ.
         found = facts.params @ (grads - facts.data) / square
         has = f"{facts.decay:.4g}" if facts.decay else "none"
         yield (
@@ -150,7 +153,7 @@ def _decays(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
 
 
 def _scaled(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the multiple of the gradient that is nearest."""
+    """Yield the multiple of ∇f that is nearest to `grads`."""
     gradient = facts.gradient
     square = gradient @ gradient
     if not square:
@@ -160,7 +163,7 @@ def _scaled(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
     if 0 < factor < 1:
         sentence = (
             f"`grads` is parallel to the gradient but shorter, of norm {lengths}: "
-            "clipped by norm? Hand it in as it is."
+            "clipped by norm? Pass it unchanged."
         )
     else:
         sentence = (
@@ -173,21 +176,22 @@ def _scaled(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
 def _clipped_by_value(
     grads: np.ndarray, facts: Facts
 ) -> Iterator[tuple[np.ndarray, str]]:
+    # If it was clipped at all, its largest entry is the bound.
     bound = np.max(np.abs(grads))
     yield (
         np.clip(facts.gradient, -bound, bound),
-        f"`grads` was clipped by value, to ±{bound:.4g}: hand it in as it is.",
+        f"`grads` was clipped by value, to ±{bound:.4g}: pass it unchanged.",
     )
 
 
 def _both(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the nearest multiple of the loss's gradient and of θ together."""
+    """Yield the nearest linear combination of the mean loss's gradient and θ."""
     matrix = np.stack([facts.data, facts.params], axis=1)
     scale, decay = np.linalg.lstsq(matrix, grads)[0]
     yield (
         matrix @ [scale, decay],
         f"`grads` is {scale:.4g} times the gradient of the mean loss plus {decay:.4g} "
-        f"θ; of this objective it is 1 and {facts.decay:.4g}.",
+        f"θ; for this objective the factors are 1 and {facts.decay:.4g}.",
     )
 
 

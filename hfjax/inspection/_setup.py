@@ -1,4 +1,4 @@
-"""An objective at one place, in its own precision or in float64, to be looked at."""
+"""An objective with concrete parameters and data, in its own precision or in float64."""
 
 import contextlib
 import dataclasses
@@ -17,22 +17,22 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 
 _DENSE = 64
-"""Most outputs of a case whose L″ is written out (heuristic)."""
+"""Largest number of outputs per example for which L″ is formed as a matrix."""
 _POWER_ITERATIONS = 30
-"""Products of each half of the search where it is not (heuristic)."""
+"""Power iterations for each end of its spectrum otherwise."""
 TINY = float(np.finfo(np.float64).tiny)
-"""In place of a length of 0, to divide by."""
+"""Replaces a norm of 0 in a denominator."""
 
 
 class Setup(NamedTuple):
-    """An objective of numbers alone, its parameters and its batch.
+    """An objective with its parameters and batch.
 
     Attributes:
-      objective: without schedule or mapped axis.
+      objective: without schedules or a mapped axis.
       params: θ.
       batch: `(inputs, targets, weights)`.
-      rounding: ε of the coarsest floating dtype that the losses are computed in.
-      wide: whether to compute in float64, whatever the setting.
+      rounding: machine epsilon of the coarsest dtype that the losses are computed in.
+      wide: whether to compute in float64, whatever `jax_enable_x64` is.
     """
 
     objective: Objective
@@ -43,7 +43,7 @@ class Setup(NamedTuple):
 
     @classmethod
     def of(cls, objective: Objective, params: Params, batch: Batch) -> "Setup":
-        """Look at an objective as it is at its first update."""
+        """Make a set-up from an objective as it is in the first update."""
         objective = dataclasses.replace(objective.at(0), axis_name=None)
         params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
         return cls(objective, params, batch, 0.0, False)._with_rounding()
@@ -55,22 +55,21 @@ class Setup(NamedTuple):
         return Setup(self.objective, params, batch, 0.0, True)._with_rounding()
 
     def in_float64_if_it_runs(self) -> "Setup":
-        """Return the same in float64, or itself if the model is bound to its dtype."""
+        """Return the same in float64, or itself if the model requires its own dtype."""
         try:
             return self.in_float64()
-        except TypeError:  # As of a `lax.scan` whose carry is float32 by name.
+        except TypeError:
+            # For example, the carry of a `lax.scan` is created as float32.
             return self
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
-        """Set what to compute in.
-
-        In float64, constants of the model in float32 are promoted: its own dtypes,
-        which may be strict, are no longer those that meet.
-        """
+        """Compute in the precision of this set-up within the context."""
         if not self.wide:
             yield
             return
+        # The model's own float32 constants meet float64 values. Strict promotion, if the
+        # user has set it, would refuse them.
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             yield
 
@@ -99,18 +98,20 @@ class Setup(NamedTuple):
         return self._replace(objective=bare).gradient(params)
 
     def case_values(self, chosen: Any = slice(None)) -> np.ndarray:
-        """Compute the losses of these cases, run without the others."""
+        """Compute the losses of the chosen examples, evaluated without the others."""
         with self.precision():
             batch = jax.tree.map(lambda leaf: leaf[chosen], self.batch)
             return np.asarray(self.objective.case_values(self.params, batch))
 
     def rounded(self, rounding: float) -> Params:
-        """Return θ with relative errors of up to `rounding`."""
+        """Return θ with relative errors of up to `rounding`, always the same ones."""
         with self.precision():
             errors = jax.tree.map(jnp.multiply, self.params, waves(self.params, 1.0))
             return walk(self.params, errors, rounding)
 
     def _with_rounding(self) -> "Setup":
+        # A model may compute in a coarser dtype than its parameters have, such as
+        # bfloat16.
         with self.precision():
             program = jax.make_jaxpr(self.objective.case_values)(
                 self.params, self.batch
@@ -121,7 +122,7 @@ class Setup(NamedTuple):
 
 
 def unlike(params: Params, grads: Params) -> Iterator[str]:
-    """Whether `grads` has the structure and shapes of `params`."""
+    """Check that `grads` has the structure and shapes of `params`."""
     ours, theirs = jax.tree.structure(params), jax.tree.structure(grads)
     shapes, others = (
         {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
@@ -142,7 +143,7 @@ def unlike(params: Params, grads: Params) -> Iterator[str]:
 
 
 def unusable(params: Params, batch: Batch) -> Iterator[str]:
-    """Whether parameters and data are numbers, and weights are weights."""
+    """Check that parameters and data are finite, and weights valid."""
     inputs, targets, weights = as_cases(batch)
     named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
     for name, tree in named.items():
@@ -153,13 +154,16 @@ def unusable(params: Params, batch: Batch) -> Iterator[str]:
                 yield f"`{name}{where}` holds NaN or infinity."
                 return
     if np.any(np.asarray(weights) < 0):
-        yield "A case weight is negative: f is no mean, and G not positive."
+        yield (
+            "A case weight is negative: f is not a mean, and G need not be positive "
+            "semi-definite."
+        )
     elif not np.any(np.asarray(weights)):
         yield "All case weights are 0: there is nothing to fit."
 
 
 def in_float64(tree: Tree) -> Tree:
-    """Cast what is floating; labels and keys stay."""
+    """Cast floating leaves to float64; labels and keys stay as they are."""
 
     def leaf(x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
@@ -170,13 +174,13 @@ def in_float64(tree: Tree) -> Tree:
 
 def rows(outputs: Tree) -> jax.Array:
     """Return outputs as `[cases, m]`."""
-    # Of several dtypes in the widest.
+    # Outputs of several dtypes are joined in the widest of them.
     with jax.numpy_dtype_promotion("standard"):
         return jax.vmap(lambda case: ravel_pytree(case)[0])(outputs)
 
 
 def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
-    """Return the map from `[cases, m]` back to trees like `outputs`."""
+    """Return the inverse of `rows`, from `[cases, m]` to trees like `outputs`."""
     with jax.numpy_dtype_promotion("standard"):
         to_tree = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))[1]
     return jax.vmap(to_tree)
@@ -185,9 +189,9 @@ def unrows(outputs: Tree) -> Callable[[jax.Array], Tree]:
 def extreme_curvature(
     product: Callable[[Tree], Tree], outputs: Tree
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return about the least and the largest |eigenvalue| of L″ in each case.
+    """Return the smallest eigenvalue of L″ and the largest absolute one, per example.
 
-    Exact for few outputs; for many by power iterations, the least never too small.
+    For many outputs these are estimates; the smallest is never below the true one.
     """
     z = rows(outputs)
     to_tree = unrows(outputs)
@@ -212,22 +216,24 @@ def extreme_curvature(
 
         start = jnp.broadcast_to(jnp.cos(jnp.arange(size, dtype=z.dtype)), z.shape)
         v = jax.lax.fori_loop(0, _POWER_ITERATIONS, step, start)
+        # A Rayleigh quotient of L″ itself never lies outside of its spectrum.
         square = jnp.sum(v * v, axis=1)
         return jnp.sum(v * by_rows(v), axis=1) / jnp.where(square == 0, 1, square)
 
     largest = jnp.abs(power(by_rows))
+    # 2 |λ|ₘₐₓ I − L″ has its largest eigenvalue where L″ has its smallest one.
     least = power(lambda v: 2 * largest[:, None] * v - by_rows(v))
     return np.asarray(least), np.asarray(largest)
 
 
 def flat(tree: Tree) -> np.ndarray:
-    """Gather a tree into one float64 vector of the host."""
+    """Concatenate a tree into one float64 NumPy vector."""
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
     return np.concatenate([np.zeros(0), *leaves])
 
 
 def waves(tree: Tree, frequency: float) -> Tree:
-    """Return a fixed direction without pattern: cosines of the entries' numbers."""
+    """Return a fixed, generic direction: cos(frequency · i) for entry i."""
 
     def leaf(x: jax.Array) -> jax.Array:
         return jnp.cos(frequency * jnp.arange(1.0, x.size + 1)).reshape(x.shape)
@@ -246,7 +252,7 @@ def relative(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _dtypes(program: Any) -> Iterator[Any]:
-    """Yield the dtypes of whatever a program computes, those within others too."""
+    """Yield the dtypes of all results in a jaxpr, including its inner programs."""
     program = getattr(program, "jaxpr", program)
     for equation in program.eqns:
         yield from (out.aval.dtype for out in equation.outvars)

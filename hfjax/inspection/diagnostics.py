@@ -1,27 +1,28 @@
-"""Seeing a run: scalars for any logger, a live line, tables, pictures.
+"""Follow a training run: numbers for any logger, a progress line, tables and figures.
 
     history = hfjax.diagnostics.History()
-    bar = tqdm.tqdm(range(50))               # tqdm.auto: a notebook's, with ipywidgets
+    bar = tqdm.tqdm(range(50))
     for _ in bar:
         params, state = train_step(params, state, batch)
-        row = history.record(state)          # numbers, for a logger as well
+        row = history.record(state)          # numbers, also for a logger
         bar.set_postfix_str(hfjax.diagnostics.line(row))
     print(hfjax.diagnostics.table(history))
     hfjax.diagnostics.plot(history).savefig("run.png")
 
-| picture | shows |
+| figure | shows |
 |---|---|
-| `plot` | f, λ, ρ, CG iterations and α, by update |
-| `plot_progress` | f, and an error of yours, against time and CG iterations |
-| `plot_cg_run` | f and M along one run of conjugate gradients, by `cg_run` |
+| `plot` | f, λ, ρ, CG iterations and α against the update |
+| `plot_progress` | f, and an error that you recorded, against time and CG iterations |
+| `plot_cg_run` | f and M along one run of conjugate gradients, from `cg_run` |
 | `plot_spectrum` | Ritz values of a run, or any eigenvalues |
 
-In a notebook they are shown once `matplotlib.pyplot.show()` has been called there.
+Figures need matplotlib (`pip install hfjax[plot]`). A notebook displays them once
+`matplotlib.pyplot.show()` has been called in it.
 
-How to read them: ρ near 1 and λ falling is a model that predicts well; λ that
-climbs for long, or ρ below ¼ again and again, is a gradient of something else
-than the objective, or curvature from too few cases; conjugate gradients that end
-by their limit in every update would use more iterations or a better
+How to read them: if ρ is near 1 and λ falls, the quadratic model predicts f well. If λ
+climbs for long, or ρ is often below ¼, `grads` is probably not the gradient of the
+objective (see `hfjax.verify.check`), or the curvature batch is too small. If conjugate
+gradients reach `max_iterations` in every update, allow more or use a better
 preconditioner.
 """
 
@@ -46,20 +47,19 @@ from hfjax.update.state import HessianFreeInfo, Rejection
 
 
 def scalars(state: optax.OptState) -> dict[str, float | int | bool | str]:
-    """Read what the last update did out of an optimizer state.
+    """Read from an optimizer state what the last update did.
 
-    Waits for the update to be computed and copies a few numbers from the device.
+    This waits for the update to finish and copies a few numbers from the device.
 
     Args:
       state: a `HessianFreeState`, alone or inside the state of a chain or wrapper.
 
     Returns:
-      Python numbers by name: `count` (updates so far), `damping` (λ for the next
-      update), the fields of `HessianFreeInfo`, with `cg_reason` and `rejection` as
-      words.
+      Python numbers by name: `count` (updates so far), `damping` (λ for the next update),
+      and the fields of `HessianFreeInfo`, with `cg_reason` and `rejection` as words.
 
     Raises:
-      KeyError: if no `HessianFreeState` is in it, or more than one.
+      KeyError: if `state` does not contain exactly one `HessianFreeState`.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -84,21 +84,20 @@ def scalars(state: optax.OptState) -> dict[str, float | int | bool | str]:
 
 
 def line(row: Scalars | optax.OptState) -> str:
-    """Say in one line what the last update did, for a bar or a log.
+    """Summarise the last update in one line, for a progress bar or a log.
+
+    With rich, write `bar.update(task, advance=1, description=line(state))`.
 
     Args:
       row: what `scalars` returned, or an optimizer state.
 
     Returns:
-      f after it, λ, ρ, CG iterations (chosen / run), α, and why it was rejected.
+      f, λ, ρ, CG iterations (chosen / total), α, and why the update was rejected.
 
     Raises:
-      KeyError: as `scalars`, of a state.
+      KeyError: as `scalars`, for a state.
 
     Example:
-      With `rich`, `bar.update(task, advance=1, description=line(state))`; with tqdm,
-      `bar.set_postfix_str(line(state))`.
-
       >>> import hfjax, jax.numpy as jnp
       >>> objective = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> line(hfjax.hessian_free(objective).init(jnp.zeros(1)))
@@ -116,7 +115,7 @@ def line(row: Scalars | optax.OptState) -> str:
 
 
 class History(list[dict[str, Any]]):
-    """A list of what each update did, and when.
+    """A list of rows, one per update: what it did, and when.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -134,16 +133,15 @@ class History(list[dict[str, Any]]):
         self._start = time.perf_counter()
 
     def record(self, state: optax.OptState, **measured: float) -> dict[str, Any]:
-        """Append what the last update did, once it is computed.
+        """Wait for the last update and append a row for it.
 
         Args:
           state: as for `scalars`.
-          **measured: your own numbers of this update, as `error`, which
-            `plot_progress` draws.
+          **measured: your own numbers for this update; `plot_progress` draws `error`.
 
         Returns:
-          The row: `scalars(state)`, `seconds` since the history was made (compiling
-          counts), and what was measured.
+          The row: `scalars(state)`, `seconds` since the history was created (including
+          compilation), and `measured`.
 
         Raises:
           KeyError: as `scalars`.
@@ -155,26 +153,19 @@ class History(list[dict[str, Any]]):
 
 
 def table(history: Sequence[Scalars]) -> str:
-    """Lay out a run as text, one line per update.
+    """Format a run as a text table with one line per update.
 
     Args:
       history: what `scalars` returned after each update.
 
     Returns:
-      The table: update, f after it, λ, ρ, CG iterations (chosen / run), α, remarks.
+      The table: update, f after it, λ, ρ, CG iterations (chosen / total), α, and remarks
+      on a rejected update or an unusual end of CG.
 
     Example:
-      >>> row = dict(
-      ...     count=1,
-      ...     value_after=2.5,
-      ...     damping=30.0,
-      ...     reduction_ratio=0.82,
-      ...     chosen_iteration=11,
-      ...     cg_iterations=13,
-      ...     step_size=1.0,
-      ...     cg_reason="stopping rule",
-      ...     rejection="none",
-      ... )
+      >>> row = dict(count=1, value_after=2.5, damping=30.0, reduction_ratio=0.82)
+      >>> row |= dict(chosen_iteration=11, cg_iterations=13, step_size=1.0)
+      >>> row |= dict(cg_reason="stopping rule", rejection="none")
       >>> print(table([row]))
       update            f         λ        ρ       CG     α  remarks
            1          2.5        30    0.820    11/13  1.00
@@ -182,6 +173,7 @@ def table(history: Sequence[Scalars]) -> str:
     lines = ["update            f         λ        ρ       CG     α  remarks"]
     for row in history:
         iterations = f"{row['chosen_iteration']}/{row['cg_iterations']}"
+        # CG also ends for reasons worth a remark, such as negative curvature.
         usual = {"stopping rule", "max iterations", "residual zero"}
         remarks = [
             *([f"rejected: {row['rejection']}"] if row["rejection"] != "none" else []),

@@ -1,18 +1,18 @@
-"""What a curvature matrix is like: eigenvalues, their density, the trace.
+"""Estimate eigenvalues, the spectral density and the trace of a curvature matrix A.
 
-For any `Matvec`, of `hfjax.curvature` or your own; no matrix is formed.
+A is never formed: its product `v -> A v` is from `hfjax.curvature`, or your own.
 
-| function | gives | products |
+| function | estimates | number of products |
 |---|---|---|
-| `eigenvalues` | a few, largest or smallest, with vectors and residuals | K + `num` |
-| `density` | all of them, smeared out; traces of functions of A | K for each probe |
-| `trace` | Σᵢ Aᵢᵢ, with its standard error | 1 for each probe |
-| `ritz_values` | what the last run of conjugate gradients saw of P⁻¹A | none |
+| `eigenvalues` | a few extreme eigenvalues, with eigenvectors and residuals | K + `num` |
+| `density` | the density of all eigenvalues; traces of functions of A | K per probe |
+| `trace` | Σᵢ Aᵢᵢ, with its standard error | 1 per probe |
+| `ritz_values` | eigenvalues of P⁻¹A, from a run of conjugate gradients | 0 |
 
-(A + λI)⁻¹v is `hfjax.cg.inverse`; diagonals are `hfjax.diagonals`. Memory is that of K
-vectors. Trees of many arrays compile slowly: on one device, a product on the ravelled
-vector (`jax.flatten_util.ravel_pytree`) takes a fifth of the time to compile. A product is
-handed vectors in the dtypes of `like`; sums and vectors are kept in float32 or wider.
+For (A + λI)⁻¹v see `hfjax.cg.inverse`, for diagonals `hfjax.diagonals`. The first two
+store K vectors. Products get vectors in the dtypes of `like`; all else is in float32 or
+wider. On one device, a product on one flat vector (`jax.flatten_util.ravel_pytree`)
+compiles about five times faster than one on a tree of many arrays.
 """
 
 import math
@@ -37,28 +37,29 @@ from hfjax.solvers.krylov import basis
 
 
 class Density(NamedTuple):
-    """A spectral density, as Gauss quadratures that random probes gave.
+    """A spectral density, represented by one Gauss quadrature per random probe.
 
-    For a function h, (1/n) tr h(A) is about the mean over probes of Σⱼ `weights` ·
-    h(`nodes`); each probe's share is exact for polynomials of degree 2K − 1.
+    For a function h and an n × n matrix A, the mean over probes of Σⱼ `weights`ⱼ
+    h(`nodes`ⱼ) estimates (1/n) tr h(A). For one probe v, the sum equals vᵀh(A)v/n if h
+    is a polynomial of degree at most 2K − 1.
 
     Attributes:
-      nodes: shape `[num_probes, K]`.
-      weights: the same shape; they sum to 1 in each probe.
+      nodes: in units of the eigenvalues, shape `[num_probes, K]`.
+      weights: shape `[num_probes, K]`; the weights of each probe sum to 1.
     """
 
     nodes: jax.Array
     weights: jax.Array
 
     def at(self, points: ArrayLike, width: Number) -> jax.Array:
-        """Return the density near some points, smeared by a Gaussian.
+        """Evaluate the density at some points, convolved with a Gaussian.
 
         Args:
-          points: of the axis of eigenvalues, shape `[points]`.
-          width: standard deviation of the Gaussian, in the unit of eigenvalues.
+          points: points on the axis of eigenvalues, shape `[points]`.
+          width: standard deviation of the Gaussian, in units of the eigenvalues.
 
         Returns:
-          Shape `[points]`; it integrates to 1.
+          The density, shape `[points]`; its integral over the axis is 1.
         """
         at, width = (jnp.asarray(x, self.nodes.dtype) for x in (points, width))
         distance = (at[:, None] - self.nodes.reshape(1, -1)) / width
@@ -75,27 +76,26 @@ def density(
     num_probes: int = 4,
     num_iterations: int = 40,
 ) -> Density:
-    """Estimate the density of all eigenvalues, by stochastic Lanczos quadrature.
+    """Estimate the density of all eigenvalues by stochastic Lanczos quadrature.
 
-    The result has no derivative, as that of `hfjax.cg.solve`.
+    The result cannot be differentiated: doing so raises an error.
 
     Args:
-      matvec: `v -> A v`, symmetric.
-      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
-      key: of the random probes.
-      num_probes: random starts; more make it less noisy (heuristic: 4).
-      num_iterations: K, products for each; more resolve finer (heuristic: 40), at most
-        the number of parameters.
+      matvec: `v -> A v` for a symmetric A.
+      like: a tree with the shapes and dtypes that `matvec` takes, such as the parameters.
+      key: a random key, for the probes.
+      num_probes: number of random probes; more reduce the noise.
+      num_iterations: K, limited to the number of parameters; more resolve finer details.
 
     Returns:
       The density.
 
     Raises:
-      TypeError: if a count is no Python integer, or something else is not of its kind.
-      ValueError: if a count is less than 1, or a product is no tree like `like`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if a count is less than 1, or a product is unlike `like`.
 
     Example:
-      The log-determinant of A + I, as in a Laplace approximation:
+      log det(A + I), as in a Laplace approximation:
 
       >>> d = jnp.array([1.0, 3.0, 7.0])
       >>> found = density(lambda v: d * v, d, key=jax.random.key(0), num_probes=1)
@@ -114,7 +114,9 @@ def density(
 
     def probed(like: Tree, key: jax.Array) -> Density:
         def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # Signs: the share of a diagonal matrix is then exact.
+            # Signs (Rademacher vectors) are exact for a diagonal A. Golub & Welsch: the
+            # nodes are the eigenvalues of the Lanczos matrix, and the weights are the
+            # squared first entries of its eigenvectors.
             matrix = basis(product, _signs(key, like), dimension).matrix
             nodes, weights = linalg.eigh(matrix)
             return nodes, jnp.square(weights[0])
@@ -126,11 +128,11 @@ def density(
 
 
 class Estimate(NamedTuple):
-    """A random estimate.
+    """An unbiased random estimate.
 
     Attributes:
-      value: a scalar; its expectation is what is estimated.
-      standard_error: of `value`, a scalar.
+      value: the estimate, a scalar.
+      standard_error: the standard error of `value`, a scalar.
     """
 
     value: jax.Array
@@ -140,23 +142,22 @@ class Estimate(NamedTuple):
 def trace(
     matvec: Matvec, like: Tree, /, *, key: jax.Array, num_probes: int = 32
 ) -> Estimate:
-    """Estimate tr A as the mean of vᵀA v over random signs v.
+    """Estimate the trace of A as the mean of vᵀA v over random vectors v of signs ±1.
 
-    It is linear in A, and its derivative estimates that of the trace.
+    The estimate is linear in A, so that its derivative estimates that of the trace.
 
     Args:
-      matvec: `v -> A v`.
-      like: a tree of the shapes and dtypes that `matvec` takes, as the parameters.
-      key: of the random signs.
-      num_probes: a product each, at least 2 (heuristic: 32).
+      matvec: `v -> A v`; A need not be symmetric.
+      like: a tree with the shapes and dtypes that `matvec` takes, such as the parameters.
+      key: a random key, for the signs.
+      num_probes: number of vectors v, at least 2; each costs one product.
 
     Returns:
-      The estimate; exact for a diagonal A.
+      The estimate, which is exact if A is diagonal.
 
     Raises:
-      TypeError: if `num_probes` is no Python integer, or something else is not of its
-        kind.
-      ValueError: if it is less than 2, or a product is no tree like `like`.
+      TypeError: if an argument has the wrong type.
+      ValueError: if `num_probes` is less than 2, or a product is unlike `like`.
 
     Example:
       >>> a = jnp.array([[2.0, 1.0], [1.0, 3.0]])
@@ -176,6 +177,7 @@ def trace(
             v = _signs(key, like)
             return trees.dot(v, product(v))
 
+        # One probe at a time: only one vector and its product are in memory.
         shares = jax.lax.map(probe, jax.random.split(key, num_probes))
         spread = jnp.std(shares, ddof=1)
         error = spread / np.sqrt(num_probes).astype(spread.dtype)

@@ -1,12 +1,10 @@
-"""Checks of derivatives by finite differences, and of a user's set-up.
+"""Check a set-up for common mistakes, and derivatives by finite differences.
 
-`products` compares every factor of the Gauss-Newton product, and the product, with
-differences of values (report, section 7.2): for a new model, loss or derivative rule.
-`check` says in plain sentences what is wrong with an objective, an optimizer, a batch
-and a gradient, before hours are spent on them.
-
-Both work in float64, whatever the setting, and call the model many times from Python:
-call them once, outside of `jit`, on one device.
+Call `check` before a long run: it explains in plain sentences what is wrong with an
+objective, an optimizer, a batch and a gradient. Call `products` for a new model, loss or
+derivative rule: it compares Gauss-Newton vector products with finite differences. Both
+compute in float64, whatever `jax_enable_x64` is, and evaluate the model many times from
+Python: call them once, outside of `jit`, on one device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,19 +25,19 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
 
 MOST_PARAMETERS = 3000
-"""Most parameters that `products` tries one by one (heuristic)."""
+"""Largest number of parameters for `products` without `columns`."""
 MOST_OUTPUTS = 100
-"""Most outputs of a case for `products`, which takes m² differences (heuristic)."""
+"""Largest number m of outputs per example for `products`, which takes m² differences."""
 
 
 class ProductErrors(NamedTuple):
-    """Relative errors ‖exact − differences‖ / ‖differences‖; absolute where that is 0.
+    """Relative errors ‖product − differences‖ / ‖differences‖ (absolute if that is 0).
 
     Attributes:
-      jacobian: of J v, one random v.
-      loss_hessian: of L″ u, one random u a case.
-      transpose: of Jᵀ w, one random w.
-      ggn: of G eⱼ: the worst column, beside the largest.
+      jacobian: error of J v for a random v.
+      loss_hessian: error of L″ u for one random u per example.
+      transpose: error of Jᵀ w for a random w.
+      ggn: largest error of a column G eⱼ, relative to the largest column.
     """
 
     jacobian: float
@@ -59,34 +57,32 @@ def products(
 ) -> ProductErrors:
     """Compare J v, L″ u, Jᵀ w and G eⱼ with central differences, in float64.
 
-    The other side is made of values of the model and of the loss only:
+    The reference values use only values of the model F and of the loss L:
 
         J v  ≈ (F(θ + ε v) − F(θ − ε v)) / 2ε
         L″ₐᵦ ≈ second differences of L by outputs a and b
         Jᵀ w from J eⱼ, and G eⱼ = Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ eⱼ / Σᵢ wᵢ + weight_decay eⱼ
 
-    ε = 1e-4 gives errors of about 1e-6 (report, section 7.2), where F and L are smooth.
-    Use a toy version of the network: few units, a sequence of 4 steps. θ should be of
-    reasonable scale: too small, and the network is linear; too large, and its units
-    saturate; wrong derivatives can agree in both, and an L″ of nearly 0 is lost in
-    rounding. What differs by intent: a loss that is repaired (`positive=`), where it is
-    not convex, and parameters behind a `jax.lax.stop_gradient`.
+    If F and L are smooth, the errors are about 1e-6 for ε = 1e-4. Use a toy version of
+    the network (few units, about 4 time steps) and parameters of moderate size: in a
+    linear or a saturated network wrong derivatives may agree, and rounding may hide an
+    L″ near 0. Errors are expected for parameters behind `jax.lax.stop_gradient`, and
+    for a non-convex loss that is repaired (`positive=`).
 
     Args:
-      objective: whose model, loss, weights and weight decay are tried.
+      objective: provides the model, the loss and the weight decay.
       params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`; a few cases.
-      epsilon: ε > 0 (1e-4: report, section 7.2), with v, u and w of unit length.
-      key: for v, u, w and the choice of columns.
-      columns: how many eⱼ to try, at random; `None` is all. G is then compared in these
-        rows and columns alone.
+      batch: a few examples, `(inputs, targets)` or `(inputs, targets, weights)`.
+      epsilon: ε > 0; v, u and w have norm 1.
+      key: a random key, for v, u, w and the columns.
+      columns: how many random columns and rows of G to compare; `None` is all.
 
     Returns:
       The errors, as Python floats.
 
     Raises:
-      TypeError: if `objective` is no `Objective`, or a weighted sum.
-      ValueError: if the network is no toy: too many parameters to try all, or outputs.
+      TypeError: if `objective` is not an `Objective`, or is a weighted sum.
+      ValueError: if the network has too many outputs, or too many parameters to try all.
 
     Example:
       >>> import optax
@@ -111,6 +107,7 @@ def products(
     f, params, batch = setup.objective, setup.params, setup.batch
     with setup.precision():
         inputs, targets, weights = batch
+        # θ and z are flat vectors: a toy's derivatives fit in memory as dense arrays.
         theta, unravel = ravel_pytree(params)
         outputs = setup.outputs(params, inputs)
         z, to_tree = rows(outputs), unrows(outputs)
@@ -129,6 +126,7 @@ def products(
 
         j = _finite_differences.columns(forward, theta, tried, epsilon)
         hessians = _finite_differences.hessians(values, z, epsilon)
+        # G = Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ + weight_decay I, from differences alone.
         share = weights / jnp.sum(weights)
         g = jnp.einsum("i,pia,iab,qib->pq", share, j, hessians, j)
         g += setup.decay * jnp.eye(tried.size)
@@ -158,48 +156,43 @@ def check(
     batch: Batch,
     grads: Params,
 ) -> list[str]:
-    """Say what is wrong with a set-up, one sentence a fault; `[]` if nothing is found.
+    """Explain what is wrong with a set-up, in one sentence per fault.
 
-    What it looks for, deepest cause first:
+    It looks for, causes before their consequences:
 
-    - `grads` unlike `params`; numbers that are not finite; weights that are negative
-      or all zero; targets that the loss is not meant for;
-    - outputs without a case axis, or broadcast against targets of another shape; a model
-      or a loss that fails for one case, or for half the batch;
-    - a model that gives other values when called again, or cases that depend on one
-      another or on their place: batch normalisation in training mode, dropout without
-      a key of each case, a loss that mixes cases;
-    - a derivative that is not that of the values: a wrong `jax.custom_vjp` or
-      `custom_jvp`, a straight-through estimator; a derivative that `tx` needs, and
-      that the model or the loss does not have;
-    - a loss that is not convex in the outputs, or couples so many of a case that
-      preconditioners and diagonals are estimated only nearly;
-    - `grads` that are not ∇f of this objective on this batch: another reduction, sign
-      or factor, weight decay, clipping;
-    - rounding: gradient or product in their own precision more than 1% from those in
-      float64, or f too coarse to show what the first update gains;
-    - a `tx` that is not Hessian-free, or of another objective, or rejects its first
-      update.
+    - NaN or infinity; invalid weights; targets outside the range of the loss; outputs or
+      `grads` of the wrong shape;
+    - a random model, or examples whose loss depends on other examples or on their place:
+      batch normalisation in training mode, dropout without a key per example, a loss that
+      mixes examples, a model or a loss for a fixed number of examples;
+    - derivatives that contradict the values (a wrong `jax.custom_vjp` or `custom_jvp`, a
+      straight-through estimator), or that `tx` needs but that do not exist;
+    - a loss that is not convex in the outputs, or that couples so many outputs that
+      preconditioners and diagonals are approximate;
+    - `grads` with another reduction, sign, factor or weight decay than ∇f, or clipped;
+    - rounding errors of more than 1% in the gradient or a product, or an f that is too
+      coarse to resolve the first update;
+    - a `tx` that is not Hessian-free, is built for another objective, or rejects its
+      first update.
 
-    What follows from a fault that is reported is not reported too. Nothing found is no
-    proof: derivatives are tried along one fixed direction, and leaves of zero gradient
-    count as frozen; the loss's curvature is searched in a few cases, here at θ.
-    Costs about thirty evaluations of f, and one update.
+    An empty list is no proof: derivatives are tested along one fixed direction, leaves
+    with zero gradient are taken to be frozen, and convexity is tested at θ for a few
+    examples. The cost is about thirty evaluations of f, and one update.
 
     Args:
-      objective: f; where `weight_decay` is a schedule, as at the first update.
-      tx: of `hfjax.hessian_free`, or a chain that holds `scale_by_hessian_free`; `None`
-        leaves it out (so does an objective with `axis_name`).
+      objective: f; schedules are evaluated as in the first update.
+      tx: the transformation of `hfjax.hessian_free`, or a chain with
+        `scale_by_hessian_free`; `None`, or an `axis_name` of `objective`, skips it.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      grads: what you hand to `tx.update`. From a larger batch, check them on that.
+      grads: what you pass to `tx.update`. If it is from a larger batch, pass that here.
 
     Returns:
-      Sentences for people.
+      The sentences; an empty list if nothing is found.
 
     Raises:
-      TypeError: if `objective` is no `Objective`.
-      ValueError: if `batch` is none: see `hfjax.Objective`.
+      TypeError: if `objective` is not an `Objective`.
+      ValueError: if `batch` is not valid: see `hfjax.Objective`.
 
     Example:
       >>> import hfjax
@@ -231,6 +224,8 @@ def _check(
     fault = _first(unusable(params, batch))
     if fault:
         return [fault]
+    # In float64 if possible, so that rounding is not mistaken for another fault. Each of
+    # these faults would make the tests after it fail too: report the first one only.
     given = Setup.of(objective, params, batch)
     setup = given.in_float64_if_it_runs()
     for find in (
@@ -247,6 +242,7 @@ def _check(
         if fault:
             return [fault]
 
+    # These are independent of each other, so report all of them.
     faults = []
     lacking = _first(_faults.no_forward_derivative(given))
     if lacking is None:
@@ -262,9 +258,10 @@ def _check(
 def _check_sum(
     objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
-    """Check every term, with its own gradient; then the whole."""
+    """Check each term with its own gradient, and then `grads` and `tx` for the sum."""
     given = Setup(objective, params, batch, 0.0, False)
-    # As of one objective; terms may cancel, and what is left is their rounding.
+    # As for one objective, 1e-3 of each gradient. Relative to their sum this would be too
+    # strict, as terms may cancel and leave mostly rounding.
     tolerance = 0.0
     for k, term in enumerate(terms_of(objective, batch)):
         plain = alone(term)
@@ -274,6 +271,7 @@ def _check_sum(
             faults = _check(plain, None, params, term.cases, gradient)
         except ShapeError as error:
             faults = [str(error)]
+        # A missing J v of one term is no fault if the solver of `tx` does not need it.
         if faults == [NO_FORWARD] and _faults.does_without(tx, given, batch, grads):
             continue
         if faults:
@@ -283,8 +281,8 @@ def _check_sum(
     error = float(np.linalg.norm(found - exact) / size)
     if not error * size <= tolerance:
         return [
-            f"`grads` is not the gradient of this sum, but {error:.2g} of its length away: "
-            "hand in `objective.value_and_grad(params, batch)[1]`."
+            f"`grads` is not the gradient of this sum (relative error {error:.2g}): pass "
+            "`objective.value_and_grad(params, batch)[1]`."
         ]
     if tx is None or objective.axis_name is not None:
         return []
@@ -327,7 +325,7 @@ def _unit(v: jax.Array) -> jax.Array:
 
 
 def _error(exact: Iterable[jax.Array], slow: Iterable[jax.Array]) -> float:
-    """Return the worst ‖exact − slow‖ of several arrays, beside the largest ‖slow‖."""
+    """Return the largest ‖exact − slow‖ of several arrays, over the largest ‖slow‖."""
     pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(exact, slow, strict=True)]
     wrong = max(float(np.linalg.norm(x - y)) for x, y in pairs)
     right = max(float(np.linalg.norm(y)) for _, y in pairs)

@@ -372,7 +372,7 @@ def test_an_update_below_the_rounding_of_f_is_named():
 
 
 def test_another_optimizer_is_named():
-    only(check(tx=optax.sgd(0.1)), "no Hessian-free transformation")
+    only(check(tx=optax.sgd(0.1)), "not a Hessian-free transformation")
     only(check(tx="hessian_free"), "`tx` is a str")
 
 
