@@ -1,4 +1,4 @@
-"""States made and checked: before the first update, and before each."""
+"""Parts of the optimizer state: initial values, the record of a run, and checks."""
 
 from typing import Any
 
@@ -12,17 +12,9 @@ from hfjax.update.state import HessianFreeInfo, HessianFreeState, Record
 
 
 def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
-    """Return the `info` before the first update.
+    """Return the `info` before the first update: zeros, and CG has not run."""
 
-    Every field is an array of its own: a donated state may not hold one twice.
-
-    Args:
-      dtype: of the numbers that are no counts.
-
-    Returns:
-      Zeros, and the reason that CG has not run.
-    """
-
+    # Each field is an array of its own, since a donated state must not hold one twice.
     def zero() -> jax.Array:
         return jnp.zeros((), dtype)
 
@@ -48,18 +40,13 @@ def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
 def record_of(
     stats: RunStats | None, max_iterations: int, dtype: jax.typing.DTypeLike
 ) -> Record | None:
-    """Return what the state keeps of a run.
+    """Return the record of a run for the state; `None` if `max_iterations` is 0.
 
-    Args:
-      stats: of the run; `None` before the first.
-      max_iterations: that a record has room for; 0 for no record.
-      dtype: of the numbers.
-
-    Returns:
-      The record, of finite numbers.
+    `stats` is `None` before the first run.
     """
     if not max_iterations:
         return None
+    # The structure must not depend on the run: `scan` and `cond` need states of one type.
     if stats is None or stats.coefficients is None:
         zeros = jnp.zeros(max_iterations + 1, dtype)
         return Record(zeros, jnp.zeros((max_iterations, 2), dtype))
@@ -69,16 +56,9 @@ def record_of(
 
 
 def check_state(state: Any, params: Params, memory: Tree) -> None:
-    """Raise unless `state` is of this optimizer and these parameters.
+    """Raise an error unless `state` belongs to this optimizer and these parameters.
 
-    Args:
-      state: what came.
-      params: θ.
-      memory: shapes of what the preconditioner keeps, or `None`.
-
-    Raises:
-      TypeError: if it is no `HessianFreeState`.
-      ValueError: if it is of other parameters or another preconditioner.
+    `memory` has the shapes of what the preconditioner keeps, or is `None`.
     """
     if not isinstance(state, HessianFreeState):
         msg = (

@@ -1,4 +1,4 @@
-"""Judging a step: which one of a run, how far along it, accepted or not, and ρ."""
+"""Choose a step and its length, accept or reject it, and compute ρ."""
 
 from typing import NamedTuple
 
@@ -16,22 +16,22 @@ from hfjax.update._bookkeeping import no_info
 from hfjax.update.state import HessianFreeInfo, Rejection
 from hfjax.update.system import Assembled
 
+# If λ is all that matters, A = λI and M(δ) = −½λ‖δ‖²: damping is all of |M|.
 _PART = 0.1
-"""If damping makes up less than this fraction of |M|, it had no part in the step; it makes
-up all of |M| where λ is all that matters (heuristic)."""
+"""Fraction of |M| below which damping is considered irrelevant to the step."""
 
 
 class Trial(NamedTuple):
-    """A step on trial, and what is known of it.
+    """A step to be judged.
 
     Attributes:
-      at: where it starts.
-      run: that it came from.
-      before: f(θ), and its noise.
+      at: the system that it was computed from.
+      run: the run of the solver.
+      before: f(θ) and its rounding error.
       chosen: the step, and f at its end.
       gradient_norm: ‖∇f‖.
       slope: ∇fᵀδ.
-      search: how far it is gone.
+      search: the result of the line search.
     """
 
     at: Assembled
@@ -44,12 +44,12 @@ class Trial(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What came of a step.
+    """The judgement on a step.
 
     Attributes:
       rejection: a `Rejection`.
-      predicted: M(δ), which ρ divides by.
-      verdict: what the damping rule is told.
+      predicted: M(δ), the denominator of ρ.
+      verdict: what the damping rule adapts λ by.
     """
 
     rejection: jax.Array
@@ -60,17 +60,16 @@ class Judged(NamedTuple):
 def choose(
     rule: Backtracking, at: Assembled, run: Run, before: Before, ratio: ReductionRatio
 ) -> Chosen:
-    """Choose a step of the run, on the evaluation data or on a part of them.
+    """Choose a step of the run by f on the evaluation data, or on a subset of them.
 
-    Then f is that on all of them: of the chosen step and, if ρ is to judge that one, of
-    the last.
+    `value` is f on all of the data, and so is `last_value` if ρ is of the last step.
     """
     data, objective = at.point.eval_batch, at.point.objective
     evaluate = at.value_on(data)
     some = data if rule.cases is None else subsample(objective, data, rule.cases)
     if some is data:
         return rule.choose(run, evaluate, before)
-    # Candidates are compared with f(θ), too: on the same cases.
+    # The rule compares candidates with f(θ), so that must be on the same subset.
     part = before._replace(value=at.point.value(some))
     chosen = rule.choose(run, at.value_on(some), part)
     value = trees.finite_or_inf(evaluate(chosen.step.at()))
@@ -88,9 +87,10 @@ def go_along(
     before: Before,
     chosen: Chosen,
 ) -> Trial:
-    """Search along the chosen step's path, from the learning rate down."""
+    """Search along the chosen step's path, starting with α = learning rate."""
     slope = slope_along(at.system.b, chosen.step.direction)
-    # Backtracking has evaluated α = 1 already.
+    # Backtracking has already evaluated f at α = 1. Whether the rate is 1 must be known
+    # while tracing, so a schedule or a tracer costs one more evaluation.
     known = options.is_plain_number(rate) and rate == 1
     found = line_search.search(
         lambda alpha: at.system.value(chosen.step.at(alpha)),
@@ -104,7 +104,8 @@ def go_along(
 
 
 def slope_along(b: Tree, step: Tree) -> jax.Array:
-    """Return −bᵀδ, with its sign even where it is smaller or larger than any float."""
+    """Return −bᵀδ, with the correct sign even if it overflows or underflows."""
+    # The sign decides whether the step is rejected, so 0 and NaN must not replace it.
     (b, b_size), (step, step_size) = trees.normalised(b), trees.normalised(step)
     slope = -trees.dot(b, step)
     limits = jnp.finfo(slope.dtype)
@@ -113,7 +114,7 @@ def slope_along(b: Tree, step: Tree) -> jax.Array:
 
 
 def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
-    """Accept the step or reject it, and compare the change of f with M's."""
+    """Accept or reject the step, and compare the change of f with that of M."""
     at, run, before, chosen, *_ = trial
     rejection = _rejection(trial)
     part = at.penalty(chosen.step.direction)
@@ -121,7 +122,8 @@ def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
     rho, seen = _ratio_of(rejection, change, predicted, before.noise, ratio.expected)
     on_boundary = run.stats.reason == Reason.BOUNDARY
     on_boundary &= chosen.step.iteration == run.stats.num_iterations
-    # Where λ is all that matters, ‖δ‖² may be too small to be a float.
+    # If λ is so large that only it matters, ½λ‖δ‖² may underflow to 0 = `part`. Damping
+    # determined the step all the same.
     shortest = 8 * jnp.sqrt(jnp.finfo(part.dtype).tiny)
     vanished = (part == 0) & (trees.magnitude(chosen.step.direction) <= shortest)
     limits = part >= _PART * jnp.abs(chosen.step.model)
@@ -136,7 +138,8 @@ def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
 
 
 def _rejection(trial: Trial) -> jax.Array:
-    """Return why to reject, or NONE: of several reasons the deepest."""
+    """Return why to reject the step, or `NONE`."""
+    # Later lines overwrite earlier ones: of several reasons, the most basic one wins.
     _, run, before, chosen, gradient_norm, slope, search = trial
     finite = jnp.isfinite
     reason = jnp.where(search.success, Rejection.NONE, Rejection.NO_DECREASE)
@@ -153,9 +156,9 @@ def _rejection(trial: Trial) -> jax.Array:
 def _reduction(
     trial: Trial, ratio: ReductionRatio, part: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the change of f and M(δ), of the step and data that ρ is to judge.
+    """Return the change of f and M(δ), for the step, model and data that `ratio` names.
 
-    `part` is what damping adds to M of the chosen step.
+    `part` is the contribution of damping to M for the chosen step.
     """
     at, run, before, chosen, _, slope, search = trial
     is_last = ratio.step == "last"
@@ -164,13 +167,14 @@ def _reduction(
     after = chosen.last_value if is_last else chosen.value
     predicted = step.model
     if ratio.model == "undamped":
-        # It may cost a product.
+        # The penalty of another step than the chosen one may cost a product with D.
         predicted -= at.penalty(step.direction) if is_last else part
     if ratio.step == "taken":
         # M(αδ) = α ∇fᵀδ + ½α² δᵀBδ, and ½δᵀBδ = M(δ) − ∇fᵀδ.
         alpha = search.step_size
         predicted = alpha * slope + alpha**2 * (predicted - slope)
         after = search.value
+    # On the curvature data neither value is known yet: this evaluates f twice.
     if ratio.data == "batch" and at.point.eval_batch is not at.point.batch:
         on_batch = at.system.batch_value
         value = on_batch(sharding.zeros_like(step.direction))
@@ -185,13 +189,10 @@ def _ratio_of(
     noise: jax.Array,
     expected: Number,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ρ, relative to the share of M that is expected; −∞ for a rejected step.
-
-    If the predicted change is below the rounding error of f, ρ is taken to be 1, whether
-    the step was accepted or not: λ, raised for it, would only make the next step smaller,
-    and λ kept would make the next update the same as this one, for ever. Whether f can
-    show the step is returned too.
-    """
+    """Return ρ / `expected`, or −∞ if rejected, and whether f can resolve the step."""
+    # If the predicted change is below the rounding error of f, ρ is taken to be 1, even
+    # if the step was rejected. A larger λ would only make the next step smaller, and
+    # with the same λ the next update would repeat this one forever.
     unseen = (jnp.abs(predicted) <= noise) & (change <= noise)
     judged = rejection == Rejection.NONE
     unseen &= judged | (rejection == Rejection.NO_DECREASE)
@@ -202,12 +203,7 @@ def _ratio_of(
 def measured_ratio(
     change: jax.Array, predicted: jax.Array, noise: jax.Array
 ) -> jax.Array:
-    """Compute ρ = change / predicted, guarded where both are below the noise of f.
-
-    A step so small that f cannot show its gain would read as a bad one, and λ, once
-    too high, would rise for ever. So η, the noise, of decrease is added to both, and ρ
-    tends to 1 for such steps (Conn, Gould & Toint 2000, section 17.4.2). Changes much
-    larger than η are not affected.
+    """Compute ρ = (change − η) / (predicted − η), where η is the rounding error of f.
 
     Args:
       change: f(θ + δ) − f(θ).
@@ -216,7 +212,13 @@ def measured_ratio(
 
     Returns:
       ρ, or −∞ if anything is not finite.
+
+    References:
+      Conn, Gould & Toint (2000), section 17.4.2.
     """
+    # Without η, a step that is too small to be seen in f often looks bad, so that λ,
+    # once too high, would rise forever. With η, ρ tends to 1 for such steps, and
+    # changes that are much larger than η are not affected.
     denominator = predicted - noise
     ratio = (change - noise) / jnp.where(denominator == 0, 1, denominator)
     sound = jnp.isfinite(change) & jnp.isfinite(predicted) & (denominator != 0)
@@ -224,7 +226,7 @@ def measured_ratio(
 
 
 def report(trial: Trial, judged: Judged) -> HessianFreeInfo:
-    """Say what the update did, in finite numbers."""
+    """Return what the update did, with a finite number in place of NaN and infinity."""
     at, run, before, chosen, gradient_norm, _, search = trial
     accepted, value = jnp.asarray(judged.verdict.accepted), before.value
     step_size = jnp.where(accepted, search.step_size, 0)

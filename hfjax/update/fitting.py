@@ -1,9 +1,9 @@
-"""Which parts go together: compared by what they declare, when an optimizer is built.
+"""Check that the components of an optimizer fit together, when it is built.
 
-A part that another one never reads, or reads as something else, would spoil every step
-without an error. So each mismatch is refused here, with a sentence that says what came
-and what to pass instead. Parts of the user's own declare the same things: see the
-attributes of `hfjax.cg.Solver` and `hfjax.damping.Damping`.
+If one component ignored another, or read a radius where the other means λ, every step
+would be wrong without an error. So a mismatch is refused, and the message says what to
+pass instead. User-supplied components declare what they need in the same attributes,
+see `hfjax.cg.Solver` and `hfjax.damping.Damping`.
 """
 
 import inspect
@@ -25,14 +25,14 @@ _SCALARS = ("damping", "fixed", "radius")
 
 
 class Fitted(NamedTuple):
-    """Parts that go together.
+    """Components that fit together.
 
     Attributes:
-      solver: the one that was given, or that `"auto"` stands for.
-      preconditioner: the rule that `solver` will ask, or `None`.
-      backtracking: the rule; where the solver tells the steps for other λ, `searching`
-        takes its place, if there is one.
-      searching: what the damping rule wants, if that is to be, else `None`.
+      solver: the given solver, or what `"auto"` stands for.
+      preconditioner: the rule that `solver` uses, or `None`.
+      backtracking: the rule that chooses a step, unless `searching` replaces it.
+      searching: the damping rule's search for λ, which needs a solver that can give the
+        step for another λ; or `None`.
     """
 
     solver: Solver
@@ -41,7 +41,8 @@ class Fitted(NamedTuple):
     searching: Backtracking | None
 
     def rule_for(self, run: Run) -> Backtracking:
-        """Return the search for λ if there is one, and the solver tells of other λ."""
+        """Return the search for λ if there is one and this run supports it."""
+        # Known only after the run: `where_small` picks one of two solvers while tracing.
         if self.searching is None or run.at_damping is None:
             return self.backtracking
         return self.searching
@@ -55,22 +56,13 @@ def fitted(
     backtracking: Backtracking | str | None,
     curvature: Curvature,
 ) -> Fitted:
-    """Return the parts that an optimizer is to use, or raise if two do not fit.
+    """Resolve `"auto"` and `None`, and return the components, or raise an error.
 
-    Args:
-      objective: f.
-      damping: of `hfjax.damping`, or `hfjax.trust_region.radius()`.
-      solver: a solver, or `"auto"`.
-      preconditioner: a rule, `"auto"` or `None`.
-      backtracking: a rule, `"auto"` or `None`.
-      curvature: what makes B.
-
-    Returns:
-      The parts.
+    The arguments are those of `hfjax.hessian_free`.
 
     Raises:
-      TypeError: if an argument is not a part of its kind.
-      ValueError: if two parts do not fit, or a word is not known.
+      TypeError: if an argument has the wrong type.
+      ValueError: if two components do not fit, or a name is unknown.
     """
     if not isinstance(objective, Objective):
         msg = (
@@ -89,6 +81,7 @@ def fitted(
         check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
     check_curvature(objective, damping, curvature)
 
+    # Exact solvers build G + λI from the Jacobian: B and D must be the plain ones.
     plain = curvature is ggn and damping.matrix is identity()
     chosen = _solver_of(solver, damping, plain=plain)
     _check_scalars(chosen, damping)
@@ -109,19 +102,10 @@ def fitted(
 
 
 def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:
-    """Raise `TypeError` unless an argument is a part of its kind.
-
-    Args:
-      name: of the argument.
-      came: what the user passed.
-      kind: the NamedTuple that it should be.
-      none: whether `None` will do.
-
-    Raises:
-      TypeError: saying what came; for a function, to call it.
-    """
+    """Raise `TypeError` unless `came` is a `kind`, or `None` if `none` is true."""
     if isinstance(came, kind) or (none and came is None):
         return
+    # The usual mistake is `damping=hfjax.damping.searched`, without parentheses.
     hint = ": call its function." if inspect.isroutine(came) else "."
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
     msg = (
@@ -132,16 +116,11 @@ def check_part(name: str, came: object, kind: type, *, none: bool = False) -> No
 
 
 def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> None:
-    """Raise unless B + μS can be made of these.
-
-    Args:
-      objective: f.
-      damping: what has μ, if anything has.
-      curvature: what makes B.
+    """Raise an error unless B + μS can be built from these components.
 
     Raises:
-      TypeError: if `curvature` is no function.
-      ValueError: if `damping` is structural, and one of the others knows nothing of it.
+      TypeError: if `curvature` is not a function.
+      ValueError: if `damping` is structural, and another component does not support that.
     """
     if not callable(curvature):
         msg = (
@@ -168,13 +147,17 @@ def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> N
 
 
 def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:
-    """Return the solver that is meant, if it can solve with these."""
+    """Return the solver, or raise an error if it cannot solve with B and D.
+
+    `plain` says whether B is the Gauss-Newton matrix and D the identity.
+    """
     options.check_choice(
         "solver.reads", getattr(solver, "reads", "products"), ("products", "jacobian")
     )
     if isinstance(solver, str):
         options.check_choice("solver", solver, ("auto",))
-        # Outputs of the loss are counted, and hidden states may be many more.
+        # `where_small` counts only the outputs of the loss. Structural damping adds rows
+        # for the hidden states, which may be many more.
         small = plain and damping.structural is None
         otherwise = conjugate_gradient()
         return where_small(otherwise) if small else otherwise
@@ -194,7 +177,7 @@ def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver
 
 
 def _check_scalars(solver: Solver, damping: Damping) -> None:
-    """Raise unless the solver reads what the rule drives, and the rule knows how."""
+    """Raise an error unless `damping` sets the scalar (λ or radius) `solver` reads."""
     options.check_choice("solver.scalar", solver.scalar, _SCALARS)
     options.check_choice("damping.scalar", damping.scalar, _SCALARS)
     if solver.scalar == "radius" != damping.scalar:
@@ -221,8 +204,8 @@ def _check_scalars(solver: Solver, damping: Damping) -> None:
             "the rule `matrix=None`, and no structural damping that is tied to it."
         )
         raise ValueError(msg)
-    # Its step minimises f over the whole subspace. It is the solution for no particular
-    # λ, so ρ says nothing of the λ that was added, and λ would drift anywhere.
+    # Such a solver minimises f over a whole subspace. The step is not the solution for
+    # any particular λ, so ρ says nothing about the given λ, which would drift.
     if solver.scalar == "fixed" and damping.scalar != "fixed":
         msg = (
             "`solver` minimises f over all λ by itself (`krylov.subspace_descent()`), "

@@ -1,18 +1,17 @@
-"""Recipes: whole set-ups under one name (report, section 13, and one of our own).
+"""Complete optimizers, each with all options of one published or recommended set-up.
 
-| recipe | gradient | curvature | step | CG ends |
+| recipe | gradient | curvature | step | CG stops when |
 |---|---|---|---|---|
-| `martens2010` | all data | a part | best of the kept iterates, on all data | M stalls, or 250 |
-| `curvature_guarded` | larger batch | a batch | best of the kept, on other data | f rises on the curvature batch |
-| `momentum_like` | a small batch | the same | the last iterate | M stalls, or 50 |
-| `kronecker_factored` | all data | the same | best of λ on one run's subspace | an iteration gains too little |
+| `kronecker_factored` | all data | same | best λ over CG subspace | gain is too small |
+| `martens2010` | all data | a part | best kept iterate | M stalls |
+| `curvature_guarded` | larger batch | a batch | best iterate on other data | f rises |
+| `momentum_like` | small batch | same | last iterate | M stalls, or at 50 |
 
-The first three are the report's: the Gauss-Newton matrix, warm starts, (diag + λ)^0.75
-for a preconditioner and the Levenberg-Marquardt rule, "common elements to all successful
-approaches". The last is what `hessian_free` does as it comes, written out. Initialise
-well (`hfjax.initializers`), and consider a little weight decay that a schedule turns
-off near the end: `Objective(weight_decay=optax.piecewise_constant_schedule(2e-5, {500:
-0.0}))`, with gradients of `objective.at(state.count)`.
+Use `kronecker_factored` by default; it is what `hessian_free` does without options. The
+other three are those of Martens & Sutskever (2012), section 13: Gauss-Newton matrix, warm
+starts, the preconditioner (diag + λ)^0.75, and the Levenberg-Marquardt rule for λ.
+Initialise the network well (`hfjax.initializers`). A small weight decay may help if a
+schedule turns it off near the end; take `grads` of `objective.at(state.count)` then.
 """
 
 import optax
@@ -28,23 +27,22 @@ from hfjax.update.transform import hessian_free
 def martens2010(
     objective: Objective, *, initial_damping: Number = 45.0, max_iterations: int = 250
 ) -> optax.GradientTransformationExtraArgs:
-    """Set up Martens' published program, constant by constant.
+    """Reproduce the program published with Martens (2010).
 
-    Every constant is written out below, whatever the defaults elsewhere are. In his
-    program the gradient, the preconditioner, the choice of iterate and the line search
-    are on all training data, the curvature and ρ on one quarter, taken in turn:
+    That program evaluates gradient, preconditioner, iterates and line search on all
+    training data, but curvature and ρ on one quarter of the data, taken in turn:
 
         value, grads = objective.value_and_grad(params, everything)
         tx.update(grads, state, params, batch=quarter, eval_batch=everything)
 
-    Weight decay (2e-5 in his program, on biases too) belongs to the objective.
+    Its weight decay, 2e-5 on weights and biases, is an option of `hfjax.Objective`.
 
     Args:
       objective: f, with its weight decay.
-      initial_damping: λ before the first update, on the scale of the mean curvature.
-        45, of his program, is for losses summed over 784 outputs.
-      max_iterations: of conjugate gradients in an update. 250, of his program, is for
-        deep autoencoders from a random start.
+      initial_damping: λ before the first update, in units of the curvature of f. The
+        default is for losses that are summed over 784 outputs.
+      max_iterations: largest number of CG iterations per update. The default is for deep
+        autoencoders from a random start.
 
     Returns:
       The transformation, as `hessian_free` returns it.
@@ -58,6 +56,7 @@ def martens2010(
     References:
       Martens (2010); the program published with it, and its log on CURVES.
     """
+    # All constants are written out, so that changed defaults elsewhere do not matter.
     return hessian_free(
         objective,
         learning_rate=1.0,
@@ -97,36 +96,33 @@ def curvature_guarded(
     tolerance: Number = 0.01,
     evaluated_cases: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Set up the report's second recipe: f on the curvature batch guards CG.
+    """Stop CG when f rises on the curvature batch, and choose the step on other data.
 
-    Conjugate gradients end as soon as f on the curvature batch is significantly worse
-    than `interval` iterations ago; the step is the kept iterate with the lowest f on
-    other data; the next run starts from the iterate with the lowest f on the curvature
-    batch, which is close to the last. So hand `update` data that the curvature batch
-    does not hold:
+    CG stops as soon as f on the curvature batch is significantly higher than `interval`
+    iterations ago. The step is the kept iterate with the lowest f on `eval_batch`, which
+    should not contain the curvature batch (but by default is that batch):
 
         value, grads = objective.value_and_grad(params, larger)
         tx.update(grads, state, params, batch=batch, eval_batch=other)
 
-    Without `eval_batch` the recipe selects on the curvature batch itself.
-
     Args:
       objective: f, with its weight decay.
-      initial_damping: λ before the first update (45: as `martens2010`, for losses
-        summed over 784 outputs).
-      max_iterations: of conjugate gradients in an update (250: Martens 2010).
-      interval: iterations between evaluations of f (report, section 13: 10).
-      tolerance: what is significantly worse, see `hfjax.iterates.guarded`; heuristic.
-      evaluated_cases: how many of the evaluation cases iterates are compared on;
-        `None` is all (ibid.: "much smaller (but representative) subsets").
+      initial_damping: λ before the first update, as in `martens2010`.
+      max_iterations: largest number of CG iterations per update.
+      interval: number of CG iterations from one evaluation of f to the next.
+      tolerance: how much higher is significant, see `hfjax.iterates.guarded`.
+      evaluated_cases: number of examples of `eval_batch` on which iterates are compared;
+        `None` is all.
 
     Returns:
       The transformation, as `hessian_free` returns it.
 
     References:
-      Martens & Sutskever (2012), section 13, second recipe; ERRATA: the best iterate,
-      where the report has "the highest objective function value".
+      Martens & Sutskever (2012), section 13, second recipe, where "the highest objective
+      function value" should read "the lowest".
     """
+    # The next run starts from the iterate with the lowest f on the curvature batch, not
+    # from the step: it is close to the last iterate.
     return hessian_free(
         objective,
         damping=damping.levenberg_marquardt(init=initial_damping),
@@ -152,35 +148,34 @@ def momentum_like(
     limit: NumberOrSchedule | None = None,
     warm_start_decay: NumberOrSchedule = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
-    """Set up the report's third recipe: short runs that go on from update to update.
+    """Run CG briefly on small batches, each run continuing the one before.
 
-    Small batches, the same for gradient and curvature, and at most 25 to 50 iterations
-    that start from the last solution, so that the work on one quadratic is spread over
-    many updates, as momentum does:
+    Gradient and curvature are from the same small batch. A run starts from ζ times the
+    last solution and takes at most 25 to 50 iterations, so that the work on one
+    quadratic model is spread over many updates, as with momentum:
 
         value, grads = objective.value_and_grad(params, batch)
         tx.update(grads, state, params, batch=batch)
 
-    The last iterate is the step: no backtracking, no line search; an update that raises
-    f on its own batch is rejected. For fine convergence near the end lower
-    `learning_rate`, raise `warm_start_decay`, lower `limit`, and let batches grow
-    (`hfjax.minibatching.growing`), all by schedules.
+    The last iterate is the step, without backtracking or line search; it is rejected if
+    it raises f on the batch. To converge at the end of training, use schedules that
+    lower `learning_rate` and `limit`, raise `warm_start_decay` towards 0.999, and let the
+    batch grow (`hfjax.minibatching.growing`).
 
     Args:
       objective: f, with its weight decay.
-      learning_rate: number or schedule.
-      initial_damping: λ before the first update (45: as `martens2010`, for losses
-        summed over 784 outputs); it "shrinks reliably towards 0".
-      max_iterations: of conjugate gradients (report, section 13: 25 to 50).
-      limit: fewer iterations, a number or schedule; `None` is none.
-      warm_start_decay: ζ, a number or schedule (report, section 10: 0.95; up to 0.999
-        at the end: Sutskever et al. 2013, appendix A.6).
+      learning_rate: α, a number or schedule.
+      initial_damping: λ before the first update, as in `martens2010`.
+      max_iterations: largest number of CG iterations per update.
+      limit: a lower limit on CG iterations, a number or schedule, or `None`.
+      warm_start_decay: ζ, a number or schedule.
 
     Returns:
       The transformation, as `hessian_free` returns it.
 
     References:
-      Martens & Sutskever (2012), section 13, third recipe.
+      Martens & Sutskever (2012), sections 10 and 13, third recipe; Sutskever et al.
+      (2013), appendix A.6.
     """
     return hessian_free(
         objective,
@@ -208,31 +203,26 @@ def kronecker_factored(
     decay: Number = 0.0,
     interval: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Set up short runs with Kronecker factors as the preconditioner, and λ by search.
+    """Run CG with a Kronecker-factored preconditioner, and search for the best λ.
 
-    What `hessian_free` does as it comes. Three things of the report's are replaced:
-
-    - the diagonal by `preconditioners.kronecker`;
-    - the progress of M, that ends a run, by what an iteration costs
-      (`stopping.marginal`); runs start from 0, where a step of the last update would
-      first have to be undone;
-    - the choice among iterates, and λ by ρ, by the best λ over the subspace of the run
-      (`damping.searched`).
-
-    Gradient, curvature and evaluation on the same data, all of it or large batches:
+    This is what `hessian_free` does by default. It differs from the other recipes in
+    three ways: the preconditioner is `preconditioners.kronecker`; a run starts from 0 and
+    stops when an iteration gains less than it costs (`stopping.marginal`); step and λ are
+    chosen together, with the lowest f over the subspace of the run (`damping.searched`).
+    Gradient, curvature and f are from the same data, all of it or a large batch:
 
         value, grads = objective.value_and_grad(params, batch)
         tx.update(grads, state, params, batch=batch)
 
     Args:
       objective: f, with its weight decay.
-      initial_damping: λ before the first update. It may be off by orders of magnitude:
-        the first update finds its own (1: heuristic).
-      max_iterations: of conjugate gradients in an update (250: Martens 2010; the rule
-        ended all runs earlier where this was measured). Room is kept for 21 iterates.
-      decay: of the factors' running average (0: each batch's own; 0.95 for small
-        batches, see `preconditioners.kronecker`).
-      interval: updates from one build of the factors to the next.
+      initial_damping: λ before the first update, in units of the curvature of f. It may
+        be wrong by orders of magnitude, since the first update corrects it.
+      max_iterations: largest number of CG iterations per update, rarely reached. By
+        default, 21 iterates are stored.
+      decay: of the factors' running average: 0 uses only the current batch; 0.95 is for
+        small batches, see `preconditioners.kronecker`.
+      interval: number of updates from one computation of the factors to the next.
 
     Returns:
       The transformation, as `hessian_free` returns it.
@@ -248,6 +238,7 @@ def kronecker_factored(
       >>> print(bool(after < 0.02), int(state.info.cg_iterations))
       True 1
     """
+    # No warm start: CG would first have to undo the last step.
     return hessian_free(
         objective,
         damping=damping.searched(init=initial_damping),

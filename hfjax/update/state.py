@@ -1,7 +1,6 @@
-"""What an update hands to the next, and what it tells people.
+"""The optimizer state: what the next update needs, and a report on the last one.
 
-The two are kept apart: `HessianFreeState.info` is the only part that no code reads
-back.
+The next update does not read the report, `info` and `record`: it is for users only.
 """
 
 import enum
@@ -13,13 +12,13 @@ from hfjax._core.types import Params, Tree
 
 
 class Record(NamedTuple):
-    """What a state keeps of the last run of conjugate gradients.
+    """A record of the last run of conjugate gradients.
 
     Attributes:
       model_values: M at the start and after each iteration, shape `[max_iterations + 1]`;
-        0 where one is not finite.
-      coefficients: α and β of each iteration, shape `[max_iterations, 2]`, for
-        `hfjax.spectrum.ritz_values`; 0 from the last iteration on.
+        0 replaces values that are not finite.
+      coefficients: α and β of each iteration, shape `[max_iterations, 2]`, 0 after the
+        last iteration; for `hfjax.spectrum.ritz_values`.
     """
 
     model_values: jax.Array
@@ -27,18 +26,18 @@ class Record(NamedTuple):
 
 
 class Rejection(enum.IntEnum):
-    """Why an update was rejected: its updates are zero, the parameters stay."""
+    """Why an update was rejected, so that the parameters stay as they are."""
 
     NONE = 0
-    """It was accepted."""
+    """The update was accepted."""
     NONFINITE_GRADIENT = 1
-    """The gradient handed in holds NaN or infinity."""
+    """`grads` holds NaN or infinity."""
     ZERO_GRADIENT = 2
-    """The gradient is zero: there is nothing to do; λ stays."""
+    """`grads` is zero: there is nothing to do, and λ stays as it is."""
     NONFINITE_PRODUCT = 3
-    """A curvature product, the preconditioner, M or the step became NaN or infinite."""
+    """A curvature-vector product, P⁻¹, M or the step is NaN or infinite."""
     NONFINITE_VALUE = 4
-    """f at the parameters, or at every candidate, is NaN or infinite."""
+    """f is NaN or infinite at the parameters, or at every candidate step."""
     NO_DESCENT = 5
     """The step does not point downhill: ∇fᵀδ ≥ 0."""
     NO_DECREASE = 6
@@ -46,24 +45,28 @@ class Rejection(enum.IntEnum):
 
 
 class HessianFreeInfo(NamedTuple):
-    """What the last update did; for people, no code reads it back.
+    """What the last update did, for users: no code reads it.
 
-    Scalars, and finite: where a quantity is not, its sentinel stands in.
+    All fields are finite scalars: 0 replaces values that are not finite.
 
     Attributes:
-      value_before: f(θ) on the evaluation data (sentinel 0).
-      value_after: f at the new parameters, on the same data (sentinel 0).
-      reduction_ratio: ρ (sentinel −1e9, also for −∞).
-      predicted_change: M(δ), which ρ divides by (sentinel 0).
-      cg_iterations: int32.
-      cg_reason: int32, an `hfjax.cg.Reason`.
-      chosen_iteration: int32, the CG iterate that became the step; the last one's number
-        where the search for λ made the step of several.
-      step_size: α, with the learning rate in it; 0 if rejected.
-      accepted: bool.
-      rejection: int32, a `Rejection`.
-      gradient_norm: ‖∇f‖ as handed in (sentinel 0).
-      update_norm: ‖αδ‖, or ‖αδ + α²c‖ of a corrected step; 0 if rejected.
+      value_before: f(θ) on the evaluation data.
+      value_after: f at the new parameters, on the same data.
+      reduction_ratio: ρ, the change of f divided by `predicted_change`; 1 if both are
+        below the rounding error of f, otherwise −1e9 if the update was rejected.
+      predicted_change: M(δ), the change of f that the quadratic model predicts.
+      cg_iterations: number of CG iterations, int32.
+      cg_reason: why CG ended, int32, an `hfjax.cg.Reason`.
+      chosen_iteration: the CG iterate that became the step, int32; the last one if a
+        search for λ combined several iterates.
+      step_size: α, including the learning rate; 0 if rejected.
+      accepted: whether the step was taken, bool.
+      rejection: why it was not, int32, a `Rejection`.
+      gradient_norm: ‖∇f‖, the norm of `grads`.
+      update_norm: norm of the update αδ, or αδ + α²c with a correction c; 0 if rejected.
+
+    References:
+      Martens & Sutskever (2012), section 8.5 for ρ, section 8.8 for α.
     """
 
     value_before: jax.Array
@@ -81,23 +84,20 @@ class HessianFreeInfo(NamedTuple):
 
 
 class HessianFreeState(NamedTuple):
-    """What the next update needs, and what the last one did.
+    """The state of `hfjax.hessian_free`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      damping: λ, or the radius of a trust region; a scalar in float32 or the
-        parameters' widest dtype; read it with
-        `optax.tree.get(state, "damping")`, set it with `optax.tree.set`.
-      direction: like the parameters, in float32 or wider: what conjugate gradients
-        found last, for the warm start; δ where runs start from 0.
-      preconditioner: what it hands to the next update, or `None`.
-      record: of the last run of conjugate gradients; `None` of other solvers; for people,
-        as `info`.
-      info: what the last update did.
+      count: number of updates so far, an int32 scalar.
+      damping: λ, or the radius of a trust region, for the next update; a scalar in
+        float32 or the parameters' widest dtype. Read it with
+        `optax.tree.get(state, "damping")`, and set it with `optax.tree.set`.
+      direction: a tree like the parameters, in float32 or wider, from which the next
+        run of CG starts if the solver uses warm starts.
+      preconditioner: what the preconditioner keeps between updates, or `None`.
+      record: a record of the last run of CG, for users; `None` for other solvers.
+      info: what the last update did, for users.
 
     Example:
-      Set λ, and read it:
-
       >>> import hfjax, jax.numpy as jnp, optax
       >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
       >>> state = hfjax.hessian_free(f).init(jnp.zeros(1))
