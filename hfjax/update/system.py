@@ -1,8 +1,8 @@
-"""The system of one update: A = B + λD + μS, P that stands for it, and f.
+"""The system that one update solves: A = B + λD + μS, its preconditioner P, and f.
 
-Here, and nowhere else, the parameters' leaves are packed: users' functions (the model,
-curvature, damping matrix, preconditioner) see trees like the parameters, solvers and all
-that follows see a few arrays (`hfjax._core.packing`).
+Only this module packs the leaves of the parameters (`hfjax._core.packing`). User-supplied
+functions (model, curvature, damping matrix, preconditioner) see trees like the parameters;
+the solver and everything after it see a few arrays.
 """
 
 from collections.abc import Callable
@@ -38,18 +38,18 @@ from hfjax.solvers.descent import System
 
 
 class Point(NamedTuple):
-    """Where an update stands.
+    """What an update starts from.
 
     Attributes:
-      objective: f, as it is at `count`.
+      objective: f, with its schedules evaluated at `count`.
       params: θ.
       gradient: ∇f.
       batch: the curvature data.
       eval_batch: the evaluation data.
-      scalar: λ, or the radius.
-      count: updates so far.
-      key: for the preconditioner and the damping matrix, new in each update.
-      memory: of the preconditioner, or `None`.
+      scalar: λ, or the radius of the trust region.
+      count: number of updates so far.
+      key: random key of this update, for the preconditioner and the damping matrix.
+      memory: what the preconditioner keeps between updates, or `None`.
     """
 
     objective: Objective
@@ -63,19 +63,19 @@ class Point(NamedTuple):
     memory: Tree = None
 
     def value(self, data: Batch) -> jax.Array:
-        """Return f(θ) on some data."""
+        """Return f(θ) on `data`."""
         return self.objective.value(self.params, data).astype(self.scalar.dtype)
 
 
 class Assembled(NamedTuple):
-    """A system, and what an update needs besides.
+    """A system, and what else an update needs.
 
     Attributes:
-      point: where it stands.
+      point: what the update starts from.
       system: what the solver is given.
-      packing: of the parameters.
-      penalty: x ↦ ½ xᵀ(A − B)x: what damping adds to M.
-      memory: `() -> memory` of the preconditioner, for the next update.
+      packing: how the parameters are packed.
+      penalty: x ↦ ½ xᵀ(A − B)x, which damping adds to M.
+      memory: `() -> memory` of the preconditioner for the next update.
     """
 
     point: Point
@@ -85,23 +85,20 @@ class Assembled(NamedTuple):
     memory: Callable[[], Tree]
 
     def value_on(self, data: Batch) -> ValueFn:
-        """Return x ↦ f(θ + x) on some data; +∞ where θ + x is beyond the floats."""
+        """Return x ↦ f(θ + x) on `data`, which is +∞ where θ + x overflows."""
         return _value_on(self.point, self.packing, data)
 
     def before(self) -> Before:
-        """Return f(θ) on the evaluation data, and how much of its change is rounding."""
+        """Return f(θ) on the evaluation data, its rounding error, and λ."""
         value = self.point.value(self.point.eval_batch)
         return Before(value, self.noise(value), self.point.scalar)
 
     def noise(self, value: jax.Array) -> jax.Array:
-        """Return how much of f(θ + x) − f(θ) may be rounding: of f, and of θ + x.
+        """Return how much of f(θ + x) − f(θ) may be rounding; `value` is f(θ).
 
-        The entries of θ + x are rounded independently, each by ε θᵢ / 2 at most: f moves
-        by ε ‖∇f ∘ θ‖ in 3.5 standard deviations. Where f is the square of a difference,
-        this is far more than the rounding of f itself.
-
-        Args:
-          value: f(θ).
+        Both f and θ + x are rounded. Each entry of θ + x is off by at most ε θᵢ / 2,
+        independently, which moves f by ε ‖∇f ∘ θ‖ or less with 3.5 standard deviations.
+        If f is the square of a small difference, that is far more than the rounding of f.
         """
 
         def rounded(x: jax.Array) -> jax.Array:
@@ -117,7 +114,7 @@ class Assembled(NamedTuple):
         errors, size = trees.normalised(errors)
         moved = jax.tree.map(lambda b, x: b * x.astype(b.dtype), b, errors)
         of_params = jnp.sqrt(trees.dot(moved, moved)) * (b_size * size)
-        # Beyond the floats it counts for nothing: f is there, too.
+        # If this overflows, so does f, and the noise no longer matters.
         of_params = jnp.where(jnp.isfinite(of_params), of_params, 0)
         return rounding_noise(value) + of_params
 
@@ -128,24 +125,21 @@ def assemble(
     rule: Damping,
     preconditioner: PreconditionerRule | None,
 ) -> Assembled:
-    """Build A and P at a point; the model is linearised here, once.
+    """Build A and P; the model is linearised here, once.
 
     Args:
-      point: where.
-      curvature: makes B, and with structural damping B + μS.
-      rule: has D and μ.
-      preconditioner: makes P, or `None`.
+      point: what the update starts from.
+      curvature: builds B, or with structural damping B + μS.
+      rule: provides D and μ.
+      preconditioner: builds P; `None` for none.
 
     Returns:
-      The system and what goes with it.
+      The system, and what else the update needs.
     """
-    objective, params, gradient, batch, eval_batch, scalar, count, key, _ = point
+    objective, params, gradient, batch, eval_batch, scalar, count, *_ = point
     gradient = trees.cast_like(gradient, trees.widen(params))
     packed = packing(gradient)
     b = jax.tree.map(jnp.negative, packed.pack(gradient))
-
-    def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
-        return _of_packed(packed, as_product(name, product, matrix=matrix))
 
     mu = None if rule.structural is None else rule.structural.at(scalar, count)
     if mu is None:
@@ -153,33 +147,14 @@ def assemble(
     else:
         curved = with_structural_loss(objective, mu)
         matvec = curvature(objective, params, batch, structural=mu)
-    product = total = of_vectors("matvec", matvec)
-
-    penalties: list[tuple[jax.Array, Matvec]] = []
-    diagonal: Tree = jnp.zeros((), scalar.dtype)
-    if rule.matrix is not None:
-        of_matrix = jax.random.fold_in(key, 1)
-        matrix = rule.matrix.build(objective, params, batch, matvec, of_matrix)
-        times_d = matrix.matvec
-        if matrix.matvec is matvec:
-            times_d = product
-        elif rule.matrix is not identity():
-            times_d = of_vectors("matrix", matrix.matvec, "D @ v")
-        total = damped(product, scalar, times_d)
-        penalties.append((scalar, times_d))
-        if matrix.diagonal is not None:
-            diagonal = jax.tree.map(
-                lambda d: scalar.astype(d.dtype) * d, matrix.diagonal
-            )
-    if mu is not None and rule.ratio.model == "undamped":  # Else nobody asks.
-        distance = ggn(hidden_distance(objective), params, batch)
-        penalties.append((mu, of_vectors("matvec", distance)))
+    damping = _damping(point, rule, mu, matvec, packed)
+    precondition, memory = _lazily(
+        point, preconditioner, curved, damping.diagonal, packed
+    )
 
     def penalty(x: Tree) -> jax.Array:
-        terms = [0.5 * a * trees.dot(x, times(x)) for a, times in penalties]
+        terms = [0.5 * a * trees.dot(x, times(x)) for a, times in damping.penalties]
         return sum(terms, jnp.zeros((), scalar.dtype))
-
-    precondition, memory = _lazily(point, preconditioner, curved, diagonal, packed)
 
     def value_and_grad(x: Tree) -> tuple[jax.Array, Tree]:
         at = trees.add(params, packed.unpack(x))
@@ -187,7 +162,7 @@ def assemble(
         return value, packed.pack(trees.cast_like(there, gradient))
 
     system = System(
-        matvec=total,
+        matvec=damping.total,
         b=b,
         scalar=scalar,
         count=count,
@@ -202,8 +177,48 @@ def assemble(
     return Assembled(point, system, packed, penalty, memory)
 
 
+class _Damped(NamedTuple):
+    total: Matvec  # v ↦ A v
+    diagonal: Tree  # Of λD, for P; a scalar 0 if there is none.
+    penalties: list[tuple[jax.Array, Matvec]]  # λ and D, μ and S.
+
+
+def _damping(
+    point: Point, rule: Damping, mu: jax.Array | None, matvec: Matvec, packed: Packing
+) -> _Damped:
+    """Add λD to `matvec`, which is B, or B + μS with structural damping."""
+    objective, params, _, batch, _, scalar, _, key, _ = point
+
+    def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
+        return _of_packed(packed, as_product(name, product, matrix=matrix))
+
+    total = product = of_vectors("matvec", matvec)
+    penalties: list[tuple[jax.Array, Matvec]] = []
+    diagonal: Tree = jnp.zeros((), scalar.dtype)
+    if rule.matrix is not None:
+        matrix = rule.matrix.build(
+            objective, params, batch, matvec, jax.random.fold_in(key, 1)
+        )
+        times_d = matrix.matvec
+        if matrix.matvec is matvec:
+            times_d = product
+        elif rule.matrix is not identity():
+            times_d = of_vectors("matrix", matrix.matvec, "D @ v")
+        total = damped(product, scalar, times_d)
+        penalties.append((scalar, times_d))
+        if matrix.diagonal is not None:
+            diagonal = jax.tree.map(
+                lambda d: scalar.astype(d.dtype) * d, matrix.diagonal
+            )
+    # S alone is needed only for an M without damping.
+    if mu is not None and rule.ratio.model == "undamped":
+        distance = ggn(hidden_distance(objective), params, batch)
+        penalties.append((mu, of_vectors("matvec", distance)))
+    return _Damped(total, diagonal, penalties)
+
+
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
-    # Parameters of few digits are added to leaf by leaf, in their own dtypes.
+    # Parameters in float16 or bfloat16 are updated leaf by leaf, in their own dtypes.
     wide = _are_wide(point.params)
     theta = packed.pack(point.params) if wide else point.params
 
@@ -211,7 +226,7 @@ def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
         at = trees.add(theta, x if wide else packed.unpack(x))
         params = packed.unpack(at) if wide else at
         found = point.objective.value(params, data).astype(point.scalar.dtype)
-        # A saturated model has a value even there.
+        # A saturating model returns a finite value even where θ + x overflows.
         beyond = ~trees.is_finite(at) & trees.is_finite(theta)
         return jnp.where(beyond, jnp.inf, found)
 
@@ -219,13 +234,13 @@ def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
 
 
 def _are_wide(params: Params) -> bool:
-    """Return whether parameters have the dtypes that vectors are computed with."""
+    """Return whether all leaves have the dtype that vectors are computed in."""
     leaves = jax.tree.leaves(params)
     return all(leaf.dtype == trees.wide(leaf.dtype) for leaf in leaves)
 
 
 def _of_packed(packed: Packing, product: Matvec) -> Matvec:
-    """Return a product on packed vectors, of the same kind."""
+    """Return the same product for packed vectors."""
     if isinstance(product, Approximate):
         return Approximate(*(_of_packed(packed, each) for each in product))
 
@@ -243,7 +258,7 @@ def _lazily(
     diagonal: Tree,
     packed: Packing,
 ) -> tuple[Callable[[], Preconditioner | None], Callable[[], Tree]]:
-    """Return what makes P when it is first asked for, and what it remembers then."""
+    """Return a function that builds P when first called, and one for its memory."""
     if rule is None:
         return lambda: None, lambda: point.memory
     made: list[tuple[Preconditioner, Tree]] = []
@@ -266,7 +281,7 @@ def _lazily(
 def _written_out(
     point: Point, mu: jax.Array | None, packed: Packing
 ) -> tuple[Jacobian, jax.Array]:
-    """Write out J̃ of f and of the structural penalty, its rows packed."""
+    """Compute J̃ of f and of the structural penalty, with packed rows."""
     objective, params, batch = point.objective, point.params, point.batch
     decay = decay_of(objective.weight_decay)
     decay = jnp.zeros(()) if decay is None else decay
@@ -283,16 +298,7 @@ def _written_out(
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:
-    """Return v ↦ B v + λ D v (report, sections 8.1 and 8.3).
-
-    Args:
-      matvec: v ↦ B v.
-      damping: λ, a scalar.
-      matrix: v ↦ D v; `None` is the identity.
-
-    Returns:
-      The damped product, `Approximate` where v ↦ B v is.
-    """
+    """Return v ↦ B v + λ D v; `matrix=None` stands for D = I."""
 
     def product(v: Tree) -> Tree:
         d_v = v if matrix is None else matrix(v)
@@ -305,30 +311,14 @@ def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> 
 
 
 def rounding_noise(value: jax.Array) -> jax.Array:
-    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float.
-
-    Args:
-      value: f(θ).
-
-    Returns:
-      A scalar above 0; the 10 is a heuristic.
-    """
+    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float."""
+    # A mean over n examples, summed pairwise, is off by about ε log₂(n)/2: 10 is ample.
     limits = jnp.finfo(value.dtype)
     return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)
 
 
 def key_of(seed: int, count: jax.Array) -> jax.Array:
-    """Return the key of an update, which draws all its random numbers.
-
-    The two numbers are the key itself: to fold one into the other would be one more
-    program to compile, and no more random.
-
-    Args:
-      seed: of the optimizer.
-      count: updates so far.
-
-    Returns:
-      A typed key.
-    """
+    """Return the typed key from which update number `count` draws all random numbers."""
+    # The two numbers are the key. `fold_in` would compile one more program, for nothing.
     data = [jnp.uint32(seed % 2**32), count.astype(jnp.uint32)]
     return jax.random.wrap_key_data(jnp.stack(data), impl="threefry2x32")

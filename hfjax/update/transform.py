@@ -1,14 +1,16 @@
-"""Hessian-free optimisation as an Optax transformation: the report's algorithm 3.
+"""Hessian-free optimisation as an Optax transformation.
 
-Only this module knows all the others. One update, with `δ` the step, `A = B + λD + μS`:
+`_update` is algorithm 3 of M&S (2012). With the step δ and A = B + λD + μS:
 
-    B, D, S, P    curvature, damping matrices and preconditioner of the batch
+    B, D, S, P    curvature, damping matrices and preconditioner from the batch
     δ₁, δ₂, …     conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
-    δ             the kept iterate that backtracking on f chooses, or another λ's step
-    c             what the solver corrects δ by: 0, but for `hfjax.sample_space`
+    δ             the iterate, or the step for another λ, with the lowest f
+    c             a correction to δ, from the solver in `hfjax.sample_space`, else 0
     ρ, λ          how well M predicted the change of f; λ for the next update
     α             line search along αδ + α²c
-    θ + αδ + α²c  if f has fallen; else θ, and the warm start dropped
+    θ + αδ + α²c  the new parameters if f fell; else θ, and the warm start is dropped
+
+This is the only module that knows all the others.
 """
 
 from typing import Any, NamedTuple
@@ -52,66 +54,64 @@ def hessian_free(
 ) -> optax.GradientTransformationExtraArgs:
     """Build the Hessian-free optimizer.
 
-    Its `update` minimises M(δ) = ∇fᵀδ + ½δᵀ(B + λD + μS)δ by conjugate gradients and
-    returns the step αδ for `optax.apply_updates`, or zeros: an update never raises
-    f on the evaluation data, and never brings NaN into parameters or state.
+    Each update minimises the quadratic model M(δ) = ∇fᵀδ + ½ δᵀ(B + λD + μS)δ by conjugate
+    gradients and returns the step αδ, to be added by `optax.apply_updates`. A step that is
+    not finite or does not lower f on the evaluation data is rejected: the update is zero,
+    and `state.info.rejection` says why. Parameters and state never receive NaN.
 
     `update(grads, state, params, batch=…, eval_batch=None)` takes:
 
-    - `grads`: ∇f, of `objective.value_and_grad`, on any batch, often a larger one.
-      Neither clipped nor scaled: they must be the gradient of this objective.
-    - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`:
-      what B, the preconditioner and ρ are taken on. Required.
-    - `eval_batch`: on which iterates are chosen and the line search runs; `None` is
-      `batch`. Where batches are drawn anew in each update, let the gradient's hold both:
-      on data that it has not seen ρ is noise, and λ climbs.
+    - `grads`: ∇f from `objective.value_and_grad`, neither clipped nor scaled. It may come
+      from another, larger batch.
+    - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`, from
+      which B, the preconditioner and ρ are computed. Required.
+    - `eval_batch`: the data on which steps are compared and the line search runs; by
+      default `batch`. If you draw new batches for each update, compute the gradient on
+      data that include both: on unseen data ρ is noise, and λ climbs.
 
-    Other keyword arguments are ignored; `docs/faults.md` has the wrappers of Optax and Flax
-    that hand these on. Outside of `jit`, too, an update is compiled once: what `model_fn`,
-    the loss or a rule closes over is read then. An update has no derivative, and says so:
-    for that of a fit there is `hfjax.cg.inverse`. By default it is
-    `recipes.kronecker_factored`, the fastest on every problem compared
-    (`benchmarks/results/step6.md`); the report's method is `recipes.martens2010`.
+    Other keyword arguments are ignored; `docs/faults.md` lists the wrappers of Optax and
+    Flax that pass these on. Outside `jit`, an update is compiled once, and reads what
+    `model_fn`, the loss or a rule closes over at that time. An update cannot be
+    differentiated, and raises an error if you try; to differentiate the result of a fit
+    use `hfjax.cg.inverse`. The defaults are those of `recipes.kronecker_factored`, the
+    fastest recipe in every comparison; `recipes.martens2010` is the original method.
 
     Args:
-      objective: f, with its weight decay.
-      learning_rate: the first α that the line search tries; number or schedule (1:
-        report, section 8.8).
-      damping: λ, D and μ, of `hfjax.damping`; with
-        `solver=hfjax.trust_region.steihaug_toint()`, `hfjax.trust_region.radius()`.
-      solver: of `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
-        `hfjax.sample_space`; `"auto"` is `sample_space.where_small(cg.conjugate_gradient())`
-        where curvature and damping are the plain ones that it can solve with, and damping is
-        not structural; and else `cg.conjugate_gradient()`.
-      preconditioner: of `hfjax.preconditioners`; `None` is the identity; `"auto"` is
-        `kronecker()` where the solver asks for one, and `None` where it does not.
-      backtracking: of `hfjax.backtracking`; `None` takes the last iterate; `"auto"` is what
-        the damping rule wants, as the search for λ of `damping.searched`, where the solver
-        tells the steps for other λ; and else `early_stop()`.
-      line_search: of `hfjax.linesearch`; `None` takes the learning rate, unless f
-        rises.
-      curvature: `(objective, params, batch) -> (v -> B v)`, of `hfjax.curvature`; it
-        is given `structural=μ` too if `damping` has one. Under
-        `optax.inject_hyperparams` list it in `static_args`, even if it is left out:
-        Optax takes every callable for a schedule.
-      seed: of all random numbers: an update draws with a key of the seed and the number
-        of the update alone.
+      objective: f, including its weight decay.
+      learning_rate: first α that the line search tries; a number or a schedule.
+      damping: rule of `hfjax.damping` for λ, D and μ. λ has the units of the curvature of
+        f. With the solver `hfjax.trust_region.steihaug_toint()` pass
+        `hfjax.trust_region.radius()`.
+      solver: from `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
+        `hfjax.sample_space`. `"auto"` solves small problems exactly, by
+        `sample_space.where_small(cg.conjugate_gradient())`, if `curvature` is `ggn` and the
+        damping is λI without structural damping; otherwise it is
+        `cg.conjugate_gradient()`.
+      preconditioner: from `hfjax.preconditioners`; `None` is the identity. `"auto"` is
+        `kronecker()` if the solver uses a preconditioner, else `None`.
+      backtracking: from `hfjax.backtracking`; `None` takes the last iterate. `"auto"` is
+        what the damping rule asks for if the solver supports it, such as the search for λ
+        of `damping.searched`, and otherwise `early_stop()`.
+      line_search: from `hfjax.linesearch`; `None` takes the learning rate, unless f rises.
+      curvature: `(objective, params, batch) -> (v -> B v)`, from `hfjax.curvature`. With
+        structural damping it is also passed `structural=μ`. With
+        `optax.inject_hyperparams`, list it in `static_args` even if you leave it out: Optax
+        takes every callable for a schedule.
+      seed: determines all random numbers, together with the number of the update.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `HessianFreeState`.
 
     Raises:
-      TypeError: if `objective` is no `Objective`, or another argument is not a part of
-        its kind; in `update`, if `params` or `batch` is missing.
-      ValueError: if an option is out of range, or if two parts do not go together: a
-        solver that reads a radius and a rule that drives λ, or the reverse;
-        `krylov.subspace_descent()` and a λ that is adapted or searched for;
-        `sample_space.cholesky()` and a preconditioner, a damping matrix or another
-        curvature; structural damping without a `hidden_loss`, or with a curvature that
-        does not take `structural`.
+      TypeError: if `objective` is not an `Objective`, if another argument is not a
+        component of its kind, or in `update`, if `params` or `batch` is missing.
+      ValueError: if an option is out of range, or if two components do not fit together: a
+        trust-region solver with a rule for λ, or the reverse; `krylov.subspace_descent()`
+        with a λ that changes; `sample_space.cholesky()` with a preconditioner, a damping
+        matrix or another curvature; structural damping without a `hidden_loss`.
 
     Example:
-      A linear least-squares problem, without damping, is solved in one update:
+      Without damping, one update solves a linear least-squares problem:
 
       >>> import hfjax
       >>> x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
@@ -170,7 +170,7 @@ def hessian_free(
         eval_batch: Batch | None = None,
         **extra_args: Any,
     ) -> tuple[Params, Any]:
-        del extra_args  # The contract of Optax: what is not needed is ignored.
+        del extra_args  # Optax's contract: ignore what is not needed.
         if params is None or batch is None:
             raise missing("params" if params is None else "batch")
         params = as_params(params)
@@ -178,7 +178,9 @@ def hessian_free(
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory)
         if eval_batch is not None:
-            terms_of(objective, eval_batch, "eval_batch")  # Raises, if it is none.
+            terms_of(
+                objective, eval_batch, "eval_batch"
+            )  # Raises if it is not a batch.
         new = changed(updates, state, params, batch, eval_batch)
         return without_derivative("An update", new)
 
@@ -195,16 +197,16 @@ def scale_by_hessian_free(
     curvature: Curvature = ggn,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Build the direction alone, to chain with other transformations.
+    """Build the direction only, to chain with other transformations.
 
-    Returns −δ, with the sign of a gradient as all of Optax's `scale_by_*`: chain it
-    with `optax.scale_by_learning_rate`, or with `optax.scale(-1.0)` and a line search
-    of Optax's, which wants `value_fn=objective.value`. No line search and no learning
-    rate of its own; λ adapts, and a direction along which f would rise becomes zero, as
-    in `hessian_free`, whose options and arguments these are.
+    Returns −δ, which has the sign of a gradient like all of Optax's `scale_by_*`. Chain it
+    with `optax.scale_by_learning_rate`, or with `optax.scale(-1.0)` and one of Optax's line
+    searches, which needs `value_fn=objective.value`. It has no line search and no learning
+    rate of its own. λ adapts, and a direction along which f would rise becomes zero, as in
+    `hessian_free`.
 
     Args:
-      objective: f, with its weight decay.
+      objective: as in `hessian_free`, like all other options.
       damping: as in `hessian_free`.
       solver: as in `hessian_free`.
       preconditioner: as in `hessian_free`.
@@ -252,7 +254,7 @@ def scale_by_hessian_free(
 
 
 class _Parts(NamedTuple):
-    """The components of one optimizer."""
+    """The components of an optimizer."""
 
     objective: Objective
     learning_rate: NumberOrSchedule
@@ -271,12 +273,12 @@ def _update(
     batch: Batch,
     eval_batch: Batch | None,
 ) -> tuple[Params, HessianFreeState]:
-    """Do one update: algorithm 3, line by line."""
+    """Perform one update: algorithm 3, line by line."""
     eval_batch = batch if eval_batch is None else eval_batch
     point = _point(parts, grads, state, params, batch, eval_batch)
     solver, rule = parts.fit.solver, parts.damping
 
-    # A δ = −∇f, from 0 or from ζ δ_before; δ, one of its steps; how far along it.
+    # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
     before, rate = at.before(), parts.learning_rate
     start = solver.start(at.packing.pack(state.direction), state.count)
@@ -284,7 +286,7 @@ def _update(
     chosen = choose(parts.fit.rule_for(run), at, run, before, rule.ratio)
     trial = go_along(parts.line_search, rate, at, run, before, chosen)
 
-    # Accepted or rejected, ρ, and λ for the next update.
+    # Accept or reject the step; compute ρ, and λ for the next update.
     judged = judge(trial, rule.ratio)
     scalar = rule.update(point.scalar, judged.verdict, chosen.damping)
     stays = (judged.rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(scalar)
@@ -300,7 +302,7 @@ def _point(
     batch: Batch,
     eval_batch: Batch,
 ) -> Point:
-    """Return where the update stands."""
+    """Collect what the update starts from."""
     dtype = trees.scalar_dtype(params)
     scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     return Point(
@@ -317,7 +319,7 @@ def _point(
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:
-    """Return what is added to the parameters: the step, or zeros."""
+    """Return what to add to the parameters: the step, or zeros."""
     step = trial.chosen.step.at(trial.search.step_size)
     step = trial.at.packing.unpack(_or_zero(judged.verdict.accepted, step))
     return trees.cast_like(step, trial.at.point.params)

@@ -654,20 +654,30 @@ def test_a_run_that_anything_ends_above_zero_is_run_again_from_zero(why):
     np.testing.assert_allclose(result.last.direction, cold[n], rtol=1e-8)
 
 
-def test_a_run_from_zero_preconditions_b_once():
-    calls = []
+def test_the_preconditioner_is_in_the_program_once_and_applied_once_an_iteration():
+    traced, applied = [], []
 
     def precondition(r):
-        calls.append(r)
+        traced.append(r)
+        jax.debug.callback(applied.append, r[0])
         return r / 2
 
-    for x0 in (None, jnp.ones(N)):
-        calls.clear()
-        jax.eval_shape(
-            lambda b, x0=x0: cg.solve(
-                lambda v: v, b, x0=x0, preconditioner=precondition
-            ),
-            jnp.ones(N),
+    diagonal = jnp.array([1.0, 2.0, 3.0, *[4.0] * (N - 3)])
+
+    def run(b, x0):
+        return cg.solve(
+            lambda v: diagonal * v,
+            b,
+            x0=x0,
+            preconditioner=precondition,
+            stopping=None,
         )
-        # b, whose size P is scaled by; from x₀ its residual; and one in the loop.
-        assert len(calls) == (2 if x0 is None else 3)
+
+    b = jnp.ones(N)
+    for x0 in (None, b / 2):
+        traced.clear(), applied.clear()
+        jax.eval_shape(lambda b, x0=x0: run(b, x0), b)
+        assert len(traced) == 1
+        result = run(b, x0)
+        jax.effects_barrier()
+        assert len(applied) == result.num_iterations == 4
