@@ -213,8 +213,10 @@ def defaults():
             if default is None:
                 continue
             if isinstance(default, ast.Name) and default.id.startswith("_"):
-                # The page gives the value of a private constant, not its name.
-                default = definitions(entry.home)[default.id][0].value
+                # The page gives the value of a private constant, not its name. (A private
+                # function has none.)
+                node = definitions(entry.home)[default.id][0]
+                default = getattr(node, "value", default)
             numbers = any(
                 type(node.value) in (int, float)
                 for node in ast.walk(default)
