@@ -159,7 +159,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         model = jnp.zeros((), problem.size.dtype)
     else:
         x, (r, model) = x0, by_product(problem.residuals.product, b, x0)
-    one = jnp.ones_like(problem.rhs_norm)
+    one, zero = jnp.ones_like(problem.rhs_norm), jnp.zeros_like(problem.rhs_norm)
     i = jnp.zeros((), jnp.int32)
     model_values = jnp.full(problem.max_iterations + 1, model)
     reason = _judge(problem, i, r, model_values)
@@ -176,8 +176,8 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         model_values=model_values,
         kept=problem.buffer.init(trees.scale(problem.size, x)),
         reason=reason,
-        lengths=(jnp.zeros_like(one),) * 3,
-        steepest=jnp.zeros_like(one),
+        lengths=(zero, zero, zero),
+        steepest=zero,
         coefficients=jnp.full((problem.max_iterations, 2), jnp.zeros_like(model)),
         memory=problem.residuals.start(b, one),
     )
