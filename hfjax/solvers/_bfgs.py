@@ -1,4 +1,4 @@
-"""BFGS in a few coordinates, for functions that may be infinite far from the start."""
+"""BFGS in a few variables, for functions that may be infinite far from the start."""
 
 import functools
 from collections.abc import Callable
@@ -22,24 +22,20 @@ class _Descent(NamedTuple):
 def minimise(
     value: Callable[[jax.Array], jax.Array], start: jax.Array, max_iterations: int
 ) -> jax.Array:
-    """Minimise by BFGS with Armijo's condition; f never rises, nor leaves the finite.
-
-    `jax.scipy.optimize` gives up where f is far from quadratic, and hands back the
-    point at which its line search failed, whatever f is there.
+    """Minimise by BFGS with an Armijo line search; f at the result is not above f(start).
 
     Args:
-      value: x ↦ f, differentiable in reverse; may be infinite.
-      start: shape `[n]`, in coordinates where the curvature is near I.
-      max_iterations: a gradient each, and an f for each step tried.
-
-    Returns:
-      The last point.
+      value: x ↦ f, differentiable in reverse mode; may be infinite.
+      start: shape `[n]`, in coordinates where the curvature is close to I.
+      max_iterations: each costs a gradient, and one f for every step length tried.
 
     References:
       Nocedal & Wright (2006), algorithms 3.1 and 6.1.
     """
+    # `jax.scipy.optimize` gives up where f is far from quadratic, and returns the point at
+    # which its line search failed, whatever f is there.
     eye = jnp.eye(start.size, dtype=start.dtype)
-    # In all digits, on devices that by default multiply in fewer.
+    # Some devices multiply float32 with fewer digits by default.
     times = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def iterate(state: _Descent) -> _Descent:
@@ -49,6 +45,7 @@ def minimise(
 
         def unfinished(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
             alpha, after = carry
+            # Written so that NaN shortens the step, as too high an f does.
             return ~(after <= now + 1e-4 * alpha * slope) & (alpha > 1e-9)
 
         def shorter(carry: tuple[jax.Array, jax.Array]) -> tuple:
@@ -62,6 +59,7 @@ def minimise(
         gradient_new = jax.grad(value)(x_new)
         s, y = x_new - x, gradient_new - gradient
         sy = times(s, y)
+        # Only with sᵀy > 0 does the update keep the inverse Hessian positive definite.
         curved = moved & (sy > 1e-10 * jnp.sqrt(times(s, s) * times(y, y)))
         rho = 1 / jnp.where(curved, sy, 1)
         w = eye - rho * jnp.outer(s, y)

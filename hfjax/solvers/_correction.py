@@ -1,18 +1,19 @@
-"""What a step misses as the residuals bend along it, put right by the same factor.
+"""Correct a step for the nonlinearity of the residuals, with the same Cholesky factor.
 
-The damped step δ = −(J̃ᵀJ̃ + μI)⁻¹(J̃ᵀr̃ + …) takes the residuals to become r̃ + J̃δ. What
-is missed,
+The damped step δ = −(J̃ᵀJ̃ + μI)⁻¹(J̃ᵀr̃ + …) takes the residuals to be r̃ + J̃δ at its
+end. The error of this linear model,
 
     m(δ) = r̃(θ + δ) − r̃ − J̃δ,
 
-is known for a pass forward. So δ + c is iterated to a fixed point,
+is found by one forward pass. The correction c is a fixed point of
 
-    c ← −(J̃ᵀJ̃ + μI)⁻¹J̃ᵀ m(δ + c),
+    c ← −(J̃ᵀJ̃ + μI)⁻¹J̃ᵀ m(δ + c).
 
-at which, without weight decay and momentum, J̃ᵀr̃(θ + δ + c) + λ(δ + c) = 0: not the linear
-model's damped minimum, but f's own, up to what J̃ has changed by on the way. The first c
-is, but for third derivatives, half the geodesic acceleration. Each iteration costs a pass
-forward, two products with J̃ and two triangular solves, where an update costs all of J̃J̃ᵀ.
+Without weight decay and momentum, it satisfies J̃ᵀr̃(θ + δ + c) + λ(δ + c) = 0. So δ + c
+is the damped minimum of f itself and not that of its linear model, except that J̃ is
+still the Jacobian at θ. The first c is half the geodesic acceleration, up to third
+derivatives. An iteration costs a forward pass, two products with J̃ and two triangular
+solves, which is little beside the computation of J̃J̃ᵀ.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ from hfjax._core.types import Tree
 from hfjax.curvature.jacobian import Jacobian
 
 _ENOUGH = 0.1
-"""Of the residuals that are left: less than this in what is missed is none (heuristic)."""
+"""The iteration ends when m changes by less than this fraction of the residuals left."""
 
 
 class _State(NamedTuple):
-    correction: Tree  # c.
-    missed: jax.Array  # m(δ + c).
-    change: jax.Array  # Of m, by the last iteration.
+    correction: Tree  # c
+    missed: jax.Array  # m(δ + c)
+    change: jax.Array  # ‖Δm‖ in the last iteration
     tries: jax.Array
     going: jax.Array
 
@@ -40,19 +41,12 @@ class _State(NamedTuple):
 def corrected(
     jacobian: Jacobian, inverse: Callable[[jax.Array], Tree], step: Tree, most: int
 ) -> Tree:
-    """Iterate c, for as long as m changes less each time, and by something.
+    """Iterate c as long as m changes less each time; c is 0 if the first iteration fails.
 
-    f is not looked at: whether it is lower at δ + c is for the search for λ to see.
-
-    Args:
-      jacobian: J̃, r̃, and r̃ elsewhere.
-      inverse: u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu.
-      step: δ.
-      most: iterations.
-
-    Returns:
-      c; 0 if the first iteration leads nowhere.
+    `inverse` is u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu, and `most` bounds the number of iterations.
     """
+    # f is not evaluated here. Whether it is lower at δ + c is for the search for λ and the
+    # line search to find out.
 
     def iterate(state: _State) -> _State:
         correction = jax.tree.map(jnp.negative, inverse(state.missed))
@@ -79,7 +73,7 @@ def corrected(
         tries=jnp.zeros((), jnp.int32),
         going=jnp.ones((), bool),
     )
-    # The first iteration has nothing to put right yet: it looks at δ.
+    # The first iteration has c = 0 and only finds m(δ), hence `<=`.
     return jax.lax.while_loop(
         lambda state: state.going & (state.tries <= most), iterate, start
     ).correction

@@ -1,4 +1,4 @@
-"""The product with an inverse matrix, by conjugate gradients; it has derivatives."""
+"""Products with an inverse matrix, by conjugate gradients; they can be differentiated."""
 
 import jax
 import jax.numpy as jnp
@@ -21,36 +21,36 @@ def inverse(
     tolerance: Number = 1e-5,
     max_iterations: int = 250,
 ) -> Matvec:
-    """Return v ↦ x with (A + λI) x = v, by conjugate gradients.
+    """Return v ↦ x with (A + λI) x = v, solved by conjugate gradients.
 
-    What influence functions and the Laplace approximation ask for. Where a run ends by
-    `max_iterations`, or A + λI turns out not to be positive, x is the last iterate: ask
-    `solve` for the reason.
+    Influence functions and the Laplace approximation need such products. If a run reaches
+    `max_iterations`, or A + λI turns out not to be positive definite, x is the last
+    iterate; only `solve` returns the reason.
 
-    It has derivatives of any order, in forward and reverse mode, by v, λ and all that
-    `matvec` closes over: (A + λI) dx = dv − (dA + dλ I) x is solved as x is, to the same
-    `tolerance`. The preconditioner counts for nothing there.
+    The result has derivatives of any order, in forward and reverse mode, with respect to
+    v, λ and everything that `matvec` closes over: (A + λI) dx = dv − (dA + dλ I) x is
+    solved in the same way, to the same `tolerance`. The preconditioner is not
+    differentiated.
 
     Args:
       matvec: `v -> A v`, symmetric positive semi-definite.
-      damping: λ.
+      damping: λ ≥ 0.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
-      tolerance: ‖(A + λI) x − v‖ ≤ `tolerance` · ‖v‖ (1e-5, that of
-        `jax.scipy.sparse.linalg.cg`).
-      max_iterations: a Python integer (250: as `solve`).
+      tolerance: stop once ‖(A + λI) x − v‖ ≤ `tolerance` · ‖v‖.
+      max_iterations: a Python integer.
 
     Returns:
-      The product with the inverse, on trees as `matvec` takes. Integers are taken for
-      floats.
+      The product with the inverse, on trees like those of `matvec`. Integers are
+      converted to floats.
 
     Raises:
-      TypeError: if `max_iterations` is no Python integer, or `matvec` or
-        `preconditioner` no function.
+      TypeError: if `max_iterations` is not a Python integer, or `matvec` or
+        `preconditioner` is not a function.
       ValueError: if an option is out of range.
 
     Example:
-      An influence function: how the parameters move as the first case counts more,
-      −(H + λI)⁻¹ ∇L₀ / n, beside the derivative of the fit itself.
+      An influence function: how the parameters change if the first example counts more,
+      −(H + λI)⁻¹ ∇L₀ / n, compared with the derivative of the fit itself.
 
       >>> import hfjax
       >>> x, t = jnp.array([[1.0, 0.0], [1.0, 2.0], [0.0, 1.0]]), jnp.arange(3.0)
@@ -72,7 +72,8 @@ def inverse(
     options.check_range("damping", damping, low=0.0)
     options.check_count("max_iterations", max_iterations, low=0)
     rule, keep = residual(tolerance), every(max(1, max_iterations))
-    damping = jnp.asarray(damping)  # So that another λ is no other program.
+    # As an array, so that another λ does not compile another program.
+    damping = jnp.asarray(damping)
     matvec = as_product("matvec", matvec)
     preconditioner = as_preconditioner(preconditioner)
 
@@ -84,7 +85,9 @@ def inverse(
         return product
 
     def run_on(matvec: Matvec, b: Tree) -> Tree:
-        del matvec  # Of which derivatives are taken; nearly the same.
+        # Solve with the faster product, if `matvec` is an `Approximate`. JAX forms the
+        # derivatives with the exact one, its argument here.
+        del matvec
         return run(
             nearly,
             b,

@@ -1,14 +1,14 @@
-"""One run of conjugate gradients, solved again for other λ.
+"""Solve for other λ in the subspace of one run of conjugate gradients.
 
-The iterates of a run on A = B + λI span a subspace. What A is on it needs no product:
-with d_j the steps from one kept iterate to the next, and M at those iterates,
+The kept iterates of a run on A = B + λI span a subspace on which A is known without
+further products. Let d_j be the step from one kept iterate to the next, and M_j the value
+of M at the j-th. Every step ends at a minimum along itself, so
 
-    d_iᵀA d_j = 0 for i ≠ j,    d_jᵀA d_j = 2 (M_{j−1} − M_j) = c_j,
+    d_iᵀA d_j = 0 for i ≠ j,    d_jᵀA d_j = 2 (M_{j−1} − M_j) = c_j.
 
-as each step ends at a minimum along it. The first kept iterate x₀ itself, which a warm
-start may have in it, has x₀ᵀA x₀ = 2 (M₀ + bᵀx₀) and x₀ᵀA d_j = bᵀd_j − c_j. So the
-minimum of M over the subspace for any other λ′ is a system of as many unknowns as there
-are kept iterates,
+The first kept iterate x₀ may contain a warm start. It satisfies x₀ᵀA x₀ = 2 (M₀ + bᵀx₀)
+and x₀ᵀA d_j = bᵀd_j − c_j. So for any other λ′, the minimum of M over the subspace solves
+a system with as many unknowns as there are kept iterates:
 
     (S + (λ′ − λ) N) y = Vᵀb,    S = VᵀA V,  N = VᵀV,  V = [x₀ d₁ d₂ …].
 """
@@ -25,47 +25,31 @@ from hfjax.solvers.iterates import Iterates
 
 
 class Subspace(NamedTuple):
-    """The kept iterates' subspace, and A on it.
+    """The subspace of the kept iterates, and A on it."""
 
-    Attributes:
-      vectors: V / `size`, each leaf with a leading axis of vectors; those that are none
-        are 0.
-      size: near the largest entry of V, whose square may be no float.
-      curvature: S = VᵀA V.
-      gram: N = VᵀV, in units of `size`².
-      rhs: Vᵀb.
-      damping: λ, in A.
-    """
-
-    vectors: Tree
-    size: jax.Array
-    curvature: jax.Array
-    gram: jax.Array
-    rhs: jax.Array
-    damping: jax.Array
+    vectors: Tree  # V / size, each leaf with a leading axis; 0 for empty slots
+    size: jax.Array  # a power of two near max |V|, which may overflow if squared
+    curvature: jax.Array  # S = VᵀA V
+    gram: jax.Array  # N / size²
+    rhs: jax.Array  # Vᵀb
+    damping: jax.Array  # λ of the run, in A = B + λI
 
     def penalty(self, damping: jax.Array) -> jax.Array:
-        """Return VᵀλI V of some λ."""
+        """Return Vᵀ(λI) V."""
         return _penalty(damping, self.size, self.gram)
 
     def solve(self, damping: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
-        """Minimise M for λ′ over the subspace.
-
-        Args:
-          damping: λ′ ≥ 0.
-
-        Returns:
-          The step; M there, of the run's λ; and M without any λ.
-        """
+        """Return the step for λ′ ≥ 0, and M there: with the run's λ, and without any."""
         matrix = self.curvature + self.penalty(damping - self.damping)
-        # In units that make its diagonal 1: steps differ by orders of magnitude.
+        # The steps differ by orders of magnitude, so scale the diagonal to 1. Empty slots
+        # get a row of the identity, and thus the coefficient 0.
         diagonal = jnp.diagonal(matrix)
         there = diagonal > 0
         unit = jnp.where(there, jax.lax.rsqrt(jnp.where(there, diagonal, 1)), 0)
         scaled = unit[:, None] * matrix * unit[None]
         scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
         y = unit * linalg.solve(scaled, unit * self.rhs)
-        # Of no positive curvature at all: the first iterate is a step downhill.
+        # Without any positive curvature, take the first iterate, which goes downhill.
         y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
@@ -76,17 +60,7 @@ class Subspace(NamedTuple):
 def subspace(
     kept: Iterates, model_values: jax.Array, b: Tree, damping: jax.Array
 ) -> Subspace:
-    """Find what A is on the kept iterates of a run.
-
-    Args:
-      kept: of the run.
-      model_values: M at every iterate of it.
-      b: its right-hand side.
-      damping: its λ, of A = B + λI.
-
-    Returns:
-      The subspace; it holds as many vectors as `kept` has slots.
-    """
+    """Return the subspace of a run on A = B + λI, with one vector per slot of `kept`."""
     there = kept.iterations >= 0
     models = model_values[jnp.maximum(kept.iterations, 0)]
     size = trees.magnitude(kept.iterates).astype(models.dtype)
@@ -96,8 +70,9 @@ def subspace(
     damping = damping.astype(models.dtype)
     penalty = _penalty(damping, size, gram)
     falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
-    # c_j ≥ λ d_jᵀd_j; of a step whose gain is rounding of M nothing else is known, and
-    # what is taken for its c_j would spoil the others'.
+    # Drop steps whose gain is lost in the rounding of M, since a wrong c_j would spoil the
+    # solution in the other directions. It is also wrong if it violates c_j ≥ λ d_jᵀd_j,
+    # which A ≥ λI implies; the factor ½ allows for rounding.
     noise = 16 * jnp.finfo(models.dtype).eps * jnp.max(jnp.abs(models))
     known = (falls > noise) & (falls >= 0.5 * jnp.diagonal(penalty))
     known = there & known.at[0].set(True)
@@ -110,11 +85,9 @@ def subspace(
 
 
 def _steps(iterates: Tree, there: jax.Array, scale: jax.Array) -> Tree:
-    """Return the first iterate, and the steps from each to the next, scaled.
-
-    They take the iterates' place, from the last on: a loop writes where it has read,
-    and so the iterates' memory is not needed twice.
-    """
+    """Return the first iterate, and the steps from each to the next, times `scale`."""
+    # From the last slot on, each step overwrites the iterate that it ends at: no later
+    # round of the loop reads that again, and the buffer is not needed twice.
 
     def step(number: jax.Array, iterates: Tree) -> Tree:
         slot = len(there) - 1 - number
@@ -134,4 +107,5 @@ def _steps(iterates: Tree, there: jax.Array, scale: jax.Array) -> Tree:
 
 
 def _penalty(damping: jax.Array, size: jax.Array, gram: jax.Array) -> jax.Array:
+    # In this order, because `size`² may overflow.
     return (damping * size) * (size * gram)

@@ -1,18 +1,13 @@
 """Preconditioned conjugate gradients on M(x) = ½xᵀA x − bᵀx.
 
-The report's algorithm 2, in one `lax.while_loop` whose body holds one product.
-It differs from `jax.scipy.sparse.linalg.cg` in that it
+This is algorithm 2 of Martens & Sutskever (2012), as one compiled loop with one product
+per iteration. It differs from `jax.scipy.sparse.linalg.cg` in that it
 
 1. stops on the progress of M, by a rule of `hfjax.stopping`;
-2. returns M at every iterate and keeps some iterates (`hfjax.iterates`);
-3. stops where pᵀA p ≤ 0 or a product is not finite, and says which;
-4. works for right-hand sides whose squares overflow or vanish;
-5. sums in float32 or wider, and gathers no sharded array.
-
-M is summed up from what each step gains, α rᵀy − ½α² pᵀA p, which costs no further
-dot. In float32 its error, and that of the usual ½(r − b)ᵀx, stays below 1e-6 |M| for
-condition numbers up to 10⁸ (`python -m benchmarks precision`): a hundredth of what the
-strictest stopping rule compares with.
+2. returns M at every iterate and keeps some of the iterates (`hfjax.iterates`);
+3. stops if pᵀA p ≤ 0 or a product is not finite, and reports which;
+4. works for right-hand sides whose squares overflow or underflow;
+5. sums in float32 or wider, and never gathers a sharded array.
 
     >>> import jax.numpy as jnp
     >>> d = jnp.array([1.0, 2.0, 4.0])  # three eigenvalues, three steps
@@ -68,37 +63,37 @@ def solve(
 ) -> CGResult:
     """Minimise M(x) = ½xᵀA x − bᵀx, for symmetric positive semi-definite A.
 
-    Does not support complex numbers. Where A turns out not to be positive along a
-    direction p, the run ends at the iterate it has; in the very first iteration it
-    takes a step along p = P⁻¹(b − A x₀), of about the length of b: M falls along it for
-    ever. The result has no derivative, and says so: a run that stops early is no smooth
-    function of `b`. `inverse` has one.
+    Complex numbers are not supported. If pᵀA p ≤ 0 for a direction p, so that M falls
+    along p without bound, the run ends at the current iterate. In the very first
+    iteration it then takes a step along p = P⁻¹(b − A x₀), about as long as b.
+
+    The result has no derivative, because a run that stops early is not a smooth function
+    of `b`; differentiating it raises an error. `inverse` can be differentiated.
 
     Args:
       matvec: `v -> A v`, on trees like `b`.
-      b: the right-hand side, real; integers are taken for floats.
-      x0: where to start; `None` is 0 and saves a product.
-      preconditioner: `r -> P⁻¹ r`; its scale does not matter. `None` is the identity.
-      max_iterations: sizes `model_values`, so a Python integer (250: Martens'
-        program).
-      min_iterations: before which the rule is not asked.
-      stopping: a rule of `hfjax.stopping`; `None` runs to `max_iterations` or a
-        residual of zero to rounding. Martens (2010) by default.
-      keep: which iterates to keep, of `hfjax.iterates`.
+      b: the right-hand side, real; integers are converted to floats.
+      x0: the starting point; `None` is 0 and saves a product.
+      preconditioner: `r -> P⁻¹ r`, of any scale; `None` is the identity.
+      max_iterations: a Python integer, because it sets the size of `model_values`.
+      min_iterations: iterations to run before the stopping rule is first consulted.
+      stopping: a rule of `hfjax.stopping`; `None` runs until `max_iterations`, or until
+        the residual is zero to rounding.
+      keep: which iterates to keep, a rule of `hfjax.iterates`.
       value_fn: `x -> f`, for `hfjax.iterates.best` and `.guarded`.
-      limit: fewer iterations than `max_iterations`, as a number that may be traced.
-      replace_every: iterations after which the residual is not summed up but computed
-        anew, A x − b, and M with it; so is the residual of `x0`. A product more each, of
-        `matvec.exact` if that is an `Approximate`. `coefficients` end with the first.
-        `None` is never.
+      limit: a limit below `max_iterations`, as a number that may be traced.
+      replace_every: recompute the residual as A x − b, and M with it, every so many
+        iterations and at `x0`. Each time costs one more product, `matvec.exact` if
+        `matvec` is an `Approximate`. `coefficients` end at the first time. `None` is
+        never.
 
     Returns:
       The result; its `x` has the dtypes of `b`.
 
     Raises:
-      TypeError: if an iteration limit is not a Python integer, or something else is not
-        of its kind.
-      ValueError: if a limit is negative, or `x0` or a product is no tree like `b`.
+      TypeError: if an iteration limit is not a Python integer, or another argument has
+        the wrong type.
+      ValueError: if a limit is negative, or if `x0` or a product is not a tree like `b`.
 
     References:
       Martens & Sutskever (2012), section 4, algorithm 2; van der Vorst & Ye (2000),
@@ -113,6 +108,7 @@ def solve(
     if value_fn is not None:
         check_function("value_fn", value_fn, "x -> f")
     matvec, b = as_product("matvec", matvec), as_vector("b", b)
+    # The loop carries x in the dtypes of b, so x0 must start with them.
     if x0 is not None:
         x0 = trees.cast_like(as_vector("x0", x0, like=b, whose="`b`"), b)
     preconditioner = as_preconditioner(preconditioner)
@@ -138,14 +134,14 @@ def solve(
 
 
 def check_run(stopping: StoppingRule | None, keep: IterateRule) -> None:
-    """Raise unless a run can be ended and kept so.
+    """Raise an error unless both rules of a run have the right type.
 
     Args:
       stopping: a rule of `hfjax.stopping`, or `None`.
-      keep: of `hfjax.iterates`.
+      keep: a rule of `hfjax.iterates`.
 
     Raises:
-      TypeError: if one is not of its kind.
+      TypeError: if one of them is something else.
     """
     if stopping is not None:
         check_function("stopping", stopping, "progress -> bool")
@@ -174,43 +170,42 @@ def conjugate_gradient(
 ) -> Solver:
     """Solve for the direction by `solve`, from 0 or from the last update's solution.
 
-    A warm start is x₀ = `warm_start_decay` · (what was carried over). M may start above
-    0 there: then no rule on M's progress ends the run before M < 0, and if something else
-    does, as `max_iterations`, it is run again from 0, where M(0) = 0 (report, section
-    8.5).
+    A warm start is x₀ = `warm_start_decay` · (the direction carried over), where M may be
+    positive. Stopping rules on the progress of M then wait until M < 0. If something else
+    ends the run before that, such as `max_iterations`, the run is repeated from 0.
 
-    The report's solver is `conjugate_gradient(stopping=stopping.martens2010(),
-    keep=iterates.grid(), warm_start_decay=0.95)`. The defaults are what was faster with
-    Kronecker factors, on every problem compared (`benchmarks/results/step6.md`).
+    The solver of Martens & Sutskever (2012) is
+
+        conjugate_gradient(stopping=martens2010(), keep=grid(), warm_start_decay=0.95)
+
+    The defaults were faster with Kronecker factors, on every problem that was compared
+    (`benchmarks/results/step6.md`).
 
     Args:
-      max_iterations: of a run; a Python integer (Martens' program: 250).
-      min_iterations: before which the stopping rule is not asked (ibid.: 1).
+      max_iterations: the most iterations of a run; a Python integer.
+      min_iterations: iterations to run before the stopping rule is first consulted.
       stopping: a rule of `hfjax.stopping`, or `None`.
-      keep: which iterates backtracking may choose among, of `hfjax.iterates`: `grid`
-        (from 5 on: Martens 2010, section 4.6; from 1 on for short runs), `every`,
-        `best` or `guarded`.
-      warm_start_decay: ζ in [0, 1], a number or schedule (Martens' program: 0.95;
-        report, section 10); `None` starts from 0, which saves a product and, from the
-        thirtieth update on, led to a lower f.
-      warm_start_from: `"last"` carries the run's last iterate over (Martens'
-        program), `"chosen"` the one that backtracking chose, `"best"` the one of the
-        lowest f in the run, where `keep` evaluates it (report, section 13). Without a
-        warm start it is the chosen one that the state holds.
-      limit: fewer iterations, a number or schedule: shorter runs near the end, against
-        overfitting of small batches (report, section 12.2). `None` is none.
-      replace_every: as in `solve`, for products in fewer digits
-        (`hfjax.curvature.with_precision`). `None` is never.
+      keep: which iterates backtracking may choose among: `grid`, `every`, `best` or
+        `guarded` of `hfjax.iterates`.
+      warm_start_decay: a factor in [0, 1], a number or schedule; `None` starts from 0,
+        which saves a product.
+      warm_start_from: what to carry over: the `"last"` iterate of the run, the one
+        `"chosen"` by backtracking, or, if `keep` evaluates f, the `"best"` one, with the
+        lowest f. Without a warm start, `"last"` carries the chosen one, too.
+      limit: a limit below `max_iterations`, a number or schedule; for instance to shorten
+        runs near the end of training, so that they do not overfit small batches.
+      replace_every: as in `solve`, for products in low precision
+        (`hfjax.curvature.with_precision`).
 
     Returns:
       The solver.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if a count is not a Python integer.
       ValueError: if an option is out of range.
 
     References:
-      Martens & Sutskever (2012), sections 8.5 and 10.
+      Martens & Sutskever (2012), sections 8.5, 10, 12.2 (`limit`) and 13 (`"best"`).
     """
     options.check_count("max_iterations", max_iterations, low=1)
     options.check_count("min_iterations", min_iterations, low=0)
@@ -228,6 +223,7 @@ def conjugate_gradient(
 
     def solve_from(system: System, x0: Tree | None) -> Run:
         preconditioner = system.preconditioner()
+        # Only called if `keep` evaluates f.
         value_fn = system.batch_value if keep.data == "batch" else system.value
 
         def from_(x0: Tree | None) -> CGResult:
@@ -247,7 +243,7 @@ def conjugate_gradient(
 
         result = from_(None) if x0 is None else _or_from_zero(from_, x0)
         found = as_run(result)
-        # Where a residual was replaced, steps before and after are not conjugate.
+        # Steps before and after a replacement of the residual are not conjugate.
         if not system.tikhonov or keep.evaluates or replace_every is not None:
             return found
         space = subspace(result.kept, result.model_values, system.b, system.scalar)
@@ -264,7 +260,8 @@ def conjugate_gradient(
             values = run.iterates.values
             best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
             return jax.tree.map(lambda leaf: leaf[best], run.iterates.iterates)
-        # Without a warm start nobody reads it, and the step is at hand, and looked at.
+        # Without a warm start no run reads what is carried over, and the chosen step is
+        # in memory anyway.
         last = warm_start_from == "last" and warm_start_decay is not None
         return run.last.direction if last else chosen
 
@@ -272,13 +269,13 @@ def conjugate_gradient(
 
 
 def as_run(result: CGResult) -> Run:
-    """Return what an update is told of a run: its last step, and the kept iterates.
+    """Convert the result of conjugate gradients to what a solver returns.
 
     Args:
-      result: of conjugate gradients, from 0 or a warm start.
+      result: of a run from 0 or from a warm start.
 
     Returns:
-      The run, which does not tell of other λ.
+      The last step and the kept iterates, without `at_damping`.
     """
     stats = RunStats(
         result.num_iterations, result.reason, result.model_values, result.coefficients
@@ -292,10 +289,8 @@ def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
 
 
 def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
-    """Run from x0, and once more from 0 if M has not become negative.
-
-    A loop of one or two rounds, so that the run is compiled once.
-    """
+    """Run from x0, and once more from 0 if M has not become negative."""
+    # A loop of one or two rounds, so that the run is compiled only once.
     zero = sharding.zeros_like(x0)
     unknown = sharding.zeros(jax.eval_shape(run, x0))
 

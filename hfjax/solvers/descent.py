@@ -1,9 +1,8 @@
 """A solver maps a scalar to a step: what it is given, and what it returns.
 
-This is the split of optimistix: a *descent* maps a scalar, λ or a radius, to a step, and
-a *search* picks the scalar by evidence. Solvers are descents (`hfjax.cg`,
-`hfjax.trust_region`, `hfjax.krylov`, `hfjax.sample_space`); damping rules are searches
-(`hfjax.damping`). Nothing else knows about λ.
+As in optimistix, a *descent* maps a scalar, λ or a radius, to a step, and a *search*
+picks the scalar. Solvers are descents (`hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov`,
+`hfjax.sample_space`); damping rules are searches (`hfjax.damping`).
 """
 
 import enum
@@ -22,33 +21,33 @@ class Reason(enum.IntEnum):
     """Why a run of a solver ended."""
 
     RUNNING = -1
-    """It has not."""
+    """The run has not ended."""
     STOPPING_RULE = 0
     """The stopping rule was met."""
     RESIDUAL_ZERO = 1
-    """‖A x − b‖ is zero, to rounding of ‖b‖."""
+    """‖A x − b‖ is zero, to the rounding of ‖b‖."""
     MAX_ITERATIONS = 2
-    """The limit was reached."""
+    """The limit on the number of iterations was reached."""
     NONPOSITIVE_CURVATURE = 3
-    """pᵀA p ≤ 0, or so small that rounding has it; the iterate is kept."""
+    """pᵀA p is not positive beyond rounding; x stays, except in the first iteration."""
     NONFINITE = 4
-    """b, a product, the preconditioner or the next iterate is not finite; the last that
-    was."""
+    """b, a product, P⁻¹ or the next iterate is not finite; x is the last finite one."""
     BOUNDARY = 5
     """The iterates left the trust region; x lies on its boundary."""
     OBJECTIVE_ROSE = 6
-    """f, evaluated during the run, had got worse (`hfjax.iterates.guarded`)."""
+    """f, evaluated during the run, had increased (`hfjax.iterates.guarded`)."""
 
 
 class Step(NamedTuple):
-    """A step, and the path that it is taken along: θ + αδ + α²c.
+    """A step, and the path along which it is taken: θ + αδ + α²c.
 
     Attributes:
-      direction: δ, which lowers M.
-      model: M(δ), of the run's own λ.
-      iteration: int32 scalar, the number of the iterate that it is, or of the run's last.
-      correction: c, like δ: what bends the path; no part of M. `None` is 0.
-      undamped: M(δ) without any λ, where a search for λ asks for it.
+      direction: δ, along which M falls.
+      model: M(δ), with the λ of the run.
+      iteration: int32 scalar, the number of this iterate, or of the last one of the run
+        if the step is not an iterate.
+      correction: c, like δ, which bends the path; not part of M. `None` is 0.
+      undamped: M(δ) without λ, which a search for λ compares; `None` if unknown.
     """
 
     direction: Tree
@@ -58,7 +57,7 @@ class Step(NamedTuple):
     undamped: jax.Array | None = None
 
     def at(self, alpha: jax.Array | None = None) -> Tree:
-        """Return αδ + α²c; its slope at α = 0 is that of δ.
+        """Return αδ + α²c, whose slope at α = 0 is that of αδ.
 
         Args:
           alpha: α; `None` is 1, the end of the path.
@@ -86,31 +85,30 @@ class Step(NamedTuple):
         if self.correction is not None:
             return trees.norm(self.at(alpha))
         unit, size = trees.normalised(trees.widen(self.direction))
-        # The length of δ itself may be no float.
+        # In this order, because ‖δ‖ may overflow even if α‖δ‖ does not.
         return (alpha * size) * jnp.sqrt(trees.dot(unit, unit))
 
 
 class System(NamedTuple):
     """What a solver is given: M(x) = ½xᵀA x − bᵀx with A = B + λD + μS, and f.
 
-    Vectors are trees of arrays; an update packs the parameters' leaves into few.
+    Vectors are trees of arrays, into which an update packs the leaves of the parameters.
 
     Attributes:
       matvec: v ↦ A v.
       b: −∇f.
       scalar: λ, or the radius of a trust region.
-      count: updates so far.
+      count: the number of updates so far.
       value: x ↦ f(θ + x) on the evaluation data.
-      batch_value: the same on the curvature data.
+      batch_value: x ↦ f(θ + x) on the curvature data.
       value_and_grad: x ↦ (f, ∇f)(θ + x) on the evaluation data.
-      preconditioner: `() -> (r ↦ P⁻¹r)`, or `None` of it. P is made where it is called,
-        and not at all if it is not: call it once, outside of loops.
-      jacobian: `() -> (J̃, weight_decay)`, G written out (`hfjax.sample_space`), made where
-        it is called.
-      jacobian_size: `() -> (rows, columns, forward)`, its size, and the multiplications of
-        a pass forward; Python integers.
-      tikhonov: whether A = B + λI, so that the step for another λ can be told from a
-        subspace.
+      preconditioner: `() -> (r ↦ P⁻¹r)`, or `() -> None`. The call builds P, so make it
+        once, outside of loops; P is not built without it.
+      jacobian: `() -> (J̃, weight_decay)`; the call computes the Jacobian of
+        `hfjax.sample_space`.
+      jacobian_size: `() -> (rows, columns, multiplications of a forward pass)`, as Python
+        integers.
+      tikhonov: whether D = I, so that steps for other λ can be found in a subspace.
     """
 
     matvec: Matvec
@@ -127,14 +125,14 @@ class System(NamedTuple):
 
 
 class RunStats(NamedTuple):
-    """What is told of a run.
+    """The statistics of a run.
 
     Attributes:
       num_iterations: int32 scalar.
       reason: int32 scalar, a `Reason`.
       model_values: M after each iteration, shape `[max_iterations + 1]`.
       coefficients: α and β of each iteration of conjugate gradients, shape
-        `[max_iterations, 2]`; `None` of solvers that have none.
+        `[max_iterations, 2]`; `None` for other solvers.
     """
 
     num_iterations: jax.Array
@@ -147,11 +145,11 @@ class Run(NamedTuple):
     """What a solver returns.
 
     Attributes:
-      last: the step that it came to.
-      stats: of the run.
-      iterates: those that were kept, for backtracking; `None` if there is only the last.
-      at_damping: another λ ↦ the step for it; `None` of a solver that cannot tell.
-      anchor: what steps tend to as λ grows, as momentum's; `None` is 0.
+      last: the step at the end of the run.
+      stats: the statistics of the run.
+      iterates: the kept iterates, for backtracking; `None` if there is only the last.
+      at_damping: `λ -> Step` for other λ; `None` if the solver does not support it.
+      anchor: the step as λ → ∞, for instance the momentum; `None` is 0.
     """
 
     last: Step
@@ -165,15 +163,18 @@ class Solver(NamedTuple):
     """How an update finds its step.
 
     Attributes:
-      start: `(direction, count) -> x0`, from the direction carried over; or `None`.
+      start: `(direction, count) -> x0`, given the direction carried over; may return
+        `None`.
       solve: `(system, x0) -> Run`.
       carry: `(run, chosen) -> direction` to carry over to the next update.
-      scalar: what it takes `System.scalar` for: a `"damping"` λ; a λ that is to be
-        `"fixed"`, as it looks for one by itself; or the `"radius"` of a trust region.
-        `hfjax.hessian_free` compares it with the damping rule's.
-      reads: `"products"`, A and the preconditioner; or the `"jacobian"`, so that no other
-        curvature, no damping matrix and no preconditioner go with it.
-      max_iterations: that the state's record of a run has room for; 0 is no record.
+      scalar: what the solver takes `System.scalar` for: `"damping"`, λ; `"fixed"`, a λ
+        that must not be adapted, because the solver searches over λ itself; or
+        `"radius"`, the radius of a trust region. `hfjax.hessian_free` compares it with
+        the damping rule.
+      reads: `"products"`, A and the preconditioner; or `"jacobian"`, so that no
+        preconditioner and no other curvature or damping matrix can be used.
+      max_iterations: the number of iterations that the record in the state has space for;
+        0 keeps no record.
     """
 
     start: Callable[[Tree, jax.Array], Tree | None]

@@ -1,11 +1,10 @@
-"""Which iterates of conjugate gradients are kept, to choose among afterwards.
+"""Which iterates of conjugate gradients to keep, for backtracking to choose among.
 
-M falls with every iteration; f need not (report, section 8.7). So some iterates
-are kept: `grid` keeps those numbered ⌈first · growth^j⌉ and the last one, as
-Martens' program does, and costs that many copies of the parameters; `best` keeps
-the one with the lowest f, evaluated at the same iterations during the run, and
-costs one; `every` keeps every c-th; `guarded` does so too, evaluates f there, and ends
-the run once f has got worse (section 13).
+M falls with every iteration, but f need not, so some iterates are kept. `grid` keeps
+those numbered ⌈first · growth^j⌉ and the last, which takes that many copies of the
+parameters; `every` keeps every c-th. `best` evaluates f on the grid during the run and
+keeps a single iterate. `guarded` keeps every c-th with f there, and ends the run once f
+has increased.
 """
 
 import itertools
@@ -25,8 +24,8 @@ class Iterates(NamedTuple):
 
     Attributes:
       iterates: a tree like x with a leading axis of slots.
-      iterations: shape `[slots]`, int32: each slot's iteration, −1 if it is empty.
-      values: shape `[slots]`: f there if `best` knows it, else +inf.
+      iterations: shape `[slots]`, int32: the iteration of each slot; −1 if it is empty.
+      values: shape `[slots]`: f there if the rule evaluates it, else +∞.
     """
 
     iterates: Tree
@@ -39,8 +38,8 @@ class IterateBuffer(NamedTuple):
 
     Attributes:
       init: `x -> Iterates`, the buffer at the start, with `x` as iterate 0.
-      update: `(kept, i, x, is_last) -> Iterates`, offers iterate `i`.
-      stop: `(kept, i) -> bool`, whether the run is to end after iterate `i`.
+      update: `(kept, i, x, is_last) -> Iterates`, offers iterate `i` to the buffer.
+      stop: `(kept, i) -> bool`, whether to end the run after iterate `i`.
     """
 
     init: Callable[[Tree], Iterates]
@@ -56,7 +55,7 @@ class IterateRule(NamedTuple):
     Attributes:
       build: `(max_iterations, value_fn) -> IterateBuffer`.
       evaluates: whether the run evaluates f, so that `Iterates.values` are known.
-      data: of an update that f is then evaluated on, `"batch"` or `"eval_batch"`.
+      data: the data on which an update evaluates f then, `"batch"` or `"eval_batch"`.
     """
 
     build: Callable[[int, ValueFn | None], IterateBuffer]
@@ -65,11 +64,11 @@ class IterateRule(NamedTuple):
 
 
 def grid(*, first: int = 5, growth: float = 1.3) -> IterateRule:
-    """Keep iterates number ⌈`first` · `growth`^j⌉, and the last.
+    """Keep iterates number ⌈`first` · `growth`^j⌉, j = 0, 1, …, and the last.
 
     Args:
-      first: iteration (Martens' program: 5).
-      growth: factor between iterations (Martens 2010, section 4.6: 1.3).
+      first: the first iteration to keep.
+      growth: factor > 1 between iterations.
 
     Returns:
       The rule. For 250 iterations it holds 16 copies of x.
@@ -91,13 +90,13 @@ def grid(*, first: int = 5, growth: float = 1.3) -> IterateRule:
 
 
 def every(interval: int) -> IterateRule:
-    """Keep iterates number c, 2c, 3c, …, and the last (report, section 8.7).
+    """Keep iterates number c, 2c, 3c, …, and the last.
 
     Args:
       interval: c.
 
     Returns:
-      The rule: a copy of x for every c-th of `max_iterations`.
+      The rule. It holds a copy of x for every c-th of `max_iterations`.
     """
     options.check_count("interval", interval, low=1)
     return IterateRule(
@@ -106,14 +105,14 @@ def every(interval: int) -> IterateRule:
 
 
 def best(*, first: int = 5, growth: float = 1.3) -> IterateRule:
-    """Keep only the iterate with the lowest f, for when memory is short.
+    """Keep only the iterate with the lowest f, to save memory.
 
-    f is evaluated during the run, at the iterations of `grid`; the choice is that of
+    f is evaluated during the run, at the iterations of `grid`, and the choice is that of
     `hfjax.backtracking.full_search` over the grid.
 
     Args:
-      first: iteration (as `grid`).
-      growth: factor between iterations (as `grid`).
+      first: as in `grid`.
+      growth: as in `grid`.
 
     Returns:
       The rule; `hfjax.cg.solve` then needs its `value_fn`.
@@ -139,7 +138,7 @@ def best(*, first: int = 5, growth: float = 1.3) -> IterateRule:
             # Ties go to the later iterate; NaN never wins.
             better = due & (value <= kept.values[0])
             slot = jnp.zeros((), jnp.int32)
-            # A selection would write all of it anew in each iteration.
+            # A `select` would copy the buffer in every iteration.
             return jax.lax.cond(
                 better, lambda: _write(kept, slot, i, x, value), lambda: kept
             )
@@ -152,29 +151,31 @@ def best(*, first: int = 5, growth: float = 1.3) -> IterateRule:
 def guarded(
     interval: int = 10, *, tolerance: Number = 0.01, data: str = "batch"
 ) -> IterateRule:
-    """Keep every c-th iterate with f there; end the run once f has got worse.
+    """Keep every c-th iterate and f there; end the run once f has increased.
 
-    It ends at iterate i = kc when f(xᵢ) > f(xᵢ₋c) + `tolerance` · (highest − lowest f
-    so far in the run), for k > 1, or f(xᵢ) is not finite: f is "significantly worse than its
-    value from some number of steps ago (e.g. 10)". Beware: how long runs are then
-    depends on λ, and λ on how long they are (report, end of section 8.5).
+    The run ends at iterate i = kc, for k > 1, if
+
+        f(xᵢ) > f(xᵢ₋c) + tolerance · (highest − lowest f so far in the run),
+
+    and for any k if f(xᵢ) is not finite. Beware: the length of a run then depends on λ,
+    and λ on the length of runs.
 
     Args:
-      interval: c (report, section 13: 10).
-      tolerance: share of the range of f that counts as significant; heuristic.
-      data: of an update that f is evaluated on: `"batch"`, the curvature data (ibid.),
-        or `"eval_batch"`.
+      interval: c.
+      tolerance: the increase to accept, as a fraction of the range of f.
+      data: on which data an update evaluates f: `"batch"`, the curvature data, or
+        `"eval_batch"`.
 
     Returns:
       The rule; `hfjax.cg.solve` then needs its `value_fn`. With
-      `conjugate_gradient(warm_start_from="best")` the next run starts from the
-      iterate of the lowest f.
+      `conjugate_gradient(warm_start_from="best")` the next run starts from the iterate
+      with the lowest f.
 
     Raises:
       ValueError: if an option is out of range.
 
     References:
-      Martens & Sutskever (2012), sections 8.7 and 13, second recipe.
+      Martens & Sutskever (2012), sections 8.5 (end), 8.7 and 13, second recipe.
     """
     options.check_count("interval", interval, low=1)
     options.check_range("tolerance", tolerance, low=0.0)
@@ -200,9 +201,11 @@ def guarded(
         def stop(kept: Iterates, i: jax.Array) -> jax.Array:
             slot = _slot_of(ends, i)
             now, before = kept.values[slot], kept.values[jnp.maximum(slot - 1, 0)]
+            # Slots that are still empty hold +∞ and do not count.
             seen = jnp.isfinite(kept.values)
             lowest = jnp.min(jnp.where(seen, kept.values, jnp.inf))
             highest = jnp.max(jnp.where(seen, kept.values, -jnp.inf))
+            # Written so that NaN counts as worse.
             worse = ~(now <= before + tolerance * (highest - lowest))
             worse = ((slot > 0) & worse) | ~jnp.isfinite(now)
             return (i % interval == 0) & worse
@@ -219,9 +222,9 @@ def _slots(ends: list[int]) -> IterateBuffer:
         return _start(x, len(ends) + 1, trees.scalar_dtype(x))
 
     def update(kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array) -> Iterates:
-        # A slot is written over until its iteration has come: so the last iterate is
-        # always there, each iteration costs one copy of x, and no branch has the
-        # buffer as an operand, which would copy all of it.
+        # Every iterate overwrites the slot of the next iteration to keep. So the last one
+        # is always there, and an iteration costs one copy of x. A `cond` with the buffer
+        # as an operand would copy all of it.
         del is_last
         slot = _slot_of(ends, i)
         return _write(kept, slot, i, x, kept.values[slot])
@@ -230,6 +233,7 @@ def _slots(ends: list[int]) -> IterateBuffer:
 
 
 def _slot_of(ends: list[int], i: jax.Array) -> jax.Array:
+    """Return the slot of the first iteration to keep that is not before `i`."""
     return jnp.sum(jnp.asarray(ends, jnp.int32) < i)
 
 

@@ -1,10 +1,10 @@
 """Krylov subspace descent: minimise f itself over the space that CG would search.
 
 The K-dimensional space of P⁻¹b, (P⁻¹A) P⁻¹b, … and the previous step contains the
-solution of every Tikhonov-damped system (B + λI) x = b that K − 1 iterations of
-conjugate gradients from 0 reach, whatever λ (report, section 8.1; Vinyals & Povey
-2012). So no λ need be found: f is minimised there, first over λ, then by BFGS. The
-price is memory for K copies of the parameters, and some tens of gradients.
+solution of every damped system (B + λI) x = b that K − 1 iterations of conjugate
+gradients from 0 reach, whatever λ is. So no λ is needed: f is minimised in this space,
+first over λ, then by BFGS. This takes memory for K copies of the parameters, and some
+tens of gradients.
 """
 
 import functools
@@ -24,14 +24,14 @@ from hfjax.solvers.descent import Reason, Run, RunStats, Solver, Step, System
 from hfjax.solvers.pcg import as_preconditioner
 
 _TIKHONOV = tuple(10.0**power for power in range(-6, 4))
-"""λ that are tried first, relative to the largest curvature in the subspace; and 0."""
+"""The λ to try first, besides 0, relative to the largest curvature in the subspace."""
 
 
 class Basis(NamedTuple):
     """An orthonormal basis of a subspace.
 
     Attributes:
-      vectors: a tree like b with a leading axis of K; zeros where the space is smaller.
+      vectors: V, a tree like b with a leading axis of K; zeros if the space is smaller.
       matrix: VᵀA V, shape `[K, K]`.
     """
 
@@ -49,33 +49,32 @@ def basis(
     direction: Tree | None = None,
     fill: Callable[[jax.Array], Tree] | None = None,
 ) -> Basis:
-    """Build an orthonormal basis of the Krylov space, and A in it.
+    """Build an orthonormal basis of the Krylov space, and A in it, with K products.
 
-    Each vector is orthogonalised twice against all before it, as rounding undoes the
-    short recurrence of Lanczos. One product for each. The result has no derivative, as
-    that of `hfjax.cg.solve`.
+    The result has no derivative, just as that of `hfjax.cg.solve`.
 
     Args:
       matvec: `v -> A v`, symmetric.
-      b: the right-hand side, like the parameters; integers are taken for floats.
+      b: the right-hand side, like the parameters; integers are converted to floats.
       dimension: K, a Python integer.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
-      direction: one more vector, the last of the basis; `None` is one more of Krylov's.
-      fill: `k -> v`, where to go on once the space is exhausted before the k-th vector;
-        `None` fills up with zeros.
+      direction: the vector to end the basis with, instead of the last Krylov vector.
+      fill: `k -> v`, a vector to continue with if the space is exhausted before the k-th
+        vector; `None` fills up with zeros.
 
     Returns:
       The basis.
 
     Raises:
-      TypeError: if `dimension` is no Python integer, or something else is not of its
-        kind.
-      ValueError: if it is less than 1, or `direction` or a product is no tree like `b`.
+      TypeError: if `dimension` is not a Python integer, or another argument has the wrong
+        type.
+      ValueError: if `dimension` is less than 1, or if `direction` or a product is not a
+        tree like `b`.
 
     Example:
       >>> d = jnp.array([1.0, 2.0, 4.0])
       >>> v, a = basis(lambda v: d * v, jnp.ones(3), 3)
-      >>> print(jnp.linalg.eigvalsh(a).round(4))  # The space is all of it.
+      >>> print(jnp.linalg.eigvalsh(a).round(4))  # the basis spans the whole space
       [1. 2. 4.]
     """
     options.check_count("dimension", dimension, low=1)
@@ -100,7 +99,6 @@ def _built(
     direction: Tree | None,
     fill: Callable[[jax.Array], Tree] | None,
 ) -> Basis:
-    """Build the basis, vector by vector."""
     dtype = trees.scalar_dtype(b)
     vectors = jax.tree.map(
         lambda x: jnp.broadcast_to(x[None], (dimension, *x.shape)),
@@ -108,6 +106,8 @@ def _built(
     )
 
     def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
+        # The short recurrence of Lanczos would lose orthogonality to rounding, so every
+        # vector is orthogonalised against all before it.
         (vectors, matrix), candidate = carry
         v = _orthonormal(candidate, vectors)
         if fill is not None:
@@ -123,7 +123,7 @@ def _built(
         product = matvec(v)
         matrix = matrix.at[:, k].set(trees.coordinates(vectors, product))
         following = trees.cast_like(precondition(product), v)
-        if direction is not None:
+        if direction is not None:  # It replaces the last candidate.
             following = trees.select(k == dimension - 2, direction, following)
         return Basis(vectors, matrix), following
 
@@ -132,7 +132,7 @@ def _built(
     if direction is not None and dimension == 1:
         start = (start[0], direction)
     built, _ = jax.lax.fori_loop(0, dimension, add, start)
-    # Column k knows the vectors up to k; the rest is its mirror image.
+    # Column k was computed when only the vectors up to k were known.
     upper = jnp.triu(built.matrix)
     return Basis(built.vectors, upper + jnp.triu(upper, 1).T)
 
@@ -142,24 +142,23 @@ def subspace_descent(
 ) -> Solver:
     """Solve for the direction by minimising f over a Krylov space and the last step.
 
-    f is taken on the evaluation data: hand `update` an `eval_batch` of its own, as
-    Vinyals & Povey do. The start is the best of the Tikhonov-damped steps over a grid
-    of λ from 1e-6 to 1e3 of the largest curvature; BFGS goes on from there, in
-    coordinates where the curvature is I, so the result is never worse than it. Use it
-    with `damping=hfjax.damping.constant(0.0)`: a rule that adapts or searches for λ is
-    refused, since a step that minimises f is the solution for no particular λ.
+    f is evaluated on the evaluation data, so pass an `eval_batch` of its own to `update`,
+    as Vinyals & Povey do. The best of the damped steps over a grid of λ, from 1e-6 to 1e3
+    of the largest curvature, is the start of BFGS, which never makes f higher. Use this
+    solver with `damping=hfjax.damping.constant(0.0)`. A rule that adapts λ is refused,
+    because a step that minimises f does not belong to any particular λ.
 
     Args:
-      dimension: K, with the last step (20: Vinyals & Povey 2012).
-      max_iterations: of BFGS, a gradient or two each; heuristic.
-      floor: least curvature in the subspace, relative to the largest; below it, and
-        where it is negative, it counts as that (ibid.: 1e-4).
+      dimension: K, including the last step.
+      max_iterations: the most iterations of BFGS, with one or two gradients each.
+      floor: curvatures in the subspace count by their absolute value, and as at least
+        this fraction of the largest.
 
     Returns:
-      The solver; the `cg_reason` of its updates is MAX_ITERATIONS, `cg_iterations` K.
+      The solver. Its updates report `cg_reason` MAX_ITERATIONS and `cg_iterations` K.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if a count is not a Python integer.
       ValueError: if an option is out of range.
 
     References:
@@ -181,6 +180,7 @@ def subspace_descent(
             direction=trees.cast_like(direction, b),
         )
         slope = trees.coordinates(built.vectors, b)
+        # If a product is not finite, all vectors become 0 and so does the step.
         finite = jnp.all(jnp.isfinite(built.matrix)) & jnp.all(jnp.isfinite(slope))
         matrix = jnp.where(finite, built.matrix, jnp.eye(dimension, dtype=slope.dtype))
         slope = size * jnp.where(finite, slope, 0)
@@ -207,8 +207,10 @@ def subspace_descent(
 
 
 def _within(system: System, vectors: Tree) -> Callable[[jax.Array], jax.Array]:
-    """Return a ↦ f(θ + V a), differentiable in reverse by one gradient of f."""
+    """Return a ↦ f(θ + V a), whose derivative costs one gradient of f."""
 
+    # Defined by hand, so that the gradient is the objective's own, taken in microbatches
+    # and over devices.
     @jax.custom_vjp
     def value(weights: jax.Array) -> jax.Array:
         f = system.value(trees.combination(weights, vectors))
@@ -230,7 +232,7 @@ def _minimise(
     floor: Number,
     max_iterations: int,
 ) -> jax.Array:
-    """Minimise f over the subspace: over λ, then by BFGS; return the coordinates."""
+    """Minimise f over the subspace, over λ and then by BFGS; return the coordinates."""
     curvatures, rotation = linalg.eigh(matrix)
     largest = jnp.max(jnp.abs(curvatures))
     largest = jnp.where(largest > 0, largest, 1)
@@ -244,7 +246,8 @@ def _minimise(
     values = jax.lax.map(lambda step: value(rotate(step)), steps)
     best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
 
-    # Coordinates c in which the curvature is I and the first gradient 1 long.
+    # BFGS works in coordinates c in which the curvature is I and the first gradient has
+    # length 1.
     root = jnp.sqrt(curvatures)
     unit = jnp.sqrt(jnp.sum(jnp.square(rotated / root)))
     unit = jnp.where(unit > 0, unit, 1)
@@ -260,7 +263,7 @@ def _minimise(
 
 
 def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
-    """Return what is new in `candidate`, of length 1; zeros if nothing is."""
+    """Return the part of `candidate` orthogonal to `vectors`, of length 1 or 0."""
     before = trees.norm(candidate)
     v = trees.scale(1 / jnp.where(before > 0, before, 1), candidate)
     for _ in range(2):  # "Twice is enough" (Kahan; Parlett 1998, section 6.9).
@@ -268,6 +271,6 @@ def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
             -jnp.ones(()), trees.combination(trees.coordinates(vectors, v), vectors), v
         )
     after = trees.norm(v)
-    # What is left is noise where it is of the size of the rounding.
+    # The rest is noise if its size is that of the rounding.
     new = after > 100 * jnp.finfo(after.dtype).eps
     return trees.scale(jnp.where(new, 1 / jnp.where(new, after, 1), 0), v)

@@ -1,8 +1,7 @@
-"""The loop of preconditioned conjugate gradients, on a right-hand side near 1.
+"""The loop of preconditioned conjugate gradients, algorithm 2 of M&S (2012).
 
-`hfjax.cg` and `hfjax.trust_region` are the modules to use; this is the report's algorithm
-2 as they share it. Its options are hooks (`hfjax.solvers.pcg_hooks`), chosen when the program is
-built.
+Use it through `hfjax.cg` and `hfjax.trust_region`, which share it. Its options are hooks
+of `hfjax.solvers.pcg_hooks`, chosen when the program is built.
 """
 
 from typing import NamedTuple
@@ -30,18 +29,18 @@ from hfjax.solvers.stopping import Progress, StoppingRule
 
 
 class CGResult(NamedTuple):
-    """What a run of conjugate gradients found.
+    """The result of a run of conjugate gradients.
 
     Attributes:
       x: the last iterate, like `b`.
-      num_iterations: int32 scalar, how many iterates follow x₀.
-      model_values: shape `[max_iterations + 1]`, float32 or wider: M at x₀, x₁, …;
-        entries past the last repeat it.
+      num_iterations: int32 scalar, the number of iterates after x₀.
+      model_values: shape `[max_iterations + 1]`, float32 or wider: M at x₀, x₁, …; the
+        last value is repeated to the end.
       kept: the kept iterates.
       reason: int32 scalar, a `Reason`.
       coefficients: shape `[max_iterations, 2]`, like `model_values`: α of each iteration
-        and β from it to the next, which make the tridiagonal matrix of Lanczos
-        (`hfjax.spectrum.ritz_values`); zeros from where there is no more of it.
+        and β from it to the next, which make up the tridiagonal matrix of Lanczos
+        (`hfjax.spectrum.ritz_values`); zeros after its end.
     """
 
     x: Tree
@@ -53,15 +52,15 @@ class CGResult(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What stays the same through a run."""
+    """What stays the same during a run."""
 
     matvec: Matvec
     precondition: Preconditioner | None
-    b: Tree  # In units of `size`.
+    b: Tree  # in units of `size`
     size: jax.Array
     rhs_norm: jax.Array
-    max_iterations: int  # Sizes the history of M.
-    limit: jax.Array | int  # At most that; may be traced.
+    max_iterations: int  # the size of the history of M
+    limit: jax.Array | int  # at most that; may be traced
     min_iterations: int
     stopping: StoppingRule | None
     buffer: IterateBuffer
@@ -70,30 +69,28 @@ class Problem(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes, named as in algorithm 2: x, r, and of the last iteration p and rᵀy.
-
-    y = P⁻¹r is found where an iteration begins, so that P⁻¹ is in the program once, and
-    is not applied to the residual that a run ends with. `p_size` is the scale of P⁻¹,
-    which does not matter: of the first y, so that no square leaves the floats.
-
-    `lengths` are xᵀPx, xᵀPp and pᵀPp by their recurrences, as P itself is not at hand
-    (Conn, Gould & Toint 2000, section 7.5.1); from x₀ = 0. In a region x is in units of
-    its radius there, whose square may be no float. `steepest` is the largest pᵀAp / pᵀPp
-    so far; `memory` what the residuals' hook asks for.
-    """
+    """The state of the loop, with the names of algorithm 2."""
 
     i: jax.Array
     x: Tree
     r: Tree
+    # Those of the last iteration: the direction, and rᵀP⁻¹r.
     p: Tree
     ry: jax.Array
+    # The size of the first P⁻¹r. P⁻¹ is divided by it, which changes no iterate, so that
+    # rᵀP⁻¹r stays in the range of floats.
     p_size: jax.Array
     model_values: jax.Array
     kept: Iterates
     reason: jax.Array
+    # xᵀPx, xᵀPp and pᵀPp, by recurrences (Conn, Gould & Toint 2000, section 7.5.1): P is
+    # not available, only P⁻¹. In a region, x is here in units of the radius, whose square
+    # may overflow.
     lengths: tuple[jax.Array, jax.Array, jax.Array]
+    # The largest pᵀAp / pᵀPp so far.
     steepest: jax.Array
     coefficients: jax.Array
+    # What the hook for residuals needs of the last iteration.
     memory: Memory
 
 
@@ -111,9 +108,10 @@ def run(
     region: Region | None = None,
     replace_every: int | None = None,
 ) -> CGResult:
-    """Run algorithm 2 on A x = b from `x0`, or from 0; within a region from 0 only."""
-    # All runs on b / size: a power of two, so exact, and the squares of tiny or huge
-    # right-hand sides stay in range (0/0 after underflow elsewhere: jax#40254).
+    """Run algorithm 2 on A x = b from `x0` or 0; with a region, from 0 only."""
+    # Everything is computed for b / size, so that the squares of tiny or huge right-hand
+    # sides stay in range (jax#40254 is 0/0 after underflow). The size is a power of two,
+    # so the division is exact.
     scaled, size = trees.normalised(b)
     size = jnp.where(jnp.isfinite(size), size, 1)
     problem = Problem(
@@ -139,15 +137,16 @@ def run(
     )
     x_size, _ = problem.bounds.scaled(size, end.p_size)
     coefficients = end.coefficients
-    if replace_every is not None:  # Lanczos' matrix ends there.
+    # After a replacement, the coefficients no longer belong to one Lanczos matrix.
+    if replace_every is not None:
         coefficients = coefficients.at[replace_every:].set(0)
     return CGResult(
         x=trees.scale(x_size, end.x),
         num_iterations=end.i,
-        model_values=size * (x_size * end.model_values),  # size² may be no float.
+        model_values=size * (x_size * end.model_values),  # as size² may overflow
         kept=end.kept,
         reason=end.reason,
-        # With P⁻¹ / p_size in place of P⁻¹, α is p_size times as large.
+        # The loop uses P⁻¹ / p_size, which makes α larger by a factor of p_size.
         coefficients=coefficients.at[:, 0].divide(end.p_size),
     )
 
@@ -185,6 +184,8 @@ def _start(problem: Problem, x0: Tree | None) -> State:
 
 def _step(problem: Problem, state: State) -> State:
     """Do one iteration: the core of algorithm 2, with M at each iterate."""
+    # P⁻¹ is applied here, at the start, and not to the new residual at the end. So it is
+    # in the program only once, and never applied to the residual that ends the run.
     y, p_size = _preconditioned(problem, state)
     ry = trees.dot(state.r, y)
     beta = problem.residuals.beta(ry, state.ry, y, state.memory)
@@ -198,14 +199,17 @@ def _step(problem: Problem, state: State) -> State:
     x_size, bounds = problem.bounds.scaled(problem.size, p_size)
     alpha, moves, leaves = bounds.length(line)
     beyond = trees.axpy(alpha, p, state.x)
+    # x must also be finite in the units of the result.
     reached = trees.is_finite(trees.scale(x_size, trees.maxima(beyond)))
     finite = line.finite & (~moves | reached)
     moves &= finite
     i = state.i + moves.astype(state.i.dtype)
 
-    # `select`, not alpha = 0: what is not finite must not touch x.
+    # With α = 0 instead of `select`, 0 · ∞ would make x NaN.
     x = trees.select(moves, beyond, state.x)
-    # Not α²: for curvature of 1e-30 or 1e30 it is outside of float32.
+    # M falls by α slope − ½α² pᵀAp. In float32 the error of the sum stays below 1e-6 |M|
+    # for condition numbers up to 1e8 (`python -m benchmarks precision`). α² is not formed,
+    # because it may overflow or underflow.
     gain = jnp.where(moves, alpha * (slope - 0.5 * (alpha * curvature)), 0)
     found = Residual(
         r=trees.axpy(alpha, product, state.r),
@@ -213,11 +217,13 @@ def _step(problem: Problem, state: State) -> State:
         fresh=jnp.zeros((), bool),
     )
     r, model, fresh = problem.residuals.after(i, moves, x, found)
+    # A replacement that is not finite ends the run, with M from the recurrence.
     finite &= ~fresh | jnp.isfinite(model)
     model = jnp.where(finite, model, found.model)
 
     later = jnp.arange(problem.max_iterations + 1, dtype=i.dtype) >= i
     model_values = jnp.where(later, model, state.model_values)
+    # Later lines overwrite earlier ones: of several reasons, the last one here wins.
     reason = _judge(problem, i, r, model_values)
     reason = jnp.where(line.positive, reason, Reason.NONPOSITIVE_CURVATURE)
     reason = jnp.where(leaves, Reason.BOUNDARY, reason)
@@ -243,7 +249,7 @@ def _step(problem: Problem, state: State) -> State:
 
 
 def _preconditioned(problem: Problem, state: State) -> tuple[Tree, jax.Array]:
-    """Return P⁻¹r in units of the first one's size, and that size."""
+    """Return P⁻¹r in units of the size of the first one, and that size."""
     if problem.precondition is None:
         return state.r, state.p_size
     y = problem.precondition(state.r)
@@ -261,11 +267,11 @@ def _line(
     curvature: jax.Array,
     slope: jax.Array,
 ) -> tuple[Line, jax.Array]:
-    """Find the minimum of M along p; return the largest pᵀAp / pᵀPp so far, too."""
+    """Find the minimum of M along p; also return the largest pᵀAp / pᵀPp so far."""
     positive = (curvature > 0) & (ry > 0)
     alpha = jnp.where(positive, slope / jnp.where(positive, curvature, 1), 1)
-    # Curvature does not count as positive either where α would overflow, or where the
-    # rounding of p accounts for it: down the null space of A, if b is not in its range.
+    # Also treat curvature as non-positive if α would overflow, or if pᵀAp is within the
+    # rounding of p: p then lies in the null space of A, because b is not in its range.
     pp = lengths[2]
     steepest = jnp.maximum(state.steepest, curvature / jnp.where(pp > 0, pp, 1))
     rounding = jnp.square(8 * jnp.finfo(pp.dtype).eps)
@@ -286,7 +292,7 @@ def _line(
 def _observed(
     problem: Problem, kept: Iterates, i: jax.Array, x: Tree, reason: jax.Array
 ) -> tuple[Iterates, jax.Array]:
-    """Offer an iterate to be kept; f, where it is evaluated there, may end the run."""
+    """Offer an iterate to the buffer, which may end the run if it evaluates f."""
     is_last = reason != Reason.RUNNING
     kept = problem.buffer.update(kept, i, x, is_last)
     worse = (reason == Reason.RUNNING) & problem.buffer.stop(kept, i)
@@ -294,7 +300,8 @@ def _observed(
 
 
 def _lengths_of_p(lengths: Lengths, beta: jax.Array, ry: jax.Array) -> Lengths:
-    """Return xᵀPx, xᵀPp and pᵀPp of the next p."""
+    """Return xᵀPx, xᵀPp and pᵀPp for the next p."""
+    # The next p is −P⁻¹r + βp, and r is orthogonal to x and to p, because x₀ = 0.
     xx, xp, pp = lengths
     return xx, beta * xp, ry + beta**2 * pp
 
@@ -306,12 +313,10 @@ def _lengths_of_x(lengths: Lengths, alpha: jax.Array) -> Lengths:
 
 
 def _recorded(state: State, alpha: jax.Array, beta: jax.Array) -> jax.Array:
-    """Write α of this iteration, and β that follows from the last, for Lanczos.
-
-    The last iteration of a run has no β: nothing follows.
-    """
+    """Write this iteration's α to its row of the coefficients, and β to the row before."""
     numbers = jnp.arange(len(state.coefficients), dtype=state.i.dtype)
     alphas, betas = state.coefficients.T
+    # The last iteration of a run therefore has no β.
     alphas = jnp.where(numbers == state.i, alpha, alphas)
     betas = jnp.where((numbers == state.i - 1) & (alphas > 0), beta, betas)
     return jnp.stack([alphas, betas], axis=1)
@@ -334,7 +339,7 @@ def _judge(
 
 
 def as_preconditioner(preconditioner: Preconditioner | None) -> Preconditioner | None:
-    """Return a user's P⁻¹, which says so where what it returns is no vector."""
+    """Return a user-supplied P⁻¹, with a check that it returns vectors."""
     if preconditioner is None:
         return None
     return as_product("preconditioner", preconditioner, matrix="P⁻¹ v")

@@ -1,8 +1,8 @@
-"""What conjugate gradients may do otherwise: stay in a region, compute residuals anew.
+"""Options of conjugate gradients: stay in a trust region, or recompute residuals.
 
-Each hook stands for one option of the loop in `hfjax.solvers.pcg`, and is chosen when the program
-is built. How far to go along p: `Unbounded`, or within a `Region`. How the residual is
-found: by its `Recurrence`, or by a `Replacement` every so many iterations.
+Each hook stands for one option of the loop in `hfjax.solvers.pcg`. How far to go along p
+is decided by `Unbounded` or a `Region`; the residual follows from a `Recurrence`, or from
+a `Replacement` every so many iterations.
 """
 
 from typing import Any, NamedTuple
@@ -17,24 +17,24 @@ Lengths = tuple[jax.Array, jax.Array, jax.Array]
 """xᵀPx, xᵀPp and pᵀPp."""
 
 Memory = Any
-"""What `Recurrence` or `Replacement` reads of the last iteration."""
+"""What `Recurrence` or `Replacement` needs of the last iteration."""
 
 _SHORTEST = 1e-30
-"""Radius, in units of b and of P⁻¹b, below which nothing but b matters."""
+"""Radius, in units of b and of P⁻¹b, below which curvature does not matter."""
 
 
 class Line(NamedTuple):
-    """What is known of M along p before x moves.
+    """What is known about M along p before x moves.
 
     Attributes:
       first: whether this is the first iteration.
-      x: where it starts.
+      x: the current iterate.
       p: the direction.
       ry: rᵀP⁻¹r.
-      lengths: xᵀPx, xᵀPp and pᵀPp, x in the region's units.
-      alpha: to the minimum of M, where pᵀAp is positive; else 1.
-      positive: whether it is, beyond rounding.
-      finite: whether pᵀAp and rᵀP⁻¹r are.
+      lengths: xᵀPx, xᵀPp and pᵀPp, with x in units of the radius.
+      alpha: the step length to the minimum of M if `positive`, else 1.
+      positive: whether pᵀAp > 0 beyond rounding.
+      finite: whether pᵀAp and rᵀP⁻¹r are finite.
     """
 
     first: jax.Array
@@ -53,12 +53,13 @@ class Unbounded(NamedTuple):
     def scaled(
         self, size: jax.Array, p_size: jax.Array
     ) -> tuple[jax.Array, "Unbounded"]:
-        """Return the unit of x: that of b."""
+        """Return the unit of x, which is that of b."""
         del p_size
         return size, self
 
     def length(self, line: Line) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return α, whether x moves, and whether it leaves the region: never."""
+        # Without positive curvature, only the first iteration takes a step, of α = 1.
         moves = line.finite & (line.positive | (line.first & (line.ry > 0)))
         return line.alpha, moves, jnp.zeros((), bool)
 
@@ -68,49 +69,45 @@ class Unbounded(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A trust region, {x : xᵀQ x ≤ radius²}: Steihaug and Toint's conjugate gradients.
+    """A trust region, {x : xᵀQ x ≤ radius²}, for Steihaug and Toint's conjugate gradients.
 
-    Attributes:
-      radius: r > 0.
-      norm: v ↦ Q v; `None` is the preconditioner's own P.
+    `norm` is v ↦ Q v, or `None` for Q = P, the preconditioner.
     """
 
     radius: jax.Array
     norm: Matvec | None
 
     def scaled(self, size: jax.Array, p_size: jax.Array) -> tuple[jax.Array, "Region"]:
-        """Return the unit of x, and the region in it.
+        """Return the unit of x, and the region in this unit.
 
-        Args:
-          size: of b.
-          p_size: of P⁻¹b, in units of b.
+        `size` is the unit of b, and `p_size` the size of P⁻¹b in that unit.
         """
+        # The loop divides P⁻¹ by p_size, so lengths in the norm of P grow by its root.
         stretch = jnp.sqrt(p_size) if self.norm is None else 1
         given = jnp.asarray(self.radius, size.dtype) * stretch / size
         radius = jnp.clip(given, _SHORTEST, 1 / _SHORTEST)
-        # Beside one as short as that there is no curvature: the step is b, cut short.
+        # Within so short a radius M is linear: the step is P⁻¹b, cut short. Its radius in
+        # the loop is then `_SHORTEST`, and the unit of x is smaller.
         short = size * (given / _SHORTEST)
         unit = jnp.where(given < _SHORTEST, short, size)
         return unit, self._replace(radius=radius)
 
     def length(self, line: Line) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return α, cut short at the boundary, whether x moves, and whether it leaves.
-
-        α is τ > 0 with ‖x + τp‖ = r where the minimum lies beyond, or where M falls for
-        ever: down a direction of negative curvature, too, the boundary is the best point.
-        """
+        """Return α, at most to the boundary, whether x moves, and whether it leaves."""
+        # At the boundary α is τ > 0 with ‖x + τp‖ = r. It is the best point if the minimum
+        # along p lies beyond it, or if there is none, because the curvature is negative.
         xx, xp, pp = line.lengths
         if self.norm is not None:
             x = trees.scale(1 / self.radius, line.x)
             norm_p = self.norm(line.p)
             pp, xp = trees.dot(line.p, norm_p), trees.dot(x, norm_p)
             xx = trees.dot(x, self.norm(x))
-        # In units of the radius and of ‖p‖, whose squares may leave float32.
+        # In units of the radius and of ‖p‖, whose squares may overflow or underflow.
         length = jnp.sqrt(jnp.where(pp > 0, pp, 1))
         cosine = xp / length
         room = jnp.maximum(1 - xx, 0)
         root = jnp.sqrt(cosine**2 + room)
-        # Of the two forms of the root, the one that subtracts nothing.
+        # Both forms are the positive root; this takes the one that does not cancel.
         tau = jnp.where(cosine > 0, room / (cosine + root), root - cosine)
         tau = self.radius * (tau / length)
         leaves = (~line.positive | (line.alpha >= tau)) & (line.ry > 0)
@@ -118,18 +115,12 @@ class Region(NamedTuple):
         return jnp.where(leaves, tau, line.alpha), moves, leaves
 
     def relative(self, alpha: jax.Array) -> jax.Array:
-        """Return α in units of the radius, whose square may be no float."""
+        """Return α in units of the radius, whose square may overflow."""
         return alpha / self.radius
 
 
 class Residual(NamedTuple):
-    """r and M after a step.
-
-    Attributes:
-      r: A x − b.
-      model: M(x).
-      fresh: whether they were computed anew.
-    """
+    """r = A x − b and M(x) after a step, and whether a product has computed them anew."""
 
     r: Tree
     model: jax.Array
@@ -137,21 +128,17 @@ class Residual(NamedTuple):
 
 
 class Recurrence(NamedTuple):
-    """The residual of each iteration follows from that of the last.
+    """The residual of each iteration follows from the one before."""
 
-    Attributes:
-      product: v ↦ A v, for the first one.
-    """
-
-    product: Matvec
+    product: Matvec  # v ↦ A v, for the first residual
 
     def start(self, like: Tree, one: jax.Array) -> Memory:
-        """Return the memory of a run that begins: there is none."""
+        """Return the memory at the start of a run: none is needed."""
         del like, one
         return ()
 
     def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
-        """Return what the next iteration reads."""
+        """Return what the next iteration reads: nothing."""
         del product, curvature, fresh
         return ()
 
@@ -163,33 +150,27 @@ class Recurrence(NamedTuple):
     def after(
         self, i: jax.Array, moves: jax.Array, x: Tree, residual: Residual
     ) -> Residual:
-        """Return r and M as they are."""
+        """Return r and M unchanged."""
         del i, moves, x
         return residual
 
     def beta(
         self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
     ) -> jax.Array:
-        """Return β = rᵀP⁻¹r / (rᵀP⁻¹r of the last)."""
+        """Return β = rᵀP⁻¹r / (rᵀP⁻¹r of the last iteration)."""
         del y, memory
         return ry / jnp.where(before > 0, before, 1)
 
 
 class Replacement(NamedTuple):
-    """The residual is computed anew every so many iterations, and M with it.
-
-    Attributes:
-      interval: iterations from one to the next.
-      product: v ↦ A v, by which.
-      b: the right-hand side.
-    """
+    """The residual, and M with it, is computed anew every `interval` iterations."""
 
     interval: int
-    product: Matvec
+    product: Matvec  # v ↦ A v, exactly
     b: Tree
 
     def start(self, like: Tree, one: jax.Array) -> Memory:
-        """Return the memory of a run that begins."""
+        """Return the memory at the start of a run."""
         return sharding.zeros_like(like), one, jnp.zeros((), bool)
 
     def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
@@ -197,14 +178,16 @@ class Replacement(NamedTuple):
         return product, curvature, fresh
 
     def slope(self, r: Tree, p: Tree, ry: jax.Array) -> jax.Array:
-        """Return −rᵀp: without it, what replacing brings in grows without bound."""
+        """Return −rᵀp."""
+        # It is not rᵀP⁻¹r, because a fresh r is not orthogonal to the last p. With the
+        # latter, the difference would grow without bound.
         del ry
         return -trees.dot(r, p)
 
     def after(
         self, i: jax.Array, moves: jax.Array, x: Tree, residual: Residual
     ) -> Residual:
-        """Return r and M by a product where that is due."""
+        """Return r and M, by a product if a replacement is due."""
         due = moves & (i % self.interval == 0)
         r, model = jax.lax.cond(
             due,
@@ -216,18 +199,17 @@ class Replacement(NamedTuple):
     def beta(
         self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
     ) -> jax.Array:
-        """Return β, of a fresh residual (P⁻¹r)ᵀA p / pᵀA p.
-
-        That is the same number where r is the recurrence's. Beside a far smaller rᵀP⁻¹r
-        of before, the quotient would make the next p the old one, and again.
-        """
+        """Return β, which after a replacement is (P⁻¹r)ᵀA p / pᵀA p."""
+        # For a residual of the recurrence, this is the same number as the quotient. But a
+        # fresh r may be far larger than the last one of the recurrence. The quotient would
+        # then be so large that p hardly changes, in this iteration and the following.
         product, curvature, fresh = memory
         quotient = ry / jnp.where(before > 0, before, 1)
         return jnp.where(fresh, trees.dot(y, product) / curvature, quotient)
 
 
 def by_product(matvec: Matvec, b: Tree, x: Tree) -> tuple[Tree, jax.Array]:
-    """Return A x − b and M(x) by a product."""
+    """Return A x − b and M(x), by one product."""
     product = matvec(x)
     r = jax.tree.map(jnp.subtract, product, b)
     return r, 0.5 * trees.dot(x, product) - trees.dot(b, x)

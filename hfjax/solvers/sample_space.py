@@ -1,20 +1,16 @@
-"""The damped step solved exactly, by one matrix: of as many rows as outputs, or parameters.
+"""The exact damped step, from a matrix in sample space (kernel or Woodbury form) or J̃ᵀJ̃.
 
-With G = J̃ᵀJ̃ + weight_decay · I, J̃ a row for each output of each case, μ = λ +
-weight_decay and −∇f = J̃ᵀc + d,
+Let G = J̃ᵀJ̃ + weight_decay · I, where J̃ has a row for each output of each example, let
+μ = λ + weight_decay, and −∇f = J̃ᵀc + d. The step solves (J̃ᵀJ̃ + μI) δ = −∇f. By the
+push-through identity, it is
 
-    (J̃ᵀJ̃ + μI) δ = −∇f
+    δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ.
 
-is solved with a matrix of the outputs (the push-through identity),
-
-    δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ,
-
-or with J̃ᵀJ̃ + μI itself, whichever is smaller. Other λ cost a Cholesky factor each, so
-that `hfjax.damping.searched` finds λ here, too. The same factor then puts right what
-the step misses as the outputs bend along it (`corrections`), for little more than a pass
-forward each: an update then goes as far as tens without. Fits to 1e-6 and far below are
-what this is for, where G is ill-conditioned as differential equations make it.
-J̃ is written out: memory of rows · parameters.
+By default, the smaller of both matrices is used. J̃ is stored: rows · parameters numbers.
+Each other λ costs one Cholesky factor, so `hfjax.damping.searched` works here, too. The
+same factor corrects the step for the nonlinearity of the outputs (`corrections`), and one
+update then goes as far as tens without. Use it for fits to 1e-6 and far below, where G is
+ill-conditioned, as it is for differential equations.
 """
 
 from collections.abc import Callable
@@ -34,18 +30,20 @@ from hfjax.solvers._correction import corrected
 from hfjax.solvers.descent import Reason, Run, RunStats, Solver, Step, System
 
 _ROUNDING = 100
-"""Of −∇f − J̃ᵀc, in units of ε of its terms, that counts as nothing (heuristic)."""
+"""−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
 _RAISE, _TRIES = 10.0, 20
-"""μ is raised so, and so often at most, until a Cholesky factor is finite (heuristic)."""
+"""μ is raised by this factor, at most this often, until a Cholesky factor is finite."""
 
+# 200 and the momentum were measured on differential equations
+# (`benchmarks/results/step7.md`).
 _WORTH = 200
-"""Products that the matrix may cost as many multiplications as, for `"auto"`; measured."""
+"""For `"auto"`, the matrix may cost as many multiplications as this many products."""
 _NOTHING = 10**7
-"""Multiplications that count as none, for `"auto"`: some milliseconds (heuristic)."""
+"""Multiplications that `"auto"` neglects: some milliseconds."""
 _MOST_NUMBERS = 5 * 10**8
-"""Of J̃, for `"auto"`: 4 GB in float64 (heuristic)."""
+"""The most numbers of J̃ for `"auto"`: 4 GB in float64."""
 _MOMENTUM = 0.5
-"""Of `"auto"`; measured, as above."""
+"""The momentum for `"auto"`."""
 
 
 def cholesky(
@@ -56,44 +54,48 @@ def cholesky(
 ) -> Solver:
     """Solve for the direction exactly, by a Cholesky factor.
 
-    (G + λI) δ = −∇f + λφ, with φ = `momentum` · (the last step): the step that stays as
-    near to φ as λ says, rather than to 0. G is the Gauss-Newton matrix, D = I, and no
-    preconditioner is made. λ, ρ, line search and rejection are as with conjugate
-    gradients. The model needs reverse-mode derivatives only.
+    (G + λI) δ = −∇f + λφ, where φ = `momentum` · (the last step): λ keeps the step near φ
+    instead of near 0. G is the Gauss-Newton matrix and D = I; no preconditioner is built.
+    The model needs derivatives in reverse mode only.
 
-    The step is δ + c, corrected for what its linear model misses: with J̃ and r̃ as above,
+    The result is δ + c. With residuals r̃ such that J̃ᵀr̃ is the gradient of the loss, c
+    corrects for the error of their linear model,
 
         c ← −(G + λI)⁻¹ J̃ᵀ (r̃(θ + δ + c) − r̃ − J̃(δ + c)),
 
-    from c = 0, for as long as what is missed changes less each time and by more than a
-    tenth of the residuals left (heuristic). M and ρ are of δ, f is of θ + δ + c, and the
-    line search goes along θ + αδ + α²c.
+    from c = 0, as long as the error changes less each time, and by more than a tenth of
+    the residuals left. M and ρ refer to δ, and f to θ + δ + c; the line search goes along
+    θ + αδ + α²c.
 
-    An update costs, besides f and ∇f, a pass back for each output of a case; 2 · rows² ·
-    params operations in `"samples"`, 2 · rows · params² in `"parameters"`; and for each λ
-    that is looked at a third of the smaller one's cube, and for each of its corrections a
-    pass forward, 4 · rows · params operations and 2 · the smaller one's square. It holds
-    rows · params numbers, in float32 or wider. λ below the rounding of the matrix counts
-    as that, ε times its trace.
+    Apart from f and ∇f, an update costs
+
+    | what | operations |
+    |---|---|
+    | J̃ | a backward pass for each output of an example |
+    | its matrix, n rows | 2 n · rows · params |
+    | each λ | n³ / 3 |
+    | each correction | a forward pass, 4 · rows · params and 2 n² |
+
+    All of it is in float32 or wider. λ counts as at least ε times the trace of the
+    matrix.
 
     Args:
-      space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"`, that of fewer rows.
-      momentum: in [0, 1], a number or schedule; for batches that are drawn anew in each
-        update (Goldshlager et al. 2024: 0.99 for wave functions; measured on differential
-        equations, `benchmarks/results/step7.md`: 0.5). `None` is without.
-      corrections: of a step, at most; 0 is the damped Gauss-Newton step itself. Nothing
-        where the model is linear in θ (16: measured, ibid.). Corrected steps are longer:
-        where f has several minima they may lead to another than the nearest.
+      space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"` of them.
+      momentum: in [0, 1], a number or schedule, for batches that are drawn anew in each
+        update; `None` is 0.
+      corrections: the most corrections of a step; 0 takes the damped Gauss-Newton step
+        itself. For squared errors and a model linear in θ, c = 0. Corrected steps are
+        longer: if f has several minima, they may lead to another one than the nearest.
 
     Returns:
       The solver.
 
     Raises:
-      TypeError: if `corrections` is no Python integer.
-      ValueError: if an option is out of range, or nothing of the kind.
+      TypeError: if `corrections` is not a Python integer.
+      ValueError: if an option is out of range, or `space` is unknown.
 
     Example:
-      One update solves linear least squares, of 2 cases and 3 parameters:
+      One update solves linear least squares, for 2 examples and 3 parameters:
 
       >>> import hfjax, jax.numpy as jnp, optax
       >>> x, t = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]), jnp.array([3.0, 2.0])
@@ -111,10 +113,11 @@ def cholesky(
       Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient
       methods"; Chen & Heyl (2024); Goldshlager, Abrahamsen & Lin (2024), "A
       Kaczmarz-inspired approach to accelerate the optimization of neural network wave
-      functions" (SPRING); Guzmán-Cordero et al. (2025), of differential equations. Of
-      corrections: Transtrum & Sethna (2012), "Improvements to the Levenberg-Marquardt
-      algorithm for nonlinear least-squares minimization" (the first of them); Kelley
-      (2003), "Solving nonlinear equations with Newton's method", 1.3 (the chord method).
+      functions" (SPRING, `momentum`); Guzmán-Cordero et al. (2025), for differential
+      equations. Corrections: Transtrum & Sethna (2012), "Improvements to the
+      Levenberg-Marquardt algorithm for nonlinear least-squares minimization" (the first);
+      Kelley (2003), "Solving nonlinear equations with Newton's method", 1.3 (chord
+      method).
     """
     options.check_choice("space", space, ("smaller", "samples", "parameters"))
     options.check_range("momentum", momentum, low=0.0, high=1.0)
@@ -132,25 +135,23 @@ def cholesky(
 
 
 def where_small(otherwise: Solver) -> Solver:
-    """Solve exactly where that is cheap, and else otherwise: what `solver="auto"` is.
+    """Solve exactly if that is cheap, and else by `otherwise`; this is `solver="auto"`.
 
-    Which is known by sizes alone, when the update is traced. The matrix of `cholesky` costs
-    rows · params · min(rows, params) multiplications. A product with G costs three passes
-    forward, and conjugate gradients need many where G is ill-conditioned; a matrix product
-    runs at several times the speed of a pass. So it is solved exactly where that is at
-    most 200 products' multiplications (matrix products' and convolutions', as counted in
-    the traced model), or 1e7, and J̃ has at most 5e8 numbers (measured on differential
-    equations: `benchmarks/results/step7.md`).
+    The sizes decide, when the update is traced. J̃ must have at most 5e8 numbers. The
+    matrix of `cholesky` costs rows · params · min(rows, params) multiplications, which
+    may be at most 1e7, or those of 200 products with G, of three forward passes each
+    (counted in the traced model, in matrix products and convolutions). Conjugate
+    gradients may need as many products if G is ill-conditioned, and a matrix product runs
+    several times as fast as a forward pass.
 
     Args:
-      otherwise: what solves where a matrix would cost more.
+      otherwise: the solver to use if the matrix costs more.
 
     Returns:
-      The solver: `cholesky(momentum=0.5)` (ibid.: level with none or ahead of it, but for
-      one of four comparisons), or `otherwise`.
+      The solver: `cholesky(momentum=0.5)` or `otherwise`.
 
     Example:
-      300 rows of as many parameters are few; 3,000 would cost conjugate gradients' time:
+      A matrix for 300 rows and 300 parameters is cheap, one for 3,000 of both is not:
 
       >>> import hfjax, jax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -171,6 +172,7 @@ def where_small(otherwise: Solver) -> Solver:
         chosen = exactly if _is_small(system) else otherwise
         return chosen.solve(system, chosen.start(x0, system.count))
 
+    # `cholesky` keeps no iterates, so this tells which of the two has solved.
     def carry(run: Run, chosen: Tree) -> Tree:
         return chosen if run.iterates is None else otherwise.carry(run, chosen)
 
@@ -180,8 +182,8 @@ def where_small(otherwise: Solver) -> Solver:
 
 
 def _is_small(system: System) -> bool:
-    """Return whether an exact solution costs less than conjugate gradients may."""
-    assert system.jacobian_size is not None, "made by every update"
+    """Return whether an exact solution should cost less than conjugate gradients."""
+    assert system.jacobian_size is not None, "every update provides it"
     rows, columns, forward = system.jacobian_size()
     cost = rows * columns * min(rows, columns)
     worth = cost <= max(_WORTH * 3 * forward, _NOTHING)
@@ -189,8 +191,8 @@ def _is_small(system: System) -> bool:
 
 
 def _solve(system: System, before: Tree | None, space: str, corrections: int) -> Run:
-    """Solve with the run's λ; the run tells of others, too."""
-    assert system.jacobian is not None, "made by every update"
+    """Solve with the λ of the run, and return how to solve with others."""
+    assert system.jacobian is not None, "every update provides it"
     jacobian, decay = system.jacobian()
     rows, columns = len(jacobian.residuals), optax.tree.size(system.b)
     in_samples = space == "samples" or (space == "smaller" and rows <= columns)
@@ -214,7 +216,7 @@ def _solve(system: System, before: Tree | None, space: str, corrections: int) ->
         model = found + penalty.astype(dtype)
         return Step(step, model, jnp.ones((), jnp.int32), correction, found)
 
-    # Not of the step: if other λ are tried, that for this one is never used.
+    # The step is not tested: if other λ are tried, the one for this λ is never used.
     finite = jnp.isfinite(matrix.trace) & jnp.isfinite(jnp.sum(jacobian.residuals))
     reason = jnp.where(finite, Reason.RESIDUAL_ZERO, Reason.NONFINITE)
     last = without_derivative("A corrected step", at_damping(system.scalar))
@@ -224,30 +226,30 @@ def _solve(system: System, before: Tree | None, space: str, corrections: int) ->
 
 
 class _System(NamedTuple):
-    """(J̃ᵀJ̃ + μI) δ = −∇f, for any λ.
+    """(J̃ᵀJ̃ + μI) δ = −∇f, for any λ."""
 
-    Attributes:
-      solve: λ ↦ δ − φ, and u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu by the same factor.
-      trace: of the matrix.
-    """
-
+    # λ ↦ δ − φ, and u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu by the same factor.
     solve: Callable[[jax.Array], tuple[Tree, Callable[[jax.Array], Tree]]]
+    # That of the matrix, which tells whether all of it is finite.
     trace: jax.Array
 
 
 def _in_samples(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
 ) -> _System:
-    """By J̃J̃ᵀ."""
-    # Residuals have the outputs' dtype, rows that of the parameters.
+    """Solve with J̃J̃ᵀ."""
+    # `within` is c in the module's notation, and `beyond` is d. Residuals have the dtype
+    # of the outputs, rows that of the parameters.
     within = -jacobian.residuals.astype(trees.scalar_dtype(jacobian.rows))
-    # −∇f of other data, or the decay's part. What is only rounding would count 1/μ times.
+    # d is not 0 if ∇f is of other data than J̃, or has a part from weight decay. If it is
+    # only rounding, it is set to 0, because the step contains d / μ.
     spanned = trees.cast_like(jacobian.transpose(within), b)
     beyond = jax.tree.map(jnp.subtract, b, spanned)
     eps = jnp.finfo(within.dtype).eps
     size = trees.norm(b) + trees.norm(spanned)
     seen = trees.norm(beyond) > _ROUNDING * eps * size
     beyond = jax.tree.map(lambda x: jnp.where(seen, x, 0), beyond)
+    # For δ − φ, the right-hand side loses (J̃ᵀJ̃ + weight_decay · I) φ.
     if before is not None:
         within -= jacobian.product(before).astype(within.dtype)
         beyond = trees.axpy(-decay, before, beyond)
@@ -270,7 +272,7 @@ def _in_samples(
 def _in_parameters(
     jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
 ) -> _System:
-    """By J̃ᵀJ̃: of few parameters, laid out in one vector."""
+    """Solve with J̃ᵀJ̃; the parameters, which are few, form one vector."""
     dtype = trees.widest(*(leaf.dtype for leaf in jax.tree.leaves((jacobian.rows, b))))
 
     def in_one(tree: Tree) -> Tree:
@@ -299,7 +301,7 @@ def _in_parameters(
 
 
 def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the Cholesky factor of matrix + μI, and μ, raised where it has none."""
+    """Return the Cholesky factor of matrix + μI and μ, raised until there is one."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     rounding = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
 
@@ -308,6 +310,7 @@ def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         factor, _, tries = tried
+        # If the factorisation fails, its last pivot is NaN.
         return ~jnp.isfinite(factor[-1, -1]) & (tries < _TRIES)
 
     def again(tried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
@@ -315,7 +318,7 @@ def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
         return attempt(_RAISE * mu), _RAISE * mu, tries + 1
 
     mu = jnp.maximum(mu.astype(matrix.dtype), rounding)
-    # Of no curvature at all, and no damping.
+    # Without any curvature and damping, μ would be 0, and raising it would not help.
     mu = jnp.where(mu > 0, mu, jnp.finfo(matrix.dtype).tiny)
     start = (jnp.full_like(matrix, jnp.nan), mu / _RAISE, jnp.zeros((), jnp.int32))
     factor, mu, _ = jax.lax.while_loop(failed, again, start)

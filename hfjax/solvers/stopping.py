@@ -1,21 +1,19 @@
 """When conjugate gradients may stop: rules on the history of M.
 
-A rule is called in every iteration with a `Progress` and answers a boolean.
-The report (section 4, equation 2) and Martens' own program both watch the
-relative progress over a window of the last k iterations,
+A rule is called in every iteration with a `Progress`, and returns a boolean. Two of them
+consider the relative progress over a window of the last k iterations,
 
-    s_j = (M(x_j) − M(x_{j−k})) / M(x_j),     k = max(minimum_window, fraction · j),
+    s_j = (M(x_j) − M(x_{j−k})) / M(x_j),     k = max(minimum_window, ⌈fraction · j⌉),
 
-once `j > k` and M < 0; they differ in what they compare it with:
+once `j > k` and M < 0. They compare it with different numbers:
 
 | rule | source | stops when |
 |---|---|---|
 | `martens2010` | Martens (2010) and his program | s_j < 5e-4 · k |
-| `martens_sutskever2012` | the report, equation 2 | s_j < 1e-4 |
+| `martens_sutskever2012` | M&S (2012), equation 2 | s_j < 1e-4 |
 
-The first is at least fifty times looser; early in training it stops after a
-dozen iterations. `marginal` asks another question: whether one more iteration still
-pays, beside what an update costs before its first.
+The first is at least fifty times looser; early in training it stops after a dozen
+iterations. `marginal` compares the gain of one more iteration with the cost of an update.
 """
 
 from collections.abc import Callable
@@ -29,11 +27,11 @@ from hfjax._core.types import Number
 
 
 class Progress(NamedTuple):
-    """What a stopping rule sees, after iteration j.
+    """What a stopping rule sees after iteration j.
 
     Attributes:
-      iteration: j, an int32 scalar; the start is 0.
-      model_values: M(x_0), M(x_1), …, up to j; what lies beyond is not defined.
+      iteration: j, an int32 scalar; 0 at the start.
+      model_values: M(x_0), M(x_1), …, M(x_j); later entries are undefined.
       residual_norm: ‖A x_j − b‖.
       rhs_norm: ‖b‖.
     """
@@ -51,21 +49,20 @@ StoppingRule: TypeAlias = Callable[[Progress], jax.Array]
 def martens2010(
     tolerance: Number = 5e-4, *, fraction: Number = 0.1, minimum_window: int = 10
 ) -> StoppingRule:
-    """Stop when the mean relative progress per iteration is below `tolerance`.
-
-    s_j < `tolerance` · k with k = max(⌈`fraction` · j⌉, `minimum_window`).
+    """Stop when the mean relative progress per iteration, s_j / k, is below `tolerance`.
 
     Args:
-      tolerance: per iteration (Martens 2010, section 4.4: 0.0005).
-      fraction: of the iterations so far that the window spans (ibid.: 0.1).
-      minimum_window: in iterations (ibid.: 10).
+      tolerance: relative progress per iteration.
+      fraction: length of the window, as a fraction of the iterations so far.
+      minimum_window: the least length of the window, in iterations.
 
     Returns:
       The rule.
 
     Example:
-      Where M = −j / (j + 1), the last 10 of 60 iterations gained 0.0033 of it: less than
-      10 · 5e-4, where Martens' program stops, and more than 1e-4, where the report does:
+      If M = −j / (j + 1), the last 10 of 60 iterations gained 0.0033 of M. This is less
+      than 10 · 5e-4, so that this rule stops, but more than the 1e-4 of
+      `martens_sutskever2012`:
 
       >>> j = jnp.arange(61)
       >>> here = Progress(j[-1], -j / (j + 1.0), jnp.ones(()), jnp.ones(()))
@@ -78,14 +75,12 @@ def martens2010(
 def martens_sutskever2012(
     tolerance: Number = 1e-4, *, fraction: Number = 0.1, minimum_window: int = 10
 ) -> StoppingRule:
-    """Stop when the relative progress over the whole window is below `tolerance`.
-
-    s_j < `tolerance` with k = max(⌈`fraction` · j⌉, `minimum_window`).
+    """Stop when the relative progress over the window, s_j, is below `tolerance`.
 
     Args:
-      tolerance: for the window (report, equation 2: 0.0001).
-      fraction: of the iterations so far that the window spans (report, section 4).
-      minimum_window: in iterations (ibid.).
+      tolerance: relative progress over the window.
+      fraction: as in `martens2010`.
+      minimum_window: as in `martens2010`.
 
     Returns:
       The rule.
@@ -94,39 +89,33 @@ def martens_sutskever2012(
 
 
 def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
-    """Stop when an iteration gains less than the update does for its price, on average.
+    """Stop when an iteration gains less than the update does on average for its cost.
 
         (M(x_{j−k}) − M(x_j)) / k  <  −M(x_j) / (cost + j),      k = min(window, j)
 
-    With j iterations an update costs `cost` + j products and promises −M(x_j): that
-    rate is highest where one more iteration gains just the rate itself. Short runs while
-    f falls fast, of k + 1 iterations at least, long ones near a minimum, without a
-    schedule. For runs from 0.
+    An update with j iterations costs `cost` + j products and lowers M by −M(x_j). This
+    rate is highest when one more iteration gains exactly as much. Runs are therefore
+    short while f falls fast, with at least `window` + 1 iterations, and long near a
+    minimum. The rule is meant for runs from 0.
 
     Args:
-      cost: of an update without its iterations, in products: gradient,
-        preconditioner, linearisation, evaluations of f (6: heuristic; with Kronecker factors
-        it was measured, `benchmarks/results/step6.md`).
-      window: iterations that the gain is averaged over: it rises and falls from one to
-        the next (4: ibid.; heuristic).
+      cost: the cost of an update apart from its iterations, in products: gradient,
+        preconditioner, linearisation, evaluations of f.
+      window: the number of iterations over which to average the gain, which fluctuates.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: if `window` is no Python integer.
+      TypeError: if `window` is not a Python integer.
       ValueError: if an option is out of range.
 
     Example:
-      Where M = −j / (j + 1), the rate j / (j + 1) / (cost + j) is highest at √cost:
+      If M = −j / (j + 1), the rate j / (j + 1) / (cost + j) is highest at j = √cost:
 
       >>> j, rule = jnp.arange(9), marginal(cost=9.0, window=1)
-      >>> values = -j / (j + 1.0)
-      >>> [
-      ...     int(n)
-      ...     for n in j[1:]
-      ...     if rule(Progress(n, values, jnp.ones(()), jnp.ones(())))
-      ... ]
+      >>> here = [Progress(n, -j / (j + 1.0), jnp.ones(()), jnp.ones(())) for n in j]
+      >>> print([n for n in range(1, 9) if rule(here[n])])
       [4, 5, 6, 7, 8]
 
     References:
@@ -140,6 +129,7 @@ def marginal(*, cost: Number = 6.0, window: int = 4) -> StoppingRule:
         k = jnp.minimum(j, window)
         gain, now = values[j - k] - values[j], values[j]
         spent = jnp.asarray(cost, now.dtype) + j.astype(now.dtype)
+        # The inequality above, multiplied by both denominators.
         return (now < 0) & (gain * spent < -now * k.astype(now.dtype))
 
     return rule
@@ -149,7 +139,7 @@ def residual(tolerance: Number) -> StoppingRule:
     """Stop when ‖A x − b‖ ≤ `tolerance` · ‖b‖, as solvers of linear systems do.
 
     Args:
-      tolerance: relative to the right-hand side.
+      tolerance: relative to ‖b‖.
 
     Returns:
       The rule.
@@ -164,7 +154,7 @@ def residual(tolerance: Number) -> StoppingRule:
 
 
 RULES = (martens2010, martens_sutskever2012, marginal, residual)
-"""What makes the rules; none is one itself."""
+"""The functions that make rules, to detect one that is passed without being called."""
 
 
 def _relative_progress(
@@ -182,9 +172,9 @@ def _relative_progress(
         now, before = values[j], values[jnp.maximum(j - window, 0)]
         bound = jnp.asarray(tolerance, now.dtype)
         bound = bound * window.astype(now.dtype) if per_iteration else bound
-        # Martens' program asks M(x_{j−k}) < 0; M falls, so M(x_j) < 0 is implied.
+        # Martens' program requires M(x_{j−k}) < 0; as M falls, this implies M(x_j) < 0.
         started = (j > window) & (before < 0)
-        # s_j < bound without the division: both sides times M(x_j) < 0.
+        # This is s_j < bound, with both sides multiplied by M(x_j) < 0.
         return started & (now - before > bound * now)
 
     return rule
