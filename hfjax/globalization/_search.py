@@ -1,10 +1,7 @@
-"""The search for λ: the steps for other λ, compared by f.
+"""The search for λ of `hfjax.damping.searched`: compare the steps for several λ by f.
 
-After one run with λ the step for λ · factor^p costs little: that over the subspace of a
-run of conjugate gradients, or one more factorisation of an exact solver. f is evaluated at
-the end of the step for p = 0, then for p = 1, 2, … while it gets lower, or else for
-p = −1, −2, …. The step taken is the last that was better, and its λ is that of the next
-update. So a λ that is wrong by orders of magnitude costs evaluations of f, not updates.
+The steps are those for λ · factor^p, with p = 0, then 1, 2, … as long as f at their end
+gets lower, or else −1, −2, …. The last step that was better is taken, by these rules:
 
 | candidate | f there | taken |
 |---|---|---|
@@ -12,8 +9,8 @@ update. So a λ that is wrong by orders of magnitude costs evaluations of f, not
 | higher λ | at most `tolerance` of the gain above the lowest | yes, as λ makes no difference |
 | higher λ, momentum | lower by `tolerance` of the gain | yes: λ → ∞ repeats the last step |
 | lower λ | lower by `tolerance` of the gain, and by more than rounding | yes |
-| lower λ | hidden by rounding, as is the best step's fall; M falls by 1.1 times as much | yes |
-| any | lower by more than 10 times what M says | as if f had not changed |
+| lower λ | all changes below rounding, but M falls by 1.1 times as much | yes |
+| any | lower by more than 10 times what M predicts | as if f had not changed |
 | p = 1 | not taken | no, and p = −1 is next |
 | any other | | no, and the search ends |
 """
@@ -29,10 +26,10 @@ from hfjax.globalization.backtracking import Backtracking, Before, Chosen
 from hfjax.solvers.descent import Run, Step
 
 _CREDIBLE = 10.0
-"""Times what M says that f may fall; heuristic."""
+"""f may fall by at most this many times what M predicts."""
 
 _MORE = 1.1
-"""Times as much of M makes λ worth lowering where f shows nothing; heuristic."""
+"""Where f shows nothing, lower λ if M then falls by this many times as much."""
 
 
 def search_damping(
@@ -42,7 +39,7 @@ def search_damping(
 
     def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
         at_damping = run.at_damping
-        assert at_damping is not None, "who cannot tell is not asked"
+        assert at_damping is not None, "other runs get another rule"
         dtype = before.value.dtype
 
         def damping_at(power: jax.Array) -> jax.Array:
@@ -51,7 +48,7 @@ def search_damping(
         def look(search: _Search) -> _Search:
             step = at_damping(damping_at(search.trial))
             value = trees.finite_or_inf(evaluate(step.at())).astype(dtype)
-            assert step.undamped is not None, "where other λ can be told"
+            assert step.undamped is not None, "known for the steps of `at_damping`"
             return _next(
                 search,
                 _Candidate(value, -step.undamped.astype(dtype), step),
@@ -60,6 +57,7 @@ def search_damping(
                 anchored=run.anchor is not None,
             )
 
+        # Placeholders: the first candidate, p = 0, is always taken.
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         nothing = sharding.zeros_like(run.last)
         nothing = nothing._replace(undamped=sharding.zeros_like(run.last.model))
@@ -83,17 +81,17 @@ def search_damping(
 
 
 class _Candidate(NamedTuple):
-    value: jax.Array  # f at the end of the step.
-    promised: jax.Array  # By how much it falls, by M without damping.
+    value: jax.Array  # f at the end of the step
+    promised: jax.Array  # how much f should fall, by M without damping
     step: Step
 
 
 class _Search(NamedTuple):
-    trial: jax.Array  # Power of `factor` to look at next.
-    power: jax.Array  # That of the best λ so far.
+    trial: jax.Array  # the power of `factor` to try next
+    power: jax.Array  # that of the best λ so far
     best: _Candidate
-    lowest: jax.Array  # f so far, of those that are credible.
-    first_value: jax.Array  # f for the run's own λ.
+    lowest: jax.Array  # the lowest credible f of the steps taken so far
+    first_value: jax.Array  # f for the λ of the run
     tries: jax.Array
     going: jax.Array
 
@@ -106,24 +104,26 @@ def _next(
     *,
     anchored: bool,
 ) -> _Search:
-    """Compare a candidate with the best so far, and say where to look next."""
+    """Compare a candidate with the best so far, and say which λ to try next."""
     first, up = search.tries == 0, search.trial > search.power
     fall = before.value - candidate.value
-    # Falls far larger than M predicts are rounding, and would lead λ anywhere.
+    # Ignore decreases far larger than M predicts: they are rounding errors in f, and would
+    # lead λ anywhere.
     credible = ~(fall > _CREDIBLE * candidate.promised)
     value = jnp.where(credible, candidate.value, before.value)
     slack = _slack(before.value - search.lowest, before.noise, tolerance)
 
-    # Ties go to the higher λ, unless there is nothing but rounding to tell by; with
-    # momentum λ → ∞ repeats the last step, and λ stays.
+    # Break ties towards larger λ, unless the difference is only rounding. With momentum,
+    # λ → ∞ repeats the last step, so keep the current λ.
     as_good = value <= search.lowest + (-jnp.abs(slack) if anchored else slack)
     clearly_better = value < search.lowest - jnp.maximum(jnp.abs(slack), before.noise)
-    # A step that f cannot show is no evidence against a longer one.
+    # A best step that is too small for f to show is no evidence against a longer one.
     invisible = search.best.promised <= before.noise
     invisible &= value <= before.value + before.noise
     goes_further = candidate.promised > _MORE * search.best.promised
     below = clearly_better | (invisible & goes_further)
     better = first | jnp.where(up, as_good, below)
+    # Only the first higher λ can turn the search round; later failures end it.
     turns = up & ~better & (search.power == 0)
 
     power = jnp.where(better, search.trial, search.power)
@@ -140,7 +140,8 @@ def _next(
 
 
 def _slack(gain: jax.Array, noise: jax.Array, tolerance: Number) -> jax.Array:
-    """Return by how much f may be higher at a higher λ; less than 0 where f is noise."""
+    """Return by how much f may be higher at a higher λ; negative if f is only noise."""
+    # If the gain is only noise, ties must not go to the higher λ, or it would drift up.
     share = options.like(tolerance, gain)
     slack = jnp.where(gain > noise, share * gain, -noise)
     return jnp.where(jnp.isfinite(slack), slack, 0)

@@ -1,11 +1,9 @@
-"""Backtracking: which step of a run is taken.
+"""Backtracking: choose which step of a run to take.
 
-M falls along a run of conjugate gradients, f need not: the later iterates trust
-the model furthest (report, section 8.7). `early_stop` and `full_search` choose among
-the kept iterates. (The search for λ of `hfjax.damping.searched` is a rule of this kind
-too: it chooses among the steps for other λ.) Each evaluates f at one candidate after
-another, in one loop; a value that is not finite counts as +∞. With `cases` f is evaluated
-on a part of the evaluation data; the value of the chosen step is that on all of it.
+M falls along a run of conjugate gradients, but f need not: later iterates trust the model
+further. `early_stop` and `full_search` choose among the kept iterates by f, where a value
+that is not finite counts as +∞. With `cases`, they evaluate f on a subset of the
+evaluation data, and then once on all of them, at the chosen step.
 """
 
 from collections.abc import Callable
@@ -24,7 +22,7 @@ class Before(NamedTuple):
     """What is known before a step is chosen.
 
     Attributes:
-      value: f(θ), on the cases that f is evaluated on.
+      value: f(θ), on the data on which the rule evaluates f.
       noise: how much of a change of f may be rounding.
       scalar: λ of the run, or the radius.
     """
@@ -40,9 +38,9 @@ class Chosen(NamedTuple):
     Attributes:
       step: the step.
       value: f at its end, θ + δ + c; +∞ if it is not finite.
-      last_value: f at the end of the run's last step; in an update on all of the data only
-        if ρ is to judge that one.
-      damping: λ of the next update, where the rule finds it, else `None`.
+      last_value: f at the end of the last step of the run. In an update it is on all of
+        the evaluation data only if ρ is of that step.
+      damping: λ of the next update if the rule finds it, else `None`.
     """
 
     step: Step
@@ -52,7 +50,7 @@ class Chosen(NamedTuple):
 
 
 Choose: TypeAlias = Callable[[Run, ValueFn, Before], Chosen]
-"""`(run, evaluate, before) -> Chosen`, with `evaluate` x ↦ f(θ + x)."""
+"""`(run, evaluate, before) -> Chosen`, where `evaluate` is x ↦ f(θ + x)."""
 
 
 def _last_step(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
@@ -61,12 +59,12 @@ def _last_step(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
 
 
 class Backtracking(NamedTuple):
-    """A rule for choosing.
+    """A rule for choosing a step.
 
     Attributes:
-      choose: `(run, evaluate, before) -> Chosen`; left out, the last step is taken, which
-        is what `backtracking=None` stands for.
-      cases: how many of the evaluation cases it evaluates f on at least, `None` is all.
+      choose: `(run, evaluate, before) -> Chosen`. By default the last step is taken,
+        which is also what `backtracking=None` means.
+      cases: evaluate f on at least this many of the evaluation examples; `None` is all.
     """
 
     choose: Choose = _last_step
@@ -74,39 +72,41 @@ class Backtracking(NamedTuple):
 
 
 def early_stop(*, cases: int | None = None) -> Backtracking:
-    """Walk from the last iterate back, and stop at the first that is no better.
+    """Walk back from the last iterate, and stop at the first that is not better.
 
     Args:
-      cases: how many of the evaluation cases (of each device's, under `axis_name`) to
-        compare the iterates on at least: every k-th, with the largest k for which
-        they are so many; `None` is all (report, section 8.7: "only on a small
-        subset").
+      cases: compare iterates on at least this many evaluation examples (of each device,
+        under `axis_name`): on every k-th, with the largest k that leaves enough. `None`
+        is all.
 
     Returns:
-      The rule of Martens' program (Martens 2010, section 4.6).
+      The rule.
 
     Raises:
-      TypeError: if `cases` is no Python integer.
+      TypeError: if `cases` is not a Python integer.
       ValueError: if it is less than 1.
+
+    References:
+      Martens (2010), section 4.6; Martens & Sutskever (2012), section 8.7.
     """
     return _backtracking(cases, full=False)
 
 
 def full_search(*, cases: int | None = None) -> Backtracking:
-    """Evaluate every kept iterate and take the lowest f; of equals, the latest.
+    """Evaluate f at every kept iterate, and take the lowest; the latest one of equals.
 
     Args:
       cases: as in `early_stop`.
 
     Returns:
-      The rule (report, section 8.7).
+      The rule.
 
     Raises:
-      TypeError: if `cases` is no Python integer.
+      TypeError: if `cases` is not a Python integer.
       ValueError: if it is less than 1.
 
     Example:
-      Of the iterates 1, 2 and 3, f = (x − 2)² is lowest at the second:
+      Of the iterates 1, 2 and 3, the second has the lowest f = (x − 2)²:
 
       >>> from hfjax import cg, iterates
       >>> numbers = jnp.array([5, 7, 9])
@@ -126,7 +126,7 @@ def _backtracking(cases: int | None, *, full: bool) -> Backtracking:
         options.check_count("cases", cases, low=1)
 
     def choose(run: Run, evaluate: ValueFn, before: Before) -> Chosen:
-        if run.iterates is None:  # Of a solver that keeps none.
+        if run.iterates is None:  # Not every solver keeps iterates.
             return _last_step(run, evaluate, before)
         return _walk(run, run.iterates, evaluate, before, full=full)
 
@@ -134,7 +134,7 @@ def _backtracking(cases: int | None, *, full: bool) -> Backtracking:
 
 
 class _Walk(NamedTuple):
-    slot: jax.Array  # To look at next.
+    slot: jax.Array  # the next to evaluate
     chosen: jax.Array
     value: jax.Array
     last_value: jax.Array
@@ -144,17 +144,19 @@ class _Walk(NamedTuple):
 def _walk(
     run: Run, kept: Iterates, evaluate: ValueFn, before: Before, *, full: bool
 ) -> Chosen:
-    """Go from the last kept iterate back, to the first that is no better or to the first."""
+    """Walk back from the last iterate, to the first that is not better unless `full`."""
+    # The slots that are filled come first.
     final = (jnp.sum(kept.iterations >= 0) - 1).astype(jnp.int32)
     dtype = before.value.dtype
 
+    # A loop that evaluates one iterate at a time, so that f is compiled only once.
     def look(walk: _Walk) -> _Walk:
         value = trees.finite_or_inf(evaluate(_at(kept.iterates, walk.slot))).astype(
             dtype
         )
         first = walk.slot == final
         better = (value < walk.value) | first
-        # A value that is not finite is not one to stop at.
+        # Never stop at a value that is not finite.
         going = better | full | ~jnp.isfinite(walk.value)
         return _Walk(
             slot=walk.slot - 1,

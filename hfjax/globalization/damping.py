@@ -1,17 +1,15 @@
 """Damping: A = B + λD + μS, and how λ and μ are chosen.
 
-D is a matrix of `hfjax.damping_matrices`, by default I; λ stands on the scale of the
-mean objective's curvature (Martens' program adds it to G divided by the number of
-cases). S, with structural damping (report, section 8.4), is the Gauss-Newton matrix of
-the hidden states' mean distance, `Objective(hidden_loss=…)`; μ is its strength.
+D is a matrix of `hfjax.damping_matrices`, by default I, and λ is on the scale of the
+curvature of f, a mean over examples. S is for structural damping: the Gauss-Newton matrix
+of the mean distance between hidden states, `Objective(hidden_loss=…)`, with strength μ.
 
-The Levenberg-Marquardt rule (report,
-section 8.5, equation 10) watches how well the quadratic model predicts,
+The Levenberg-Marquardt rule measures how well the quadratic model predicts f,
 
     ρ = (f(θ + δ) − f(θ)) / M(δ),    M(δ) = ∇fᵀδ + ½δᵀB δ,
 
-and raises λ where ρ < `lower`, lowers it where ρ > `upper`. `searched` looks for the λ
-with which f is lowest instead. `radius` is the same rule for a trust region.
+and raises or lowers λ. `searched` instead looks for the λ with the lowest f, and
+`hfjax.trust_region.radius` adapts the radius of a trust region.
 """
 
 import jax
@@ -31,15 +29,15 @@ from hfjax.globalization.rule import Structural, if_told
 from hfjax.globalization.rule import Verdict as Verdict
 
 _RAISED_TO = 1e18
-"""λ is raised no higher: 1/λ is then below the rounding of steps of any usual scale."""
+"""The largest λ to raise to: 1/λ is then below the rounding of any usual step."""
 _SET_TO = 1e30
-"""What a caller may set λ to, for a loss of such a scale: λ‖p‖² is finite in float32."""
+"""The largest λ that a user may set, for losses of that scale; λ‖p‖² is then finite."""
 _NAMED = {
     "identity": damping_matrices.identity,
     "curvature_diagonal": damping_matrices.diagonal,
     "curvature": damping_matrices.curvature,
 }
-"""What `matrix=` takes by name, with every default."""
+"""The matrices that `matrix=` takes by name, with their default options."""
 
 
 def constant(
@@ -52,23 +50,20 @@ def constant(
     """Damp with a given λ: A = B + λD + μS.
 
     Args:
-      value: λ ≥ 0. A schedule or an array (as `optax.inject_hyperparams` passes) is
-        read anew in each update. A plain number is where the state's `damping`
-        starts, and stays until the caller sets it there.
+      value: λ ≥ 0. A schedule or an array (from `optax.inject_hyperparams`, for instance)
+        is read in every update. A plain number is the first `damping` of the state, and
+        stays until the user sets another one there.
       matrix: D, as in `levenberg_marquardt`.
-      structural: μ, as in `levenberg_marquardt`.
+      structural: as in `levenberg_marquardt`.
       tied: as in `levenberg_marquardt`.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: if `matrix` is nothing of the kind.
-      ValueError: if a plain number is negative, if a name is not known, or if
-        `structural` is tied to a λ of 0.
-
-    References:
-      Martens & Sutskever (2012), section 8.1 (Tikhonov damping).
+      TypeError: if `matrix` has the wrong type.
+      ValueError: if a plain number is negative, if a name is unknown, or if `structural`
+        is tied to a λ of 0.
     """
     options.check_range("value", value, low=0.0)
     settable = options.is_plain_number(value)
@@ -79,13 +74,14 @@ def constant(
         )
         raise ValueError(msg)
 
-    def first() -> jax.Array:  # No array here: JAX may not have begun.
+    # An array made at construction would initialise JAX's backends.
+    def first() -> jax.Array:
         return options.read(value, jnp.zeros((), jnp.int32))
 
     def current(state: jax.Array, count: jax.Array) -> jax.Array:
         if not settable:
             return options.read(value, count)
-        # A caller may have set it to anything, and NaN would stay for ever.
+        # A user can set λ to anything in the state, and NaN would stay forever.
         return jnp.where(jnp.isfinite(state), state, first().astype(state.dtype))
 
     return Damping(
@@ -112,48 +108,47 @@ def levenberg_marquardt(
     structural: NumberOrSchedule | None = None,
     tied: bool = True,
 ) -> Damping:
-    """Adapt λ in A = B + λD + μS to how well the model predicts.
+    """Adapt λ in A = B + λD + μS to how well the model predicts f.
 
-    λ ← `decrease` · λ if ρ > `upper`; λ ← `increase` · λ if ρ < `lower`, or if ρ is
-    NaN or the update was rejected. At the thresholds λ stays. It is raised to 1e18 at
-    most; a caller may set it to 1e30.
-
-    Of a step too small to be seen in f, ρ is 1, rejected or not; and λ stays where it has
-    no part in such a step.
+    λ ← `decrease` · λ if ρ > `upper`; λ ← `increase` · λ if ρ < `lower`, or if ρ is NaN
+    or the update was rejected. λ is raised to 1e18 at most; a user may set it to 1e30. If
+    the predicted change is below the rounding error of f, ρ is taken to be 1, even if the
+    step was rejected; λ then stays if damping did not limit the step.
 
     Args:
-      init: first λ > 0, on the scale of the mean objective's curvature. 1 is a
-        heuristic (Martens' program: 45, for losses summed over 784 outputs).
-      decrease: factor in (0, 1] (report, section 8.5).
-      increase: factor ≥ 1 (ibid.).
-      lower: threshold (ibid.).
-      upper: threshold (ibid.).
-      minimum: floor of λ. None by default: Martens' run on CURVES ended at 1.9e-18.
-      ratio: what ρ is the ratio of.
-      matrix: D, one of `hfjax.damping_matrices`; by name `"identity"`,
-        `"curvature_diagonal"` or `"curvature"`; or the caller's `(objective, params,
-        batch) -> (v -> D v, its diagonal)`.
-      structural: μ ≥ 0, a number or schedule; needs `Objective(hidden_loss=…)`.
-        `None` is without (Martens & Sutskever 2011 used 0.03, tied).
-      tied: whether `structural` is μ / λ, so that λ's rule scales both, as in their
-        program; else μ itself.
+      init: first λ > 0, on the scale of the curvature of f, a mean over examples.
+      decrease: factor in (0, 1].
+      increase: factor ≥ 1.
+      lower: threshold for ρ.
+      upper: threshold for ρ.
+      minimum: floor of λ.
+      ratio: how to measure ρ.
+      matrix: D, one of `hfjax.damping_matrices`; `"identity"`, `"curvature_diagonal"` or
+        `"curvature"`; or a function as for `damping_matrices.custom`.
+      structural: strength ≥ 0 of structural damping, a number or schedule; needs
+        `Objective(hidden_loss=…)`. `None` is without.
+      tied: whether `structural` is μ / λ, so that μ adapts with λ, or μ itself.
 
     Returns:
       The rule.
 
     Raises:
-      TypeError: if `matrix` is nothing of the kind.
-      ValueError: if a plain number is out of range, or a name is not known.
+      TypeError: if `matrix` has the wrong type.
+      ValueError: if a plain number is out of range, or a name is unknown.
 
     Example:
       >>> rule, verdicts = levenberg_marquardt(init=9.0), map(Verdict, (0.8, 0.5, 0.2))
       >>> print([float(rule.update(rule.init(), verdict)) for verdict in verdicts])
       [6.0, 9.0, 13.5]
+
+    References:
+      Martens & Sutskever (2012), sections 8.1 (D = I), 8.4 (S) and 8.5, equation 10 (ρ).
     """
     options.check_range("init", init, low=0.0, open_low=True)
     options.check_range("decrease", decrease, low=0.0, high=1.0, open_low=True)
     options.check_range("increase", increase, low=1.0)
     options.check_range("lower", lower)
+    # Arrays may be traced, so only plain numbers are compared.
     if isinstance(lower, float | int) and isinstance(upper, float | int):
         options.check_range("upper", upper, low=lower)
     options.check_range("minimum", minimum, low=0.0)
@@ -167,7 +162,7 @@ def levenberg_marquardt(
     ) -> jax.Array:
         del found
         ratio = jnp.asarray(verdict.ratio)
-        # Written so that NaN raises: both comparisons are false.
+        # Written so that a ratio of NaN raises λ: both comparisons are false then.
         more, less = (options.like(x, damping) for x in (increase, decrease))
         low, high = (options.like(x, ratio) for x in (lower, upper))
         grown = jnp.where(ratio >= low, damping, damping * more)
@@ -176,7 +171,7 @@ def levenberg_marquardt(
 
     def current(damping: jax.Array, count: jax.Array) -> jax.Array:
         del count
-        # A caller may have set it to anything, and NaN would stay for ever.
+        # A user can set λ to anything in the state, and NaN would stay forever.
         first = options.like(init, damping)
         known = jnp.where(jnp.isfinite(damping), damping, first)
         return jnp.clip(known, 0, _SET_TO)
@@ -202,43 +197,40 @@ def searched(
     structural: NumberOrSchedule | None = None,
     tied: bool = True,
 ) -> Damping:
-    """Look for the λ with which f is lowest, in every update.
+    """Search for the λ with the lowest f in every update.
 
-    The solver tells the step for λ · `factor`^p: conjugate gradients over the subspace
-    that their kept iterates span, which costs no product, `hfjax.sample_space` by one more
-    factorisation. f is evaluated at the step for p = 0, then 1, 2, … while it gets lower,
-    or else −1, −2, …; the last that was better is taken, and its λ is that of the next
-    update. So a λ that is wrong by orders of magnitude costs evaluations of f, not
-    updates. Of two λ whose f differ by less than `tolerance` of the gain it takes the
-    higher one: where λ makes no difference it does not fall. (With momentum it stays:
-    there a high λ does not mean a short step, but the last one again.)
+    After a run with λ, the step for λ · `factor`^p is cheap: it takes a small system in
+    the subspace of the run of conjugate gradients, or one more factorisation by
+    `hfjax.sample_space`. f is evaluated at its end for p = 0, then 1, 2, … as long as f
+    gets lower, or else −1, −2, …. The last step that was better is taken, and its λ is
+    used for the next update. So a λ that is wrong by orders of magnitude costs
+    evaluations of f, not updates. If λ makes no difference, the larger one is taken; with
+    momentum λ then stays, because the step tends to the last one, not to 0, as λ → ∞.
 
-    Where the solver cannot tell, where another rule of `backtracking` is passed, and for a
-    step that is rejected or too small to be seen in f, λ is adapted by ρ as in
-    `levenberg_marquardt`.
+    λ is adapted by ρ, as in `levenberg_marquardt`, if the solver does not provide these
+    steps, if another rule is passed as `backtracking`, or if the step is rejected or too
+    small to be seen in f.
 
     Args:
-      init: first λ > 0; it may be off by orders of magnitude (1: heuristic).
-      factor: between one λ and the next, above 1 (4: measured,
-        `benchmarks/results/step6.md`; heuristic).
-      tolerance: share of f's gain (0.01: heuristic).
-      max_tries: evaluations of f, at most (8: a factor of 4⁷ up, 4⁶ down; heuristic).
-      cases: as in `hfjax.backtracking.early_stop`; with fewer than twice as many, f is
-        evaluated on all of them (2,000: as `preconditioners.kronecker`; λ of a quarter,
-        500, led as far in as many iterations, `benchmarks/results/step6.md`).
+      init: first λ > 0; it may be wrong by orders of magnitude.
+      factor: ratio > 1 of one λ to the next.
+      tolerance: fraction of the decrease of f below which λ makes no difference.
+      max_tries: the most evaluations of f.
+      cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
+        examples, f is evaluated on all of them.
       minimum: as in `levenberg_marquardt`.
-      structural: as in `levenberg_marquardt`; in a search μ stays as it was in the run.
+      structural: as in `levenberg_marquardt`; μ stays the same during a search.
       tied: as in `levenberg_marquardt`.
 
     Returns:
-      The rule; D is I.
+      The rule, with D = I.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if a count is not a Python integer.
       ValueError: if an option is out of range.
 
     Example:
-      λ = 100 is far too much for f = ½(x − 2)²; one run finds that out:
+      λ = 100 is far too much for f = ½(x − 2)², and one run finds that out:
 
       >>> import hfjax
       >>> f = hfjax.Objective(lambda p, x: p * x, hfjax.losses.squared_error())
@@ -265,7 +257,8 @@ def searched(
         if found is None:
             return adapted
         found = _limited(found, damping, minimum)
-        # M may have vanished, and a search on it stand still.
+        # If f cannot show the step, a search that compares M may stand still, for instance
+        # because M is 0. λ may then still fall as ρ says.
         found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
         return jnp.where(verdict.accepted, found, adapted)
 
@@ -276,15 +269,15 @@ def searched(
 
 
 def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array:
-    # Zero would never rise again.
+    # From zero, a factor would never raise λ again.
     lowest = jnp.maximum(options.like(minimum, damping), jnp.finfo(damping.dtype).tiny)
-    # Where a caller has set it higher.
+    # A λ that the user has set beyond the limit is not lowered to it.
     highest = jnp.maximum(damping, _RAISED_TO)
     return jnp.clip(found, lowest, highest).astype(damping.dtype)
 
 
 def _matrix_of(matrix: str | DampingMatrix | Builder) -> DampingMatrix:
-    """Return the matrix that an option means: by name, built, or the caller's."""
+    """Return the matrix that an option means: by name, built, or user-supplied."""
     if isinstance(matrix, DampingMatrix):
         return matrix
     made = damping_matrices.reparameterization, damping_matrices.custom

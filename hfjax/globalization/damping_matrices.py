@@ -1,16 +1,16 @@
-"""Damping matrices: D in A = B + λD, what a change of the parameters is measured by.
+"""Damping matrices: D in A = B + λD, which measures changes of the parameters.
 
-| matrix | D | the fully optimised step is invariant to |
+| matrix | D | the exact solution of A δ = −∇f is invariant to |
 |---|---|---|
-| `identity` | I (report, section 8.1, Tikhonov) | rotations |
-| `diagonal` | (diag(B) + κs)^ξ (8.3) | with κ = 0, ξ = 1: rescaling of f and of each parameter |
-| `curvature` | B (8.3) | any linear change of parameters; it is the undamped step / (1 + λ) |
-| `reparameterization` | CᵀC, C the Jacobian of φ (8.2) | φ: the step is C⁻¹ times that of φ(θ) |
-| `custom` | the caller's | |
+| `identity` | I (Tikhonov) | rotations |
+| `diagonal` | (diag(B) + κs)^ξ | with κ = 0, ξ = 1: rescaling of f and of each parameter |
+| `curvature` | B | any linear change of parameters; it is the undamped step / (1 + λ) |
+| `reparameterization` | CᵀC, C = ∂φ/∂θ | φ: the step is C⁻¹ times that of φ(θ) |
+| `custom` | user-supplied | |
 
-λ multiplies D as it is, never D rescaled. Where D = I it has the scale of the mean
-objective's curvature; where D scales as B does it is a pure number, about 1 for a
-step that is half as long.
+D is never rescaled. If D = I, λ has the scale of the curvature of f, a mean over
+examples. If D scales as B does, λ is a pure number, about 1 for a step that is half as
+long. See Martens & Sutskever (2012), sections 8.1 to 8.3.
 """
 
 import functools
@@ -29,7 +29,7 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 
 _FEW_OUTPUTS = 16
-"""Up to so many outputs a case, diag(B) is computed exactly; heuristic."""
+"""diag(B) is computed exactly up to this many outputs per example."""
 
 
 class Matrix(NamedTuple):
@@ -37,8 +37,9 @@ class Matrix(NamedTuple):
 
     Attributes:
       matvec: v ↦ D v.
-      diagonal: its diagonal, a tree like the parameters or a scalar, for the
-        preconditioner; `None` where D is a multiple of B, of which it knows that of B.
+      diagonal: its diagonal, for the preconditioner: a tree like the parameters, or a
+        scalar. `None` if D is a multiple of B, whose diagonal the preconditioner
+        estimates.
     """
 
     matvec: Matvec
@@ -49,8 +50,8 @@ class DampingMatrix(NamedTuple):
     """How each update makes its D.
 
     Attributes:
-      build: `(objective, params, batch, curvature, key) -> Matrix`, with `curvature`
-        the product with B, and a typed key that is new in each update.
+      build: `(objective, params, batch, curvature, key) -> Matrix`, where `curvature` is
+        v ↦ B v, and `key` a typed key, new in each update.
     """
 
     build: Callable[..., Matrix]
@@ -60,15 +61,12 @@ Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
 """`(objective, params, batch) -> (v -> D v, its diagonal)`."""
 
 
-@functools.cache  # So that it can be told from others.
+@functools.cache  # One object, so that `is` tells D = I from others.
 def identity() -> DampingMatrix:
     """Damp with D = I: all parameters alike.
 
     Returns:
       The matrix.
-
-    References:
-      Martens & Sutskever (2012), section 8.1.
     """
     return DampingMatrix(lambda *_: Matrix(lambda v: v, jnp.ones(())))
 
@@ -76,14 +74,10 @@ def identity() -> DampingMatrix:
 def curvature() -> DampingMatrix:
     """Damp with D = B: A = (1 + λ) B, and every step is shortened by 1 / (1 + λ).
 
-    With structural damping, B stands for B + μS. No help where B is singular (report,
-    section 8.3).
+    With structural damping, D = B + μS. This does not help if B is singular.
 
     Returns:
       The matrix.
-
-    References:
-      Martens & Sutskever (2012), section 8.3; ERRATA: 1 / (1 + λ).
     """
     return DampingMatrix(
         lambda objective, params, batch, curvature, key: Matrix(curvature, None)
@@ -97,18 +91,18 @@ def diagonal(
     kappa: Number = 0.0,
     scale: Tree | None = None,
 ) -> DampingMatrix:
-    """Damp with D = (diag(B) + κ s)^ξ, as the classical Levenberg-Marquardt method.
+    """Damp with D = (diag(B) + κ s)^ξ, like the classical Levenberg-Marquardt method.
 
-    B is without structural damping here, as in the report.
+    B is without structural damping here.
 
     Args:
-      estimate: of diag(B), `(objective, params, batch) -> d`, a function of
-        `hfjax.diagonals` (with `key` or without) or the caller's. `None` is diag(G),
-        exact for up to 16 outputs a case, else by one random sign an output. The
-        Fisher's diagonal grows as f², so it is not invariant to rescaling f.
-      exponent: ξ in [0, 1]; 1 is the diagonal (Levenberg-Marquardt), 0 the identity.
-      kappa: κ ≥ 0, towards the identity (report, section 13: about 1e-2 of the mean
-        entry may be needed).
+      estimate: `(objective, params, batch) -> d`, an estimate of diag(B): a function of
+        `hfjax.diagonals`, with or without `key`, or a user-supplied one. `None` is
+        diag(G), exactly for up to 16 outputs per example, else from one random sign per
+        output. The diagonal of the Fisher matrix scales as f², so steps would depend on
+        f's unit.
+      exponent: ξ in [0, 1]; 1 gives the diagonal itself, 0 the identity.
+      kappa: κ ≥ 0, which moves D towards the identity.
       scale: s, a tree like the parameters; `None` is 1 everywhere.
 
     Returns:
@@ -118,7 +112,8 @@ def diagonal(
       ValueError: if an option is out of range.
 
     References:
-      Martens & Sutskever (2012), sections 8.3 and 11.2.
+      Martens & Sutskever (2012), sections 8.3, 11.2 and 13 (κ about 1e-2 of the mean
+      entry).
     """
     options.check_range("exponent", exponent, low=0.0, high=1.0)
     options.check_range("kappa", kappa, low=0.0)
@@ -132,6 +127,7 @@ def diagonal(
     ) -> Matrix:
         del curvature
         chosen = estimate
+        # The exact diagonal costs a gradient per output.
         if chosen is None:
             terms = terms_of(objective, batch)
             most = max(term.outputs_per_case(params) for term in terms)
@@ -148,18 +144,18 @@ def diagonal(
 
 
 def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
-    """Damp with D = CᵀC, C = ∂φ/∂θ: penalise change of the parameters φ(θ).
+    """Damp with D = CᵀC, C = ∂φ/∂θ: penalise changes of the parameters φ(θ).
 
-    Where θ stands for weights w = φ(θ) of roughly uniform scale, say w = exp(θ), this
-    damps w: the fully optimised step is C⁻¹ times the Tikhonov-damped one of w.
+    If θ stands for weights w = φ(θ) of roughly uniform scale, as w = exp(θ), this damps
+    w: the exact step is C⁻¹ times the Tikhonov-damped one of w.
 
     Args:
-      original: φ, `params -> w`, any tree; differentiable. Its Jacobian is linearised
-        once in each update.
+      original: φ, `params -> w`, differentiable; w may be any tree. It is linearised once
+        in each update.
 
     Returns:
-      The matrix. Its diagonal, for the preconditioner, is drawn with random signs:
-      exact where φ acts entry by entry.
+      The matrix. Its diagonal, for the preconditioner, is estimated with random signs;
+      this is exact if φ acts entry by entry.
 
     Raises:
       TypeError: if `original` is not callable.
@@ -170,9 +166,6 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
       >>> d, diagonal = matrix.build(None, p, None, None, jax.random.key(0))
       >>> print(d(jnp.ones(2)).round(3), diagonal.round(3))  # CᵀC = diag(w²)
       [4. 9.] [4. 9.]
-
-    References:
-      Martens & Sutskever (2012), sections 8.2 and 8.3.
     """
     if not callable(original):
         msg = f"`original` must be a function of the parameters, got {original!r}."
@@ -186,6 +179,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         key: jax.Array,
     ) -> Matrix:
         del objective, batch, curvature
+        # diag(CᵀC) = E[(Cᵀs)²] for random signs s.
         weights, tangent, transpose = linearized(original, params)
         leaves, structure = jax.tree.flatten(weights)
         signs = structure.unflatten(
@@ -198,6 +192,7 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         )
 
         def matvec(v: Tree) -> Tree:
+            # C is a derivative at θ, so it takes and returns the dtypes of θ.
             v = as_tangent(v, params)
             like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
             product = transpose(tangent(like))
@@ -209,19 +204,19 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
 
 
 def custom(build: Builder) -> DampingMatrix:
-    """Damp with the caller's D, symmetric and positive semi-definite.
+    """Damp with a user-supplied D, symmetric and positive semi-definite.
 
     Args:
-      build: `(objective, params, batch) -> (v -> D v, its diagonal)`, called once in
-        each update; v comes in float32 or wider. The diagonal is a tree like the parameters
-        or a scalar, for the preconditioner: an estimate will do.
+      build: `(objective, params, batch) -> (v -> D v, its diagonal)`, called once in each
+        update; v is in float32 or wider. The diagonal, for the preconditioner, is a tree
+        like the parameters, or a scalar; an estimate will do.
 
     Returns:
       The matrix.
 
     Raises:
-      TypeError: if `build` is not callable; in the update, if it returns no pair, or its
-        product no vector.
+      TypeError: if `build` is not callable; in the update, if it does not return a pair,
+        or if D v is not a vector.
     """
     if not callable(build):
         msg = (

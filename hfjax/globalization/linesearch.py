@@ -1,10 +1,8 @@
 """The line search: how far to go along the chosen direction.
 
-Armijo's condition (report, section 8.8),
+It tries α = first, first · shrink, first · shrink², … until Armijo's condition holds,
 
-    f(θ + αδ) ≤ f(θ) + sufficient_decrease · α · ∇fᵀδ,
-
-with α = first, first · shrink, first · shrink², … until it holds.
+    f(θ + αδ) ≤ f(θ) + sufficient_decrease · α · ∇fᵀδ.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from hfjax._core.types import Number
 
 
 class StepSize(NamedTuple):
-    """What a line search found.
+    """The result of a line search.
 
     Attributes:
       step_size: α; 0 if the search failed.
@@ -33,8 +31,8 @@ class StepSize(NamedTuple):
 
 class _Tried(NamedTuple):
     count: jax.Array
-    alpha: jax.Array  # The last.
-    at: jax.Array  # f there.
+    alpha: jax.Array  # the last α
+    at: jax.Array  # f there
     good: jax.Array
 
 
@@ -53,8 +51,8 @@ def _search(
     next_try: Callable[[_Tried], _Tried],
     start: _Tried,
 ) -> StepSize:
-    # What a loop hands out is kept. Outside of one, XLA computes a comparison anew for
-    # each of its users, rounded differently, and an update that counts as accepted
+    # The comparison is made inside a loop, so that there is one result. Outside, XLA may
+    # recompute it for each use, with other rounding, and an update that counts as accepted
     # could be zero.
     tried = jax.lax.while_loop(
         lambda tried: ~tried.good & unfinished(tried), next_try, start
@@ -77,6 +75,7 @@ def _full_step(
         good = (at <= value) & jnp.isfinite(at)
         return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
 
+    # A loop of one round: see `_search`.
     start = _start(value, first, None)
     return _search(lambda tried: jnp.isfinite(value) & (tried.count == 0), judge, start)
 
@@ -85,10 +84,10 @@ class LineSearch(NamedTuple):
     """A rule for α.
 
     Attributes:
-      search: `(along, value, slope, first, first_value) -> StepSize`, from `along`,
-        `α -> f(θ + αδ)`; `value`, f(θ); `slope`, ∇fᵀδ; `first`, the first α; and
-        `first_value`, f there if it is known, else `None`. Left out, the first α is taken
-        unless f rises there, which is what `line_search=None` stands for.
+      search: `(along, value, slope, first, first_value) -> StepSize`, where `along(α)` is
+        f(θ + αδ), `value` is f(θ), `slope` is ∇fᵀδ, `first` is the first α, and
+        `first_value` is f there, or `None` if it is unknown. By default the first α is
+        taken unless f rises there, which is also what `line_search=None` means.
     """
 
     search: Callable[
@@ -109,12 +108,12 @@ def armijo(
     shrink: Number = 0.8,
     max_tries: int = 60,
 ) -> LineSearch:
-    """Shrink α until f has fallen by a part of what the slope promises.
+    """Shrink α until f has fallen by a fraction of what the slope promises.
 
     Args:
-      sufficient_decrease: in (0, 1) (Martens' program: 1e-2).
-      shrink: factor in (0, 1) (ibid.: 0.8).
-      max_tries: how many α are tried, after which the search has failed (ibid.: 60).
+      sufficient_decrease: that fraction, in (0, 1).
+      shrink: factor in (0, 1).
+      max_tries: the most α to try before the search fails.
 
     Returns:
       The rule.
@@ -130,6 +129,9 @@ def armijo(
       >>> found = rule.search(lambda a: (a - 0.25) ** 2, value, slope, first, None)
       >>> print(found.step_size, bool(found.success))
       0.25 True
+
+    References:
+      Martens & Sutskever (2012), section 8.8.
     """
     options.check_range("sufficient_decrease", sufficient_decrease, low=0.0, high=1.0)
     options.check_range("shrink", shrink, low=0.0, high=1.0, open_low=True)
@@ -138,7 +140,7 @@ def armijo(
     def enough(
         alpha: jax.Array, at: jax.Array, value: jax.Array, slope: jax.Array
     ) -> jax.Array:
-        # False for NaN. Up a slope no α will do.
+        # False for NaN, and for a slope ≥ 0, along which no α would do.
         part = options.like(sufficient_decrease, value)
         sufficient = at <= value + part * alpha * slope
         return sufficient & (slope < 0) & jnp.isfinite(at)

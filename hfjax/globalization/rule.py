@@ -1,4 +1,4 @@
-"""What a rule for λ, or for a radius, is: the search of an update."""
+"""The interface of a rule for λ, or for the radius of a trust region."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,18 +13,16 @@ from hfjax.globalization.damping_matrices import DampingMatrix, identity
 
 
 class ReductionRatio(NamedTuple):
-    """What ρ is the ratio of; implementations disagree.
+    """How to measure ρ, on which implementations disagree.
 
     Attributes:
-      model: `"undamped"`, M with B alone (report, equation 10; Martens' program), or
-        `"damped"`, with A (section 8.5: "will give similar results").
-      step: δ as `"chosen"` by backtracking (Martens' program), the `"last"` iterate
-        of CG, or as `"taken"`, after the line search.
-      data: that f is measured on: `"batch"`, the curvature data (Martens' program),
-        or `"eval_batch"`.
-      expected: the share of M(δ) that f is expected to fall by, which ρ is divided
-        by: 1, or with data other than the curvature batch about that batch's share
-        of all training data (section 12.2: aim for "a more modest reduction").
+      model: `"undamped"`, M with B alone, or `"damped"`, M with A.
+      step: δ: the step `"chosen"` by backtracking, the `"last"` one of the run, or the
+        one `"taken"`, after the line search.
+      data: the data for f: `"batch"`, the curvature data, or `"eval_batch"`.
+      expected: the fraction of M(δ) by which f is expected to change; ρ is divided by it.
+        For data other than the curvature batch, use about that batch's share of all
+        training data (Martens & Sutskever 2012, section 12.2).
     """
 
     model: str = "undamped"
@@ -34,39 +32,26 @@ class ReductionRatio(NamedTuple):
 
 
 class Structural(NamedTuple):
-    """How strong structural damping is.
-
-    Attributes:
-      strength: μ, or μ / λ if tied; a number or schedule.
-      tied: whether μ = strength · λ, so that both adapt.
-    """
+    """How strong structural damping is: μ = strength · λ if tied, else μ = strength."""
 
     strength: NumberOrSchedule
     tied: bool
 
     def at(self, damping: jax.Array, count: jax.Array) -> jax.Array:
-        """Return μ of an update.
-
-        Args:
-          damping: its λ.
-          count: updates so far.
-
-        Returns:
-          μ, a scalar.
-        """
+        """Return μ of an update."""
         strength = options.read(self.strength, count).astype(damping.dtype)
         return strength * damping if self.tied else strength
 
 
 class Verdict(NamedTuple):
-    """What came of an update's step: the evidence that a rule adapts its number by.
+    """What came of a step: the evidence by which a rule adapts λ, or the radius.
 
     Attributes:
-      ratio: ρ; −∞ of a rejected step, and 1 of a step too small to be seen in f.
+      ratio: ρ; −∞ for a rejected step, 1 for a step too small to be seen in f.
       accepted: whether the step was taken.
-      seen: whether f can show the step: its fall is more than rounding.
+      seen: whether f can show the step: its change is more than rounding.
       has_part: whether λ, or the radius, had a part in the step.
-      on_boundary: whether a trust region held the step back.
+      on_boundary: whether the boundary of a trust region limited the step.
     """
 
     ratio: jax.Array
@@ -77,21 +62,21 @@ class Verdict(NamedTuple):
 
 
 class Damping(NamedTuple):
-    """A rule for λ, or for the radius of a trust region: a search, in optimistix's words.
+    """A rule for λ, or for the radius of a trust region: optimistix calls it a search.
 
     Attributes:
       init: `() -> λ` before the first update.
-      current: `(λ, count) -> λ` that this update uses, given the state's.
+      current: `(λ, count) -> λ` that this update uses, given the one in the state.
       update: `(λ, verdict, found) -> λ` for the next update; `found` is the λ that
-        backtracking found, if it looked for one, else `None`.
-      ratio: what ρ is the ratio of.
-      matrix: D; `None` is A = B + μS, where the number is read by the solver alone.
+        backtracking found, or `None` if it did not search for one.
+      ratio: how to measure ρ.
+      matrix: D; `None` if A = B + μS, and only the solver uses the number.
       structural: μ, or `None`.
-      backtracking: the rule of backtracking that it wants, where the solver can tell the
-        steps for other λ; `None` is `early_stop()`.
-      scalar: what it drives: a `"damping"` λ; a λ that is `"fixed"`, so that nothing that
-        came of a step moves it; or the `"radius"` of a trust region.
-        `hfjax.hessian_free` compares it with the solver's.
+      backtracking: the rule of backtracking for solvers that provide the steps for other
+        λ; `None` is `early_stop()`.
+      scalar: what the rule adapts: `"damping"`, λ; `"fixed"`, a λ that no step changes;
+        or `"radius"`, the radius of a trust region. `hfjax.hessian_free` compares it with
+        the solver.
     """
 
     init: Callable[[], jax.Array]
@@ -105,10 +90,8 @@ class Damping(NamedTuple):
 
 
 def if_told(verdict: Verdict, adapted: jax.Array, now: jax.Array) -> jax.Array:
-    """Return the adapted number; as it is now where the step tells nothing of it.
-
-    If f cannot show the step, and λ did not limit it either, λ stays: at a minimum it would
-    fall for ever, and be of no use for the next data.
-    """
+    """Return `adapted`, or `now` if the step is no evidence about λ."""
+    # λ is unchanged if f cannot show the step and damping did not limit it. Otherwise λ
+    # would decay to 0 at a minimum, and be useless for the next data.
     told = jnp.asarray(verdict.seen) | verdict.has_part
     return jnp.where(told, adapted, now)

@@ -1,9 +1,9 @@
-"""Trust regions: minimise M(x) = ½xᵀA x − bᵀx with ‖x‖ ≤ radius (report, section 8.6).
+"""Trust regions: minimise M(x) = ½xᵀA x − bᵀx subject to ‖x‖ ≤ radius.
 
-Steihaug and Toint: run conjugate gradients from 0, whose iterates grow in norm, and
-where they leave the region, or meet a direction of negative curvature, go to the
-boundary and stop. Where A is positive semi-definite, what is found gains at least half
-of what the best point of the region would: M(x) ≤ ½ M(x*).
+The method of Steihaug and Toint runs conjugate gradients from 0, whose iterates grow in
+norm. If they leave the region, or meet negative curvature, it goes to the boundary and
+stops. If A is positive semi-definite, the result gains at least half of what the best
+point x* of the region does: M(x) ≤ ½ M(x*).
 
     >>> import jax.numpy as jnp
     >>> d, b = jnp.array([1.0, 2.0]), jnp.ones(2)
@@ -40,14 +40,14 @@ from hfjax.solvers.stopping import StoppingRule, martens2010
 
 
 class TrustRegionResult(NamedTuple):
-    """What a run of Steihaug-Toint found.
+    """The result of a run of Steihaug and Toint's method.
 
     Attributes:
-      x: like `b`.
+      x: the solution, like `b`.
       on_boundary: bool scalar, whether ‖x‖ = radius.
-      num_iterations: int32 scalar, products used.
-      model_values: shape `[max_iterations + 1]`: M at 0 and after each iteration;
-        entries past the last repeat it.
+      num_iterations: int32 scalar, the number of products.
+      model_values: shape `[max_iterations + 1]`: M at 0 and after each iteration; the
+        last value is repeated to the end.
       reason: int32 scalar, an `hfjax.cg.Reason`.
     """
 
@@ -69,38 +69,38 @@ def solve(
     max_iterations: int = 250,
     stopping: StoppingRule | None = None,
 ) -> TrustRegionResult:
-    """Minimise M(x) = ½xᵀA x − bᵀx over xᵀP x ≤ radius², nearly.
+    """Minimise M(x) = ½xᵀA x − bᵀx over xᵀP x ≤ radius², approximately.
 
-    A may be indefinite. With a preconditioner let `norm` be the P that it inverts: only
-    in that norm do the iterates grow, and only then does the bound of one half hold (for
-    positive semi-definite A).
-    With another norm, as the Euclidean one, the run still ends where they first leave.
-    The result has no derivative, as that of `hfjax.cg.solve`.
+    A may be indefinite. With a preconditioner, `norm` should be the P that it inverts.
+    Only in that norm do the iterates grow, and does the bound of one half hold; with
+    another norm, the run still ends where they first leave the region. The result has no
+    derivative, just as that of `hfjax.cg.solve`.
 
     Args:
       matvec: `v -> A v`, on trees like `b`.
-      b: the right-hand side, −∇f, real; integers are taken for floats.
+      b: the right-hand side, −∇f, real; integers are converted to floats.
       radius: r > 0.
       preconditioner: `r -> P⁻¹ r`; `None` is the identity.
-      norm: `v -> P v` of the region; `None` is the Euclidean ball.
-      max_iterations: a Python integer (250: as `hfjax.cg.solve`).
-      stopping: a rule of `hfjax.stopping`; `None` runs until the boundary, a residual
-        of zero to rounding, or `max_iterations`.
+      norm: `v -> P v`, which defines the region; `None` is the Euclidean ball.
+      max_iterations: a Python integer.
+      stopping: a rule of `hfjax.stopping`; `None` runs until the boundary, a residual of
+        zero to rounding, or `max_iterations`.
 
     Returns:
-      The result. On the boundary ‖x‖ is the radius to rounding.
+      The result. On the boundary, ‖x‖ is the radius to rounding.
 
     Raises:
-      TypeError: if `max_iterations` is no Python integer, or something else is not of its
-        kind.
-      ValueError: if `radius` is a plain number and not above 0, or `max_iterations` is
-        negative, or a product is no tree like `b`.
+      TypeError: if `max_iterations` is not a Python integer, or another argument has the
+        wrong type.
+      ValueError: if `radius` is a plain number and not above 0, if `max_iterations` is
+        negative, or if a product is not a tree like `b`.
 
     References:
       Martens & Sutskever (2012), section 8.6; Steihaug (1983); Toint (1981).
     """
     options.check_range("radius", radius, low=0.0, open_low=True)
     options.check_count("max_iterations", max_iterations, low=0)
+    # In `Region`, `None` would mean the norm of the preconditioner.
     norm = (lambda v: v) if norm is None else as_product("norm", norm, matrix="P @ v")
     matvec, preconditioner = (
         as_product("matvec", matvec),
@@ -137,22 +137,21 @@ def steihaug_toint(
 ) -> Solver:
     """Solve for the direction in a trust region; for `damping=trust_region.radius()`.
 
-    Runs start from 0: "unfortunately, the restriction that CG must be initialized from
-    zero cannot be easily removed" (report, section 8.6). Under this solver the
-    `damping` of state and `info` is the radius.
+    Runs start from 0, as the method requires. The `damping` of state and `info` is the
+    radius.
 
     Args:
-      max_iterations: of a run; a Python integer (250: as `conjugate_gradient`).
-      stopping: a rule of `hfjax.stopping` (Martens 2010), or `None`.
+      max_iterations: the most iterations of a run; a Python integer.
+      stopping: a rule of `hfjax.stopping`, or `None`.
       keep: which iterates backtracking may choose among.
-      elliptical: whether the region is ‖x‖_P ≤ radius, P the preconditioner, in whose
-        norm the iterates grow; else the Euclidean ball. Alike where there is none.
+      elliptical: whether the region is ‖x‖_P ≤ radius, with P the preconditioner, in
+        whose norm the iterates grow, or the Euclidean ball.
 
     Returns:
       The solver.
 
     Raises:
-      TypeError: if `max_iterations` is no Python integer.
+      TypeError: if `max_iterations` is not a Python integer.
       ValueError: if it is less than 1, or if `keep` evaluates f.
     """
     options.check_count("max_iterations", max_iterations, low=1)
@@ -163,6 +162,7 @@ def steihaug_toint(
     def solve_within(system: System, x0: None) -> Run:
         del x0
         preconditioner = system.preconditioner()
+        # Without a preconditioner P = I, whose norm is computed directly, not by recurrence.
         plain = preconditioner is None or not elliptical
         result = _run(
             system.matvec,
@@ -184,7 +184,7 @@ def steihaug_toint(
 
 
 _SMALLEST = 1e-30
-"""Of a radius: its reciprocal, which the rule adapts, is a float32."""
+"""The smallest radius: the rule adapts its reciprocal, which must be finite in float32."""
 
 
 def radius(
@@ -197,20 +197,20 @@ def radius(
     maximum: Number = 1e18,
     ratio: ReductionRatio = ReductionRatio(),
 ) -> Damping:
-    """Adapt the radius to how well M predicts, by the Levenberg-Marquardt rule.
+    """Adapt the radius to how well M predicts f, by the Levenberg-Marquardt rule.
 
-    radius ← `grow` · radius if ρ > `upper` and the step was held back by the region;
-    radius ← `shrink` · radius if ρ < `lower`, or if the update was rejected. It is the
-    rule for λ, applied to 1 / radius. A = B: nothing is added to the curvature.
+    radius ← `grow` · radius if ρ > `upper` and the region limited the step; radius ←
+    `shrink` · radius if ρ < `lower`, or if the update was rejected. This is the rule for
+    λ, applied to 1 / radius. A = B: nothing is added to the curvature.
 
     Args:
-      init: first radius > 0, in the norm of the region (1: heuristic).
-      shrink: factor in (0, 1] (report, section 8.5: 2/3).
-      grow: factor ≥ 1 (ibid.: 3/2).
-      lower: threshold (ibid.).
-      upper: threshold (ibid.).
-      maximum: of the radius; heuristic.
-      ratio: what ρ is the ratio of.
+      init: first radius > 0, in the norm of the region.
+      shrink: factor in (0, 1].
+      grow: factor ≥ 1.
+      lower: threshold for ρ.
+      upper: threshold for ρ.
+      maximum: the largest radius.
+      ratio: how to measure ρ.
 
     Returns:
       The rule, for `hessian_free(damping=…, solver=trust_region.steihaug_toint())`.
@@ -220,11 +220,8 @@ def radius(
 
     Example:
       >>> rule = radius(init=1.0)
-      >>> for verdict in (
-      ...     Verdict(0.9, on_boundary=True),
-      ...     Verdict(0.5, on_boundary=True),
-      ...     Verdict(0.9, on_boundary=False),
-      ... ):
+      >>> for rho, limited in ((0.9, True), (0.5, True), (0.9, False)):
+      ...     verdict = Verdict(rho, on_boundary=limited)
       ...     print(float(rule.update(rule.init(), verdict)))
       1.5
       1.0
@@ -238,6 +235,7 @@ def radius(
     options.check_range("shrink", shrink, low=0.0, high=1.0, open_low=True)
     options.check_range("grow", grow, low=1.0)
     options.check_range("maximum", maximum, low=0.0, open_low=True)
+    # 1 / radius takes the place of λ, so `shrink` becomes `increase`.
     reciprocal = levenberg_marquardt(
         1.0,
         decrease=1 / jnp.asarray(grow),
@@ -253,13 +251,14 @@ def radius(
     ) -> jax.Array:
         del found
         adapted = 1 / reciprocal.update(1 / radius, Verdict(verdict.ratio))
+        # A step inside the region is no evidence for a larger radius.
         held_back = verdict.on_boundary
         adapted = jnp.where(held_back, adapted, jnp.minimum(adapted, radius))
         return if_told(verdict, adapted, radius)
 
     def current(radius: jax.Array, count: jax.Array) -> jax.Array:
         del count
-        # A caller may have set it to anything, and NaN would stay for ever.
+        # A user can set any radius in the state, and NaN would stay forever.
         first = options.like(init, radius)
         known = jnp.where(jnp.isfinite(radius), radius, first)
         return jnp.clip(known, _SMALLEST, options.like(maximum, radius))
