@@ -1,8 +1,9 @@
-"""Preconditioners: matrices P close to A = B + λD whose inverse is cheap to apply.
+"""Preconditioners: matrices P close to A = B + λD whose inverses are cheap to apply.
 
-Given an objective, parameters, a batch and λ, a rule hands on r ↦ P⁻¹ r. P is a diagonal, a
-Kronecker product for each layer, or a random sketch of the largest eigenvalues. Layers are
-found in the program of the model, so that nobody has to register them.
+Given an objective, parameters, a batch and λ, a rule returns the product r ↦ P⁻¹r. P is
+a diagonal, a Kronecker product for each layer, or built from a random sketch of the
+largest eigenvalues. Layers need no registration: they are found in the program of the
+model.
 """
 
 from hfjax.preconditioners.rules import PreconditionerRule as PreconditionerRule

@@ -1,7 +1,8 @@
-"""P or P⁻¹, block by block, and how a state holds the blocks.
+"""The blocks of P or P⁻¹, and how the optimizer state stores them.
 
-A state is made before any model is known: it has room for a diagonal of each parameter,
-and for two matrices of each that may be a kernel, with a row for a bias on either side.
+The state is created before any model is known. So it has space for a diagonal of every
+parameter, and for two matrices of every parameter that may be a kernel. Both have a row
+more than that side of the kernel, since a bias may belong to either side.
 """
 
 import math
@@ -17,11 +18,11 @@ from hfjax.preconditioners._merged_layers import Merged
 
 
 class Pair(NamedTuple):
-    """Two matrices of a layer, or their inverses; unnamed in a state.
+    """Two matrices of a layer, or their inverses.
 
     Attributes:
-      inputs: Ā, of as many rows as inputs, and one for a bias.
-      units: Ḡ.
+      inputs: Ā, a row for each input, and one more if there is a bias.
+      units: Ḡ, a row for each unit.
     """
 
     inputs: jax.Array
@@ -29,13 +30,13 @@ class Pair(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """P, or its inverse, block by block.
+    """The blocks of P or of its inverse.
 
     Attributes:
-      pairs: of each layer.
-      diagonals: of each other parameter, by its number.
-      beside: of a layer's parameters, the diagonal of those terms of a sum in which they
-        are none; of the inverse nothing, as it counts in the pairs.
+      pairs: the matrices of each layer.
+      diagonals: the diagonal for each other parameter, by its number.
+      beside: for parameters of a layer that some terms of a sum use in another way, the
+        diagonal of these terms' G. Empty for the inverse, whose `pairs` include it.
     """
 
     pairs: list[Pair]
@@ -43,19 +44,10 @@ class Blocks(NamedTuple):
     beside: dict[int, jax.Array]
 
 
-def room_for(params: Params, max_size: int) -> tuple:
-    """Return zeros for the blocks of parameters whose use is not known yet.
+def zeros_for(params: Params, max_size: int) -> tuple:
+    """Return zeros for the blocks of each parameter, whose use is not known yet."""
 
-    Args:
-      params: θ.
-      max_size: of a kernel's sides, above which it has none but a diagonal.
-
-    Returns:
-      For each parameter a diagonal, and for a possible kernel two matrices, with a row
-      for a bias on either side.
-    """
-
-    def room(leaf: jax.Array) -> tuple[jax.Array, ...]:
+    def of_leaf(leaf: jax.Array) -> tuple[jax.Array, ...]:
         dtype = trees.wide(leaf.dtype)
         diagonal = sharding.zeros_like(leaf.astype(dtype))
         if not may_be_kernel(leaf.shape, max_size):
@@ -63,15 +55,16 @@ def room_for(params: Params, max_size: int) -> tuple:
         sides = (math.prod(leaf.shape[:-1]), leaf.shape[-1])
         return (diagonal, *(jnp.zeros((n + 1, n + 1), dtype) for n in sides))
 
-    return tuple(room(leaf) for leaf in jax.tree.leaves(params))
+    return tuple(of_leaf(leaf) for leaf in jax.tree.leaves(params))
 
 
-def pack(blocks: Blocks, model: Merged, room: tuple) -> tuple:
-    """Put blocks into the room that a state has for them."""
-    packed = [list(entries) for entries in room]
+def pack(blocks: Blocks, model: Merged, space: tuple) -> tuple:
+    """Write blocks into the space that a state has for them."""
+    packed = [list(entries) for entries in space]
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
         for place, matrix in zip(_places(layer), pair, strict=True):
             slot, size = packed[layer.kernel], len(matrix)
+            # Any row for a bias that does not exist stays 0.
             slot[place] = (
                 slot[place].at[:size, :size].set(matrix.astype(slot[place].dtype))
             )
@@ -81,7 +74,7 @@ def pack(blocks: Blocks, model: Merged, room: tuple) -> tuple:
 
 
 def unpack(packed: tuple, model: Merged) -> Blocks:
-    """Take blocks out of a state."""
+    """Read the blocks from a state."""
 
     def pair(layer: Layer) -> Pair:
         sizes = (layer.inputs + (layer.bias is not None), layer.units)
@@ -100,9 +93,11 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
 
 
 def _places(layer: Layer) -> tuple[int, int]:
+    # In a state, 0 is the diagonal, 1 the matrix of the kernel's leading axes and 2 that
+    # of its last axis. The inputs are usually the leading ones.
     return (2, 1) if layer.inputs_last else (1, 2)
 
 
 def may_be_kernel(shape: tuple[int, ...], max_size: int) -> bool:
-    """Return whether a parameter may have factors, by its shape."""
+    """Return whether the shape of a parameter allows Kronecker factors."""
     return len(shape) >= 2 and max(math.prod(shape[:-1]), shape[-1]) <= max_size

@@ -1,13 +1,13 @@
 """Kronecker factors of the Gauss-Newton matrix, layer by layer.
 
-Of a layer with inputs xᵢₜ of case i at position t (a 1 appended where there is a bias)
-and gᵢₜ, the derivative of random combinations Sᵢvᵢ of the outputs by what comes out of
-it,
+Let xᵢₜ be the inputs of a layer for example i at position t (with a 1 appended if there
+is a bias). Let gᵢₜ be the random combination Sᵢvᵢ of the outputs, propagated back to
+the output of the layer. With
 
     Ā = Σᵢₜ wᵢ xᵢₜ xᵢₜᵀ / (positions Σᵢ wᵢ),      Ḡ = Σᵢₜ wᵢ gᵢₜ gᵢₜᵀ / Σᵢ wᵢ,
 
-G's block of the kernel is about Ḡ ⊗ Ā: exactly, if inputs and derivatives are
-independent, and positions of each other.
+the block of G that belongs to the kernel is about Ḡ ⊗ Ā. In expectation this is exact
+if inputs and derivatives are independent, and positions are independent of each other.
 """
 
 import jax
@@ -31,7 +31,7 @@ from hfjax.preconditioners._merged_layers import Merged, Part
 def read(
     objective: Objective, params: Params, batch: Batch, max_size: int
 ) -> list[_layers.Model]:
-    """Find the layers of the model of each term, without those that are too large."""
+    """Find the layers in the model of each term, except those that are too large."""
     terms = terms_of(objective, batch)
     leaves = list(enumerate(jax.tree.leaves(params)))
     data = [sharding.alike(term.cases) for term in terms]
@@ -46,7 +46,8 @@ def read(
     } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
     def of_term(term: Term, cases: Cases) -> _layers.Model:
-        # As `factors` evaluates it: else what marks or gathers is in the program.
+        # Prepare the parameters as `factors` does. Otherwise the program would contain the
+        # operations that gather them, or mark them as varying over devices.
         local = term.means.local(sharding.gathered(params, cases))
         inputs = sharding.first_case(term.cases.inputs)
         return _layers.read(term.outputs, local, inputs, unfit)
@@ -55,7 +56,7 @@ def read(
 
 
 def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
-    """Say where the random combinations of the outputs are drawn only nearly."""
+    """Say why a term's factor S of L″ is only approximate; `None` if all are exact."""
     for term in terms_of(objective, batch):
         inputs, targets = sharding.first_case(term.cases[:2])
         outputs = jax.eval_shape(term.outputs, params, inputs)
@@ -73,16 +74,10 @@ def factors(
     *,
     key: jax.Array,
 ) -> list[Pair]:
-    """Compute Ā and Ḡ of each layer: a pass forward, one back, products.
+    """Compute Ā and Ḡ of each layer that `read` found in a term, in float32 or wider.
 
-    Args:
-      term: whose G it is, without weight decay.
-      params: θ.
-      model: as `read` found it.
-      key: a typed key.
-
-    Returns:
-      A pair for each layer, in float32 or wider.
+    This costs a forward pass, a backward pass and the products. Weight decay is left
+    out.
     """
     cases = sharding.alike(term.cases)
     local = term.means.local(sharding.gathered(params, cases))
@@ -95,12 +90,13 @@ def factors(
         seen = layer_pass(model, term.outputs, local, own)
 
         def gram(rows: jax.Array) -> jax.Array:
-            # √w on both sides: whatever digits are dropped, of both alike, the
-            # matrix stays positive semi-definite.
+            # With √w on both sides the operands are equal. If a device drops digits, it
+            # drops them from both alike, and the matrix stays positive semi-definite.
             rows = rows.astype(trees.wide(rows.dtype))
             rows *= root.astype(rows.dtype)[:, None, None]
             return sharding.contracted(rows, rows, ((0, 1), (0, 1)))
 
+        # g is the derivative by zeros that are added to the outputs of the layers.
         outputs, transpose, rows = jax.vjp(seen.forward, seen.added, has_aux=True)
         factor = term.loss.factor(outputs, cases.targets)
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
@@ -122,8 +118,11 @@ def factors(
             for layer in model.layers
         ]
 
+    # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
     means = term.means.mean(sums, sharding.alike(data))
+    # If positions are independent and alike, the block is Σₜ E[gₜgₜᵀ] ⊗ E[xₜxₜᵀ]: Ḡ is a
+    # sum over positions, Ā a mean.
     return [
         Pair(pair.inputs / layer.positions(model.uses), pair.units)
         for layer, pair in zip(model.layers, means, strict=True)
@@ -138,20 +137,11 @@ def estimate(
     *,
     key: jax.Array,
 ) -> Blocks:
-    """Compute factors of the layers, and the diagonal of G for the rest.
+    """Compute factors for the layers, and the diagonal of G for the rest, undamped.
 
-    A weighted sum counts as one objective of all its terms' cases: of the terms that have
-    a layer, Ā is the mean, weighted by cₖ, and Ḡ the sum.
-
-    Args:
-      objective: whose G it is, weight decay apart.
-      params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      model: of the models that `read` found.
-      key: a typed key.
-
-    Returns:
-      The blocks, undamped.
+    A weighted sum counts as one objective on the examples of all its terms. If several
+    terms have a layer, its Ā is their mean, weighted by cₖ, and its Ḡ the sum of cₖ Ḡₖ.
+    Weight decay is left out.
     """
     terms = terms_of(objective, batch)
     keys = _keys(key, len(terms))
@@ -192,25 +182,26 @@ def estimate(
 
 
 def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
-    """Put together the factors that terms have of a layer, each with its cₖ."""
+    """Combine the factors that terms have for a layer, each with its cₖ."""
     size = layer.inputs + (layer.bias is not None)
 
     def with_bias(inputs: jax.Array) -> jax.Array:
-        # A term without the bias knows nothing of it: zeros.
+        # A term that does not add the bias has inputs of 0 for it, not of 1.
         return jnp.pad(inputs, (0, size - len(inputs)))
 
     whole = _total([(c, jnp.ones(())) for c, _ in found])
     inputs = _total([(c, with_bias(pair.inputs)) for c, pair in found])
     units = _total([(c, pair.units) for c, pair in found])
     if found[0][0] is not None:
+        # If all weights are 0, so is Ā.
         inputs = inputs / jnp.where(whole > 0, whole, 1).astype(inputs.dtype)
-    # Those of a product that widens its inputs differ.
+    # The dtypes differ if the layer's product is wider than its inputs.
     dtype = trees.widest(inputs.dtype, units.dtype)
     return Pair(inputs.astype(dtype), units.astype(dtype))
 
 
 def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:
-    """Sum arrays, each times its cₖ; `None` is 1."""
+    """Sum cₖ times an array; a cₖ of `None` is 1."""
     terms = [x if c is None else c.astype(x.dtype) * x for c, x in found]
     return sum(terms[1:], terms[0])
 
@@ -226,7 +217,7 @@ def _estimate(
     *,
     key: jax.Array,
 ) -> tuple[list[Pair], dict[int, jax.Array]]:
-    """Compute a term's factors, and its diagonal for the parameters it counts for."""
+    """Compute a term's factors, and its diagonal for the parameters that need it."""
     cases = sharding.alike(term.cases)
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(sharding.gathered(params, cases))
@@ -241,6 +232,8 @@ def _estimate(
             given = [others.get(n, leaf) for n, leaf in enumerate(whole)]
             return term.model_fn(structure.unflatten(given), inputs)
 
+        # Only `others` are differentiated by, so no gradient of a kernel is formed for an
+        # example. Weight decay is left out because the damping includes it.
         bare = term._replace(model_fn=of_others, weight_decay=0.0)
         others = diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
     return pairs, others

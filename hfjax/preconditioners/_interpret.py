@@ -1,7 +1,7 @@
-"""Products with kernels in a program: their inputs taken out, something added to them.
+"""Evaluates a program, recording the inputs of kernels and adding to their outputs.
 
-A program is evaluated equation by equation, into the programs that it holds (`jit`,
-`checkpoint`, `scan`) where one of the products is in them.
+The program is evaluated equation by equation, and so are the programs inside it (`jit`,
+`checkpoint`, `scan`) that contain a product with a kernel.
 """
 
 import math
@@ -20,17 +20,20 @@ class Use(NamedTuple):
     """One product of a layer's inputs with its kernel.
 
     Attributes:
-      path: numbers of the equation, and of those whose programs it is nested in.
-      kernel: number of the parameter.
-      operand: which of the equation's two is the input.
-      input_axes: of that, which are summed over, in the order of the kernel's; none of
-        a convolution, which sums over patches.
-      kernel_axes: the kernel's, as the equation has them.
-      output_axes: of the result, which are units, in the order of the kernel's.
-      inputs_last: whether the kernel's last axis is of inputs, and the rest of units.
-      shape: of the result.
-      loops: lengths of the loops that it is in, from the outermost.
-      dtype: of the result.
+      path: the number of the equation in its program, after those of the equations
+        whose programs contain it.
+      kernel: the number of the parameter.
+      operand: which of the two operands is the input.
+      input_axes: its axes that are summed over, in the order of the kernel's axes;
+        empty for a convolution, which sums over patches.
+      kernel_axes: the axes of the parameter, in the order that they have in the
+        equation.
+      output_axes: the axes of the result that index units, in the order of the
+        kernel's.
+      inputs_last: whether the kernel's last axis indexes inputs, and its others units.
+      shape: the shape of the result.
+      loops: the lengths of the loops around the equation, from the outermost.
+      dtype: the dtype of the result.
     """
 
     path: tuple[int, ...]
@@ -46,23 +49,20 @@ class Use(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How often a case uses the kernel here: in time, in space.
-
-        A real kernel in a complex product is used twice: by the real parts of the inputs,
-        and by the imaginary ones.
-        """
+        """How often an example uses the kernel here, in time and space."""
+        # A complex product uses a real kernel twice, for real and for imaginary inputs.
         units = math.prod(self.shape[axis] for axis in self.output_axes)
         parts = 2 if self.is_complex else 1
         return parts * math.prod((*self.loops, *self.shape)) // max(units, 1)
 
     @property
     def is_complex(self) -> bool:
-        """Whether the product is of complex numbers."""
+        """Whether the product is complex."""
         return jnp.issubdtype(self.dtype, jnp.complexfloating)
 
 
 class Run(NamedTuple):
-    """Evaluates a program; `places` has the number of the use of each path."""
+    """Evaluates a program; `places` maps the path of each use to its number."""
 
     uses: Sequence[Use]
     places: Mapping[tuple[int, ...], int]
@@ -119,6 +119,7 @@ class Run(NamedTuple):
         if name == "scan":
             return self._scan(equation, operands, inside, path)
         if name in programs.CHECKPOINTS:
+            # Keep the memory savings of the user's `jax.checkpoint`.
             inner = jax.checkpoint(
                 lambda operands, inside: self.program(
                     params["jaxpr"], (), operands, inside, path
@@ -148,6 +149,8 @@ class Run(NamedTuple):
             )
             return results[:carried], (results[carried:], taken)
 
+        # What is added is scanned over, and the inputs taken out are stacked: each step of
+        # the loop is a position of its own.
         carry, (stacked, taken) = jax.lax.scan(
             body,
             rest[:carried],
@@ -160,7 +163,7 @@ class Run(NamedTuple):
 
 
 def as_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Move axes to the end, and make two of all: `[positions, …]`."""
+    """Move some axes to the end, and reshape to `[positions, …]`."""
     rest = [axis for axis in range(x.ndim) if axis not in axes]
     sizes = [math.prod(x.shape[axis] for axis in some) for some in (rest, axes)]
     return x.transpose(*rest, *axes).reshape(sizes)
@@ -180,10 +183,10 @@ def _patches(equation: Any, use: Use, inputs: jax.Array) -> jax.Array:
         lhs_dilation=params["lhs_dilation"],
         rhs_dilation=params["rhs_dilation"],
         dimension_numbers=numbers,
-        precision=trees.EXACT,
+        precision=trees.EXACT,  # JAX takes patches by a convolution with zeros and ones.
     )
     rows = jnp.moveaxis(patches, numbers.out_spec[1], -1)
-    # Channels lead there; here they are where the kernel has them.
+    # JAX puts the channels of a patch first. Put each axis where the kernel has it.
     channels = kernel[numbers.rhs_spec[1]]
     rows = rows.reshape(-1, channels, *spatial)
     order = [use.kernel_axes[n] for n in numbers.rhs_spec[1:]]

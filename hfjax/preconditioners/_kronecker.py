@@ -1,7 +1,7 @@
-"""The inverse of P, the Kronecker factors' damped product: layer by layer, in batches.
+"""The inverse of P: damped Kronecker factors, inverted and multiplied in groups.
 
-Matrices of equal size are inverted together, and layers of equal shape multiplied
-together: a compiled program grows with how many sizes there are, not how many layers.
+Matrices of similar size are inverted together, and layers of equal shape multiplied
+together. So a compiled program grows with the number of sizes, not of layers.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,22 +17,22 @@ from hfjax._tracing import linalg
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import subsample
 from hfjax.preconditioners import _remembered
-from hfjax.preconditioners._blocks import Blocks, Pair, pack, room_for, unpack
+from hfjax.preconditioners._blocks import Blocks, Pair, pack, unpack, zeros_for
 from hfjax.preconditioners._factors import estimate, read
 from hfjax.preconditioners._layers import Layer
 from hfjax.preconditioners._merged_layers import Merged, merged
 
 _LARGE = 2**16
-"""Entries of a matrix above which it is not stacked with others (heuristic)."""
+"""Matrices with more entries are never stacked, which would copy them."""
 _NEARLY = 0.9
-"""Least length of a matrix that is inverted with another, in units of that one's."""
+"""A matrix is padded to the length of another if it has at least this share of it."""
 _TINY = 64
-"""Length up to which matrices of any length are inverted together: a kernel costs more to
-compile and to launch than the flops of what is padded."""
+"""Matrices up to this length are all padded and inverted together. One more kernel
+would cost more to compile and to launch than it costs to compute the padding."""
 
 
 class Rule(NamedTuple):
-    """The options of `preconditioners.kronecker`, which has their meaning."""
+    """The options of `preconditioners.kronecker`."""
 
     damping_share: Number
     decay: Number
@@ -43,14 +43,15 @@ class Rule(NamedTuple):
     @property
     def averages(self) -> bool:
         """Whether factors are averaged over builds."""
+        # A traced decay could be any number, so only a plain 0 needs no average.
         return not (options.is_plain_number(self.decay) and self.decay == 0)
 
     def init(self, params: Params) -> dict[str, tuple]:
-        """Return room for what is remembered; nothing of a rule that does not."""
+        """Return space for what is kept from one update to the next, by kind."""
         kinds = ["kronecker_factors"] if self.averages else []
         kinds += ["kronecker_inverses"] if self.interval > 1 else []
-        # Each its own arrays: a state that is donated may hold none of them twice.
-        return {kind: room_for(params, self.max_size) for kind in kinds}
+        # Each kind has arrays of its own: no buffer may be donated twice.
+        return {kind: zeros_for(params, self.max_size) for kind in kinds}
 
     def build(
         self,
@@ -62,7 +63,7 @@ class Rule(NamedTuple):
         memory: dict[str, tuple],
         count: jax.Array | int,
     ) -> tuple[Preconditioner, dict[str, tuple]]:
-        """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
+        """Build r ↦ P⁻¹r and the new memory; `damping` includes the weight decay."""
         if self.cases is not None:
             batch = subsample(objective, batch, self.cases)
         model = merged(read(objective, params, batch, self.max_size))
@@ -82,6 +83,7 @@ class Rule(NamedTuple):
                 memory = memory | {"kronecker_inverses": packed}
             return blocks, memory
 
+        # Without space for inverses, every call builds.
         if "kronecker_inverses" not in memory:
             blocks, memory = fresh(memory)
             return product(blocks, model), memory
@@ -92,16 +94,10 @@ class Rule(NamedTuple):
 
 
 def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blocks:
-    """Damp and invert.
+    """Damp the blocks of P, and return the blocks of P⁻¹.
 
-    Args:
-      blocks: undamped.
-      model: whose they are.
-      damping: λ, a scalar, or a tree like the parameters of λD's diagonal.
-      share: of λ that goes into the factors' damping.
-
-    Returns:
-      The blocks of P⁻¹.
+    `damping` is λ, a scalar, or the diagonal of λD, a tree like the parameters. `share`
+    is the fraction of λ that damps the factors.
     """
     found = jax.tree.leaves(damping)
     scalar = len(found) == 1 and jnp.ndim(found[0]) == 0
@@ -110,7 +106,8 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
         return jnp.asarray(found[0] if scalar else found[number])
 
     def of_layer(layer: Layer) -> jax.Array:
-        """Return λ, and the mean entry of what stands beside the layer's factors."""
+        # Kronecker factors can only be damped by one number for the whole layer: the mean
+        # of λD over the kernel, plus the mean of the diagonals that other terms have.
         numbers = [n for n in (layer.kernel, layer.bias) if n in blocks.beside]
         entries = [blocks.beside[n] for n in numbers]  # pyright: ignore[reportArgumentType]
         damped = jnp.mean(of(layer.kernel))
@@ -124,9 +121,10 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
     pairs = inverse(blocks.pairs, dampings)
 
     def reciprocal(number: int, entries: jax.Array) -> jax.Array:
+        # An entry that overflowed counts as the largest float.
         entries = jnp.minimum(entries, jnp.finfo(entries.dtype).max)
         total = entries + of(number).astype(entries.dtype)
-        # Where nothing is known of a parameter's curvature, leave it be.
+        # If all is 0, nothing is known about this parameter's curvature: use the identity.
         return 1 / jnp.where(total > 0, total, 1)
 
     rest = {n: reciprocal(n, entries) for n, entries in blocks.diagonals.items()}
@@ -134,21 +132,15 @@ def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blo
 
 
 def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
-    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I), with a and g mean eigenvalues.
+    """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I) for each layer, with its λ ≥ 0.
 
-    In units of a and g the two are damped alike, by μ = √(λ / ag): that, and not less
-    than the rounding of the matrices, is what their Cholesky factors see. A factor that
-    has none all the same counts as the identity.
-
-    Args:
-      pairs: Ā and Ḡ of each layer.
-      dampings: λ ≥ 0 of each.
-
-    Returns:
-      The two inverses of each.
+    a and g are the mean eigenvalues of Ā and Ḡ. Relative to them, both matrices have
+    the damping μ = √(λ / ag), but at least their rounding error. A matrix whose
+    Cholesky factorisation fails nevertheless is replaced by its mean eigenvalue times
+    I.
 
     References:
-      Martens & Grosse (2015), section 6.3, with the ratio of the traces.
+      Martens & Grosse (2015), section 6.3, with the trace norm.
     """
     found: dict[int, Pair] = {}
     for members in _alike([pair.inputs.dtype for pair in pairs]):
@@ -160,29 +152,29 @@ def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
 
 
 def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
-    """Invert pairs of one dtype.
-
-    What is a number for each matrix is computed for all at once, with the matrices in the
-    order of their groups.
-    """
+    """Invert pairs of one dtype."""
     matrices = [matrix for pair in pairs for matrix in pair]
     dtype, lengths = matrices[0].dtype, np.array([len(matrix) for matrix in matrices])
     groups = _nearly_equal(lengths.tolist())
+    # Scalars are computed for all matrices at once, which keeps the program small, and
+    # are then brought into the order in which the groups list the matrices.
     stacks = [_stack([matrices[n] for n in group]) for group in groups]
     order = np.concatenate(groups)
     traces = jnp.concatenate([_traces(stack) for stack in stacks])
     sizes = traces[np.argsort(order)] / lengths.astype(dtype)
     sizes, lengths = sizes.reshape(-1, 2), lengths.reshape(-1, 2)
-    # Of a layer that nothing passes through, only λ is known.
+    # With scale = ag and μ² = λ / ag, P = ag (Ḡ/g + μI) ⊗ (Ā/a + μI). If nothing passes
+    # through a layer, ag = 0 and only λ is known: then P ≈ λI, with a scale of 1e-6 λ.
     damping = jnp.stack(dampings).astype(dtype)
     scale = jnp.maximum(sizes[:, 0] * sizes[:, 1], 1e-6 * damping)
     scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
     nothing = ~(scale > 0)
     scale = jnp.where(nothing, 1, scale)
+    # The rounding of an n × n matrix can make eigenvalues negative by about n ε.
     rounding = 10 * jnp.finfo(dtype).eps * lengths.max(axis=1)
     mu = jnp.maximum(jnp.sqrt(damping / scale), rounding.astype(dtype))
-    # Where not even λ is known, leave it be: 1 is the inverse, whatever the matrices are.
-    numbers = [
+    # If λ = 0 as well, nothing is known: P = I, whatever the matrices are.
+    numbers = [  # `shrink`, `mu`, `grow` and `instead` of `_positive_inverse`.
         jnp.where(nothing[:, None], 0, 1 / jnp.where(sizes > 0, sizes, 1)),
         jnp.stack([jnp.where(nothing, 1, mu)] * 2, axis=1),
         jnp.stack([jnp.ones_like(scale), 1 / scale], axis=1),
@@ -209,25 +201,26 @@ def _positive_inverse(
     grow: jax.Array,
     instead: jax.Array,
 ) -> jax.Array:
-    """Return `grow` (`shrink` M + μ I)⁻¹, with `instead` I where there is no root."""
+    """Return `grow` (`shrink` M + μ I)⁻¹, or `grow` `instead` I if Cholesky fails."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    # It reads one triangle only: as good as the mean of both.
+    # This reads only the lower triangle, which is as good as the mean of both.
     half = linalg.inverse_root(shrink * matrix + mu * identity)
-    # Positive as a product with its own transpose, whatever is rounded.
+    # A product with its own transpose is positive semi-definite however it is rounded.
     found = jnp.matmul(half.T, half, precision=trees.EXACT)
-    # If there is no root, its last pivot is NaN.
+    # If the factorisation fails, its last pivot is NaN.
     rooted = jnp.isfinite(half[-1, -1])
     return grow * jnp.where(rooted, found, instead * identity)
 
 
 def _traces(stack: jax.Array) -> jax.Array:
-    """Return the traces of one or several matrices, by reading the diagonals alone."""
+    """Return the traces of one matrix or of a stack."""
+    # A slice with strides reads the diagonal alone.
     size = stack.shape[-1]
     return jnp.sum(stack.reshape(-1, size * size)[:, :: size + 1], axis=1)
 
 
 def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
-    """Put the numbers of matrices together that are padded to the largest of them."""
+    """Group matrices, by number, that are padded to the longest of their group."""
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         first = lengths[groups[-1][0]] if groups else 0
@@ -240,19 +233,17 @@ def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _stack(matrices: Sequence[jax.Array]) -> jax.Array:
-    """Stack matrices, with zeros beyond those that are smaller than the first."""
+    """Stack matrices, padded with zeros to the size of the first, the longest."""
     if len(matrices) == 1:
         return matrices[0]
+    # The padding becomes I/μ in the inverse, separate from the rest, and is cut off again.
     size = len(matrices[0])
     return jnp.stack([jnp.pad(x, (0, size - len(x))) for x in matrices])
 
 
 def product(blocks: Blocks, model: Merged) -> Preconditioner:
-    """Return what multiplies a tree like the parameters by all blocks.
-
-    Small layers of equal size are multiplied together; large ones one by one, as to stack
-    them would take the memory again.
-    """
+    """Return r ↦ P⁻¹r, given the blocks of P⁻¹."""
+    # Stacking copies matrices, so only small ones are multiplied together.
     groups = []
     for members in _alike([_batch_of(n, pair) for n, pair in enumerate(blocks.pairs)]):
         pairs = [blocks.pairs[n] for n in members]
@@ -261,6 +252,7 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
         groups.append((members, pair))
 
     def sandwich(pair: Pair, matrix: jax.Array) -> jax.Array:
+        # (Ḡ ⊗ Ā)⁻¹ r is Ā⁻¹ R Ḡ⁻¹, with r laid out as R, `[inputs, units]`.
         left = jnp.matmul(pair.inputs, matrix, precision=trees.EXACT)
         return jnp.matmul(left, pair.units, precision=trees.EXACT)
 
@@ -284,7 +276,7 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
 
 
 def _batch_of(n: int, pair: Pair) -> Hashable:
-    """Return what layers that are multiplied together have in common."""
+    """Return a key that is equal for layers to be multiplied together."""
     large = max(pair.inputs.size, pair.units.size) > _LARGE
     alone = n if large else None
     return (pair.inputs.shape, pair.units.shape, pair.inputs.dtype, alone)
@@ -302,7 +294,7 @@ def _matrix(layer: Layer, leaves: list[jax.Array], dtype: Any) -> jax.Array:
 
 
 def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
-    """Take a layer's kernel and bias out of a matrix."""
+    """Write a matrix back to a layer's kernel and bias."""
     if layer.bias is not None:
         old = leaves[layer.bias]
         leaves[layer.bias] = sharding.like(matrix[-1].astype(old.dtype), old)
@@ -314,7 +306,7 @@ def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
 
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Put the numbers of equal keys together."""
+    """Group the positions of equal keys."""
     groups: dict[Hashable, list[int]] = {}
     for n, key in enumerate(keys):
         groups.setdefault(key, []).append(n)

@@ -1,8 +1,9 @@
-"""A pass forward through the layers of a model, and what comes back to them, by cases.
+"""A forward pass through the layers of a model, and the errors that come back.
 
-Where it is plain which axis of each layer's result is that of the cases, the model is
-evaluated on all of them at once: by the same program as the gradient's, which a compiler
-then evaluates once for both. Else it is evaluated case by case, in one `jax.vmap`.
+If it is certain which axis of each layer's output indexes the examples, the model is
+evaluated on all of them at once. This is the program of the gradient, and a compiler
+then evaluates it once for both. Otherwise it is evaluated on each example, in one
+`jax.vmap`.
 """
 
 from collections.abc import Callable
@@ -19,17 +20,18 @@ from hfjax.preconditioners._interpret import Use
 from hfjax.preconditioners._layers import Model
 
 Added = list[jax.Array]
-"""Zeros, which are added to the result of each use of a kernel."""
+"""Zeros to add to the output of each use of a kernel."""
 
 
 class LayerPass(NamedTuple):
-    """How to evaluate a model so that its layers can be seen.
+    """How to evaluate a model to see the inputs and errors of its layers.
 
     Attributes:
-      added: zeros to differentiate by.
-      forward: `added -> (outputs, inputs of each use)`, `[cases, positions, inputs]`.
-      errors: `(number of a use, derivative by what is added) -> rows`, `[cases,
-        positions, units]`.
+      added: the zeros to differentiate by.
+      forward: `added -> (outputs, inputs of each use)`, with inputs `[cases, positions,
+        inputs]`.
+      errors: `(number of a use, derivative by what is added) -> rows`, with rows
+        `[cases, positions, units]`.
     """
 
     added: Added
@@ -43,17 +45,7 @@ def layer_pass(
     params: Params,
     cases: Cases,
 ) -> LayerPass:
-    """Prepare a pass through a model's layers.
-
-    Args:
-      model: as `_layers.read` found it in `model_fn`, on one case.
-      model_fn: `(params, inputs) -> outputs`.
-      params: θ.
-      cases: whose inputs it is evaluated on.
-
-    Returns:
-      The pass.
-    """
+    """Prepare a pass over `cases` through a model that was read on one example."""
     if sharding.shards_of_cases(cases.inputs) == 1:
         whole = _layers.read(model_fn, params, cases.inputs, model.others)
         axes = _axes_of_cases(model, whole, len(cases.weights))
@@ -74,7 +66,8 @@ def _by_case(model: Model, params: Params, cases: Cases) -> LayerPass:
     def errors(number: int, derivative: jax.Array) -> jax.Array:
         return jax.vmap(lambda one: model.errors(number, one))(derivative)
 
-    nothing = sharding.zeros_like(cases.weights)  # Laid out as the cases are.
+    # Like the weights, the zeros lie over devices as the examples do.
+    nothing = sharding.zeros_like(cases.weights)
     zeros = jax.vmap(lambda w: [z + w.astype(z.dtype) for z in model.zeros()])(nothing)
     return LayerPass(zeros, forward, errors)
 
@@ -82,6 +75,7 @@ def _by_case(model: Model, params: Params, cases: Cases) -> LayerPass:
 def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> LayerPass:
     def rows_of_cases(number: int, rows: jax.Array) -> jax.Array:
         """Lay out `[positions of all cases, …]` as `[cases, positions, …]`."""
+        # `as_rows` has joined the loops and the free axes of the output into positions.
         use = whole.uses[number]
         free = [axis for axis in range(len(use.shape)) if axis not in use.output_axes]
         lead = (*use.loops, *(use.shape[axis] for axis in free))
@@ -96,7 +90,8 @@ def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> Lay
     def errors(number: int, derivative: jax.Array) -> jax.Array:
         return rows_of_cases(number, whole.errors(number, derivative))
 
-    nothing = sharding.zeros_like(cases.weights)  # Each device's own, as the cases are.
+    # Under `shard_map` the zeros must vary over devices, as the examples do.
+    nothing = sharding.zeros_like(cases.weights)
 
     def zeros(use: Use, axis: int, zero: jax.Array) -> jax.Array:
         along = [1] * zero.ndim
@@ -111,15 +106,11 @@ def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> Lay
 
 
 def _axes_of_cases(model: Model, whole: Model, count: int) -> list[int] | None:
-    """Return the axis of the cases in each use's result, where a case has one entry.
+    """Return the axis of each use's output that indexes examples; `None` if uncertain.
 
-    Args:
-      model: read on one case.
-      whole: read on all of them.
-      count: of cases.
-
-    Returns:
-      The axes; `None` unless all uses are the same but for such an axis each.
+    `model` was read on one example, `whole` on `count` of them. The axis is certain if
+    both have the same uses, except that one axis of each output has length 1 in `model`
+    and `count` in `whole`.
     """
     if len(model.uses) != len(whole.uses):
         return None

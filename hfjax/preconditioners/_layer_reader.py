@@ -1,8 +1,8 @@
-"""What becomes of parameters in a program: products with kernels, sums with biases.
+"""Finds how a program uses parameters: products with kernels, and sums with biases.
 
-Where a matrix product or a convolution has a parameter itself (transposed or cast, but
-not computed with) on one side, that is a use of a kernel; a parameter of one axis that is
-added to what comes out is its bias. Programs inside of the program (`jit`, `checkpoint`,
+A matrix product or a convolution is a use of a kernel if one operand is a parameter,
+which may be transposed or cast, but not computed with. Its bias is a parameter with one
+axis that is added to the result. Programs inside the program (`jit`, `checkpoint`,
 `scan`) are read too.
 """
 
@@ -24,7 +24,7 @@ _SUMS = frozenset({"add", "add_any"})
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """A value that is a parameter: which of its axes each axis is; `None` is new."""
+    """A value that is a parameter; in `axes`, its own axes, `None` for a new one."""
 
     number: int
     axes: tuple[int | None, ...]
@@ -32,9 +32,10 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """A value that is a sum of what came out of layers, among other things.
+    """A value that is the output of layers, plus possibly other terms.
 
-    Of each use that has a single axis of units, its number, and where that axis is.
+    `uses` are those of these layers that have a single axis of units, by number, each
+    with the place of that axis in the value.
     """
 
     uses: tuple[tuple[int, int], ...]
@@ -48,13 +49,13 @@ def _mark(marks: Mapping[Any, _Mark], atom: Any) -> _Mark:
 
 
 class Reader:
-    """Walks through a program, and notes what becomes of parameters.
+    """Walks through a program, and records what happens to parameters.
 
     Attributes:
-      shapes: of the parameters.
-      uses: of kernels.
-      biases: of each use that has one, the number of the parameter.
-      others: of each parameter that is no layer's, its number and why.
+      shapes: the shapes of the parameters.
+      uses: the uses of kernels.
+      biases: the bias of each use that has one, both by number.
+      others: why a parameter is not part of a layer, by its number.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Reader:
             self._spoil(_mark(marks, atom), "the model returns it")
 
     def _spoil(self, mark: _Mark, why: str) -> None:
-        """Note that a parameter is no layer's; the first reason counts."""
+        """Record that a parameter is not part of a layer; the first reason counts."""
         if isinstance(mark, _Parameter):
             self.others.setdefault(mark.number, why)
 
@@ -94,8 +95,8 @@ class Reader:
         )
 
         def mark_of(atom: Any) -> _Mark:
-            # What comes out of a layer and is used twice, once with a parameter added:
-            # what comes back to it is not what comes back to the parameter.
+            # If the output of a layer is used twice, and a parameter is added to it in only
+            # one of the places, different errors come back to the layer and the parameter.
             mark = _mark(marks, atom)
             return None if isinstance(mark, _Sum) and often[atom] > 1 else mark
 
@@ -122,6 +123,7 @@ class Reader:
                 for mark in found[count:]:
                     self._spoil(mark, "a `scan` takes it as carry or step by step")
                 known[count:] = [None] * (len(found) - count)
+                # The output of a layer outside is used in every step: more than once.
                 known = [x if isinstance(x, _Parameter) else None for x in known]
                 loops = (*loops, params["length"])
             results = self._program(
@@ -155,6 +157,7 @@ class Reader:
             return None
         side, mark = sides[0], found[sides[0]]
         assert isinstance(mark, _Parameter)
+        # Each axis of the kernel must be there once, and no other.
         rank = len(self.shapes[mark.number])
         if rank < 2 or sorted(a if a is not None else -1 for a in mark.axes) != list(
             range(rank)
@@ -182,7 +185,7 @@ class Reader:
         return _Sum(((len(self.uses) - 1, units[0]),) if len(units) == 1 else ())
 
     def _sum(self, found: list[_Mark]) -> _Mark:
-        """Give a parameter that is added to a use that it fits, and that has none."""
+        """Assign a parameter to the first use that it fits and that has no bias."""
         sums = [mark for mark in found if isinstance(mark, _Sum)]
         biases = [mark for mark in found if isinstance(mark, _Parameter)]
         uses = tuple(use for mark in sums for use in mark.uses)
@@ -196,8 +199,10 @@ class Reader:
             use = self.uses[n]
             (units,) = use.output_axes
             length = use.shape[units]
+            # The axis of the bias must be that of the units, not one of equal length.
             here = bias.axes[axis] == 0 if length > 1 else True
-            # To the real parts alone: no bias of a kernel that imaginary ones use, too.
+            # A real bias is added to the real part alone, but a complex product also uses
+            # the kernel for imaginary parts. So it gets no bias.
             fits = shape == (length,) and here and not use.is_complex
             if fits and n not in self.biases:
                 self.biases[n] = bias.number
@@ -209,11 +214,11 @@ class Reader:
 def _product_axes(
     equation: Any, side: int, kernel_axes: tuple[int, ...]
 ) -> tuple[set[int], tuple[int, ...], tuple[int, ...]] | None:
-    """Sort the axes of a product with a kernel, or find that it is no layer.
+    """Sort the axes of a product with a kernel; return `None` if it is not a layer.
 
-    Returns:
-      The kernel's axes that are summed over; the inputs' in their order; the result's
-      axes of units, in the order of the kernel's.
+    Returns the kernel's axes that are summed over, the axes of the inputs that they
+    meet, and the axes of the result that index units, the last two in the order of the
+    kernel's.
     """
     numbers = equation.params["dimension_numbers"]
     last = len(kernel_axes) - 1
@@ -227,7 +232,7 @@ def _product_axes(
             return None
         return set(range(last)), (), (numbers.out_spec[1],)
     contracted, batched = numbers
-    if any(batched):
+    if any(batched):  # A separate kernel for each index.
         return None
     pairs = {
         kernel_axes[of_kernel]: of_input
@@ -238,6 +243,7 @@ def _product_axes(
     summed = set(pairs)
     if summed not in (set(range(last)), {last}):
         return None
+    # The result has the free axes of the left operand first, then those of the right.
     free = [n for n in range(len(kernel_axes)) if n not in contracted[side]]
     rank = len(equation.outvars[0].aval.shape)
     first = 0 if side == 0 else rank - len(free)
@@ -247,7 +253,7 @@ def _product_axes(
 
 
 def _relabelled(equation: Any, mark: _Mark) -> _Mark:
-    """Return the mark of a value that is only laid out anew, or cast; else `None`."""
+    """Return the mark of a value that is only laid out anew or cast, else `None`."""
     name, params = equation.primitive.name, equation.params
     if name in _SAME:
         dtype = equation.outvars[0].aval.dtype
@@ -266,11 +272,12 @@ def _relabelled(equation: Any, mark: _Mark) -> _Mark:
         to: list[int | None] = [None] * len(after)
         places = params["broadcast_dimensions"]
         if tuple(before) != tuple(after[place] for place in places):
-            return None  # One entry in place of many.
+            return None  # An entry is repeated along an axis.
         for axis, place in zip(axes, places, strict=True):
             to[place] = axis
         return _Parameter(mark.number, tuple(to))
     if name in _RESHAPES:
+        # Only axes of length one may come or go.
         long = [(n, axis) for n, axis in zip(before, axes, strict=True) if n != 1]
         if [n for n, _ in long] != [n for n in after if n != 1]:
             return None

@@ -1,4 +1,4 @@
-"""What a user is told about the layers of a model."""
+"""Tells which parameters of a model have Kronecker factors, and why others do not."""
 
 import jax
 
@@ -13,36 +13,41 @@ from hfjax.preconditioners._merged_layers import merged
 def layers(
     objective: Objective, params: Params, batch: Batch, *, max_size: int = 8192
 ) -> dict[str, str]:
-    """Say what `kronecker` finds in a model: which parameter gets what, and why.
+    """Report what `kronecker` finds in a model: what each parameter gets, and why.
 
-    No layer is registered: the program of `model_fn` is traced. A parameter of two or
-    more axes counts as a kernel if it is only used in products `x @ w`, `x @ w.T`,
-    `einsum` of all its axes but the last (or of the last alone), or convolutions whose
-    outputs are its last axis, at any depth of `jit` and `checkpoint`, and in a `scan`
-    that closes over it. A parameter of one axis that is added to each such product is
-    its bias. Of Flax that is Dense, Conv without groups, and most recurrent cells; it is
-    not what a scan takes layer by layer, kernels that are concatenated first (linen's
-    `OptimizedLSTMCell`), or attention's projections to several heads.
+    Layers need no registration: the program of `model_fn` is traced. A parameter with
+    two or more axes is a kernel if it is used only in products `x @ w` or `x @ w.T`, in
+    an `einsum` over all its axes but the last (or over the last alone), or in
+    convolutions whose outputs are its last axis. This may be at any depth of `jit` and
+    `checkpoint`, and in a `scan` that closes over the parameter. A parameter with one
+    axis that is added to each of these products is the bias.
 
-    In a weighted sum a term that does not read a kernel adds nothing to its factors: Ā is
-    the mean over the terms that have the layer, weighted by cₖ, and Ḡ their sum. A term
-    that reads the kernel otherwise (a penalty on parameters) adds the mean of its
-    diagonal of G there to λ. A kernel that one term uses transposed has no factors.
+    In Flax, this covers Dense, Conv without groups, and most recurrent cells. It does
+    not cover parameters that a scan takes layer by layer, kernels that are concatenated
+    first (`OptimizedLSTMCell` of Linen), or the projections of attention to several
+    heads.
 
-    On a mesh of `Explicit` axes parameters may be sharded
-    over the axis of the cases; where some lie over others, all have the diagonal.
+    In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā
+    is the mean over the terms that have the layer, weighted by cₖ, and Ḡ the sum of cₖ
+    Ḡₖ. If a term uses the kernel in another way (a penalty on parameters), the mean of
+    that term's diagonal of G is added to λ. A kernel that one term uses transposed has
+    no factors.
+
+    On a mesh with `Explicit` axes, parameters may be sharded over the axis of the
+    examples. If any is sharded over another axis, all get the diagonal.
 
     Args:
-      objective: whose model is traced; nothing is run.
+      objective: the objective whose model is traced; nothing is run.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      max_size: the same as `kronecker` has (8192: as `kronecker`).
+      max_size: longest side of a kernel that gets factors, as in `kronecker`.
 
     Returns:
-      A line for each parameter, by its path.
+      A line of text for each parameter, by its path.
 
     Raises:
-      TypeError: if `objective` is no `Objective`, or `max_size` no Python integer.
+      TypeError: if `objective` is not an `Objective`, or `max_size` not a Python
+        integer.
 
     Example:
       >>> import hfjax, jax.numpy as jnp

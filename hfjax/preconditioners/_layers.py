@@ -1,12 +1,12 @@
 """The layers of a model: where its program multiplies inputs by a parameter.
 
-Nobody registers a layer. The program that JAX traces of the model on one case is read
-(`_layer_reader`): one side of a product with a parameter is a layer's input, and what
-comes out, to which a bias may be added, is what the layer hands on. The same program is
-then evaluated with those inputs taken out, and something added to what comes out, whose
-derivative is the layer's back-propagated error.
+Layers need no registration. JAX traces the model on one example, and `_layer_reader`
+looks for products with a parameter: the other operand is the input of a layer, and the
+result, to which a bias may be added, is its output. The program is then evaluated so
+that it also returns these inputs, and adds given arrays to these outputs. The
+derivative by what is added is the back-propagated error of the layer.
 
-A parameter is a layer's only if nothing else uses it.
+A parameter belongs to a layer only if nothing else uses it.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ class Layer(NamedTuple):
     """A kernel with all its uses.
 
     Attributes:
-      kernel: number of the parameter.
-      bias: number of the one that is added in each use, or `None`.
-      inputs: their number.
-      units: their number.
+      kernel: the number of the parameter.
+      bias: the number of the parameter that is added in each use, or `None`.
+      inputs: the number of inputs.
+      units: the number of units.
       inputs_last: as in `Use`.
-      uses: their numbers.
+      uses: the indices of its uses in `Model.uses`.
     """
 
     kernel: int
@@ -42,19 +42,21 @@ class Layer(NamedTuple):
     uses: tuple[int, ...]
 
     def positions(self, uses: Sequence[Use]) -> int:
-        """Count how often a case uses the kernel, of all the uses there are."""
+        """Count how often an example uses the kernel, given all uses of the model."""
         return sum(uses[n].positions for n in self.uses)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model's program on one case, read.
+    """The program of a model, with the layers found in it.
+
+    It is traced on one example or on a batch, and is evaluated on as many.
 
     Attributes:
-      uses: of kernels.
-      layers: with those uses.
-      others: of each parameter that is no layer's, its number and why.
-      unread: those of them that the model does not read.
+      uses: the uses of the kernels of all layers.
+      layers: the layers.
+      others: why each other parameter is not part of a layer, by its number.
+      unread: those of `others` that the model does not read.
     """
 
     uses: tuple[Use, ...]
@@ -65,27 +67,23 @@ class Model:
     _structure: Any
 
     def zeros(self) -> list[jax.Array]:
-        """Return what to add for nothing: zeros, for each use of one case."""
+        """Return zeros to add to the output of each use."""
         return [jnp.zeros((*use.loops, *use.shape), use.dtype) for use in self.uses]
 
     def evaluate(
         self, params: Params, inputs: Tree, added: Sequence[jax.Array]
     ) -> tuple[Tree, list[jax.Array]]:
-        """Run the model on one case, adding to what its layers compute.
+        """Run the model, adding arrays like `zeros` to the outputs of its uses.
 
-        Args:
-          params: θ.
-          inputs: with a leading axis of one.
-          added: for each use, like `zeros`.
-
-        Returns:
-          The outputs, and each use's inputs, `[positions, inputs]`.
+        Returns the outputs of the model, and the inputs of each use, `[positions,
+        inputs]`.
         """
         run = Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
         args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
         jaxpr, consts = self._program.jaxpr, self._program.consts
         outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
         rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
+        # A complex product uses a real kernel twice, for real and for imaginary inputs.
         rows = [
             jnp.concatenate([x.real, x.imag]) if use.is_complex else x
             for x, use in zip(rows, self.uses, strict=True)
@@ -93,7 +91,7 @@ class Model:
         return self._structure.unflatten(outputs), rows
 
     def errors(self, number: int, derivative: jax.Array) -> jax.Array:
-        """Lay out the derivative by what is added to a use: `[positions, units]`."""
+        """Lay out the derivative by what is added to a use, `[positions, units]`."""
         use = self.uses[number]
         axes = [len(use.loops) + axis for axis in use.output_axes]
         rows = as_rows(derivative, axes)
@@ -109,16 +107,10 @@ def read(
     inputs: Tree,
     spoiled: Mapping[int, str],
 ) -> Model:
-    """Trace a model on one case, and find its layers.
+    """Trace a model, and find its layers.
 
-    Args:
-      model_fn: `(params, inputs) -> outputs`.
-      params: θ.
-      inputs: with a leading axis of one; or their shapes.
-      spoiled: numbers of parameters that are to be no layer's, and why.
-
-    Returns:
-      What was found.
+    `inputs` (or their shapes) usually have a leading axis of one. `spoiled` says why
+    some parameters, by number, must not be part of a layer.
     """
     program, shapes = jax.make_jaxpr(model_fn, return_shape=True)(params, inputs)
     leaves = jax.tree.leaves(params)
@@ -135,11 +127,12 @@ def read(
 def _sorted(
     found: Reader,
 ) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
-    """Put uses of one kernel together, with its bias if that is nobody else's.
+    """Group the uses of each kernel, with its bias if that has no other use.
 
-    Last comes, of each parameter that is read and no layer's, its number and why.
+    Also returns why each other parameter that is read is not part of a layer.
     """
     others = dict(found.others)
+    # A kernel used as both W and Wᵀ has no Kronecker factors: its inputs are also units.
     used: dict[int, list[int]] = {}
     for n, use in enumerate(found.uses):
         used.setdefault(use.kernel, []).append(n)
@@ -154,6 +147,7 @@ def _sorted(
             others.setdefault(bias, "several kernels share it")
     uses, layers = [], []
     for kernel, numbers in used.items():
+        # A bias must be added in every use: the 1 among the inputs stands for it in all.
         biases = {found.biases.get(n) for n in numbers}
         bias = biases.pop() if len(biases) == 1 else None
         for other in biases | {bias}:

@@ -1,7 +1,7 @@
-"""The layers of a sum of objectives, from those that each term's model has.
+"""The layers of a sum of objectives, merged from those of each term's model.
 
-A term that does not read a kernel adds nothing to its factors. A term that reads it
-otherwise than as a layer has a G of another form there: its diagonal stands beside the
+A term that does not read a kernel adds nothing to its factors. A term that reads it,
+but not as a layer, has no Kronecker factors for it: its diagonal stands beside the
 factors of the terms in which the kernel is a layer.
 """
 
@@ -16,9 +16,9 @@ class Part(NamedTuple):
     """What a term adds to the blocks of the sum.
 
     Attributes:
-      model: of the term; its layers are those that are layers of the sum, without a
-        bias where the sum's has none.
-      places: of each of them, its number among the layers of the sum.
+      model: the model of the term, with those layers that are layers of the sum, and
+        those biases that are biases of the sum.
+      places: for each of these layers, its index among the layers of the sum.
       diagonals: the parameters for which the diagonal of the term's G counts.
     """
 
@@ -28,14 +28,15 @@ class Part(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The layers of a sum; one objective is a sum of one term.
+    """The layers of a sum; a plain objective is a sum of one term.
 
     Attributes:
-      layers: of all terms; what they have as `uses` is each term's own.
-      others: of each parameter that is no layer's, its number and why.
-      beside: of each parameter of a layer that some of the terms read otherwise, the
-        numbers of these terms and why.
-      parts: of each term.
+      layers: the layers of all terms. Ignore their `uses`, which differ from term to
+        term.
+      others: why each other parameter is not part of a layer, by its number.
+      beside: for parameters of a layer that some terms read in another way, the numbers
+        of these terms, and why.
+      parts: the part of each term.
     """
 
     layers: tuple[Layer, ...]
@@ -44,7 +45,7 @@ class Merged(NamedTuple):
     parts: tuple[Part, ...]
 
     def positions(self, place: int) -> list[int]:
-        """Return how often a case uses a layer, in the terms that have it: sorted."""
+        """List, sorted, how often an example uses a layer in terms that have it."""
         found = {
             part.model.layers[part.places.index(place)].positions(part.model.uses)
             for part in self.parts
@@ -56,16 +57,9 @@ class Merged(NamedTuple):
 def merged(models: Sequence[Model]) -> Merged:
     """Merge the layers of several models of the same parameters.
 
-    A parameter is the bias of a kernel if it is that in all terms that read it, but for
-    those in which the kernel is no layer either, and no term has another bias of that
-    kernel. (A term that has the kernel without the bias has a column of zeros in its
-    inputs where the others have one of ones: exactly its part of G.)
-
-    Args:
-      models: as `_layers.read` found them, at least one.
-
-    Returns:
-      What is a layer in the sum.
+    A parameter is the bias of a kernel if it is so in every term that reads it, except
+    for terms in which the kernel is not part of a layer either, and if no term has
+    another bias for this kernel.
     """
     uses: dict[int, list[Layer]] = {}
     for model in models:
@@ -87,7 +81,7 @@ def merged(models: Sequence[Model]) -> Merged:
         for n in sorted(_read_otherwise(model)):
             if n in known:
                 beside.setdefault(n, {})[k] = model.others[n]
-    # A reason of a term that reads the parameter comes before that of one that does not.
+    # Prefer the reason of a term that reads the parameter.
     for unread in (False, True):
         for model in models:
             for n, why in model.others.items():
@@ -98,7 +92,7 @@ def merged(models: Sequence[Model]) -> Merged:
 
 
 def _no_biases(models: Sequence[Model], spoiled: Collection[int]) -> dict[int, str]:
-    """Return which biases of one term are none of the sum, and why."""
+    """Return which biases of a term are not biases of the sum, and why."""
     kernels_of: dict[int, set[int]] = {}
     biases_of: dict[int, set[int]] = {}
     for model in models:
@@ -126,12 +120,12 @@ def _no_biases(models: Sequence[Model], spoiled: Collection[int]) -> dict[int, s
 
 
 def _read_otherwise(model: Model) -> set[int]:
-    """Return the parameters that a model reads, and that are no layer's in it."""
+    """Return the parameters that a model reads, but not as part of a layer."""
     return model.others.keys() - model.unread
 
 
 def _bias(found: Sequence[Layer], others: Mapping[int, str]) -> int | None:
-    """Return the bias that terms have for a layer of the sum."""
+    """Return the bias of a layer of the sum."""
     biases = {layer.bias for layer in found} - {None} - others.keys()
     return next(iter(biases), None)
 

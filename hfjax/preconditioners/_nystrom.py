@@ -1,13 +1,13 @@
 """Randomised Nyström approximation of the Gauss-Newton matrix, and its damped inverse.
 
-From Y = GΩ, a product for each column of a random Ω,
+With Y = GΩ, a product for each column of a random matrix Ω,
 
     G ≈ Y (ΩᵀY)⁻¹ Yᵀ = U Λ Uᵀ ⪯ G,
     P⁻¹ = U μ (Λ + λ)⁻¹ Uᵀ + (I − U Uᵀ),    μ = λ + Λᵣ.
 
-Columns are trees like the parameters with a leading axis; only matrices of `rank` rows
-are factorised. Every one is shifted by ν, what the rounding of the products may be, and
-what of Λ is not above ν counts as 0: it is noise.
+Columns are trees like the parameters with a leading axis, and only matrices of `rank`
+rows are factorised. In fact G + νI is sketched, where ν estimates the rounding error of
+the products. Eigenvalues of G that are not above ν count as 0, because they are noise.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ from hfjax.objectives.plain import each
 from hfjax.preconditioners import _remembered
 
 _ROUNDING = 10
-"""ν in units of ε ‖Y‖, ε that of the sums (heuristic: their errors stay below it)."""
+"""ν in units of ε ‖Y‖, with ε the rounding of the sums, whose errors stay below it."""
 _LEAST_REST = 100
-"""What the rest of G counts as, at least, in units of ε Λ₁ (heuristic)."""
+"""The least value for the rest of the eigenvalues of G, in units of ε Λ₁."""
 _LEAST_UNIT = 1e-6
-"""Least entry of T, relative to the largest (heuristic): 1/T of 0 is none."""
+"""The least entry of λD's diagonal, relative to the largest: units divide by it."""
 
 
 class Sketch(NamedTuple):
-    """√u G √u ≈ U Λ Uᵀ.
+    """The approximation √u G √u ≈ U Λ Uᵀ, with the units u of `_units`.
 
     Attributes:
-      vectors: U, a tree with a leading axis of columns: orthonormal, and zeros in the
-        place of those of which nothing is known.
-      values: Λ, descending; 0 where nothing is known.
-      noise: ν: what the other eigenvalues may be, for all that Y tells.
+      vectors: U, a tree with a leading axis of columns. They are orthonormal, except
+        that unknown eigenvectors are 0.
+      values: Λ, in descending order; 0 for unknown eigenvalues.
+      noise: ν; the remaining eigenvalues may be this large without showing in Y.
       units: √u, a tree like the parameters.
     """
 
@@ -52,14 +52,14 @@ class Sketch(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The options of `preconditioners.nystrom`, which has their meaning."""
+    """The options of `preconditioners.nystrom`."""
 
     rank: int
     interval: int
 
     def init(self, params: Params) -> dict[str, tuple]:
-        """Return room for the sketch."""
-        return {"nystrom": tuple(room_for(params, self.rank))}
+        """Return space for a sketch."""
+        return {"nystrom": tuple(zeros_for(params, self.rank))}
 
     def build(
         self,
@@ -71,7 +71,7 @@ class Rule(NamedTuple):
         memory: dict[str, tuple],
         count: jax.Array | int,
     ) -> tuple[Preconditioner, dict[str, tuple]]:
-        """Build P⁻¹, and what is remembered; `damping` has the weight decay in it."""
+        """Build r ↦ P⁻¹r and the new memory; `damping` includes the weight decay."""
 
         def fresh(_: tuple) -> tuple:
             found = sketch(objective, params, batch, damping, key, rank=self.rank)
@@ -92,18 +92,10 @@ def sketch(
     *,
     rank: int,
 ) -> Sketch:
-    """Approximate G, in units of the parameters that make λD a multiple of I.
+    """Approximate G without weight decay, in units of the parameters in which λD ∝ I.
 
-    Args:
-      objective: whose G it is, without weight decay.
-      params: θ.
-      batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      damping: λ, or a tree like the parameters, the diagonal of λD.
-      key: of Ω, the same on all devices.
-      rank: columns of Ω, at most the number of parameters.
-
-    Returns:
-      The approximation, in float32 or wider.
+    `damping` is λ, or the diagonal of λD. `key` draws Ω, and must be the same on all
+    devices.
     """
     units = _units(damping, params)
     bare = each(objective, lambda f: dataclasses.replace(f, weight_decay=0.0))
@@ -115,7 +107,7 @@ def sketch(
     return Sketch(*approximate(matvec, params, rank, key), units)
 
 
-def room_for(params: Params, rank: int) -> Sketch:
+def zeros_for(params: Params, rank: int) -> Sketch:
     """Return zeros for a sketch."""
     rank, dtype = columns(params, rank), trees.scalar_dtype(params)
     units = sharding.zeros_like(trees.widen(params))
@@ -124,35 +116,31 @@ def room_for(params: Params, rank: int) -> Sketch:
 
 
 def columns(params: Params, rank: int) -> int:
-    """Return how many columns Ω can have."""
+    """Return the number of columns of Ω, at most the number of parameters."""
     return min(rank, optax.tree.size(params))
 
 
 def approximate(
     matvec: Matvec, like: Tree, rank: int, key: jax.Array
 ) -> tuple[Tree, jax.Array, jax.Array]:
-    """Approximate a positive semi-definite matrix.
+    """Approximate a positive semi-definite matrix G, given v ↦ Gv.
 
-    Args:
-      matvec: `v -> G v`.
-      like: a tree of the shapes and dtypes that it takes.
-      rank: columns of Ω, at most the number of parameters.
-      key: of Ω.
-
-    Returns:
-      U, Λ and ν, in float32 or wider; 0, 0 and 1 if a product is not finite.
+    `like` is a tree with the shapes and dtypes that `matvec` takes. Returns U, Λ and ν
+    as in `Sketch`, in float32 or wider; 0, 0 and 1 if a product is not finite.
     """
     rank = columns(like, rank)
     omega = _orthonormal(_random(like, rank, key))
     products = jax.vmap(matvec)(omega)
 
-    # In a unit that keeps squares in range; a G that is not finite counts as 0.
+    # Scale Y so that squares stay in range. A G that is not finite counts as 0.
     scale = trees.magnitude(products)
     finite = jnp.isfinite(scale)
     scale = jnp.where(finite, scale, 1)
     y = jax.tree.map(lambda x: jnp.where(finite, x, 0), products)
     y = trees.scale(1 / scale, y)
     inner = trees.gram(omega, y)
+    # The shift by ν keeps ΩᵀY positive definite despite rounding: its eigenvalues are
+    # then about ν or more. Any below ν/2 is left out.
     shift = noise = _noise(inner, y, like)
     y = trees.axpy(shift, omega, y)
     values, rotation = linalg.eigh(
@@ -160,16 +148,19 @@ def approximate(
     )
     factor = trees.combination(_over_root(rotation, values, shift / 2).T, y)
 
-    # G + ν ≈ F Fᵀ, so that FᵀF has its eigenvalues; and what is no noise of U.
+    # G + νI ≈ F Fᵀ has the nonzero eigenvalues s of FᵀF = Z diag(s) Zᵀ, and the eigenvectors
+    # F Z diag(1/√s). Those that are only noise become 0.
     values, rotation = linalg.eigh(trees.gram(factor, factor))
     rounding = _ROUNDING * jnp.finfo(values.dtype).eps * values[-1]
     noise = jnp.maximum(noise, rounding)
     known = values > 2 * noise
     vectors = trees.combination(_over_root(rotation, values, 2 * noise).T, factor)
-    # Columns of small eigenvalues have rounding of the large ones in them: once more.
+    # Eigenvectors of small eigenvalues contain rounding errors of the large ones. With
+    # S = VᵀV ≈ I for these columns V, W = V S^-½ is orthonormal, and
+    # V diag(s) Vᵀ = W (S^½ diag(s) S^½) Wᵀ: diagonalise the matrix in the middle.
     overlap = trees.gram(vectors, vectors)
     lengths, axes = linalg.eigh(overlap + jnp.diag((~known).astype(overlap.dtype)))
-    lengths = jnp.sqrt(jnp.maximum(lengths, 0.1))  # All near 1.
+    lengths = jnp.sqrt(jnp.maximum(lengths, 0.1))  # All are close to 1.
     root = _product(axes * lengths[None], axes.T)
     values, rotation = linalg.eigh(
         _product(root * jnp.where(known, values, 0)[None], root)
@@ -184,22 +175,17 @@ def approximate(
 
 
 def inverse(found: Sketch, damping: Tree) -> Preconditioner:
-    """Invert U (Λ + λ) Uᵀ + μ (I − U Uᵀ), times μ, in the sketch's units.
+    """Return r ↦ P⁻¹r, with μ P = U (Λ + λ) Uᵀ + μ (I − U Uᵀ) in the sketch's units.
 
-    μ = λ + max(Λᵣ, ν, 100 ε Λ₁). Of a λ below the noise of G the products do not tell
-    what the rest of G is; and I − U (I − D) Uᵀ is positive only for D = μ / (Λ + λ) above
-    the rounding of U, some ε.
-
-    Args:
-      found: U, Λ, ν and units.
-      damping: λ ≥ 0, or the diagonal of λD, with the D that the units are of.
-
-    Returns:
-      `r -> P⁻¹ r`, in the dtypes of r.
+    μ is λ + max(Λᵣ, ν, 100 ε Λ₁). `damping` is λ ≥ 0, or the diagonal of λD that the
+    units were made for. The result has the dtypes of r.
     """
     vectors, values, noise, units = found
+    # In the units of the sketch, λD is its largest entry times I.
     level = _largest(damping).astype(values.dtype)
     least = _LEAST_REST * jnp.finfo(values.dtype).eps * values[0]
+    # Y cannot tell what is below ν. And P⁻¹ = I − U (I − E) Uᵀ, with E = μ / (Λ + λ), is
+    # positive definite only if E is well above the rounding of U, some ε: hence `least`.
     rest = level + jnp.maximum(values[-1], jnp.maximum(noise, least))
     known = values > 0
     excess = jnp.where(known, rest / jnp.where(known, values + level, 1), 1) - 1
@@ -214,7 +200,7 @@ def inverse(found: Sketch, damping: Tree) -> Preconditioner:
 
 
 def _random(like: Tree, count: int, key: jax.Array) -> Tree:
-    """Draw standard normal columns, laid out as `like` is."""
+    """Draw standard normal columns with the layout of `like`."""
 
     def column(key: jax.Array) -> Tree:
         drawn = optax.tree.random_like(key, trees.widen(like), jax.random.normal)
@@ -224,23 +210,16 @@ def _random(like: Tree, count: int, key: jax.Array) -> Tree:
 
 
 def _orthonormal(vectors: Tree) -> Tree:
-    """Return an orthonormal basis of the columns, and zeros for what depends on others.
-
-    To rounding times the square of their condition number: random columns have a small
-    one, and what is built from them depends on their space alone, up to ν.
-    """
+    """Return an orthonormal basis of the columns' span; dependent columns become 0."""
+    # The error is the rounding times the squared condition number. Random columns have a
+    # small one. What is built from the basis depends on its span alone, up to ν.
     values, rotation = linalg.eigh(trees.gram(vectors, vectors))
     least = 10 * len(values) * jnp.finfo(values.dtype).eps * values[-1]
     return trees.combination(_over_root(rotation, values, least).T, vectors)
 
 
 def _noise(inner: jax.Array, y: Tree, like: Tree) -> jax.Array:
-    """Estimate ν: how large the error of Y may be; 1 if Y = 0.
-
-    Of ε, that of the parameters, in which products are computed; or, as a device may
-    multiply in fewer digits, of how far ΩᵀY is from symmetric. Errors that are the same
-    in all entries of Y, σ, have the norm σ√n, and make entries of √2 σ of ΩᵀY − YᵀΩ.
-    """
+    """Estimate ν, the size of the error of Y; 1 if Y = 0."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(like)]
     eps = max(
         max(float(jnp.finfo(d).eps), _ROUNDING * float(jnp.finfo(trees.wide(d)).eps))
@@ -248,24 +227,23 @@ def _noise(inner: jax.Array, y: Tree, like: Tree) -> jax.Array:
     )
     rounding = eps * trees.norm(y)
     size = optax.tree.size(like)
+    # A device may multiply with fewer digits than ε tells, which shows as asymmetry: errors
+    # of size σ in all entries of Y have the norm σ√n in a column, and make entries of size
+    # √2 σ in ΩᵀY − YᵀΩ.
     seen = math.sqrt(size / 2) / len(inner) * jnp.linalg.norm(inner - inner.T)
     noise = jnp.maximum(rounding, seen.astype(rounding.dtype))
     return jnp.where(noise > 0, noise, 1).astype(inner.dtype)
 
 
 def _over_root(rotation: jax.Array, values: jax.Array, above: jax.Array) -> jax.Array:
-    """Return Z diag(1/√s), with 0 for each s that is not above a bound."""
+    """Return Z diag(1/√s), with 0 for every s that is not above a bound."""
     known = values > above
     root = jnp.where(known, jax.lax.rsqrt(jnp.where(known, values, 1)), 0)
     return rotation * root[None]
 
 
 def _units(damping: Tree, params: Params) -> Tree:
-    """Return √u with u = max(T) / T, T the diagonal of λD; 1 where D = I.
-
-    Entries of T far below the largest are raised: P is then that of another T, and
-    positive all the same.
-    """
+    """Return √u with u = max(T) / T, where T is the diagonal of λD; 1 if D = I."""
     wide = trees.widen(params)
     if _is_scalar(damping):
         return jax.tree.map(lambda x: x + 1, sharding.zeros_like(wide))
@@ -273,6 +251,7 @@ def _units(damping: Tree, params: Params) -> Tree:
     divisor = jnp.where(largest > 0, largest, 1)
 
     def unit(leaf: jax.Array, like: jax.Array) -> jax.Array:
+        # P then belongs to another T, and stays positive definite.
         share = jnp.maximum(leaf.astype(divisor.dtype) / divisor, _LEAST_UNIT)
         return jax.lax.rsqrt(jnp.where(largest > 0, share, 1)).astype(like.dtype)
 

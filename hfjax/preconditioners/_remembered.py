@@ -1,4 +1,4 @@
-"""What a preconditioner hands from one update to the next: kept, or averaged."""
+"""What a preconditioner keeps from one update to the next: unchanged, or averaged."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,14 +15,11 @@ _Kept = TypeVar("_Kept", bound=Tree)
 
 
 def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
-    """Make a rule's `build` of one that always has a memory.
+    """Turn a `build` that always has a memory into one for `PreconditionerRule`.
 
-    Args:
-      build: `(objective, params, batch, damping, key, memory, count) -> (r -> P⁻¹ r,
-        memory)`, whose `damping` has the weight decay in it.
-
-    Returns:
-      `build` as a rule has it: without a memory it returns none.
+    The given one is `(objective, params, batch, damping, key, memory, count) -> (r ->
+    P⁻¹ r, memory)`, and its `damping` includes the weight decay. The result also works
+    without a memory, and then returns only the product.
     """
 
     def built(
@@ -35,6 +32,7 @@ def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
         count: jax.Array | int = 0,
     ) -> Any:
         decay = decay_of(objective.weight_decay)
+        # Factors and sketches are those of G alone: add the weight decay to λD.
         if decay is not None:
             damping = jax.tree.map(lambda d: d + decay.astype(d.dtype), damping)
         product, kept = build(
@@ -48,17 +46,12 @@ def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
 def every(
     interval: int, count: jax.Array | int, build: Callable[[_Kept], _Kept], kept: _Kept
 ) -> _Kept:
-    """Build in every `interval`-th update; keep what there is in those between.
+    """Build in the first and every `interval`-th update; otherwise return `kept`.
 
-    Args:
-      interval: updates from one build to the next.
-      count: updates so far; the first builds.
-      build: `kept -> kept`, which is not computed where nothing is built.
-      kept: what was built last, a tree of the same shapes and dtypes.
-
-    Returns:
-      What there is now.
+    `kept` is what was built last, and `build` maps it to a tree of the same shapes and
+    dtypes. `count` is the number of updates so far.
     """
+    # `cond` runs one branch only, so updates in between do not pay for a build.
     built = jax.lax.cond(
         count % interval == 0, for_loops(build), lambda kept: kept, kept
     )
@@ -67,18 +60,10 @@ def every(
 
 
 def averaged(old: Tree, new: Tree, decay: Number, builds: jax.Array | int) -> Tree:
-    """Average over builds: min(ε, 1 − 1/k) of what there was before the k-th.
+    """Average over builds: the k-th keeps min(ε, 1 − 1/k) of the average so far.
 
-    A matrix that is not finite is left out: it would stay for ever.
-
-    Args:
-      old: the average so far.
-      new: of this build.
-      decay: ε.
-      builds: k − 1, those before.
-
-    Returns:
-      The average now; that of the first build is the build.
+    ε is `decay` and k − 1 is `builds`, the number of builds before this one. So the
+    average of the first build is the build itself.
 
     References:
       Martens & Grosse (2015), section 5.
@@ -89,6 +74,7 @@ def averaged(old: Tree, new: Tree, decay: Number, builds: jax.Array | int) -> Tr
     def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
         share = kept.astype(old.dtype)
         mixed = share * old + (1 - share) * new
+        # A matrix that is not finite would spoil the average for good: leave it out.
         return jnp.where(jnp.all(jnp.isfinite(new)), mixed, old)
 
     return jax.tree.map(leaf, old, new)

@@ -1,14 +1,14 @@
-"""Preconditioners: positive definite P ≈ A whose inverse is cheap.
+"""Preconditioners: positive definite matrices P ≈ A whose inverses are cheap to apply.
 
-| function | P | to build, in gradients |
+| function | P | cost to build, in gradients |
 |---|---|---|
-| `diagonal` | (d + λ diag(D) + κ s)^ξ, d of a curvature matrix (report, section 11.2) | 1 |
-| `kronecker` | a product of two matrices for each layer | 1 to 2, and inverses |
-| `nystrom` | G's largest eigenvalues, by a random sketch, and one for the rest | 4/3 `rank` |
-| `custom` | the caller's | |
+| `diagonal` | (d + λ diag(D) + κ s)^ξ, with d the diagonal of a curvature matrix | 1 |
+| `kronecker` | a Kronecker product of two matrices for each layer | 1 to 2, plus inverses |
+| `nystrom` | the largest eigenvalues of G, and one number for the rest | 4/3 `rank` |
+| `custom` | user-supplied | |
 
-Damping is inside of each: P stands for the damped matrix, which is what conjugate
-gradients work on.
+P includes the damping: it approximates A = B + λD, the matrix that conjugate gradients
+work on.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,20 @@ from hfjax.preconditioners._layer_report import layers as layers
 
 
 class PreconditionerRule(NamedTuple):
-    """How each update makes its preconditioner.
+    """How an update builds its preconditioner.
 
     Attributes:
-      build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`, with
-        `damping` the diagonal of λD: the scalar λ where D = I, else a tree like the
-        parameters, or 0 where D = B, as P's scale does not matter. With structural
-        damping `objective` has its distance in its loss. The typed key is new in each
-        update: of `hessian_free`'s seed and the number of the update alone.
-      data: that `build` is given as its batch: the update's `"batch"`, as the
-        curvature, or its `"eval_batch"`.
-      init: `params -> memory`, of a rule that hands something to the next update; its
-        `build` then takes `memory` and `count`, updates so far, too, and returns
-        `(r -> P⁻¹ r, memory)`. `None` of one that does not.
+      build: `(objective, params, batch, damping, key) -> (r -> P⁻¹ r)`. `damping` is
+        the diagonal of λD: the scalar λ if D = I, otherwise a tree like the parameters.
+        If D = B it is 0, because the scale of P does not matter. With structural
+        damping, the loss of `objective` includes the distance of the hidden states.
+        `key` is a typed key, new in each update; it depends only on the seed of
+        `hessian_free` and the number of the update.
+      data: what `build` gets as its batch: the update's `"batch"`, which the curvature
+        uses, or its `"eval_batch"`.
+      init: `params -> memory`, for a rule that keeps something from one update to the
+        next. Its `build` also takes `memory` and `count`, the number of updates so far,
+        and returns `(r -> P⁻¹ r, memory)`. `None` if the rule keeps nothing.
     """
 
     build: Callable[..., Any]
@@ -55,22 +56,19 @@ def diagonal(
     scale: Tree | None = None,
     data: str = "batch",
 ) -> PreconditionerRule:
-    """Precondition by P = (d + λ diag(D) + κ s)^ξ, a diagonal matrix.
+    """Precondition by the diagonal matrix P = (d + λ diag(D) + κ s)^ξ.
 
     Args:
-      estimate: `(objective, params, batch) -> d`, a function of `hfjax.diagonals` or
-        the caller's; weight decay counts in d. One that takes a `key` is given a new
-        one in each update: `functools.partial(diagonals.ggn_rademacher,
-        num_probes=4)`. (The Fisher's: Martens 2010, 4.7.)
-      exponent: ξ in [0, 1]; 0.75 (Martens 2010, section 4.7), 1 is the diagonal
-        itself, 0 the identity.
-      kappa: κ ≥ 0, where λ is weak or absent (report, section 11.2; 0 in Martens'
-        program).
-      scale: s, a tree like the parameters of the coarse relative scale of their
-        curvature; `None` is 1 everywhere.
-      data: that d is estimated on: `"batch"`, the curvature data (report, section
-        11.2: P is to stand for A), or `"eval_batch"` (Martens' program: all training
-        data).
+      estimate: `(objective, params, batch) -> d`, user-supplied or a function of
+        `hfjax.diagonals`; d includes the weight decay. If it takes a `key`, it gets a
+        new one in each update, as in `functools.partial(diagonals.ggn_rademacher,
+        num_probes=4)`.
+      exponent: ξ in [0, 1]; 1 gives the diagonal itself, 0 the identity.
+      kappa: κ ≥ 0, on the scale of d. It keeps P away from 0 if λ is small or 0.
+      scale: s, the coarse relative scale of each parameter's curvature, a tree like the
+        parameters; `None` is 1 everywhere.
+      data: which data d is estimated on: `"batch"`, the data of the curvature that P
+        approximates, or `"eval_batch"`.
 
     Returns:
       The rule.
@@ -86,6 +84,9 @@ def diagonal(
       >>> precondition = rule.build(f, jnp.zeros(1), batch, jnp.float32(1.5), None)
       >>> print(precondition(jnp.array([6.0])))  # 6 / √(2.5 + 1.5)
       [3.]
+
+    References:
+      Martens & Sutskever (2012), sections 11.2 and 13; Martens (2010), section 4.7.
     """
     options.check_range("exponent", exponent, low=0.0, high=1.0)
     options.check_range("kappa", kappa, low=0.0)
@@ -104,7 +105,7 @@ def diagonal(
         powers = trees.interpolate(
             _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
         )
-        # Where nothing is known of a parameter's curvature (all zero), leave it be.
+        # If all is 0, nothing is known about this parameter's curvature: use the identity.
         powers = jax.tree.map(lambda p: jnp.where(p > 0, p, 1), powers)
         return lambda r: jax.tree.map(
             lambda r, p: (r.astype(p.dtype) / p).astype(r.dtype), r, powers
@@ -127,48 +128,53 @@ def kronecker(
         P = (Ḡ + √(g/a) √(sλ) I) ⊗ (Ā + √(a/g) √(sλ) I)        for each kernel
         P = d + λ                                              for each other parameter
 
-    Ā is the mean of x xᵀ over cases and positions, with x a layer's input (and 1 for a
-    bias); Ḡ that of g gᵀ, summed over positions, with g what comes back to the layer of
-    the outputs' random combinations Sᵢvᵢ; a and g their mean eigenvalues; d the same
-    estimate of diag(G) as `diagonals.ggn_rademacher`. Weight decay counts with λ. Without
-    damping P equals G if x and g are independent, and different layers are; conjugate
-    gradients make up for the rest.
+    x is the input of a layer, with a 1 appended for a bias, and Ā is the mean of x xᵀ
+    over examples and positions. g is the vector Sᵢvᵢ, propagated back from the outputs
+    of the model to the output of the layer; vᵢ are random signs, and SᵢSᵢᵀ = L″ᵢ is the
+    Hessian of the loss with respect to the outputs. Ḡ is the mean of g gᵀ over
+    examples, summed over positions. In the formula, a and g are the mean eigenvalues of
+    Ā and Ḡ, and d is the estimate of diag(G) that `diagonals.ggn_rademacher` gives.
+    Weight decay is added to λ.
 
-    No layer is registered: the program of `model_fn` is traced, and `layers` tells what
-    counts as one, and what was found in a model.
+    Without damping, P would equal G if x and g, and different layers, were independent.
+    The less this holds, the more iterations conjugate gradients need.
 
-    A build costs a pass forward and a pass back; the products x xᵀ and g gᵀ, of
-    cases · positions · (inputs² + units²) multiplications a layer; and two inverses, of
-    inputs³ + units³. It holds the inputs of all layers, of a convolution its patches;
-    microbatches bound them. P⁻¹r takes inputs · units · (inputs + units).
+    Layers need no registration: the program of `model_fn` is traced. See `layers` for
+    what counts as a layer, and for what was found in a model.
+
+    A build costs a forward and a backward pass; for each layer, cases · positions ·
+    (inputs² + units²) multiplications for x xᵀ and g gᵀ; and two inverses, inputs³ +
+    units³. It holds the inputs of all layers (the patches, for a convolution), which
+    microbatches bound. A product P⁻¹r takes inputs · units · (inputs + units)
+    multiplications for each layer.
 
     Args:
-      damping_share: s, the part of λ that damps the factors. Less than 1, as their
-        product counts what damps one factor times the other, too (0.1: measured,
-        `benchmarks/results/step6.md`; heuristic).
-      decay: ε of the factors' running average over builds, min(ε, 1 − 1/k) of the k-th
-        (Martens & Grosse 2015, section 5: 0.95, for small batches). 0 takes each
-        batch's own, and saves the memory.
-      interval: updates from one build to the next; those between use its inverses.
-      max_size: longest side of a kernel that has factors (8192: 256 MiB in float32;
-        heuristic).
-      cases: how many of the batch (of each device's, under `axis_name`) the factors are
-        estimated on at least: every k-th, with the largest k for which they are so
-        many; `None` is all (2,000: a quarter of 2,000 did nearly as well,
-        `benchmarks/results/step6.md`; heuristic).
+      damping_share: s > 0, the fraction of λ that damps the factors. Values below 1 make
+        up for the cross terms of the product, which also damp.
+      decay: ε in [0, 1], for a running average of the factors: the k-th build keeps
+        min(ε, 1 − 1/k) of the average so far. 0 uses each batch alone, and needs no
+        memory.
+      interval: number of updates from one build to the next; those in between reuse its
+        inverses.
+      max_size: longest side of a kernel that gets factors; larger kernels get the
+        diagonal. A factor of size 8192 takes 256 MiB in float32.
+      cases: estimate the factors on at least this many examples: every k-th one of the
+        batch (under `axis_name`, of each device's part), with k as large as possible.
+        `None` for all.
       data: as in `diagonal`.
 
     Returns:
-      The rule. With a `decay`, or an `interval` above 1, the state has room for two
-      matrices of each parameter that may be a kernel, `(inputs + 1)²` and `(units +
-      1)²`, and a diagonal; twice that for both.
+      The rule. With a `decay`, or an `interval` above 1, the optimizer state holds, for
+      each parameter that may be a kernel, matrices of `(inputs + 1)²` and `(units +
+      1)²` entries, and a diagonal for every parameter; with both, it holds them twice.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if a count is not a Python integer.
       ValueError: if an option is out of range.
 
     Example:
-      Of a linear model with white inputs, P is G, and one iteration is enough:
+      For a linear model with white inputs, P is a multiple of G + λI, and one iteration
+      is enough:
 
       >>> import hfjax, jax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -183,7 +189,7 @@ def kronecker(
 
     References:
       Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored
-      approximate curvature", sections 3, 5 and 6.3; Grosse & Martens (2016), of
+      approximate curvature", sections 3, 5 and 6.3; Grosse & Martens (2016), for
       convolutions.
     """
     options.check_range("damping_share", damping_share, low=0.0, open_low=True)
@@ -205,43 +211,48 @@ def nystrom(
     interval: int = 1,
     data: str = "batch",
 ) -> PreconditionerRule:
-    """Precondition by a random sketch of G: its largest eigenvalues, and one for the rest.
+    """Precondition by a random sketch of the largest eigenvalues of G.
 
         P⁻¹ = μ U (Λ + λI)⁻¹ Uᵀ + (I − U Uᵀ),      μ = λ + Λᵣ
-        U Λ Uᵀ = GΩ (ΩᵀGΩ)⁻¹ (GΩ)ᵀ,    G ⪰ U Λ Uᵀ
+        U Λ Uᵀ = GΩ (ΩᵀGΩ)⁻¹ (GΩ)ᵀ ⪯ G
 
-    with r = `rank` orthonormal random columns Ω. P⁻¹(G + λD) has no large eigenvalues
-    left where G has no more than r of them. With d = Σᵢ λᵢ/(λᵢ + λ) over G's eigenvalues,
-    about the number of those above λ, and r = 2 ⌈1.5 d⌉ + 1, the condition number is below
-    28 in expectation (Frangella et al. 2023, theorem 1.1); `hfjax.spectrum.density` gives
-    d. With a smaller r it helps less, and costs `rank` products all the same.
+    Ω has r = `rank` orthonormal random columns, and Λᵣ is the smallest eigenvalue in Λ.
+    If G has at most r large eigenvalues, P⁻¹(G + λD) has none. Let d = Σᵢ λᵢ/(λᵢ + λ)
+    over the eigenvalues λᵢ of G, about the number of those above λ;
+    `hfjax.spectrum.density` estimates it. For r = 2 ⌈1.5 d⌉ + 1 the condition number is
+    below 28 in expectation (Frangella et al. 2023, theorem 1.1). A smaller r helps
+    less, yet each column costs a product.
 
-    G is the Gauss-Newton matrix of the batch, with structural damping, without weight
-    decay: that counts with λ, as only what decays has an approximation of low rank. Where
-    D ≠ I the parameters are scaled by √diag(D), and G is sketched in that scale.
-    Eigenvalues within the rounding of the products, 2e-6 of the largest in float32, count
-    as 0, and μ − λ is at least 1e-5 of that: P is positive for λ = 0, and I for G = 0.
+    G is the Gauss-Newton matrix of the batch, with structural damping. Weight decay is
+    added to λ instead, because a multiple of the identity has no low-rank
+    approximation. If D ≠ I, the parameters are scaled by √diag(D) and G is sketched in
+    that scale. Eigenvalues within the rounding of the products, 2e-6 of the largest in
+    float32, count as 0, and μ − λ is at least 1e-5 of the largest. So P is positive
+    definite even if λ = 0, and P = I if G = 0.
 
-    A build costs `rank` products, and 16 rank² multiplications and additions for each
-    parameter: on one CPU core, 840,000 parameters and a rank of 50, as long as 20 products
-    of 2,000 cases, or 160 of 200. It holds 5 `rank` vectors like the parameters, and
-    `rank` times what a product does. P⁻¹r reads U twice.
+    A build costs `rank` products and, in addition, 16 rank² multiplications and
+    additions for each parameter. On one CPU core, with 840,000 parameters and a rank of
+    50, the latter took as long as 20 products on 2,000 examples, or 160 on 200. A build
+    holds 5 `rank` vectors like the parameters, and `rank` times what a product holds. A
+    product P⁻¹r reads U twice.
 
     Args:
-      rank: r, columns (50: heuristic); no more are taken than there are parameters.
-      interval: updates from one sketch to the next; those between have its U and Λ, and
-        their own λ.
+      rank: r, the number of columns; capped at the number of parameters.
+      interval: number of updates from one sketch to the next; those in between reuse
+        its U and Λ with their own λ.
       data: as in `diagonal`.
 
     Returns:
-      The rule. With an `interval` above 1 the state has room for `rank` + 1 vectors.
+      The rule. With an `interval` above 1, the optimizer state holds `rank` + 1 vectors
+      like the parameters.
 
     Raises:
-      TypeError: if a count is no Python integer.
+      TypeError: if a count is not a Python integer.
       ValueError: if an option is out of range.
 
     Example:
-      With as many columns as G has eigenvalues P is G + λI, and one iteration is enough:
+      With as many columns as G has nonzero eigenvalues, P is a multiple of
+      G + λI, and one iteration is enough:
 
       >>> import hfjax, jax, jax.numpy as jnp
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -269,13 +280,13 @@ def nystrom(
 
 
 def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
-    """Precondition by the caller's own P.
+    """Precondition by a user-supplied matrix P.
 
     Args:
-      build: `(objective, params, batch, damping) -> (r -> P⁻¹ r)`, called once in
-        each update, with arguments as in `PreconditionerRule`; P must be symmetric
-        positive definite. If it has one more parameter, `key`, it is given a typed key
-        that is new in each update.
+      build: `(objective, params, batch, damping) -> (r -> P⁻¹ r)`, called once in each
+        update, with the arguments of `PreconditionerRule.build`. P must be symmetric
+        positive definite. If it has one more parameter, `key`, it gets a typed key that
+        is new in each update.
 
     Returns:
       The rule.
@@ -306,13 +317,11 @@ def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
 
 
 def _plus(entries: Tree, damping: Tree) -> Tree:
-    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`.
-
-    An entry of infinity counts as the largest float: squares of gradients overflow
-    before these do.
-    """
+    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`."""
 
     def leaf(d: jax.Array, x: jax.Array) -> jax.Array:
+        # Entries are squares of gradients, and may overflow where the gradients do not.
+        # Infinity then counts as the largest float, so that r / P stays above 0.
         return jnp.minimum(d, jnp.finfo(d.dtype).max) + x.astype(d.dtype)
 
     if getattr(damping, "ndim", None) == 0:
