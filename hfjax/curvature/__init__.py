@@ -1,9 +1,9 @@
 """Curvature: an objective, parameters and a batch become a product v ↦ B v.
 
 B is the Gauss-Newton matrix, the Hessian or the empirical Fisher matrix, and is never
-formed. Where a product is not enough, the same arguments give the diagonal of B, or the
-Jacobian of the outputs written out. Structural damping is here as well, because it is one
-more term of the Gauss-Newton matrix.
+formed. If products are not enough, the same arguments give the diagonal of B, or the
+Jacobian of the outputs as an explicit matrix. Structural damping is also here, because
+it is one more term of the Gauss-Newton matrix.
 """
 
 from hfjax.curvature.products import Curvature as Curvature

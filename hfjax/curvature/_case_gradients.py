@@ -1,18 +1,18 @@
-"""Sums over cases of squared gradients, without the gradients.
+"""Sums over examples of squared gradients, without forming the gradients.
 
-The gradient of a dense layer's weights on one case is an outer product x dᵀ of
-the layer's input and its back-propagated error, so
+The gradient of a dense layer's weights for one example is an outer product x dᵀ of the
+layer's input and its back-propagated error, so
 
-    Σᵢ wᵢ (xᵢ dᵢᵀ)² = (x²)ᵀ diag(w) d²        (squares by entry)
+    Σᵢ wᵢ (xᵢ dᵢᵀ)² = (x²)ᵀ diag(w) d²        (entrywise squares)
 
-is one matrix product over the cases (report, algorithm 6, lines 9 and 10).
-`jax.vmap` of a gradient states it as a product with the cases as batch axis and
-nothing to contract. Here the program of that gradient is evaluated with such
-products left open, as an `_Outer`, until it is known whether they are results,
-which only need squaring, or are used further, and must be formed.
+is one matrix product over the examples (M&S (2012), algorithm 6, lines 9 and 10). In
+the program of a gradient under `jax.vmap`, x dᵀ is a product with the examples as batch
+axis and nothing to sum over. Here this program is evaluated with such products left
+open, as an `_Outer`, until it is known whether they are results, which are only
+squared, or are used further, and must be formed.
 
-On a 2.8-million-parameter network and 1,000 cases this takes the time of a
-gradient; forming every case's gradient takes two hundred times as long.
+For 1,000 examples and 2.8 million parameters this takes the time of a gradient. Forming
+the gradient of each example takes two hundred times as long.
 """
 
 import dataclasses
@@ -31,30 +31,17 @@ from hfjax._tracing import programs
 def sum_of_squares(
     case_gradient: Callable[[Tree], Params], data: Tree, weights: jax.Array
 ) -> Params:
-    """Compute Σᵢ wᵢ (case_gradient(dataᵢ))², entry by entry.
+    """Compute Σᵢ wᵢ (case_gradient(dataᵢ))², entry by entry, in float32 or wider.
 
-    Args:
-      case_gradient: from the data of one case to a tree.
-      data: every leaf leads with the case axis.
-      weights: shape `[cases]`.
-
-    Returns:
-      A tree like one gradient, in float32 or wider.
+    `case_gradient` maps the data of one example to a tree. Every leaf of `data` leads
+    with the examples; `weights` has shape `[cases]`.
     """
     outputs, structure = _gradients(case_gradient, data)
     return structure.unflatten([_square_and_sum(leaf, weights) for leaf in outputs])
 
 
 def held_entries(case_gradient: Callable[[Tree], Params], data: Tree) -> int:
-    """Count the entries of a case's gradient that `sum_of_squares` has to form.
-
-    Args:
-      case_gradient: from the data of one case to a tree.
-      data: every leaf leads with the case axis.
-
-    Returns:
-      Their number; entries known as outer products are not among them.
-    """
+    """Count the entries of an example's gradient that `sum_of_squares` has to form."""
     held = 0
 
     def count(one: Tree) -> None:
@@ -68,14 +55,14 @@ def held_entries(case_gradient: Callable[[Tree], Params], data: Tree) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Outer:
-    """An array [cases, …] left as the product of two smaller ones, case by case.
+    """An array `[cases, …]` left as a product of two smaller ones, example by example.
 
     Attributes:
       left: shape `[cases, …]`.
       right: shape `[cases, …]`.
-      contracted: their axes that are summed over, each of length one.
-      axes: order of the product's axes; the case axis stays first.
-      dtype: of the product.
+      contracted: the axes of each that are summed over, all of length one.
+      axes: the order of the product's axes; the examples stay first.
+      dtype: the dtype of the product.
     """
 
     left: jax.Array
@@ -100,6 +87,7 @@ def _square_and_sum(leaf: "_Outer | jax.Array", weights: jax.Array) -> jax.Array
         return sharding.contracted(weights.astype(squares.dtype), squares, ((0,), (0,)))
     left = jnp.square(leaf.left.astype(trees.wide(leaf.left.dtype)))
     right = jnp.square(leaf.right.astype(trees.wide(leaf.right.dtype)))
+    # (xᵢ dᵢᵀ)² is the outer product of squares, so the sum over i is one contraction.
     left = left * weights.reshape(-1, *[1] * (left.ndim - 1)).astype(left.dtype)
     left_axes, right_axes = leaf.contracted
     axes = ((0, *left_axes), (0, *right_axes))
@@ -116,7 +104,7 @@ def _gradients(
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluate a program, leaving its outer products over the cases open."""
+    """Evaluate a program, leaving its outer products over the examples open."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom: Any) -> Any:
@@ -133,16 +121,15 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in programs.INLINED:  # Evaluated in place, to see the products inside.
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, operands)
-    if (
-        name in programs.CHECKPOINTS
-    ):  # `jax.checkpoint`: too, at the memory of what is not.
+    if name in programs.CHECKPOINTS:
+        # Likewise, but this holds what `jax.checkpoint` would compute again.
         return _evaluate(params["jaxpr"], (), operands)
     first = operands[0] if operands else None
     if isinstance(first, _Outer):
         if name == "transpose" and params["permutation"][0] == 0:
             return [first.transpose(params["permutation"])]
         if name == "convert_element_type" and _is_real(first, params["new_dtype"]):
-            # Its square then keeps the digits that a narrower dtype drops.
+            # The factors are not cast, so the square has all their digits.
             return [dataclasses.replace(first, dtype=params["new_dtype"])]
     operands = [x.form() if isinstance(x, _Outer) else x for x in operands]
     if name == "dot_general" and _is_outer(operands, params["dimension_numbers"]):
@@ -155,7 +142,7 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
 
 
 def _is_real(product: _Outer, *dtypes: jax.typing.DTypeLike) -> bool:
-    """Return whether a product stays open: Re(x dᵀ)² of complex factors is no product."""
+    """Return whether a product may stay open: Re(x dᵀ)² of complex factors may not."""
     known = (product.left.dtype, product.right.dtype, product.dtype, *dtypes)
     return all(jnp.issubdtype(dtype, jnp.floating) for dtype in known)
 

@@ -1,6 +1,7 @@
-"""Products with a mean of matrices, one of each case: where linearising happens.
+"""Products with the mean of one matrix per example; linearisation takes place here.
 
-Over terms, microbatches and devices, and with the weight decay, as the objective has them.
+The mean is over terms, microbatches and devices, as the objective has them, and
+includes the weight decay.
 """
 
 import functools
@@ -25,14 +26,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Matvec])
 
 
 def of_an_objective(make: _Function) -> _Function:
-    """Linearise once outside of `jit` too, and refuse what is no objective, or no vector.
-
-    Optax calls what it injects with a count.
-    """
+    """Make a curvature check its arguments, and compile calls outside of `jit` once."""
     signature = inspect.signature(make)
 
     @functools.wraps(make)
     def checked(*args: Any, **kwargs: Any) -> Matvec:
+        # `optax.inject_hyperparams` takes a callable for a schedule: it passes a count.
         objective = args[0] if args else kwargs.get("objective")
         if (args or "objective" in kwargs) and not isinstance(objective, Objective):
             msg = (
@@ -56,7 +55,7 @@ def of_an_objective(make: _Function) -> _Function:
 
 
 def _of_tangents(product: Matvec, params: Params) -> Matvec:
-    """Return the product of what can be a vector; say so of what cannot."""
+    """Make a product check its vector before it multiplies."""
     if isinstance(product, Approximate):
         return Approximate(*(_of_tangents(each, params) for each in product))
     once = compiled.once(product)
@@ -64,24 +63,17 @@ def _of_tangents(product: Matvec, params: Params) -> Matvec:
 
 
 Product: TypeAlias = Callable[[Term, Params, Cases], Matvec]
-"""`(term, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, of the term and the cases it is handed."""
+"""`(term, params, cases) -> (v -> Σᵢ wᵢ Bᵢ v)`, for a term and some of its examples."""
 
 
 def linear_mean(
     product: Product, objective: Objective, params: Params, batch: Batch
 ) -> Matvec:
-    """Build v ↦ Σₖ cₖ (Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v), Bᵢ symmetric, of each case.
+    """Build v ↦ Σₖ cₖ (Σᵢ wᵢ Bᵢ v / Σᵢ wᵢ + weight_decay · v) with symmetric Bᵢ.
 
-    Args:
-      product: of a term without microbatches, or to linearise once, it is called once,
-        here: what it computes outside the product is computed once. Else it is called
-        inside the product, on each microbatch.
-      objective: its terms say how their means are taken.
-      params: θ.
-      batch: of the objective.
-
-    Returns:
-      The product, with the dtypes of `v`.
+    Without microbatches, or with `linearize_once`, `product` is called once for each
+    term, here, so that what it computes before v is known is computed once. Otherwise
+    it is called on each microbatch in each product. Results have the dtypes of `v`.
     """
     terms = terms_of(objective, batch)
     products = [_mean_of_term(product, term, params) for term in terms]
@@ -101,10 +93,10 @@ def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
     if once:
         source = term
         if parts.count > 1:
-            # By wide parameters, narrowed in each microbatch: the transpose of a loop
-            # sums in the dtype of what it is taken by.
+            # The transpose of a loop over microbatches sums in the dtype of the parameters.
+            # So pass them wide, and narrow them in each microbatch.
             source, local = _narrowed(term, params), trees.widen(local)
-        # Conjugate gradients are a loop.
+        # The product runs inside of a loop, that of conjugate gradients.
         whole = for_loops(product(source, local, cases))
 
     def matvec(v: Tree) -> Tree:
@@ -127,16 +119,10 @@ def gauss_newton(
     params: Params,
     cases: Cases,
 ) -> Matvec:
-    """Build v ↦ Σᵢ wᵢ Jᵢᵀ Hᵢ Jᵢ v, linearised here.
+    """Build v ↦ Σᵢ wᵢ Jᵢᵀ Hᵢ Jᵢ v; the model is linearised here.
 
-    Args:
-      forward: `params -> z`, of which J is the Jacobian.
-      hessian: `z -> (v -> H v)`, case by case.
-      params: θ.
-      cases: whose weights are taken.
-
-    Returns:
-      The product.
+    `forward` is `params -> z`, whose Jacobian is J, and `hessian` is `z -> (v -> H v)`,
+    which acts on each example separately.
     """
     outputs, tangent, transpose = linearized(forward, params)
     curved = hessian(outputs)
@@ -149,14 +135,14 @@ def gauss_newton(
 
 
 def _weighted(weights: jax.Array, tree: Tree) -> Tree:
-    """Multiply each case by its weight."""
+    """Multiply the values of each example by its weight."""
     return jax.tree.map(
         lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree
     )
 
 
 def _narrowed(term: Term, params: Params) -> Term:
-    """Return the term for wide parameters, run in the dtypes of `params`."""
+    """Return the term for wide parameters, evaluated in the dtypes of `params`."""
 
     def model_fn(wide: Params, inputs: Tree) -> Tree:
         return term.model_fn(trees.cast_like(wide, params), inputs)

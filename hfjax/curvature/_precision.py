@@ -1,4 +1,4 @@
-"""Models run in fewer digits; `hfjax.curvature` is the module to use."""
+"""Runs a model in lower precision, for `hfjax.curvature.with_precision`."""
 
 import contextlib
 import dataclasses
@@ -15,25 +15,26 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import each
 
 _DTYPES = ("bfloat16", "float32")
-"""Not float16: what is small in v would be 0 there."""
+"""Not float16: its range is so narrow that small entries of v would become 0."""
 
 
 class Rounding(NamedTuple):
-    """How digits are lost.
+    """How precision is reduced.
 
     Attributes:
-      dtype: what the model is run in, `None` is the parameters' own.
-      dot_precision: of float32, for `jax.default_matmul_precision`, `None` is as it is.
+      dtype: the dtype to run the model in; `None` for that of the parameters.
+      dot_precision: how float32 is multiplied, for `jax.default_matmul_precision`;
+        `None` leaves the setting unchanged.
     """
 
     dtype: str | None
     dot_precision: str | None
 
     def of(self, objective: Objective) -> Objective:
-        """Return the objective of the model run in `dtype`.
+        """Return an objective whose model runs in `dtype`.
 
-        Parameters and outputs keep their dtypes, and so does what is not floating; sums
-        over cases are those of `dtype` within a layer, and wide beyond.
+        Parameters and outputs keep their dtypes, and so does what is not floating. Sums
+        over examples are in `dtype` within a layer, and wider outside of the model.
         """
         if self.dtype is None:
             return objective
@@ -41,7 +42,7 @@ class Rounding(NamedTuple):
 
         def rounded(plain: Objective) -> Objective:
             def model_fn(params: Params, inputs: Tree) -> Tree:
-                # Its constants keep their dtypes, and may now meet others.
+                # Constants in the model keep their dtypes, and may now meet others.
                 with jax.numpy_dtype_promotion("standard"):
                     outputs = plain.model_fn(_in(dtype, params), _in(dtype, inputs))
                 return _in(trees.scalar_dtype(params), outputs)
@@ -57,40 +58,32 @@ class Rounding(NamedTuple):
         *args: Any,
         **options: Any,
     ) -> Matvec:
-        """Build a curvature's product in these digits."""
+        """Build a curvature's product in this precision."""
         with self.dots():
             matvec = of(self.of(objective), *args, **options)
 
         def product(v: Tree) -> Tree:
-            with self.dots():  # Where it linearises microbatches.
+            # A product that linearises microbatches runs the model, too.
+            with self.dots():
                 return matvec(v)
 
         return product
 
     def dots(self) -> contextlib.AbstractContextManager:
-        """Return the setting to trace a product in."""
+        """Return the context in which a product is to be traced."""
         if self.dot_precision is None:
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.dot_precision)
 
 
 def as_rounding(precision: str | DTypeLike | None) -> Rounding:
-    """Read the name of a dtype or of a dot precision.
-
-    Args:
-      precision: as the user gave it; `None` loses none.
-
-    Returns:
-      What it stands for.
-
-    Raises:
-      ValueError: if it is neither.
-    """
+    """Read the name of a dtype or of a precision; raise if it is neither."""
     if precision is None:
         return Rounding(None, None)
     name = precision if isinstance(precision, str) else _name_of(precision)
     if name in _DTYPES:
-        # float32 is float32 on a GPU, too; what JAX calls "bfloat16" there is TF32.
+        # "bfloat16" is a dtype here: as a dot precision of JAX it means TF32 on a GPU.
+        # "float32" is both, because a GPU may otherwise multiply in TF32.
         return Rounding(name, name if name == "float32" else None)
     rounding = Rounding(None, name)
     try:
@@ -113,7 +106,7 @@ def _name_of(dtype: DTypeLike) -> str:
 
 
 def _in(dtype: DTypeLike, tree: Tree) -> Tree:
-    """Cast what is floating; labels and keys stay."""
+    """Cast floating leaves; labels and keys stay as they are."""
 
     def leaf(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

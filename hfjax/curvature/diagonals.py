@@ -2,20 +2,21 @@
 
 | function | diagonal of | cost, in gradients |
 |---|---|---|
-| `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ (report, section 11.3) | 1 |
-| `ggn_rademacher` | G, unbiased (section 11.4) | 1 a probe |
-| `ggn_exact` | G (section 11.2) | 1 an output of a case |
+| `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ | 1 |
+| `ggn_rademacher` | G, estimated without bias | 1 for each probe |
+| `ggn_exact` | G | 1 for each output of an example |
 
-each plus `weight_decay`. All are means over cases of squares of per-case quantities
-(ERRATA: a mean, so that they stand on the scale of G and λ); the square of the mean
-gradient is another thing. With structural damping an update hands an estimate the
-objective with μ times the hidden states' distance in its loss: those of G then have its
-diagonal in them, the Fisher's has not, as the distance has no gradient.
+Each includes `weight_decay`. All are means over examples of squares of per-example
+quantities, not squares of a mean. (ERRATA: M&S (2012) have sums; a mean is on the scale
+of G and λ.) With structural damping, an update passes an objective whose loss includes
+μ times the distance of the hidden states. The diagonals of G then include its
+curvature, but that of the Fisher matrix does not, because the distance has no gradient.
 
-Where what is squared is an outer product of layer input and back-propagated error
-(dense layers, in any notation), the sum of squares is one matrix product of squares
-(report, algorithm 6). Other gradients (convolutions, recurrent and shared weights) are
-formed for as many cases at a time as fit in 64 MiB, at many times that cost.
+For dense layers, in any notation, the gradient of an example is an outer product of the
+layer's input and its back-propagated error. The sum of squares is then one matrix
+product of squares (M&S (2012), algorithm 6). Other gradients (convolutions, recurrent
+and shared weights) are formed for as many examples at a time as fit in 64 MiB, at many
+times the cost.
 """
 
 from collections.abc import Callable
@@ -41,15 +42,14 @@ Estimate: TypeAlias = Callable[..., Tree]
 """`(objective, params, batch) -> d`, or `(objective, params, batch, *, key) -> d`."""
 
 _HELD_ENTRIES = 2**24
-"""Entries of per-case gradients held at once: 64 MiB in float32; heuristic."""
+"""Entries of per-example gradients held at once: 64 MiB in float32."""
 
 
 def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
     Args:
-      objective: whose loss is differentiated case by case; weight decay is added to
-        the diagonal, as it is to the curvature.
+      objective: its loss is differentiated for each example; weight decay is added.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
@@ -87,19 +87,20 @@ def ggn_rademacher(
     key: jax.Array,
     num_probes: int = 1,
 ) -> Params:
-    """Estimate diag(G) by random signs, without bias: the mean of (Jᵢᵀ Sᵢ vᵢ)².
+    """Estimate diag(G) from random signs, without bias: the mean of (Jᵢᵀ Sᵢ vᵢ)².
 
-    `Sᵢ Sᵢᵀ = L″ᵢ`, and `vᵢ` holds independent signs for every output of every case and
-    probe, so that E[vᵢvᵢᵀ] = I. An entry may come out as zero that is not.
+    Sᵢ is a factor of the loss's Hessian, `Sᵢ Sᵢᵀ = L″ᵢ`, and `vᵢ` holds an independent
+    random sign for every output of an example and every probe, so that E[vᵢvᵢᵀ] = I.
+    The estimate of a positive entry may be 0.
 
     Args:
-      objective: whose G it is; weight decay is added.
+      objective: the objective that defines G; weight decay is added.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      key: a typed key. A case's signs depend on it and on the case's place in the
-        batch alone, whatever the microbatches or the devices.
-      num_probes: vectors per case that are averaged, at a gradient each (1: report,
-        algorithm 7).
+      key: a typed key. The signs of an example depend only on this key and on the
+        example's place in the batch, not on microbatches or devices.
+      num_probes: the number of sign vectors per example to average over; each costs a
+        gradient.
 
     Returns:
       A tree like `params`, in float32 or wider; not negative.
@@ -109,7 +110,7 @@ def ggn_rademacher(
       ValueError: if it is less than 1.
 
     Example:
-      With one output each, the signs square away:
+      With one output per example, the estimate is exact, because signs square to 1:
 
       >>> import hfjax
       >>> f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -133,6 +134,7 @@ def ggn_rademacher(
             outputs, transpose, factor = _factored(term, params, case)
             return transpose(factor(drawn.signs(key[0], probe, outputs)))
 
+        # Each example's key is part of its inputs, so that microbatches keep them together.
         inputs = (term.cases.inputs, drawn.data)
         how_often = {"probes": num_probes, "share": 1 / num_probes}
         return _mean_of_squares(term, params, case_gradient, inputs=inputs, **how_often)
@@ -141,13 +143,13 @@ def ggn_rademacher(
 
 
 def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
-    """Compute diag(G) exactly: Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k of a case, averaged.
+    """Compute diag(G) exactly: the mean of Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k.
 
-    One back-propagation for each output of a case, units and time steps alike: for
-    few outputs.
+    This takes one back-propagation for each output of an example, where every unit at
+    every time step counts, so use it for few outputs.
 
     Args:
-      objective: whose G it is; weight decay is added.
+      objective: the objective that defines G; weight decay is added.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
@@ -169,6 +171,7 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
         del key
 
         def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
+            # The unit vector eₖ for k = `index`, with entries numbered over all leaves.
             outputs, transpose, factor = _factored(term, params, case)
             leaves, structure = jax.tree.flatten(outputs)
             units, at = [], 0
@@ -191,7 +194,7 @@ def _summed(
     batch: Batch,
     key: jax.Array | None = None,
 ) -> Params:
-    """Sum Σₖ cₖ of the terms' diagonals, each with a key of its own."""
+    """Sum the terms' diagonals, times cₖ, each with a key of its own."""
     if not isinstance(objective, Objective):
         msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
         raise TypeError(msg)
@@ -214,7 +217,7 @@ def _summed(
 def _factored(
     term: Term, params: Params, case: Cases
 ) -> tuple[Tree, Callable[[Tree], Params], Callable[[Tree], Tree]]:
-    """Return the outputs of a case, v ↦ Jᵀv and v ↦ S v."""
+    """Return the outputs of an example, v ↦ Jᵀv and v ↦ S v."""
     outputs, transpose = jax.vjp(
         lambda params: term.outputs(params, case.inputs), params
     )
@@ -232,16 +235,10 @@ def _mean_of_squares(
     probes: int = 1,
     share: float = 1.0,
 ) -> Params:
-    """Compute the mean over cases of Σ over probes of `share` · squares; weight decay.
+    """Average Σ over probes of `share` · squares over the examples; add weight decay.
 
-    Args:
-      term: whose weights, microbatches and devices are to be respected.
-      params: θ.
-      case_gradient: `(params, case, probe) -> what is squared`, of one case, leading
-        axes of one.
-      inputs: of the cases, if they are not the term's.
-      probes: how many squares a case has.
-      share: of each.
+    `case_gradient` is `(params, case, probe) -> what is squared`, for one example with
+    leading axes of one. `inputs` are those of the examples, if not the term's own.
     """
     cases, zero = term.cases, jnp.zeros((), jnp.int32)
     cases = cases if inputs is None else cases._replace(inputs=inputs)
@@ -264,12 +261,14 @@ def _mean_of_squares(
 
         if probes == 1:
             return one(zero)
+        # One probe after the other, so that memory does not grow with their number.
         nothing = sharding.zeros(jax.eval_shape(one, zero))
         return trees.summed(for_loops(one), probes, means.local(nothing))
 
     held = _case_gradients.held_entries(
         gradient_of(zero), (cases.inputs, cases.targets)
     )
+    # Microbatches bound the memory for gradients that have to be formed.
     bounded = means.at_most(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = sharding.like(bounded.mean(sum_of_squares, cases), params)
     decay = jnp.zeros(()) if term.decay is None else term.decay

@@ -1,9 +1,9 @@
-"""The Jacobian of the outputs, written out: G = J̃ᵀJ̃ + weight_decay · I.
+"""The Jacobian of the outputs as an explicit matrix: G = J̃ᵀJ̃ + weight_decay · I.
 
-A row of J̃ is √(c wᵢ / Σ w) (Sᵢ eₖ)ᵀJᵢ, for the k-th output of case i, with SᵢSᵢᵀ = L″ᵢ
-and c the weight of a sum's term. Where Sᵢ is regular the data's part of the gradient is
-J̃ᵀr̃, with r̃ᵢ = √(c wᵢ / Σ w) Sᵢ⁻¹∇Lᵢ: a least-squares problem min ‖J̃δ + r̃‖² whatever the
-loss is.
+The row of J̃ for output k of example i is √(c wᵢ / Σ w) (Sᵢ eₖ)ᵀJᵢ, with SᵢSᵢᵀ = L″ᵢ
+and c the weight of the term in a sum. If Sᵢ is regular, the gradient of the data's part
+of f is J̃ᵀr̃ with r̃ᵢ = √(c wᵢ / Σ w) Sᵢ⁻¹∇Lᵢ. Then, for any loss, minimising the
+quadratic model is the least-squares problem min ‖J̃δ + r̃‖².
 """
 
 import math
@@ -26,13 +26,13 @@ from hfjax.objectives.terms import Term
 
 
 class Jacobian(NamedTuple):
-    """J̃ and r̃, of all devices' cases, in float32 or wider.
+    """J̃ and r̃ for the examples of all devices, in float32 or wider.
 
     Attributes:
       rows: J̃, a tree like the parameters with a leading axis of rows.
       residuals: r̃, shape `[rows]`.
-      residuals_at: δ ↦ r̃(θ + δ), but with the Sᵢ of θ, shape `[rows]`: a pass forward. Of
-        squared errors and a model that is linear in θ it is r̃ + J̃δ.
+      residuals_at: δ ↦ r̃(θ + δ), but with the Sᵢ of θ, shape `[rows]`, for a forward
+        pass. It is r̃ + J̃δ for squared errors and a model that is linear in θ.
     """
 
     rows: Tree
@@ -49,12 +49,12 @@ class Jacobian(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What J̃ would be, and a pass forward is; Python integers.
+    """The size of J̃ and the cost of a forward pass, as Python integers.
 
     Attributes:
-      rows: outputs of all cases, of this device.
-      columns: parameters.
-      forward: multiplications of a pass forward over those cases.
+      rows: the number of outputs of all examples on this device.
+      columns: the number of parameters.
+      forward: the multiplications of a forward pass over these examples.
     """
 
     rows: int
@@ -63,21 +63,13 @@ class Size(NamedTuple):
 
 
 def size(objective: Objective, params: Params, batch: Batch) -> Size:
-    """Count; the model is traced on one case, and not run.
-
-    Args:
-      objective: whose model it is.
-      params: θ.
-      batch: of the objective.
-
-    Returns:
-      The numbers.
-    """
+    """Count rows, columns and multiplications, by tracing the model on one example."""
     rows = forward = 0
     for term in terms_of(objective, batch):
         count = term.cases.weights.shape[0]
         inputs = sharding.first_case(term.cases.inputs)
         local = term.means.local(sharding.gathered(params, term.cases))
+        # The examples are alike, so one is enough.
         program, shapes = jax.make_jaxpr(term.outputs, return_shape=True)(local, inputs)
         leaves = jax.tree.leaves(shapes)
         rows += count * sum(math.prod(leaf.shape[1:]) for leaf in leaves)
@@ -87,16 +79,10 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
 
 @noting_no_reverse()
 def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
-    """Compute J̃ and r̃: a pass forward, and one back for each output of a case.
+    """Compute J̃ and r̃, by one backward pass for each output of an example.
 
-    Args:
-      objective: whose G it is, without weight decay. Microbatches bound what the passes
-        hold, not J̃.
-      params: θ.
-      batch: of the objective.
-
-    Returns:
-      Both, of rows · params numbers, and what tells r̃ elsewhere.
+    J̃ has rows · parameters entries. Microbatches bound what the passes hold, but not
+    J̃. Weight decay is left out.
     """
     parts = [_of_term(params, term) for term in terms_of(objective, batch)]
     rows, residuals = jax.tree.map(_joined, *(part[:2] for part in parts))
@@ -108,32 +94,19 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
 
 
 def _joined(*arrays: jax.Array) -> jax.Array:
-    """Lay arrays one after another, in the widest of their dtypes."""
+    """Concatenate arrays in the widest of their dtypes."""
     dtype = trees.widest(*(x.dtype for x in arrays))
     return jnp.concatenate([x.astype(dtype) for x in arrays])
 
 
 def _ravelled(tree: Tree) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
-    """Lay a tree out in one vector, of the widest dtype, and tell how to undo it."""
+    """Return a tree as one vector, in the widest dtype, and the inverse of this."""
     with jax.numpy_dtype_promotion("standard"):
         return ravel_pytree(tree)
 
 
 def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> Jacobian:
-    """Append the rows of a quadratic penalty, ½ `strength` ‖J̃ₚδ‖².
-
-    Structural damping is one: it is no part of f, so that its residuals elsewhere are
-    those of the linear model. (The distance of the hidden states at θ + δ to themselves,
-    which the joined loss has, is 0, and would cancel the damping.)
-
-    Args:
-      of_f: J̃ and r̃ of f.
-      strength: μ.
-      of_penalty: J̃ₚ.
-
-    Returns:
-      Both, one after the other.
-    """
+    """Append the rows of a quadratic penalty ½ μ ‖J̃ₚδ‖², with μ = `strength`."""
 
     def scaled(x: jax.Array) -> jax.Array:
         return jnp.sqrt(strength).astype(x.dtype) * x
@@ -142,6 +115,9 @@ def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> J
     rows = jax.tree.map(
         lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), of_f.rows, penalty.rows
     )
+    # Structural damping is such a penalty. It is not part of f, so its residuals at θ + δ are
+    # those of the linear model, J̃ₚδ. (The loss that includes the distance would give 0, as
+    # it takes the hidden states at θ + δ for the reference, and so cancel the damping.)
     none = sharding.zeros_like(penalty.residuals).astype(of_f.residuals.dtype)
 
     def residuals_at(step: Tree) -> jax.Array:
@@ -165,10 +141,10 @@ def _of_term(params: Params, term: Term) -> Jacobian:
         units = jax.vmap(lambda unit: factor(unflatten(unit)))(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
-        # An S that is the same for all cases is no device's own.
+        # An S that is the same for all examples is not marked as varying over devices.
         columns = trees.cast_like(means.local(units), outputs)
         rows = jax.vmap(lambda v: transpose(v)[0])(columns)
-        # Of parameters without entries nothing is gathered, or mapped.
+        # Leave out parameters without entries: they cannot be gathered, or mapped over.
         rows = [leaf for leaf in jax.tree.leaves(rows) if leaf.size]
         transposed = jax.vmap(lambda unit: _ravelled(unit)[0])(units)
         inverse = _pseudoinverse(transposed.T, flat.dtype)
@@ -208,20 +184,20 @@ def _of_term(params: Params, term: Term) -> Jacobian:
 
 
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
-    """Return S⁺∇L of a case: the shortest r with the least ‖S r − ∇L‖."""
+    """Return S⁺∇L for an example: the shortest r with the least ‖S r − ∇L‖."""
     slope = jax.grad(lambda z: jnp.sum(term.loss.value(z, targets)))(outputs)
     slope = _ravelled(slope)[0].astype(inverse.dtype)
     return jnp.matmul(inverse, slope, precision=trees.EXACT)
 
 
 def _weighted(term: Term, cases: Cases) -> Callable[[jax.Array], jax.Array]:
-    """Scale what is of each case's outputs, and lay them one after another."""
+    """Scale each example's values by √(c w / Σ w), and concatenate them."""
     total = term.means.total(cases.weights)
     weight = 1 if term.weight is None else term.weight
 
     def weighted(x: jax.Array) -> jax.Array:
         x = x.astype(trees.wide(x.dtype))
-        # In the digits of the rows: weights may have fewer.
+        # Compute in the dtype of the rows, as weights may have a narrower one.
         w, all_of_them, c = (
             jnp.asarray(number, x.dtype) for number in (cases.weights, total, weight)
         )
@@ -233,7 +209,9 @@ def _weighted(term: Term, cases: Cases) -> Callable[[jax.Array], jax.Array]:
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return S⁺ of an S with the digits of a dtype; else its kernel would count."""
+    """Return S⁺ of a factor that was computed in a dtype."""
+    # The cutoff is the rounding of the dtype in which S was computed, not of the wider one.
+    # Otherwise singular values that should be 0 would be inverted.
     factor = factor.astype(trees.wide(factor.dtype))
     if factor.size > 1:
         eps = float(jnp.finfo(dtype).eps)

@@ -1,4 +1,9 @@
-"""Random signs for every output of every case: vᵢ with E[vᵢvᵢᵀ] = I."""
+"""Random signs vᵢ for every output of every example, with E[vᵢvᵢᵀ] = I.
+
+With a factor Sᵢ Sᵢᵀ = L″ᵢ of the loss's Hessian, gᵢ = Jᵢᵀ Sᵢ vᵢ has E[gᵢgᵢᵀ] = Jᵢᵀ L″ᵢ
+Jᵢ. So one backward pass gives an unbiased estimate of an example's part of G. Diagonals
+and Kronecker factors are estimated in this way.
+"""
 
 from typing import NamedTuple
 
@@ -11,32 +16,27 @@ from hfjax.objectives.means import Means
 
 
 class Probes(NamedTuple):
-    """A key for each case.
+    """A key for each example.
 
     Attributes:
-      data: of the keys, with a leading axis of cases: arrays that can be split.
-      implementation: of the keys.
+      data: the data of the keys, with a leading axis of examples: arrays that can be
+        split into microbatches.
+      implementation: the implementation of the keys.
     """
 
     data: jax.Array
     implementation: str
 
     def signs(self, data: jax.Array, probe: jax.Array | int, outputs: Tree) -> Tree:
-        """Draw the signs of one case.
+        """Draw signs for one example, a tree like its `outputs`.
 
-        Args:
-          data: of its key.
-          probe: number of the draw.
-          outputs: of the case.
-
-        Returns:
-          A tree like `outputs`.
+        `data` is that of the example's key, and `probe` the number of the draw.
         """
         leaves, structure = jax.tree.flatten(outputs)
 
         def of_leaf(number: int, z: jax.Array) -> jax.Array:
-            # Another key for each leaf and draw: the case's keys are far apart, and a
-            # hash for each would be one more program to compile.
+            # Each leaf and draw needs another key. Counting up is enough, because the keys
+            # of the examples are far apart; `fold_in` would be one more hash to compile.
             offset = jnp.asarray(probe * len(leaves) + number, data.dtype)
             own = data.at[-1].add(offset)
             key = jax.random.wrap_key_data(own, impl=self.implementation)
@@ -46,17 +46,15 @@ class Probes(NamedTuple):
 
 
 def probes(means: Means, cases: Cases, key: jax.Array) -> Probes:
-    """Give each case a key of its own, whatever the microbatches and the devices.
+    """Give each example a key that depends on `key` and its place in the batch alone.
 
-    Args:
-      means: that know of devices.
-      cases: this device's.
-      key: a typed key.
-
-    Returns:
-      The keys; a case's depends on `key` and on its place in the whole batch alone.
+    So the signs of an example do not depend on microbatches or on the number of
+    devices. `cases` are those of this device, and `means` knows their place in the
+    whole batch.
     """
     first = means.first_case(cases)
     numbers = first + jnp.arange(cases.weights.shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    # As plain arrays, they can be split into microbatches with the rest of the data, and
+    # `signs` can count up from them.
     return Probes(jax.random.key_data(keys), jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]

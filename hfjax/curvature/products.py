@@ -1,17 +1,18 @@
 """Curvature: an objective, parameters and a batch become a product v ↦ B v.
 
-| function | B | positive semi-definite | of a product, in gradients |
+| function | B | positive semi-definite | cost of a product, in gradients |
 |---|---|---|---|
-| `ggn` | Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ | where the loss is convex in the outputs | 4/3 |
+| `ggn` | Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ | if the loss is convex in the outputs | 4/3 |
 | `hessian` | ∇²f | no | 2 |
-| `finite_difference_hessian` | ∇²f, nearly | no | 2 |
+| `finite_difference_hessian` | ∇²f, approximately | no | 2 |
 | `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ | yes | 4/3 |
 
-with `J` the Jacobian of the model in the parameters, `L″` the Hessian of the loss in
-the outputs; each plus `weight_decay` · I. The generalised Gauss-Newton matrix (report,
-section 6; Schraudolph 2002) is the one to train with, and equals the Hessian where the
-model is linear. `ggn` and `hessian` take `structural=μ`, which adds μ times the
-Gauss-Newton matrix of the hidden states' mean distance (section 8.4) within their product.
+J is the Jacobian of the outputs with respect to the parameters, and L″ the Hessian of
+the loss with respect to the outputs. Every B also includes `weight_decay` · I. Train
+with the generalised Gauss-Newton matrix, `ggn` (Schraudolph 2002; M&S (2012), section
+6), which equals the Hessian if the model is linear. With `structural=μ`, `ggn` and
+`hessian` add μ times the Gauss-Newton matrix of the mean distance of the hidden states
+(M&S (2012), section 8.4), in the same product.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,8 @@ from hfjax.objectives.objective import Objective
 from hfjax.objectives.terms import Term
 
 Curvature: TypeAlias = Callable[..., Matvec]
-"""`(objective, params, batch) -> (v -> B v)`; called once per update. With structural
-damping it is given `structural=μ` too."""
+"""`(objective, params, batch) -> (v -> B v)`, called once in each update. With
+structural damping, it also gets `structural=μ`."""
 
 
 @of_an_objective
@@ -46,28 +47,32 @@ def ggn(
     *,
     structural: Number | None = None,
 ) -> Matvec:
-    """Build the generalised Gauss-Newton product v ↦ G v.
+    """Build the generalised Gauss-Newton vector product v ↦ G v.
 
-    The model is linearised here, once; a product is one forward tangent pass and
-    its transpose, about 4/3 of a gradient, and runs the model no more (unless the
-    objective's microbatches are linearised anew in each product). A `jax.custom_vjp` in
-    the model has no forward derivative. The forward pass is then the transpose of its
-    backward rule, at about the same price, where that rule can be differentiated (that
-    of `odeint` can, that of Diffrax's default adjoint cannot: take `DirectAdjoint`).
-    Where it cannot, a note in the error says what to use.
+        G = Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ + `weight_decay` · I
+
+    The model is linearised once, here. Each product is then a forward pass of tangents
+    and its transpose, about 4/3 of a gradient, and does not run the model again (unless
+    the objective has microbatches, and each product linearises them anew).
+
+    A `jax.custom_vjp` in the model has no forward derivative. The forward pass is then
+    the transpose of its backward rule, at about the same cost, if that rule can be
+    differentiated. The rule of `odeint` can be; that of Diffrax's default adjoint
+    cannot, so use `DirectAdjoint`. The error for such a rule says what to use.
 
     Args:
-      objective: whose model, loss, weights and weight decay define G.
-      params: θ, where G is taken.
+      objective: its model, loss, weights and weight decay define G.
+      params: θ, the point at which G is taken.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      structural: μ ≥ 0, adds μ Jₕᵀ d″ Jₕ of the objective's `hidden_loss`.
+      structural: μ ≥ 0, on the scale of the mean loss; adds μ Jₕᵀ d″ Jₕ, the curvature
+        of the objective's `hidden_loss` d.
 
     Returns:
-      The product: trees like `params` to trees like `params`, in the dtype of `v`.
-      G has the scale of the objective, a mean over cases.
+      The product. It maps trees like `params` to trees like `params`, with the dtypes
+      of `v`. G has the scale of the objective, a mean over examples.
 
     Raises:
-      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
+      ValueError: if `structural` is given, but the objective has no `hidden_loss`.
 
     Example:
       For a linear model and ½‖z − t‖², G = XᵀX / cases:
@@ -88,6 +93,7 @@ def ggn(
     )
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        # This is called once, so the loss can compute in advance what does not need v.
         def hessian(outputs: Tree) -> Matvec:
             return term.loss.hessian(outputs, cases.targets)
 
@@ -106,24 +112,25 @@ def hessian(
     *,
     structural: Number | None = None,
 ) -> Matvec:
-    """Build the Hessian product v ↦ ∇²f v.
+    """Build the Hessian-vector product v ↦ ∇²f v.
 
-    The gradient is linearised here, once (Pearlmutter's R-operator); a product then
-    costs about two gradients, and evaluates none. ∇²f is indefinite in general: where
-    conjugate gradients meet pᵀ∇²f p ≤ 0 they stop, and keep the iterate they have.
+    The gradient is linearised once, here (Pearlmutter's R-operator). Each product then
+    costs about as much as two gradients, and does not evaluate the gradient again. In
+    general ∇²f is indefinite: conjugate gradients stop when they meet pᵀ∇²f p ≤ 0, and
+    keep the current iterate.
 
     Args:
       objective: f.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      structural: as in `ggn`; the Hessian of the distance of hidden states is its
-        Gauss-Newton matrix, as it is least at θ.
+      structural: as in `ggn`. The Hessian of the hidden states' distance is its
+        Gauss-Newton matrix, because the distance has its minimum at θ.
 
     Returns:
-      The product, as `ggn`.
+      The product, as in `ggn`.
 
     Raises:
-      ValueError: if `structural` is given, and the objective has no `hidden_loss`.
+      ValueError: if `structural` is given, but the objective has no `hidden_loss`.
 
     Example:
       For f = ½(p² − 1)², ∇²f = 6p² − 2, where G = (2p)²:
@@ -142,6 +149,7 @@ def hessian(
     )
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        # Neither divided by Σᵢ wᵢ nor with weight decay: `linear_mean` does both.
         def gradient(params: Params) -> Params:
             return term.means.accumulate(
                 lambda part: jax.grad(term.weighted_loss)(params, part),
@@ -161,29 +169,28 @@ def finite_difference_hessian(
     *,
     epsilon: Number | None = None,
 ) -> Matvec:
-    """Build the Hessian product by differences of gradients.
+    """Build the Hessian-vector product from differences of gradients.
 
-        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ − h v)) / 2h
+        ∇²f v ≈ (∇f(θ + h v) − ∇f(θ − h v)) / 2h,    h = `epsilon` (1 + ‖θ‖) / ‖v‖
 
-    with h = `epsilon` (1 + ‖θ‖) / ‖v‖: the step is scaled to v, and large enough to
-    be seen beside θ. For models with a `jax.custom_vjp` whose backward rule cannot be
-    differentiated, and to check `hessian`, which is exact and as fast. Parameters behind
-    a `stop_gradient` still move f: there the two differ.
+    Use it for models with a `jax.custom_vjp` whose backward rule cannot be
+    differentiated, and to check `hessian`, which is exact and as fast. The two differ
+    for parameters behind a `stop_gradient`, because these still change f.
 
     Args:
       objective: f.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
-      epsilon: relative step > 0. By default ε^⅓, ε the rounding of the parameters: what
-        balances rounding and truncation (Nocedal & Wright 2006, section 8.1). On small
-        networks the error relative to ∇²f v was 1e-4 to 5e-3 in float32, below 1e-8 in
+      epsilon: relative step > 0. By default ε^⅓, where ε is the rounding of the
+        parameters: this balances rounding and truncation. On small networks the
+        relative error of ∇²f v was then 1e-4 to 5e-3 in float32, and below 1e-8 in
         float64.
 
     Returns:
-      The product, as `ggn`; 0 for v = 0.
+      The product, as in `ggn`; 0 for v = 0.
 
     Raises:
-      ValueError: if `epsilon` is a plain number and not above 0.
+      ValueError: if `epsilon` is a plain number that is not positive.
 
     Example:
       >>> import hfjax
@@ -194,13 +201,14 @@ def finite_difference_hessian(
       True
 
     References:
-      Martens & Sutskever (2012), section 5.
+      Martens & Sutskever (2012), section 5; Nocedal & Wright (2006), section 8.1.
     """
     options.check_range("epsilon", epsilon, low=0.0, open_low=True)
     dtype = trees.scalar_dtype(params)
     if epsilon is None:
         coarsest = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
         epsilon = coarsest ** (1 / 3)
+    # The step grows with ‖θ‖, so that it is not lost in the rounding of θ.
     length = jnp.asarray(epsilon, dtype) * (1 + trees.norm(params))
 
     def gradient(step: jax.Array, v: Tree) -> Tree:
@@ -208,13 +216,15 @@ def finite_difference_hessian(
         return trees.widen(objective.value_and_grad(at, batch)[1])
 
     def matvec(v: Tree) -> Tree:
-        magnitude = trees.magnitude(v)  # 1 / h of a huge v is none.
+        # Scale v first: for a huge v, 1 / h would overflow.
+        magnitude = trees.magnitude(v)
         unit = trees.scale(1 / magnitude, trees.widen(v))
         size = trees.norm(unit)
         h = length / jnp.where(size > 0, size, 1)
         change = jax.tree.map(jnp.subtract, gradient(h, unit), gradient(-h, unit))
         product = trees.scale(magnitude, trees.scale(1 / (2 * h), change))
-        # Of v = 0 it is the rounding of two gradients at θ, where XLA sums them apart.
+        # For v = 0 the two gradients at θ may differ by rounding, since XLA need not sum
+        # them in the same order.
         product = jax.tree.map(lambda x: jnp.where(size == 0, 0, x), product)
         return trees.cast_like(product, v)
 
@@ -225,17 +235,18 @@ def finite_difference_hessian(
 def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matvec:
     """Build the product with the empirical Fisher matrix, Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ.
 
-    It is the Gauss-Newton matrix of ½ Σᵢ wᵢ Lᵢ², with the losses as outputs: a product
-    costs what one of `ggn` does. Of rank at most the number of cases, and no
-    approximation of curvature away from a fit (report, section 11.3: for its diagonal).
+    This is the Gauss-Newton matrix of ½ Σᵢ wᵢ Lᵢ² / Σᵢ wᵢ, with the losses as outputs,
+    so a product costs as much as one of `ggn`. The rank is at most the number of
+    examples. The matrix does not approximate the curvature unless the model fits the
+    data.
 
     Args:
-      objective: whose loss is differentiated case by case.
+      objective: its loss is differentiated for each example; weight decay is added.
       params: θ.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
 
     Returns:
-      The product, as `ggn`.
+      The product, as in `ggn`.
 
     Example:
       >>> import hfjax
@@ -250,6 +261,7 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matv
     """
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        # The Hessian of ½ L² with respect to L is 1.
         return gauss_newton(
             lambda params: term.losses_of(params, cases),
             lambda values: lambda v: v,
@@ -266,33 +278,34 @@ def with_precision(
     of: Curvature = ggn,
     exact: str | DTypeLike | None = None,
 ) -> Curvature:
-    """Compute products in fewer digits, and nothing else.
+    """Compute curvature-vector products, and nothing else, in lower precision.
 
-    The gradient, f, the preconditioner and the vectors of conjugate gradients stay what
-    they are. For devices that multiply so several times as fast: the same M takes more
-    iterations, twice as many in bfloat16 where it was measured (`docs/choosing.md`).
+    The gradient, f, the preconditioner and the vectors of conjugate gradients are
+    computed as before. This is for devices that multiply several times as fast in lower
+    precision. Conjugate gradients then need more iterations for the same decrease of
+    the model M: twice as many in bfloat16 where it was measured (`docs/choosing.md`).
 
     Args:
-      precision: either a dtype that the model is run in, for the products alone, with
-        parameters, inputs and v cast to it: `"bfloat16"`, on every device; or
-        `"float32"`, for parameters in float64. Or how float32 is multiplied,
-        what `jax.default_matmul_precision` takes: `"tensorfloat32"`, `"highest"`,
-        `"BF16_BF16_F32"`, …; a GPU or TPU heeds it, a CPU does not. Where nothing is
-        said a GPU that has TF32 uses it, and a TPU bfloat16; `"float32"` makes products
-        exact there (`jax.lax.Precision`).
-      of: of which curvature; it takes `structural=μ` if that one does.
-      exact: the precision of the product that it stands for, to which
-        `hfjax.cg.conjugate_gradient(replace_every=…)` holds it; `None` is that of `of`.
+      precision: `"bfloat16"` (on any device) or `"float32"` (for float64 parameters)
+        run the model in this dtype, with parameters, inputs and v cast to it. Any other
+        value says how float32 is multiplied, as in `jax.default_matmul_precision`:
+        `"tensorfloat32"`, `"highest"`, `"BF16_BF16_F32"`, … A GPU or TPU follows this,
+        a CPU does not. By default, a GPU that has TF32 uses it, and a TPU uses
+        bfloat16; there `"float32"` makes products exact (see `jax.lax.Precision`).
+      of: the curvature to compute. The result takes `structural=μ` if `of` does.
+      exact: the precision of the accurate product, which
+        `hfjax.cg.conjugate_gradient(replace_every=…)` uses to recompute the residual.
+        `None` is the precision of `of` itself.
 
     Returns:
-      The curvature; its products are `Approximate`. A model that names the dtype of a
-      layer, or the precision of a product, keeps it.
+      The curvature; its products are `Approximate`. If the model sets the dtype of a
+      layer, or the precision of a product, that is unchanged.
 
     Raises:
-      ValueError: if a precision is nothing of the kind.
+      ValueError: if a precision is not one of these.
 
     Example:
-      bfloat16 has 8 bits:
+      bfloat16 has 8 significant bits:
 
       >>> import hfjax
       >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
@@ -312,8 +325,8 @@ def with_precision(
         def product(rounding: Rounding) -> Matvec:
             return rounding.product(of, objective, params, batch, **options)
 
-        # The exact one is linearised where it is called: what it keeps is never in memory
-        # beside what the other keeps for the whole run, and uncalled it costs nothing.
+        # The exact product is linearised in each call. So it costs nothing unless it is
+        # called, and its linearisation does not take memory for the whole run.
         return Approximate(product(fewer), lambda v: product(all_of_them)(v))
 
     def without_options(
@@ -321,5 +334,6 @@ def with_precision(
     ) -> Approximate:
         return build(objective, params, batch)
 
-    # Structural damping is refused by what a curvature takes, and this takes what `of` does.
+    # An update looks at the signature to see whether a curvature supports structural
+    # damping, so this one must have the option exactly if `of` has it.
     return of_an_objective(build if takes(of, "structural") else without_options)

@@ -1,11 +1,11 @@
-"""Structural damping as a loss: the hidden states stand beside the outputs.
+"""Structural damping as a loss: the hidden states become outputs beside the real ones.
 
-The report (section 8.4) joins the penalty S(δ) = d(h(θ + δ); h(θ)) to the objective
-by a network whose outputs are the pair (z, h), and whose loss is
+M&S (2012), section 8.4, add the penalty S(δ) = d(h(θ + δ); h(θ)) to the objective by
+means of a network whose outputs are the pair (z, h), with the loss
 
     L_μ((z, h), t) = L(z, t) + μ d(h; h(θ)).
 
-Its Gauss-Newton matrix is B + μ S″: one product gives both, at the price of one.
+Its Gauss-Newton matrix is B + μ S″, so one product gives both, at the price of one.
 """
 
 import dataclasses
@@ -24,24 +24,15 @@ from hfjax.objectives.plain import outputs_and_hidden
 
 
 def with_structural_loss(objective: Objective, strength: Number) -> Objective:
-    """Join the hidden states' distance to the loss: L + μ d(h; h(θ)).
+    """Add μ times the distance of the hidden states to the loss: L + μ d(h; h(θ)).
 
-    For curvature and its diagonals: the gradient is that of f, and the outputs are
-    pairs `(outputs, hidden)`.
-
-    Args:
-      objective: with a `hidden_loss`, d.
-      strength: μ, on the scale of the mean loss.
-
-    Returns:
-      The objective, without a `hidden_loss` of its own.
-
-    Raises:
-      TypeError: if `objective` is no `Objective`.
-      ValueError: if there is no `hidden_loss`.
+    This is for curvature and its diagonals. The gradient is that of f, because the
+    distance has its minimum at θ. The outputs are pairs `(outputs, hidden)`, and the
+    result has no `hidden_loss` of its own. `strength` is μ, on the scale of the mean
+    loss.
 
     Example:
-      Here z = θx and h = θ, so that G = x² + μ:
+      For outputs z = θx and hidden states h = θ, G = x² + μ:
 
       >>> import hfjax
       >>> loss = losses.squared_error()
@@ -64,17 +55,9 @@ def with_structural_loss(objective: Objective, strength: Number) -> Objective:
 
 
 def hidden_distance(objective: Objective) -> Objective:
-    """Return d(h(θ + δ); h(θ)) alone as an objective: no loss, no weight decay.
+    """Return d(h(θ + δ); h(θ)) alone as an objective, without loss and weight decay.
 
-    Args:
-      objective: with a `hidden_loss`, d.
-
-    Returns:
-      The objective; its value is least where it is taken, so that it has no gradient.
-
-    Raises:
-      TypeError: if `objective` is no `Objective`.
-      ValueError: if there is no `hidden_loss`.
+    Its gradient is 0, because the distance has its minimum where it is taken.
 
     Example:
       >>> import hfjax
@@ -112,16 +95,7 @@ def _needed(objective: Objective) -> losses.Loss:
 def _paired(
     loss: losses.Loss, hidden_loss: losses.Loss, strength: Number
 ) -> losses.Loss:
-    """Build L_μ, a loss of the pair (outputs, hidden).
-
-    Args:
-      loss: L.
-      hidden_loss: d.
-      strength: μ.
-
-    Returns:
-      The loss; its outputs are pairs, its targets those of `loss`.
-    """
+    """Build L_μ, whose outputs are pairs (outputs, hidden), with the targets of L."""
     penalty = _distance(hidden_loss)
 
     def value(pair: tuple, targets: Tree) -> jax.Array:
@@ -140,6 +114,7 @@ def _paired(
     def factor(pair: tuple, targets: Tree) -> LinearMap:
         outputs, hidden = pair
         data, structural = loss.factor(outputs, targets), penalty.factor(hidden, None)
+        # The factor of μ d″ is √μ times that of d″.
         root = jnp.sqrt(strength)
         return lambda v: (data(v[0]), _scaled(root, structural(v[1])))
 
@@ -154,16 +129,13 @@ def _paired(
 
 
 def _distance(hidden_loss: losses.Loss) -> losses.Loss:
-    """Build d(h; h(θ)) alone: a loss of the hidden states that reads no targets.
+    """Build d(h; h(θ)) as a loss of the hidden states that does not read targets.
 
-    Args:
-      hidden_loss: d; `sigmoid_cross_entropy` takes the hidden units' logits, as for
-        outputs (report, footnote 5).
-
-    Returns:
-      The loss. Its value has no gradient, as the reference is held fixed.
+    Its value has no gradient, as the reference is held fixed.
     """
 
+    # The reference is `predict` of the hidden states, so `sigmoid_cross_entropy` expects
+    # the hidden units' logits, just as for outputs (M&S (2012), footnote 5).
     def reference(hidden: Tree) -> Tree:
         return jax.lax.stop_gradient(hidden_loss.predict(hidden))
 
