@@ -231,10 +231,8 @@ def nystrom(
     definite even if λ = 0, and P = I if G = 0.
 
     A build costs `rank` products and, in addition, 16 rank² multiplications and
-    additions for each parameter. On one CPU core, with 840,000 parameters and a rank of
-    50, the latter took as long as 20 products on 2,000 examples, or 160 on 200. A build
-    holds 5 `rank` vectors like the parameters, and `rank` times what a product holds. A
-    product P⁻¹r reads U twice.
+    additions for each parameter. It holds 5 `rank` vectors like the parameters, and `rank`
+    times what a product holds. A product P⁻¹r reads U twice.
 
     Args:
       rank: r, the number of columns; capped at the number of parameters.
