@@ -22,7 +22,8 @@ test: $(BIN)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 demo: $(BIN)/installed
-	$(BIN)/python -m benchmarks autoencoder
+	$(BIN)/python -m benchmarks compare --suite images --problem curves1000 \
+	  --optimizers hfjax,adam,lbfgs --seconds 34 --out runs/demo
 
 notebooks: $(BIN)/installed
 	$(BIN)/python notebooks/build.py

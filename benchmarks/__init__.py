@@ -1,9 +1,13 @@
-"""Benchmarks: Hessian-free against its rivals on deep autoencoders.
+"""Benchmarks of hfjax: one comparison with other optimizers, and four small ones.
 
-    python -m benchmarks autoencoder     # a race of about four minutes on two cores
-    python -m benchmarks product         # what a curvature product costs
+    python -m benchmarks compare --suite images    # a race of optimizers
+    python -m benchmarks costs                     # what an update costs before it runs
 
-The experiment is that of Martens (2010): autoencoders too deep for plain gradient
-descent from a random start. `data` makes or reads the images, `network` builds
-the model, `racers` the optimizers, `race` runs one of them against the clock.
+`harness` runs optimizers in turns and keeps what they measure, `suites` has the problems,
+`optimizers` and `peers` the competitors, and `micro` the small benchmarks.
 """
+
+import time
+
+IMPORTED = time.perf_counter()
+"""When Python came here, which is before it imports JAX."""

@@ -3,57 +3,21 @@
 import sys
 from collections.abc import Sequence
 
-from benchmarks import (
-    autoencoder,
-    compare,
-    convolutions,
-    costs,
-    imports,
-    losses,
-    low_precision,
-    memory,
-    multihost,
-    pinn,
-    precision,
-    preconditioners,
-    product,
-    restart,
-    rnn,
-    scaling,
-    shares,
-)
-from benchmarks.options import Parser
+from benchmarks import compare
+from benchmarks.cli import Parser
+from benchmarks.micro import costs, precision, preconditioners, product
 
 _COMMANDS = {
-    "autoencoder": autoencoder,
     "compare": compare,
-    "pinn": pinn,
     "product": product,
-    "losses": losses,
-    "convolutions": convolutions,
-    "shares": shares,
     "costs": costs,
-    "precision": precision,
-    "low_precision": low_precision,
     "preconditioners": preconditioners,
-    "memory": memory,
-    "rnn": rnn,
-    "restart": restart,
-    "multihost": multihost,
-    "scaling": scaling,
-    "imports": imports,
+    "precision": precision,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark.
-
-    Args:
-      argv: the command line; `None` is that of the process.
-
-    Returns:
-      The exit status.
-    """
+    """Run one benchmark."""
     parser = Parser(prog="python -m benchmarks", description="Benchmarks of hfjax.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in _COMMANDS.items():

@@ -1,96 +1,163 @@
-r"""Optimizers beside each other: seconds to milestones, several problems and seeds.
+r"""Optimizers beside each other: seconds to milestones, by problem and seed.
 
     python -m benchmarks compare --list
-    python -m benchmarks compare --problem curves2000 \
-        --optimizers default,martens2010,adam,lbfgs,kfac --seconds 180 --seeds 0,1,2
+    python -m benchmarks compare --suite images --seeds 0,1,2
+    python -m benchmarks compare --suite equations --problem 09,15 --optimizers hfjax,adam
 
 All have the same starts and the same data, and take turns of a few seconds, with a
-probe of the machine before each. Every run has a file in the folder `--out`; the same
-command goes on where it was killed. `benchmarks/README.md` says how to read it.
+probe of the machine before each turn. Every run has a file in the folder `--out`, and the
+same command goes on where it was killed. `benchmarks/README.md` says how to read it.
 """
 
 import argparse
+import functools
 import importlib.metadata
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
-from benchmarks import compare_plans, options
-from benchmarks.checkpoint import NotWholeError
-from benchmarks.compare_history import Plan
-from benchmarks.compare_optimizers import OPTIMIZERS
-from benchmarks.compare_problems import PROBLEMS, Problem
-from benchmarks.compare_report import Report
-from benchmarks.compare_turns import Course, go
-from benchmarks.problem import machine
-from benchmarks.racers import compile_ahead
+from benchmarks import cli
+from benchmarks.harness import checkpoint, history, machine
+from benchmarks.harness.checkpoint import NotWholeError
+from benchmarks.harness.history import Plan
+from benchmarks.harness.machine import Taken
+from benchmarks.harness.race import Course, Racer, go
+from benchmarks.harness.report import Report
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.suites import classifier, equations, images, mnist, sequences
+from benchmarks.suites.problem import Measure, Problem, Suite
 
-SECONDS = 180.0
+SUITES: dict[str, Suite] = {
+    module.SUITE.name: module.SUITE
+    for module in (images, sequences, equations, classifier)
+}
+
+TURN = 10.0
+_PAUSE = 0.25  # seconds of training between measurements
+_MEASURING = 5  # or so many times what a measurement takes
 _INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options.
-
-    Args:
-      parser: to declare them to.
-    """
+    """Declare the command's options."""
     add = parser.add_argument
-    add(
-        "--problem",
-        "--problems",
-        dest="problems",
-        type=lambda word: options.among(PROBLEMS, word),
-        help=f"one or more of {','.join(PROBLEMS)}; default: all that there is data "
-        "for",
-    )
+    add("--suite", choices=tuple(SUITES), help="of problems; --list has them")
+    add("--problem", "--problems", help="one or more of the suite's, or all")
     add(
         "--optimizers",
-        type=lambda word: options.among(OPTIMIZERS, word),
-        default=tuple(OPTIMIZERS),
-        help=f"default: {','.join(OPTIMIZERS)}, as far as they are installed",
+        type=lambda word: cli.among(OPTIMIZERS, word),
+        help=f"among {','.join(OPTIMIZERS)}; default: the suite's",
     )
     add(
         "--seconds",
-        type=options.positive,
-        default=SECONDS,
-        help=f"training time of each run; default: {SECONDS:g}",
+        type=cli.positive,
+        help="of training for each run; default: the suite's",
+    )
+    add(
+        "--seeds",
+        type=lambda word: cli.listed(cli.seed, word),
+        default=(0,),
+        help="of the starts, with commas; default: 0",
+    )
+    add("--out", help="folder; default: runs/SUITE")
+    add(
+        "--turn",
+        type=cli.positive,
+        default=TURN,
+        help=f"seconds of training before it is the next run's turn; default: {TURN:g}",
+    )
+    add(
+        "--clock",
+        choices=tuple(machine.CLOCKS),
+        default="wall",
+        help="what the seconds are: of the clock on the wall, or of processor time, all "
+        "threads together; default: wall",
     )
     add("--data-dir", default="data", help="of mnist.npz; default: data")
+    add("--download", action="store_true", help="fetch mnist.npz if it is missing")
     add("--list", action="store_true", help="say what there is, and what is skipped")
-    compare_plans.add_arguments(parser, "runs/compare")
+
+
+class Comparison(NamedTuple):
+    """What is compared.
+
+    Attributes:
+      suite: of the problems.
+      problems: names of those that run.
+      optimizers: names of those that run.
+      seeds: of the starts.
+      seconds: of training for each run.
+      turn: seconds of training in a turn.
+      clock: a name of `machine.CLOCKS`.
+      data_dir: the folder of mnist.npz.
+      folder: for the files.
+      startup: from the start of Python until all is imported.
+    """
+
+    suite: Suite
+    problems: list[str]
+    optimizers: list[str]
+    seeds: tuple[int, ...]
+    seconds: float
+    turn: float
+    clock: str
+    data_dir: str
+    folder: Path
+    startup: Taken
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on, besides its plan."""
+        return {
+            "suite": self.suite.name,
+            "seconds": self.seconds,
+            "clock": self.clock,
+        }
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Settings and what the numbers are measured on, in JSON's types."""
+        packages = {OPTIMIZERS[name].package for name in self.optimizers}
+        versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
+        return {**self.settings, "turn": self.turn, **machine.describe(), **versions}
+
+    def plans(self, problem: str, optimizers: Sequence[str]) -> list[Plan]:
+        """List the runs on a problem: all with one start before those with another."""
+        return [
+            Plan(problem, seed, name, rate)
+            for seed in self.seeds
+            for name in optimizers
+            for rate in OPTIMIZERS[name].rates or (None,)
+        ]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the runs that are not done, and report on all.
-
-    Args:
-      args: the options.
-
-    Returns:
-      The exit status: 0; 2 if there are no such runs; 130 if it was interrupted.
-    """
-    console, folder = Console(highlight=False, soft_wrap=True), Path(args.out)
+    """Do the runs that are not done, and report on all."""
+    startup = machine.since_python_started()
+    console = Console(highlight=False, soft_wrap=True)
     if args.list:
         _list(args, console)
         return 0
     try:
-        skipped = _skipped(args)
-        names = [name for name in args.problems or PROBLEMS if name not in skipped]
-        present = [name for name in args.optimizers if name not in skipped]
-        _check(args, names, present, skipped, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        comparison, skipped = _comparison(args, startup)
+        _check(comparison)
+        comparison.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        return options.refuse("compare", error)
-    status, report = 0, Report(_recorded(args), folder, skipped, console)
+        return cli.refuse("compare", error)
+    titles = {name: OPTIMIZERS[name].title for name in comparison.optimizers}
+    folder, status = comparison.folder, 0
+    report = Report(comparison.recorded, folder, titles, skipped, console)
     try:
-        for name in names:
-            _solve(args, name, present, folder, report)
+        with jax.enable_x64(comparison.suite.float64):
+            for name in comparison.problems:
+                _solve(comparison, name, report)
     except NotWholeError as error:
-        return options.refuse("compare", error)
+        return cli.refuse("compare", error)
     except KeyboardInterrupt:
         status = _INTERRUPTED
         console.print("Interrupted: the same command goes on from here.")
@@ -98,121 +165,168 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _solve(
-    args: argparse.Namespace,
-    name: str,
-    present: Sequence[str],
-    folder: Path,
-    report: Report,
-) -> None:
+def _comparison(
+    args: argparse.Namespace, startup: Taken
+) -> tuple[Comparison, dict[str, str]]:
+    """Find what can be run, and why the rest is skipped."""
+    if args.suite is None:
+        msg = f"--suite must be one of {', '.join(SUITES)}"
+        raise ValueError(msg)
+    suite, skipped = SUITES[args.suite], {}
+    asked = args.optimizers or suite.optimizers
+    problems = suite.named(args.problem)
+    if args.download and any(_missing(suite, name, args.data_dir) for name in problems):
+        mnist.fetch(args.data_dir)
+    for name in problems:
+        skipped[name] = _missing(suite, name, args.data_dir)
+    for name in asked:
+        skipped[name] = OPTIMIZERS[name].missing()
+    skipped = {name: why for name, why in skipped.items() if why}
+    comparison = Comparison(
+        suite=suite,
+        problems=[name for name in problems if name not in skipped],
+        optimizers=[name for name in asked if name not in skipped],
+        seeds=args.seeds,
+        seconds=args.seconds or suite.seconds,
+        turn=args.turn,
+        clock=args.clock,
+        data_dir=args.data_dir,
+        folder=Path(args.out or f"runs/{suite.name}"),
+        startup=startup,
+    )
+    if not comparison.problems or not comparison.optimizers:
+        words = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        msg = f"nothing is left to run: {words}"
+        raise ValueError(msg)
+    return comparison, skipped
+
+
+def _missing(suite: Suite, name: str, data_dir: str) -> str | None:
+    """Say why a problem cannot be built, if it cannot."""
+    return mnist.missing(data_dir) if suite.problems[name].needs_mnist else None
+
+
+def _check(comparison: Comparison) -> None:
+    """Refuse to go on with runs of other settings, before anything runs."""
+    settings, folder = comparison.settings, comparison.folder
+    for name in comparison.problems:
+        for plan in comparison.plans(name, comparison.optimizers):
+            checkpoint.check(plan.checkpoints(folder), settings)
+            found = history.read(plan.file(folder))
+            for setting, value in settings.items():
+                if found and found.settings.get(setting) != value:
+                    msg = (
+                        f"{plan.file(folder)} is of a run with {setting} "
+                        f"{found.settings.get(setting)}, not {value}: choose another "
+                        "--out"
+                    )
+                    raise ValueError(msg)
+
+
+def _solve(comparison: Comparison, name: str, report: Report) -> None:
     """Do the runs on one problem, those of one seed in turns."""
     try:
-        problem = PROBLEMS[name].build(args.data_dir)
+        build = comparison.suite.problems[name].build
+        problem, building = machine.timed(lambda: build(comparison.data_dir))
     except (OSError, ValueError) as error:
         report.skip(name, str(error))
         return
     fitting = []
-    for optimizer in present:
+    for optimizer in comparison.optimizers:
         why = OPTIMIZERS[optimizer].unfit(problem)
         if why:
             report.skip(f"{optimizer} on {name}", why)
         else:
             fitting.append(optimizer)
-    plans = _plans(args, name, fitting)
-    report.begin(name, problem, plans)
-    for seed, left in compare_plans.left(folder, plans):
-        course = _course(args, problem, seed, folder)
-
-        def build(plan: Plan, course: Course = course) -> Any:
-            optimizer = OPTIMIZERS[plan.optimizer]
-            return optimizer.build(problem, course.params, plan.seed)
-
-        go(compare_plans.builders(left, build), course, report.turn)
+    plans = comparison.plans(name, fitting)
+    report.begin(name, problem.summary, plans)
+    for seed, left in _left(comparison.folder, plans):
+        course = _course(comparison, problem, seed, building)
+        go(_builders(left, problem, course.params), course, report.turn)
         report.save()
 
 
-def _plans(args: argparse.Namespace, name: str, names: Sequence[str]) -> list[Plan]:
-    """List the runs on a problem."""
-    optimizers = {name: OPTIMIZERS[name] for name in names}
-    return compare_plans.plans(name, args.seeds, optimizers)
-
-
 def _course(
-    args: argparse.Namespace, problem: Problem, seed: int, folder: Path
+    comparison: Comparison, problem: Problem, seed: int, building: Taken
 ) -> Course:
     """Make the start, and what measures."""
-    params = jax.jit(problem.start)(jax.random.key(seed))
-    compiled, _ = compile_ahead(problem.objective.value, params, problem.batch)
-
-    def measure(params: Any) -> tuple[float, float]:
-        value = float(compiled(params, problem.batch))
-        return value, value - problem.floor
-
+    key = jax.random.key(seed)
+    params, starting = machine.timed(lambda: jax.jit(problem.start)(key))
+    measure = problem.measurer(params, seed)
+    parts = zip(comparison.startup, building, starting, strict=True)
     return Course(
         params=params,
         measure=measure,
-        pause=compare_plans.pause(measure, params),
-        seconds=args.seconds,
-        turn=args.turn,
-        clock=compare_plans.CLOCKS[args.clock],
-        settings=_settings(args),
-        recorded=_recorded(args),
-        folder=folder,
+        pause=_pause(measure, params),
+        seconds=comparison.seconds,
+        turn=comparison.turn,
+        clock=comparison.clock,
+        startup=Taken(*map(sum, parts)),
+        goal=problem.summary.goal,
+        settings=comparison.settings,
+        recorded=comparison.recorded,
+        folder=comparison.folder,
     )
 
 
-def _skipped(args: argparse.Namespace) -> dict[str, str]:
-    """Find what cannot be run, and why."""
-    found = {}
-    for name in args.problems or PROBLEMS:
-        found[name] = PROBLEMS[name].missing(args.data_dir)
-    for name in args.optimizers:
-        found[name] = OPTIMIZERS[name].missing()
-    return {name: why for name, why in found.items() if why}
+def _left(folder: Path, plans: Sequence[Plan]) -> Iterator[tuple[int, list[Plan]]]:
+    """List the runs that are not finished, by the seed of their start."""
+    for seed, its in itertools.groupby(plans, key=lambda plan: plan.seed):
+        unfinished = []
+        for plan in its:
+            found = history.read(plan.file(folder))
+            if found is not None and found.finished:
+                # It may have been killed between its end and the removal of these.
+                checkpoint.remove(plan.checkpoints(folder))
+            else:
+                unfinished.append(plan)
+        if unfinished:
+            yield seed, unfinished
 
 
-def _check(
-    args: argparse.Namespace,
-    names: Sequence[str],
-    present: Sequence[str],
-    skipped: dict[str, str],
-    folder: Path,
-) -> None:
-    """Refuse what cannot be, before anything runs."""
-    if not names or not present:
-        words = "; ".join(f"{name}: {why}" for name, why in skipped.items())
-        msg = f"nothing is left to run: {words}"
-        raise ValueError(msg)
-    plans = [plan for name in names for plan in _plans(args, name, present)]
-    compare_plans.check(folder, plans, _settings(args))
+def _builders(
+    plans: Sequence[Plan], problem: Problem, params: Any
+) -> list[tuple[Plan, Callable[[], Racer]]]:
+    """List what compiles each run; runs that differ in their rate share a program."""
+    listed = []
+    for name, its in itertools.groupby(plans, key=lambda plan: plan.optimizer):
+        together = list(its)
+        build = functools.cache(
+            functools.partial(OPTIMIZERS[name].build, problem, params, together[0].seed)
+        )
+        for plan in together:
+            of_plan = build
+            if plan.rate is not None:
+                of_plan = functools.partial(_at_rate, build, plan.rate)
+            listed.append((plan, of_plan))
+    return listed
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Describe what a run depends on, besides its plan."""
-    return {"seconds": args.seconds, "clock": args.clock}
+def _at_rate(build: Callable[[], Callable[[float], Racer]], rate: float) -> Racer:
+    return build()(rate)
 
 
-def _recorded(args: argparse.Namespace) -> dict[str, Any]:
-    """Describe settings and what the numbers are measured on, in JSON's types."""
-    versions = {}
-    for optimizer in OPTIMIZERS.values():
-        if optimizer.missing() is None:
-            version = importlib.metadata.version(optimizer.package)
-            versions[optimizer.package] = version
-    return {**_settings(args), "turn": args.turn, **machine(), **versions}
+def _pause(measure: Measure, params: Any) -> float:
+    """Return the seconds of training between measurements, by what one takes."""
+    measure(params, 0)
+    start = time.perf_counter()
+    measure(params, 0)
+    return max(_PAUSE, _MEASURING * (time.perf_counter() - start))
 
 
 def _list(args: argparse.Namespace, console: Console) -> None:
     """Say what there is, and what would be skipped and why."""
-    found = {"Problems": {}, "Optimizers": {}}
-    for name, kind in PROBLEMS.items():
-        found["Problems"][name] = kind.title, kind.missing(args.data_dir)
+    names = SUITES if args.suite is None else [args.suite]
+    for suite in (SUITES[name] for name in names):
+        console.print(f"--suite {suite.name}: {suite.title}", markup=False)
+        for name, kind in suite.problems.items():
+            missing = _missing(suite, name, args.data_dir)
+            note = f"  (skipped: {missing})" if missing else ""
+            console.print(f"  {name:<22} {kind.title}{note}", markup=False)
+    console.print("Optimizers")
     for name, optimizer in OPTIMIZERS.items():
         rates = ", ".join(f"{rate:g}" for rate in optimizer.rates)
+        missing = optimizer.missing()
+        note = f"  (skipped: {missing})" if missing else ""
         title = optimizer.title + (f"; rates {rates}" if rates else "")
-        found["Optimizers"][name] = title, optimizer.missing()
-    for heading, entries in found.items():
-        console.print(heading)
-        for name, (title, missing) in entries.items():
-            note = f"  (skipped: {missing})" if missing else ""
-            console.print(f"  {name:<18} {title}{note}", markup=False)
+        console.print(f"  {name:<22} {title}{note}", markup=False)

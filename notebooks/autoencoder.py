@@ -17,7 +17,7 @@
 # The problem that Hessian-free optimisation became known by (Martens 2010): images of
 # curves go through a code of six numbers, and should come out again. It is a small one
 # here, 16 × 16 pixels and 2,000 images, to take less than a minute on two free cores;
-# `python -m benchmarks autoencoder`, in a checkout, has 28 × 28 pixels and the layers of
+# `python -m benchmarks compare`, in a checkout, has 28 × 28 pixels and the layers of
 # the paper.
 
 # %%
@@ -267,7 +267,7 @@ for name, final, updates in (
 # %% [markdown]
 # Adam is ahead all along, and on both sets of images. So it is in the benchmark, on the
 # larger images: see
-# [`benchmarks/results/step1.md`](../benchmarks/results/step1.md). Data that can be cut
+# [`benchmarks/results/autoencoders.md`](../benchmarks/results/autoencoders.md). Data that can be cut
 # into small batches are its ground.
 #
 # ## Reconstructions

@@ -235,8 +235,8 @@ plt.show()
 # gradients and a rate of 0.001 or 0.003, solves start 0 as well, on about a million
 # sequences; with 0.01 it does not.
 #
-# The benchmark `python -m benchmarks rnn` has the larger networks and all problems. Its
-# figures are in [`benchmarks/results/step2.md`](../benchmarks/results/step2.md):
+# `python -m benchmarks compare --suite sequences` has the larger networks and all problems. Its
+# figures are in [`benchmarks/results/recurrent.md`](../benchmarks/results/recurrent.md):
 # memorisation is solved there once of twelve times without structural damping; addition
 # takes a third to two thirds fewer updates with it; on the temporal order at T = 30 it
 # changes little.
@@ -291,6 +291,6 @@ for chunk in (None, "sqrt"):
     print(f"chunk={chunk!r:6}: {memory / 1e6:5.1f} MB of temporary memory")
 
 # %% [markdown]
-# `python -m benchmarks memory` measures a curvature product the same way: 124 MB and 6.6 MB
+# A curvature product was measured the same way: 124 MB and 6.6 MB
 # for 100 units, at 1.4 times the time. With structural damping the hidden states
 # themselves are handed out, and kept in any case.

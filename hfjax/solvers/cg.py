@@ -179,7 +179,7 @@ def conjugate_gradient(
         conjugate_gradient(stopping=martens2010(), keep=grid(), warm_start_decay=0.95)
 
     The defaults were faster with Kronecker factors, on every problem that was compared
-    (`benchmarks/results/step6.md`).
+    (`benchmarks/results/autoencoders.md`).
 
     Args:
       max_iterations: the most iterations of a run; a Python integer.

@@ -35,7 +35,7 @@ _RAISE, _TRIES = 10.0, 20
 """μ is raised by this factor, at most this often, until a Cholesky factor is finite."""
 
 # 200 and the momentum were measured on differential equations
-# (`benchmarks/results/step7.md`).
+# (`benchmarks/results/equations.md`).
 _WORTH = 200
 """For `"auto"`, the matrix may cost as many multiplications as this many products."""
 _NOTHING = 10**7

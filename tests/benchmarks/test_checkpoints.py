@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import quick_jit
 
 import hfjax
-from benchmarks import checkpoint
-from benchmarks.checkpoint import Checkpoints, NotWholeError, digest
-from benchmarks.history import Row, Run
-from benchmarks.racers import Carry
+from benchmarks.harness import checkpoint
+from benchmarks.harness.checkpoint import Checkpoints, NotWholeError, digest
+from benchmarks.harness.history import Row, Run
+from benchmarks.harness.race import Carry
 
 SETTINGS = {"cases": 40, "rate": 0.1, "layers": (784, 5)}
 
@@ -33,20 +33,19 @@ def everything(updates):
         "large": jax.random.normal(jax.random.key(updates), (40, 50), jnp.float32),
     }
     carry = Carry(params, state, jnp.int32(updates))
-    run = Run("hf", "hf", 1.5, seconds=updates / 3)
+    run = Run(seconds=updates / 3, startup_seconds=0.7, compile_seconds=1.5)
     run.rows = [Row(0.1 * i, i, 2 * i, float("nan"), 1e-30, 1 / 3) for i in range(4)]
     run.scalars = [{"accepted": True, "reason": "boundary", "λ": float("inf")}]
     return carry, run
 
 
-def restore(folder, like=lambda finished: everything(9)[0]):
-    run = Run("hf", "hf", 0.0)
-    with Checkpoints(folder, SETTINGS, Row) as checkpoints:
-        return checkpoints.restore(like, run), run
+def restore(folder, like=lambda: everything(9)[0]):
+    with Checkpoints(folder, SETTINGS) as checkpoints:
+        return checkpoints.restore(like)
 
 
 def save(folder, *counts):
-    with Checkpoints(folder, SETTINGS, Row) as checkpoints:
+    with Checkpoints(folder, SETTINGS) as checkpoints:
         for count in counts:
             checkpoints.save(*everything(count))
 
@@ -55,10 +54,9 @@ def test_every_kind_of_leaf_and_number_comes_back(tmp_path):
     carry, run = everything(3)
     save(tmp_path, 3)
     restored, its = restore(tmp_path)
-    assert not restored.finished
-    assert jax.tree.structure(restored.carry) == jax.tree.structure(carry)
+    assert jax.tree.structure(restored) == jax.tree.structure(carry)
     for leaf, other in zip(
-        jax.tree.leaves(restored.carry), jax.tree.leaves(carry), strict=True
+        jax.tree.leaves(restored), jax.tree.leaves(carry), strict=True
     ):
         assert leaf.dtype == other.dtype
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -67,6 +65,7 @@ def test_every_kind_of_leaf_and_number_comes_back(tmp_path):
     np.testing.assert_array_equal(its.rows, run.rows)
     assert all(isinstance(row, Row) for row in its.rows)
     assert (its.scalars, its.seconds) == (run.scalars, run.seconds)
+    assert its.before_training == run.before_training == 0.7 + 1.5
 
 
 def arrays_of(folder):
@@ -114,25 +113,25 @@ def test_a_spoiled_checkpoint_falls_back_to_the_one_before(spoil, tmp_path, capf
     assert names == {"settings.json", "2", "3"}  # The newest two.
     spoil(tmp_path / "3")
     restored, run = restore(tmp_path)
-    assert restored.carry.updates == 2
-    assert digest(restored.carry) == digest(everything(2)[0])
+    assert restored.updates == 2
+    assert digest(restored) == digest(everything(2)[0])
     assert run.seconds == 2 / 3
     warning = capfd.readouterr().err
     assert warning.startswith(f"Warning: {tmp_path / '3'} is not whole: ")
     assert warning.count("\n") == 1
     # What comes after it counts, though the spoiled one is still there.
     save(tmp_path, 5)
-    assert restore(tmp_path)[0].carry.updates == 5
+    assert restore(tmp_path)[0].updates == 5
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path, capfd):
     save(tmp_path, 1, 2)
     part = tmp_path / "3.orbax-checkpoint-tmp"
     (tmp_path / "2").rename(part)  # So it is before Orbax renames it.
-    assert restore(tmp_path)[0].carry.updates == 1
+    assert restore(tmp_path)[0].updates == 1
     assert not capfd.readouterr().err
     save(tmp_path, 3)
-    assert restore(tmp_path)[0].carry.updates == 3
+    assert restore(tmp_path)[0].updates == 3
     assert not part.exists()
 
 
@@ -142,22 +141,22 @@ def test_nothing_is_begun_anew_where_no_checkpoint_is_whole(tmp_path):
         cut_short(tmp_path / name)
     with pytest.raises(NotWholeError, match=r"2 is not whole.*1 is not whole.*remove"):
         restore(tmp_path)
-    assert restore(tmp_path / "other")[0] is None
+    assert restore(tmp_path / "other") is None
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(ValueError, match=r"with rate 0\.1, not 0\.2: choose another"):
-        Checkpoints(tmp_path, SETTINGS | {"rate": 0.2}, Row)
+        Checkpoints(tmp_path, SETTINGS | {"rate": 0.2})
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"does not hold settings.*Remove"):
-        Checkpoints(tmp_path, SETTINGS, Row)
+        Checkpoints(tmp_path, SETTINGS)
 
 
 def test_checkpoints_take_less_than_a_fiftieth_of_the_time(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    with Checkpoints(tmp_path, SETTINGS, Row) as checkpoints:
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
 
         class Manager:
             def latest_step(self):
@@ -257,13 +256,13 @@ def on_one_device():
     ("shard", "devices"), [(True, 2), (True, 1), (False, 2)], ids=str
 )
 def test_a_state_goes_on_on_another_number_of_devices(shard, devices, tmp_path):
-    run = Run("hf", "hf", 0.0)
+    run = Run()
     carry = train(sharded_start(4, shard), 4, 3)
     assert carry.params["first"].sharding.is_fully_replicated != shard
-    with Checkpoints(tmp_path, SETTINGS, Row) as checkpoints:
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
         checkpoints.save(carry, run)
     like = sharded_start(devices, shard=True)
-    restored = restore(tmp_path, lambda finished: like)[0].carry
+    restored, _ = restore(tmp_path, lambda: like)
     for leaf, there, here in zip(
         *map(jax.tree.leaves, (restored, like, carry)), strict=True
     ):

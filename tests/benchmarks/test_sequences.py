@@ -1,15 +1,19 @@
-"""The sequences: each definition, read off the inputs by slow loops of plain Python."""
+"""The suite of sequences: definitions, read off the inputs by slow loops; the command."""
 
 import functools
 import itertools
+import json
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sequences
-from benchmarks.rnn_tasks import TASKS
+from benchmarks.__main__ import main
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.suites import problem, sequences, tasks
+from benchmarks.suites.tasks import TASKS
 
 CASES = 2000
 LENGTHS = (30, 50, 100)
@@ -176,7 +180,7 @@ def test_lengths_are_uniform_from_length_to_a_tenth_more(name, length):
     many = Counter(lengths.tolist())
     assert sorted(many) == list(range(length, length + length // 10))
     assert max(many.values()) < 1.5 * CASES / len(many)
-    assert steps.shape[1] == sequences.longest(length) == max(many)
+    assert steps.shape[1] == tasks.longest(length) == max(many)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -201,7 +205,7 @@ def test_sequences_are_those_of_their_key(name):
 
 
 def test_the_shortest_sequences_are_still_what_they_should_be():
-    length = sequences.SHORTEST
+    length = tasks.SHORTEST
     for name in ("addition", "multiplication", "xor"):
         for steps, _ in by_case(name, length):
             assert sorted(set(steps[:, 1])) == [-1, 0, 1]
@@ -256,3 +260,144 @@ def steps_right(pattern):
 )
 def test_a_permutation_is_judged_by_its_last_step_memory_by_all(name, pattern, wrong):
     assert TASKS[name].wrong(*steps_right(pattern)).tolist() == [wrong]
+
+
+def by_hand(params, steps):
+    """Run one sequence through the network in float64: states and outputs."""
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    h, hidden = params["start"], []
+    for x in steps:
+        h = np.tanh(h @ params["recurrent"] + x @ params["input"])
+        hidden.append(h)
+    return np.stack(hidden), np.stack(hidden) @ params["output"]
+
+
+@pytest.mark.parametrize("name", ["addition", "memorisation-5"])
+def test_the_network_reads_each_sequence_to_its_own_end(name):
+    task = TASKS[name]
+    network = sequences.recurrent_network(task, units=20)
+    params = network.init(jax.random.key(0))
+    inputs, _ = task.generate(jax.random.key(1), 6, 30)
+    beyond = jnp.arange(inputs.steps.shape[1]) >= inputs.lengths[:, None]
+    noisy = inputs._replace(steps=inputs.steps + 9.0 * beyond[:, :, None])
+    outputs, hidden = network.with_hidden(params, noisy)
+    assert outputs.dtype == np.float32
+    np.testing.assert_array_equal(network.model_fn(params, inputs), outputs)
+    for case, own in enumerate(inputs.lengths):
+        states, answers = by_hand(params, inputs.steps[case, :own])
+        answer = answers if task.every_step else answers[-1]
+        np.testing.assert_allclose(outputs[case], answer, atol=1e-5)
+        np.testing.assert_allclose(hidden[case, :own], states, atol=1e-5)
+        assert not hidden[case, own:].any()
+    assert task.every_step or len(set(inputs.lengths.tolist())) > 1
+
+
+def test_a_unit_starts_with_fifteen_weights_and_small_ones_from_the_inputs():
+    network = sequences.recurrent_network(TASKS["permutation"])
+    params = network.init(jax.random.key(0))
+    for name, scale in (("recurrent", 1.0), ("output", 1.0), ("input", 0.25)):
+        kernel = np.asarray(params[name])
+        assert kernel.shape == (100, 100)
+        assert ((kernel != 0).sum(axis=0) == 15).all()
+        deviation = kernel[kernel != 0].std() * 15**0.5
+        assert deviation == pytest.approx(scale, rel=0.1)
+    start = np.asarray(params["start"])
+    assert start.shape == (100,)
+    assert start.std() * 15**0.5 == pytest.approx(1.0, rel=0.25)
+    assert sum(leaf.size for leaf in params.values()) == 30_100
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "steps"),
+    [("temporal-order", 8, 1), ("memorisation-5", 2 * 5 * 30, 30)],
+)
+def test_the_start_is_sutskevers_on_the_scale_of_our_loss(name, outputs, steps):
+    # His loss is a mean over target steps, ours a sum: λ and weight decay grow with it.
+    task = sequences.drawn(name, 30)
+    for objective in (task.objective, task.hidden):
+        assert objective.weight_decay == pytest.approx(2e-5 * steps)
+    assert task.damping == pytest.approx(0.01 * outputs * steps)
+
+
+def test_an_update_of_hf_takes_curvature_and_evaluation_from_the_gradients_data():
+    addition = sequences.drawn("addition", 30, 24)
+    key = addition.data(3)
+    for updates in (0, 5):
+        everything = addition.batch(key, jnp.int32(updates))
+        drawn = jax.random.fold_in(key, updates)
+        inputs, targets = TASKS["addition"].generate(drawn, 24, 30)
+        handed = problem.guarded(addition.parts)(everything, jnp.int32(updates))
+        own = 6 * (updates % 4)
+        other = 6 * ((updates + 1) % 4)
+        for part, where in zip(
+            handed,
+            [slice(0, 24), slice(own, own + 6), slice(other, other + 6)],
+            strict=True,
+        ):
+            np.testing.assert_array_equal(part[0].steps, inputs.steps[where])
+            np.testing.assert_array_equal(part[0].lengths, inputs.lengths[where])
+            np.testing.assert_array_equal(part[1], targets[where])
+
+
+def test_five_bits_are_learned_from_all_strings_at_once():
+    bits = sequences.drawn("memorisation-5", 30)
+    assert bits.parts == 1
+    inputs, _ = bits.batch(bits.data(0), jnp.int32(0))
+    assert len(np.unique(np.asarray(inputs.steps), axis=0)) == len(inputs.steps) == 32
+
+
+def test_measuring_counts_wrong_answers_on_other_sequences_each_time(monkeypatch):
+    monkeypatch.setattr(sequences, "TEST_CASES", 200)
+    monkeypatch.setattr(sequences, "_TEST_PART", 100)
+    addition = sequences.drawn("addition", 30)
+    start, _, test_key = jax.random.split(jax.random.key(4), 3)
+    params = addition.start(jax.random.key(4))
+    network = sequences.recurrent_network(TASKS["addition"])
+    jax.tree.map(np.testing.assert_array_equal, params, network.init(start))
+    measure = addition.measurer(params, 4)
+    loss, value = measure(params, 2)
+    keys = jax.random.split(jax.random.fold_in(test_key, 2), 2)
+    wrong, losses = [], []
+    for key in keys:
+        inputs, targets = TASKS["addition"].generate(key, 100, 30)
+        for case, own in enumerate(inputs.lengths):
+            _, answers = by_hand(params, inputs.steps[case, :own])
+            error = answers[-1, 0] - targets[case, 0]
+            wrong.append(abs(error) > 0.04)
+            losses.append(0.5 * error**2)
+    assert value == pytest.approx(np.mean(wrong))
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert measure(params, 3)[0] != loss
+
+
+def test_the_best_constant_answers_the_additions_as_its_milestone_says():
+    fixed = sequences.SUITE.problems["addition-30-fixed"].build("")
+    targets = np.asarray(fixed.data(0)[1], np.float64)
+    assert targets.var() / 2 == pytest.approx(0.083, rel=0.03)
+    assert fixed.summary.milestones["0.08"] < targets.var() / 2
+
+
+def test_the_command_trains_until_the_answers_are_right(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sequences, "TEST_CASES", 20)
+    monkeypatch.setattr(sequences, "_TEST_PART", 20)
+    tiny = problem.Kind("tiny", lambda data_dir: sequences.drawn("addition", 30, 12))
+    monkeypatch.setitem(sequences.SUITE.problems, "tiny", tiny)
+    names = ["sutskever2011", "sutskever2011-without", "adam"]
+    words = ("--problem", "tiny", "--optimizers", ",".join([*names, "kfac"]))
+    command = ["compare", "--suite", "sequences", *words, "--seconds", "0.2"]
+    jax.config.update("jax_disable_most_optimizations", True)  # Compiling is the cost.
+    try:
+        assert main([*command, "--out", str(tmp_path)]) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    (found,) = json.loads((tmp_path / "compare.json").read_text())["problems"]
+    assert [line["optimizer"] for line in found["lines"]] == names
+    runs = {run["optimizer"]: run["rows"] for run in found["runs"]}
+    ours, without, adam = (runs[name] for name in names)
+    assert all(0 <= row["value"] <= 1 for row in adam)
+    # The same start, but other updates.
+    assert ours[0]["loss"] == without[0]["loss"] == adam[0]["loss"]
+    assert ours[1]["loss"] != without[1]["loss"]
+    assert found["goal"] == 0.01
+    assert "fraction of wrong answers" in capsys.readouterr().out
+    assert "recurrent" in OPTIMIZERS["sutskever2011"].unfit(sequences.fixed(20))

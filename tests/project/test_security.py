@@ -13,7 +13,7 @@ import pytest
 from reference import quick_jit
 
 import hfjax
-from benchmarks import mnist
+from benchmarks.suites import mnist
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(pathlib.Path(hfjax.__file__).parent.glob("**/*.py"))
@@ -142,7 +142,7 @@ def test_an_update_does_nothing_that_python_would_report(tmp_path):
 
 def test_one_file_of_the_benchmarks_fetches_and_none_unpickles():
     fetching = set()
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks").rglob("*.py"):
         found = set(faults(path.read_text()))
         assert not found & (UNPICKLING | {"eval", "exec", "__import__"}), path.name
         fetching |= {path.name} if found & FETCHING else set()
@@ -152,7 +152,7 @@ def test_one_file_of_the_benchmarks_fetches_and_none_unpickles():
 def test_security_names_what_is_fetched_and_how_it_is_verified():
     assert mnist.URL.startswith("https://")
     assert mnist.URL.split("/")[2] in TEXT
-    source = (ROOT / "benchmarks" / "mnist.py").read_text()
+    source = (ROOT / "benchmarks" / "suites" / "mnist.py").read_text()
     assert "allow_pickle=False" in source
     assert "--download" in TEXT
     assert "SHA-256" in TEXT

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from benchmarks import data, multihost, shared_images
-from benchmarks.__main__ import main
-from benchmarks.options import Parser
+from examples import multihost
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 30  # seconds of silence, after which JAX takes a process for lost
@@ -124,14 +122,14 @@ def test_processes_change_nothing(processes, devices, one_device, tmp_path):
 # Below, the script itself; of the two cases of the second device one is padding.
 UPDATES = 12
 TINY = (
-    "--cases 3 --layers 784,4 --max-iterations 3 --save-every 2 --fsdp "
+    "--cases 3 --layers 8,16,1 --max-iterations 3 --save-every 2 --fsdp "
     f"--updates {UPDATES}"
 ).split()
 
 
 def launch(folder, out):
     """Start the script in two processes of one device each."""
-    common = ["-m", "benchmarks", "multihost", *TINY, "--out", str(out)]
+    common = ["examples/multihost.py", *TINY, "--out", str(out)]
     common += ["--coordinator", free_port(), "--processes", "2"]
     common += ["--patience", str(PATIENCE), "--process-id"]
     commands = [[*common, str(i)] for i in range(2)]
@@ -153,10 +151,8 @@ def newest(out):
 
 def ended(out, capsys):
     """Restore parameters and state of a run that has ended, on four devices here."""
-    parser = Parser()
-    multihost.add_arguments(parser)
     with jax.enable_x64(False):
-        carry = multihost.train(parser.parse_args(TINY), out)
+        carry = multihost.train(multihost.arguments(TINY), out)
     said = capsys.readouterr().out
     assert said.endswith(f"Going on after update {UPDATES}\n")
     kernel = carry["params"][0]["kernel"]
@@ -181,7 +177,7 @@ def test_a_run_that_loses_a_process_ends_and_the_same_command_goes_on(tmp_path, 
         assert statuses[lost] == -signal.SIGKILL
         assert statuses[1 - lost] != 0
         assert run.last_line(1 - lost) == (
-            f"python -m benchmarks multihost: process {1 - lost} of 2 ended before its "
+            f"multihost.py: process {1 - lost} of 2 ended before its "
             "time: it failed, or another process was lost. The same command on all "
             f"hosts goes on from the newest checkpoint in {out}."
         )
@@ -202,7 +198,7 @@ def test_a_run_that_loses_a_process_ends_and_the_same_command_goes_on(tmp_path, 
 def test_last_words_stand_on_a_line_of_their_own_whatever_broke_off_before(tmp_path):
     script = (
         "import os, sys\n"
-        "from benchmarks.processes import LastWords\n"
+        "from examples.multihost import LastWords\n"
         "LastWords('a run').change('it ended before its time')\n"
         "sys.stderr.write('a line that breaks')\n"
         "sys.stderr.flush()\n"
@@ -226,18 +222,26 @@ def test_last_words_stand_on_a_line_of_their_own_whatever_broke_off_before(tmp_p
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(given, words, capfd):
-    assert main(["multihost", *given.split()]) == 2
+    assert multihost.main(given.split()) == 2
     message = capfd.readouterr().err
-    assert message.startswith("python -m benchmarks multihost: ")
+    assert message.startswith("multihost.py: ")
     assert words in message
     assert message.count("\n") == 1
 
 
-def test_every_device_has_its_share_of_the_same_images():
+def test_every_device_has_its_share_of_the_same_examples():
     mesh = jax.make_mesh((4,), ("cases",), axis_types=(AxisType.Auto,))
-    curves, weights = shared_images.share_out(250, mesh)
-    blocks = [data.curves(100, 0, seed=block).train for block in range(3)]
-    np.testing.assert_array_equal(curves[:250], np.concatenate(blocks)[:250])
-    np.testing.assert_array_equal(curves[250:], 0)
+    rows, weights = multihost.share_out(250, (3, 5, 2), mesh)
+    blocks = [multihost.examples_from(100 * b, 100 * b + 100, (3, 2)) for b in range(3)]
+    np.testing.assert_array_equal(rows[:250], np.concatenate(blocks)[:250])
+    np.testing.assert_array_equal(rows[250:], 0)
     np.testing.assert_array_equal(weights, np.arange(252) < 250)
-    assert shared_images.share_out(1, mesh)[0].shape == (4, 784)
+    assert multihost.share_out(1, (3, 2), mesh)[0].shape == (4, 5)
+    assert len(np.unique(rows[:250], axis=0)) == 250
+
+
+def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path):
+    multihost._open(tmp_path, {"cases": 4, "layers": (3, 2)})
+    multihost._open(tmp_path, {"cases": 4, "layers": (3, 2)})
+    with pytest.raises(ValueError, match="of a run with cases 4, not 3"):
+        multihost._open(tmp_path, {"cases": 3, "layers": (3, 2)})

@@ -7,6 +7,7 @@ weights, and nothing beside.
 import functools
 import math
 
+import collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from problems import Problem, layers, mlp, normal
 from reference import quick_jit
 
 import hfjax
-from benchmarks import collectives
+from benchmarks.micro.programs import loops
 
 pytestmark = needs_devices
 UPDATES = 10
@@ -160,7 +161,7 @@ def read(kind, sharded):
     text = trained(kind, sharded)[-1]
     sent = collectives.read(text)
     # CG is the only loop within a loop: it runs once more, if need be, from zero.
-    (inner,) = [body for body, loop in collectives.loops(text).items() if loop.parent]
+    (inner,) = [body for body, loop in loops(text).items() if loop.parent]
     return sent, [one for one in sent if one.loop == inner]
 
 
@@ -216,7 +217,7 @@ def test_sharded_parameters_are_gathered_by_the_model_alone(kind):
 def test_dots_do_not_gather_leaves_that_are_cut_both_ways():
     # As `jnp.vdot` would, which ravels; the model gathers each leaf, or what units hold.
     text = trained_in_a_square("cases", "model")[-1]
-    (inner,) = [body for body, loop in collectives.loops(text).items() if loop.parent]
+    (inner,) = [body for body, loop in loops(text).items() if loop.parent]
     gathers = [
         one
         for one in collectives.read(text)

@@ -1,0 +1,1 @@
+"""Races of optimizers: turns, checkpoints, histories, tables and pictures."""

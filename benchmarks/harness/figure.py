@@ -1,0 +1,63 @@
+"""The picture of a comparison: how far each optimizer has come, and when."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.harness.table import Line
+from benchmarks.suites.problem import Summary
+
+_COLUMNS = {
+    "seconds": "training time in seconds, without compiling and measuring",
+    "updates": "updates",
+}
+
+
+def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
+    """Draw the value against seconds and updates, and the milestones as thin lines."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (by, words) in zip(panels, _COLUMNS.items(), strict=True):
+        _panel(axes, found, by)
+        for level in summary.milestones.values():
+            axes.axhline(level, color="0.6", lw=0.6, ls=":", zorder=0)
+        axes.set(xlabel=words, xscale="log", yscale="log")
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(summary.value)
+    panels[0].legend(frameon=False, fontsize="small")
+    _name_milestones(panels[1], summary)
+    figure.suptitle(summary.title)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axes: Axes, found: Sequence[Line], by: str) -> None:
+    for index, line in enumerate(found):
+        for number, one in enumerate(line.runs):
+            rows = [row for row in one.run.rows if row.updates and row.value > 0]
+            axes.plot(
+                [getattr(row, by) for row in rows],
+                [row.value for row in rows],
+                color=colormaps["tab10"](index % 10),
+                lw=1.2,
+                alpha=0.8,
+                label=None if number else line.name,
+            )
+
+
+def _name_milestones(axes: Axes, summary: Summary) -> None:
+    """Write each milestone's name at the right, neighbours beside one another."""
+    falling = sorted(summary.milestones.items(), key=lambda item: item[1])
+    for index, (name, level) in enumerate(falling):
+        axes.annotate(
+            name,
+            xy=(1 - 0.1 * (index % 3), level),
+            xycoords=axes.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            fontsize="x-small",
+            color="0.5",
+        )

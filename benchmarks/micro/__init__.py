@@ -1,0 +1,1 @@
+"""Small benchmarks: of products, compiled updates, preconditioners and rounding."""

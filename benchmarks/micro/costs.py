@@ -1,0 +1,309 @@
+"""What an update costs before it runs: compiling, memory and kernels.
+
+    taskset -c 0 python -m benchmarks costs
+    python -m benchmarks costs --problem readme --only ''
+    python -m benchmarks costs --problem recurrent --only microbatches
+    JAX_PLATFORMS=cpu python -m benchmarks costs --gpu DESCRIPTION
+    python -m benchmarks costs --shares
+
+An update is compiled as a user compiles it, with its gradient, and with the data as an
+argument. It is never run, because XLA's plan does not depend on numbers. Each set-up is
+traced from nothing.
+
+Sizes are in vectors of as many numbers as there are parameters. Temporary memory comes in
+addition to arguments and results; `saved` is the part of the results that takes an
+argument's place, as parameters and state are donated. Seconds are of the processor, all
+its cores together: JAX's own, before XLA is given the program, and XLA's, which grow with
+the number of kernels. Kernels are counted outside of loops, and once in each loop. The
+model is counted by its exponentials or tanhs.
+
+With `--gpu` the program is compiled for a GPU that need not be there: a file describes it
+as XLA's `GpuTargetConfigProto` in text form, and jax[cuda12] is installed. The kernels are
+then what an update launches.
+
+With `--shares` updates of the autoencoder do run, and their time is divided among their
+parts.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.experimental import topologies
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import hfjax
+from benchmarks import cli
+from benchmarks.harness import machine
+from benchmarks.harness.history import write_json
+from benchmarks.micro import programs, shares
+from benchmarks.micro.cost_problems import FLOAT64, PROBLEMS, Problem
+from hfjax import cg, damping, iterates, krylov, preconditioners, recipes, trust_region
+
+Build = Callable[..., Any]
+
+
+class Option(NamedTuple):
+    """A set-up to compile.
+
+    Attributes:
+      build: `(objective, **options) -> transformation`, with the problem's options.
+      microbatches: of the data, in number.
+      donated: whether parameters and state are.
+      takes_value: whether it takes f and not the batch, as Optax's line searches do.
+      checkpointed: whether f is the one with a checkpointed scan.
+      linearize_once: whether all microbatches are linearised once, and not in each
+        product.
+    """
+
+    build: Build
+    microbatches: int = 1
+    donated: bool = True
+    takes_value: bool = False
+    checkpointed: bool = False
+    linearize_once: bool = False
+
+    def fits(self, problem: Problem) -> bool:
+        """Return whether the problem has what this set-up needs."""
+        return not self.checkpointed or problem.checkpointed is not None
+
+
+def _usual(**given: Any) -> Build:
+    return lambda objective, **options: hfjax.hessian_free(
+        objective, **{**options, **given}
+    )
+
+
+_KRONECKER, _BY_RATIO = preconditioners.kronecker, damping.levenberg_marquardt
+
+OPTIONS = {
+    "default": Option(_usual()),
+    "nothing donated": Option(_usual(), donated=False),
+    "kronecker(decay=0.95)": Option(_usual(preconditioner=_KRONECKER(decay=0.95))),
+    "kronecker(decay=0.95, interval=5)": Option(
+        _usual(preconditioner=_KRONECKER(decay=0.95, interval=5))
+    ),
+    "nystrom()": Option(_usual(preconditioner=preconditioners.nystrom())),
+    "diagonal()": Option(_usual(preconditioner=preconditioners.diagonal())),
+    "preconditioner=None": Option(_usual(preconditioner=None)),
+    "max_iterations=50": Option(
+        _usual(solver=cg.conjugate_gradient(max_iterations=50))
+    ),
+    "keep=grid(first=1, growth=2)": Option(
+        _usual(solver=cg.conjugate_gradient(keep=iterates.grid(first=1, growth=2.0)))
+    ),
+    "levenberg_marquardt()": Option(_usual(damping=_BY_RATIO())),
+    "levenberg_marquardt(), keep=best()": Option(
+        _usual(damping=_BY_RATIO(), solver=cg.conjugate_gradient(keep=iterates.best()))
+    ),
+    "levenberg_marquardt(), keep=best(), preconditioner=None": Option(
+        _usual(
+            damping=_BY_RATIO(),
+            solver=cg.conjugate_gradient(keep=iterates.best()),
+            preconditioner=None,
+        )
+    ),
+    "matrix='curvature_diagonal'": Option(
+        _usual(damping=_BY_RATIO(matrix="curvature_diagonal"))
+    ),
+    "line_search=None": Option(_usual(line_search=None)),
+    "steihaug_toint()": Option(
+        _usual(solver=trust_region.steihaug_toint(), damping=trust_region.radius())
+    ),
+    "subspace_descent()": Option(
+        _usual(solver=krylov.subspace_descent(), damping=damping.constant(0.0))
+    ),
+    "ten microbatches": Option(_usual(), microbatches=10),
+    "ten microbatches, linearised once": Option(
+        _usual(), microbatches=10, linearize_once=True
+    ),
+    "√T checkpointed": Option(_usual(), checkpointed=True),
+    "√T checkpointed, ten microbatches": Option(
+        _usual(), microbatches=10, checkpointed=True
+    ),
+    "recipes.martens2010": Option(lambda f, **options: recipes.martens2010(f)),
+    "optax.lbfgs": Option(lambda f, **options: optax.lbfgs(), takes_value=True),
+}
+"""What is compiled: `hessian_free` with its defaults, with some things changed, a recipe,
+and an optimizer to compare with."""
+
+USUAL = ("default", "preconditioner=None", "optax.lbfgs")
+"""What is compiled if nothing is asked for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add = parser.add_argument
+    add(
+        "--problem",
+        choices=tuple(PROBLEMS),
+        default="autoencoder",
+        help="default: autoencoder",
+    )
+    add("--cases", type=cli.count, help="default: the problem's")
+    add("--only", help="set-ups with this in their name; default: " + ", ".join(USUAL))
+    add("--gpu", help="file that describes a GPU to compile for; default: the CPU")
+    add("--shares", action="store_true", help="run updates, and divide their time")
+    add("--rounds", type=cli.count, default=7, help="of timing shares; default: 7")
+    add("--out", default="runs/costs.json", help="default: runs/costs.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, print and write down."""
+    console, rows, asked = Console(), [], args.only
+    if args.shares and (args.problem != "autoencoder" or asked or args.gpu):
+        msg = "--shares is for the autoencoder and the default set-up, on this machine"
+        return cli.refuse("costs", ValueError(msg))
+    with jax.enable_x64(args.problem in FLOAT64):
+        problem = PROBLEMS[args.problem](args.cases)
+    names = [
+        name
+        for name, option in OPTIONS.items()
+        if option.fits(problem) and (name in USUAL if asked is None else asked in name)
+    ]
+    if not names:
+        msg = f"--only: no set-up of this problem has {asked!r} in its name"
+        return cli.refuse("costs", ValueError(msg))
+    try:
+        path = cli.output_file(args.out)
+        device = None if args.gpu is None else _gpu(Path(args.gpu).read_text())
+    except (OSError, RuntimeError) as error:
+        return cli.refuse("costs", error)
+    if args.shares:
+        return shares.run(args.cases or 2000, args.rounds, path, console)
+    with jax.enable_x64(args.problem in FLOAT64), console.status("compiling"):
+        for name in names:
+            rows.append({"name": name, **costs(OPTIONS[name], problem, device)})
+            document = {"arguments": vars(args), **machine.describe(), "rows": rows}
+            write_json(path, document)
+    console.print(_table(rows, problem))
+    console.print(_places(rows))
+    console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any]:
+    """Compile an update, and look at the program."""
+    jax.clear_caches()
+    objective = problem.checkpointed if option.checkpointed else problem.objective
+    if option.microbatches > 1:
+        cases = len(jax.tree.leaves(problem.batch)[0])
+        objective = dataclasses.replace(
+            objective,
+            microbatch_size=max(1, cases // option.microbatches),
+            linearize_once=option.linearize_once,
+        )
+    tx = option.build(objective, **problem.options)
+
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        value, grads = objective.value_and_grad(params, batch)
+        given: dict[str, Any] = {"batch": batch}
+        if option.takes_value:
+            of_params = functools.partial(objective.value, batch=batch)
+            given = {"value": value, "grad": grads, "value_fn": of_params}
+        updates, state = tx.update(grads, state, params, **given)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, problem.params)
+    args = (problem.params, state, problem.batch)
+    if device is not None:
+        there = jax.sharding.SingleDeviceSharding(device)
+        args = jax.tree.map(lambda x: x.update(sharding=there), args)
+    donated = ("params", "state") if option.donated else ()
+    start = time.process_time()
+    lowered = jax.jit(step, donate_argnames=donated).lower(*args)
+    handed = time.process_time()
+    compiled = lowered.compile()
+    end = time.process_time()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        msg = f"XLA says nothing of programs on {jax.devices()[0].device_kind}."
+        raise RuntimeError(msg)
+    program = programs.read(text, problem.writers)
+    return {
+        "vector_bytes": _bytes(problem.params),
+        "state_bytes": _bytes(state),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "saved_bytes": memory.alias_size_in_bytes,
+        "instructions": program.instructions,
+        "kernels": program.kinds.total(),
+        "kinds": program.kinds,
+        "places": program.places,
+        "models": {
+            place: units / problem.units for place, units in program.units.items()
+        },
+        "jax_seconds": handed - start,
+        "xla_seconds": end - handed,
+    }
+
+
+def _gpu(description: str) -> Any:
+    """Return a GPU that programs can be compiled for, and not run on."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=description,
+        topology="1x1x1",
+    )
+    return topology.devices[0]
+
+
+def _bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _table(rows: list[dict[str, Any]], problem: Problem) -> Table:
+    table = Table(
+        title=f"Updates of {problem.title}",
+        caption=f"temp., state, saved: vectors of {rows[0]['vector_bytes']:,} bytes\n"
+        "HLO: instructions; JAX, XLA: processor seconds",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("", min_width=20)
+    for name in ("temp.", "state", "saved", "HLO", "kernels", "model", "JAX", "XLA"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        size = row["vector_bytes"]
+        table.add_row(
+            row["name"],
+            f"{row['temporary_bytes'] / size:.1f}",
+            f"{row['state_bytes'] / size:.1f}",
+            f"{row['saved_bytes'] / size:.1f}",
+            f"{row['instructions']:,}",
+            f"{row['kernels']:,}",
+            f"{sum(row['models'].values()):g}",
+            f"{row['jax_seconds']:.1f}",
+            f"{row['xla_seconds']:.1f}",
+        )
+    return table
+
+
+def _places(rows: list[dict[str, Any]]) -> Table:
+    """Say where the kernels are."""
+    table = Table(
+        title="Kernels outside of loops, and in each loop (times the model)",
+        caption="a loop by the function that it is written in",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("", min_width=20)
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for place in dict.fromkeys(place for row in rows for place in row["places"]):
+        cells = []
+        for row in rows:
+            kernels, models = row["places"].get(place), row["models"].get(place, 0)
+            often = f" ({models:g})" if models else ""
+            cells.append("" if kernels is None else f"{kernels:,}{often}")
+        table.add_row(place, *cells)
+    return table

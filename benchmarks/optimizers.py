@@ -1,0 +1,348 @@
+"""The optimizers that are compared, by name: ours, Optax's, and other packages'.
+
+To add one, write a function `(problem, params, seed) -> Racer` and a line in
+`OPTIMIZERS`. Each is compiled before it runs, so that the time this takes is known.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax.flatten_util import ravel_pytree
+
+import hfjax
+from benchmarks import peers
+from benchmarks.harness.machine import compile_ahead, timed
+from benchmarks.harness.race import Carry, Racer
+from benchmarks.suites.problem import Hand, Problem, alone, everything, guarded
+
+ADAM_RATES = (1e-2, 1e-3, 1e-4)
+MUON_RATES = (0.2, 0.05, 0.02, 0.005)
+"""Around 0.02, which its author uses."""
+
+MOMENTUM = 0.5
+"""Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), as `solver="auto"` has it."""
+
+_STRUCTURAL = 0.03  # μ / λ in Sutskever's program
+_WARM_START = 0.95  # likewise
+_MAX_ITERATIONS = 100  # 300 in his program
+_MOST_NUMBERS = 5 * 10**8  # of a Jacobian: 4 GB in float64
+_STEP_SECONDS = 0.25
+"""Of small updates in one call, so that Python's part does not count."""
+
+Build = Callable[[Problem, Any, int], Any]
+"""`(problem, params, seed) -> racer`, or `-> (learning_rate -> racer)` for optimizers with
+rates. The seed is for what the optimizer itself draws."""
+
+
+class Optimizer(NamedTuple):
+    """An optimizer that can be built.
+
+    Attributes:
+      title: its settings, in a few words.
+      build: compiles it.
+      rates: learning rates; each gets a run of its own, and the best counts.
+      module: that must be installed.
+      package: what installs the module.
+      unfit: `problem -> why it cannot solve it`, `None` if it can.
+    """
+
+    title: str
+    build: Build
+    rates: tuple[float, ...] = ()
+    module: str = "optax"
+    package: str = "optax"
+    unfit: Callable[[Problem], str | None] = lambda problem: None
+
+    def missing(self) -> str | None:
+        """Say what must be installed first, if anything must."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"{self.package} is not installed: pip install 'hfjax[peers]'"
+        return None
+
+
+def default(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `hfjax.hessian_free` with its defaults."""
+    tx = hfjax.hessian_free(problem.objective, **problem.options)
+    return _ours(tx, problem, params, seed, everything(problem.parts))
+
+
+def cg(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it with conjugate gradients, whatever the problem."""
+    solver = hfjax.cg.conjugate_gradient()
+    tx = hfjax.hessian_free(problem.objective, solver=solver)
+    return _ours(tx, problem, params, seed, everything(problem.parts))
+
+
+def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
+    """Build it with steps that are solved for exactly, with momentum."""
+    solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
+    tx = hfjax.hessian_free(problem.objective, solver=solver)
+    return _ours(tx, problem, params, seed, everything(problem.parts))
+
+
+def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build the same without corrections: damped Gauss-Newton steps."""
+    return exact(problem, params, seed, corrections=0)
+
+
+def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build Martens' program."""
+    tx = hfjax.recipes.martens2010(problem.objective, initial_damping=problem.damping)
+    return _ours(tx, problem, params, seed, everything(problem.parts))
+
+
+def curvature_guarded(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build the second recipe of M&S (2012): curvature on half of the cases at most."""
+    tx = hfjax.recipes.curvature_guarded(
+        problem.objective, initial_damping=problem.damping
+    )
+    return _ours(tx, problem, params, seed, guarded(max(2, problem.parts)))
+
+
+def momentum_like(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build their third recipe, on a quarter of each part for everything."""
+    tx = hfjax.recipes.momentum_like(problem.objective, initial_damping=problem.damping)
+    return _ours(tx, problem, params, seed, alone(4 * problem.parts))
+
+
+def sutskever2011(
+    problem: Problem, params: Any, seed: int, *, structural: float = _STRUCTURAL
+) -> Racer:
+    """Build Sutskever's program: structural damping, no preconditioner, ρ by damped M."""
+    damping: dict[str, Any] = {"structural": structural} if structural else {}
+    objective: Any = problem.hidden if structural else problem.objective
+    tx = hfjax.hessian_free(
+        objective,
+        damping=hfjax.damping.levenberg_marquardt(
+            init=problem.damping,
+            ratio=hfjax.damping.ReductionRatio(model="damped"),
+            **damping,
+        ),
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=_MAX_ITERATIONS,
+            stopping=hfjax.stopping.martens2010(),
+            keep=hfjax.iterates.grid(),
+            warm_start_decay=_WARM_START,
+        ),
+        preconditioner=None,
+        backtracking=hfjax.backtracking.full_search(),
+        line_search=hfjax.linesearch.armijo(
+            sufficient_decrease=1e-6, shrink=0.8, max_tries=50
+        ),
+    )
+    hand = everything(1) if problem.parts == 1 else guarded(problem.parts)
+    return _ours(tx, problem, params, seed, hand)
+
+
+def without_structural_damping(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build Sutskever's program with μ = 0."""
+    return sutskever2011(problem, params, seed, structural=0.0)
+
+
+def adam(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
+    """Build Adam; its gradients are clipped if the problem says so."""
+
+    def optimizer(rate: Any) -> optax.GradientTransformation:
+        if problem.clip is None:
+            return optax.adam(rate)
+        return optax.chain(optax.clip_by_global_norm(problem.clip), optax.adam(rate))
+
+    return _first_order(optimizer, problem, params, seed)
+
+
+def muon(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
+    """Build Muon, with Adam on biases."""
+    return _first_order(optax.contrib.muon, problem, params, seed)
+
+
+def lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `optax.lbfgs` on all examples: memory 10, zoom line search.
+
+    Returns:
+      The racer; a step is an update, its line search included.
+    """
+    tx, data = optax.lbfgs(), problem.data(seed)
+    _, unravel = ravel_pytree(params)
+
+    # On one long vector: the same numbers, and a fourth of the time to compile.
+    def step(carry: Carry, data: Any) -> Carry:
+        batch = problem.batch(data, carry.updates)
+
+        def value_fn(vector: jax.Array) -> jax.Array:
+            return problem.objective.value(unravel(vector), batch)
+
+        vector, state = ravel_pytree(carry.params)[0], carry.state
+        if problem.redraw is None:
+            value, grad = optax.value_and_grad_from_state(value_fn)(vector, state=state)
+        else:
+            value, grad = jax.value_and_grad(value_fn)(vector)
+        updates, state = tx.update(
+            grad, state, vector, value=value, grad=grad, value_fn=value_fn
+        )
+        moved: Any = optax.apply_updates(vector, updates)
+        return Carry(unravel(moved), state, carry.updates + 1)
+
+    def init(params: Any) -> Carry:
+        return Carry(params, tx.init(ravel_pytree(params)[0]), jnp.int32(0))
+
+    compiled, taken = compile_ahead(step, init(params), data)
+    return Racer(init, lambda carry: compiled(carry, data), taken)
+
+
+def _ours(
+    tx: optax.GradientTransformationExtraArgs,
+    problem: Problem,
+    params: Any,
+    seed: int,
+    hand: Hand,
+) -> Racer:
+    """Build a racer from a set-up of Hessian-free; a step is an update."""
+    data, objective = problem.data(seed), problem.objective
+
+    def step(carry: Carry, data: Any) -> Carry:
+        handed = hand(problem.batch(data, carry.updates), carry.updates)
+        _, grads = objective.value_and_grad(carry.params, handed.gradient)
+        updates, state = tx.update(
+            grads,
+            carry.state,
+            carry.params,
+            batch=handed.curvature,
+            eval_batch=handed.evaluation,
+        )
+        params: Any = optax.apply_updates(carry.params, updates)
+        return Carry(params, state, carry.updates + 1)
+
+    def init(params: Any) -> Carry:
+        return Carry(params, tx.init(params), jnp.int32(0))
+
+    compiled, taken = compile_ahead(step, init(params), data)
+    return Racer(
+        init,
+        lambda carry: compiled(carry, data),
+        taken,
+        lambda carry: hfjax.diagnostics.scalars(carry.state),
+    )
+
+
+def _first_order(
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    problem: Problem,
+    params: Any,
+    seed: int,
+) -> Callable[[float], Racer]:
+    """Build an optimizer on minibatches, compiled once for all learning rates.
+
+    A step is as many updates as take about a quarter of a second, at most an epoch.
+    """
+    minibatches, key = problem.minibatches, jax.random.key(seed)
+    cases, data = minibatches.cases, problem.data(seed)
+
+    def steps(carry: Carry, rate: Any, count: Any, data: Any) -> Carry:
+        def one(_: jax.Array, carry: Carry) -> Carry:
+            batch, order = minibatches.draw(data, carry.updates, carry.order, key)
+            _, grads = problem.objective.value_and_grad(carry.params, batch)
+            updates, state = optimizer(rate).update(grads, carry.state, carry.params)
+            params: Any = optax.apply_updates(carry.params, updates)
+            return Carry(params, state, carry.updates + 1, order)
+
+        return jax.lax.fori_loop(0, count, one, carry)
+
+    def init(params: Any) -> Carry:
+        order = jnp.arange(cases) if cases else None
+        return Carry(params, optimizer(0.0).init(params), jnp.int32(0), order)
+
+    idle, single, start = jnp.float32(0), jnp.int32(1), init(params)
+    compiled, taken = compile_ahead(steps, start, idle, single, data)
+    jax.block_until_ready(compiled(start, idle, single, data))  # The first warms up.
+    _, once = timed(lambda: compiled(start, idle, single, data))
+    fit = max(1, int(_STEP_SECONDS / once.wall))
+    epoch = minibatches.epoch or fit
+    count = jnp.int32(min(fit, epoch))
+
+    def racer(learning_rate: float) -> Racer:
+        rate = jnp.float32(learning_rate)
+        return Racer(init, lambda carry: compiled(carry, rate, count, data), taken)
+
+    return racer
+
+
+def _not_exact(problem: Problem) -> str | None:
+    """Say why a problem cannot be solved for exactly, if it cannot."""
+    if not problem.rows:
+        return "steps are solved for exactly in the suite of equations only"
+    params = jax.eval_shape(problem.start, jax.random.key(0))
+    numbers = problem.rows * sum(leaf.size for leaf in jax.tree.leaves(params))
+    if numbers > _MOST_NUMBERS:
+        return f"its Jacobian has {numbers:,} numbers, more than {_MOST_NUMBERS:,}"
+    return None
+
+
+def _not_cg(problem: Problem) -> str | None:
+    return None if problem.options else "it is what hfjax does here by default"
+
+
+def _no_hidden_states(problem: Problem) -> str | None:
+    return None if problem.hidden else "it is for recurrent networks"
+
+
+OPTIMIZERS = {
+    "hfjax": Optimizer("hfjax.hessian_free with its defaults", default),
+    "cg": Optimizer("the same with conjugate gradients", cg, unfit=_not_cg),
+    "spring": Optimizer(
+        f"the same with sample_space.cholesky(momentum={MOMENTUM:g})",
+        exact,
+        unfit=_not_exact,
+    ),
+    "uncorrected": Optimizer(
+        "spring with corrections=0", uncorrected, unfit=_not_exact
+    ),
+    "martens2010": Optimizer("hfjax.recipes.martens2010", martens2010),
+    "curvature_guarded": Optimizer(
+        "hfjax.recipes.curvature_guarded", curvature_guarded
+    ),
+    "momentum_like": Optimizer(
+        "hfjax.recipes.momentum_like, a quarter of the curvature's cases at a time",
+        momentum_like,
+    ),
+    "sutskever2011": Optimizer(
+        f"Sutskever's program, structural damping μ = {_STRUCTURAL:g} λ",
+        sutskever2011,
+        unfit=_no_hidden_states,
+    ),
+    "sutskever2011-without": Optimizer(
+        "the same without structural damping",
+        without_structural_damping,
+        unfit=_no_hidden_states,
+    ),
+    "adam": Optimizer("optax.adam on minibatches", adam, ADAM_RATES),
+    "muon": Optimizer("optax.contrib.muon on minibatches", muon, MUON_RATES),
+    "lbfgs": Optimizer("optax.lbfgs on all examples", lbfgs),
+    "kfac": Optimizer(
+        "kfac_jax.Optimizer as in its autoencoder example, on all examples",
+        peers.kfac,
+        module="kfac_jax",
+        package="kfac-jax",
+        unfit=peers.unfit_for_kfac,
+    ),
+    "somax": Optimizer(
+        "somax.sgn_ce or sgn_mse, Gauss-Newton by CG as in its README, on all examples",
+        peers.somax,
+        peers.SOMAX_RATES,
+        module="somax",
+        package="python-somax",
+        unfit=peers.unfit_for_somax,
+    ),
+    "optimistix": Optimizer(
+        "optimistix.LBFGS on all examples",
+        peers.optimistix,
+        module="optimistix",
+        package="optimistix",
+        unfit=peers.unfit_for_redrawn,
+    ),
+}
+"""By the name on the command line. Optax has neither Shampoo nor SOAP."""

@@ -1,0 +1,245 @@
+"""Optimizers of other packages, with the settings that they themselves recommend.
+
+They are imported when they are built, so that `compare` works without them.
+"""
+
+import importlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.harness.machine import Taken, compile_ahead, timed
+from benchmarks.harness.race import Carry, Racer
+from benchmarks.suites.problem import Problem
+
+SOMAX_RATES = (1.0, 0.1)
+"""The default, and that of somax's README."""
+
+_WARM = 6  # updates, after which K-FAC has done all that it ever does
+_REGISTER: dict[str | None, str] = {
+    "sigmoid": "register_sigmoid_cross_entropy_loss",
+    "softmax": "register_softmax_cross_entropy_loss",
+}
+_SOMAX: dict[str | None, str] = {"softmax": "sgn_ce", "squared": "sgn_mse"}
+
+
+def unfit_for_redrawn(problem: Problem) -> str | None:
+    """Say why a package that needs the same examples in each update cannot be used."""
+    if problem.redraw is None:
+        return None
+    return "it is set up here for examples that stay the same"
+
+
+def unfit_for_kfac(problem: Problem) -> str | None:
+    """Say why kfac-jax cannot solve a problem."""
+    if problem.layered and problem.loss in _REGISTER:
+        return unfit_for_redrawn(problem)
+    return "kfac-jax has no curvature blocks for such a model"
+
+
+def kfac(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build kfac-jax as its example of an autoencoder on MNIST has it.
+
+    All cases in each update; damping, learning rate and momentum adapt. The example's
+    ℓ₂ regularisation is left out: f has none.
+
+    Returns:
+      The racer; a step is an update.
+    """
+    module = _kfac_jax()
+    register = getattr(module, _REGISTER[problem.loss])
+    objective, key = problem.objective, jax.random.key(seed)
+    batch = problem.data(seed)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        inputs, targets = batch
+        outputs = objective.model_fn(params, inputs)
+        register(outputs, targets)
+        return jnp.mean(objective.loss.value(outputs, targets))
+
+    optimizer = module.Optimizer(
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        inverse_update_period=5,
+        damping_adaptation_interval=5,
+        num_burnin_steps=5,
+        curvature_ema=0.95,
+        use_adaptive_damping=True,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        damping_adaptation_decay=0.95,
+        initial_damping=150.0,
+        min_damping=1e-5,
+        max_damping=1000.0,
+        multi_device=False,
+    )
+
+    def init(params: Any) -> Carry:
+        state = optimizer.init(params, key, batch)
+        # Its updates take over the memory of what they are given. All is put where a
+        # checkpoint puts it, as updates after one would else be compiled anew.
+        carry = Carry(jax.tree.map(jnp.copy, params), state, jnp.int32(0))
+        return jax.device_put(carry, jax.devices()[0])
+
+    def step(carry: Carry) -> Carry:
+        count = int(carry.updates)
+        # The first update draws batches for the burn-in, and may take their memory.
+        data = {"batch": batch} if count else {"data_iterator": _copies(batch)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers")
+            params, state, _ = optimizer.step(
+                carry.params,
+                carry.state,
+                jax.random.fold_in(key, count),
+                global_step_int=count,
+                **data,
+            )
+        return Carry(params, state, carry.updates + 1)
+
+    def warm() -> Carry:
+        carry = init(params)
+        for _ in range(_WARM):
+            carry = step(carry)
+        return carry
+
+    # It compiles as it goes. The second time nothing is left to compile.
+    (_, first), (_, second) = timed(warm), timed(warm)
+    pairs = zip(first, second, strict=True)
+    compiling = Taken(*(max(0.0, a - b) for a, b in pairs))
+    leaves_of, state_of = _as_leaves(init(params).state)
+    return Racer(
+        lambda params: leaves_of(init(params)),
+        lambda carry: leaves_of(step(state_of(carry))),
+        compiling,
+    )
+
+
+def unfit_for_somax(problem: Problem) -> str | None:
+    """Say why somax cannot solve a problem."""
+    if problem.loss in _SOMAX:
+        return unfit_for_redrawn(problem)
+    # Its Newton by conjugate gradients takes any loss, but not negative curvature: on
+    # autoencoders f is NaN after the first update.
+    return "somax has no Gauss-Newton matrix for such a loss"
+
+
+def somax(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
+    """Build somax's Gauss-Newton by conjugate gradients, as in its README.
+
+    Returns:
+      `learning_rate -> racer`; a step is an update.
+    """
+    preset = getattr(importlib.import_module("somax"), _SOMAX[problem.loss])
+    batch = dict(zip("xy", problem.data(seed), strict=True))
+    key = jax.random.key(seed)
+
+    def racer(rate: float) -> Racer:
+        tx = preset(
+            predict_fn=problem.objective.model_fn,
+            lam0=1e-2,
+            tol=1e-4,
+            maxiter=20,
+            learning_rate=rate,
+        )
+
+        def init(params: Any) -> Carry:
+            return Carry(params, tx.init(params), jnp.int32(0))
+
+        def step(carry: Carry, batch: Any) -> Carry:
+            its_key = jax.random.fold_in(key, carry.updates)
+            params, state, _ = tx.step(carry.params, batch, carry.state, its_key)
+            return Carry(params, state, carry.updates + 1)
+
+        return _compiled(init, step, params, batch)
+
+    return racer
+
+
+def optimistix(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `optimistix.LBFGS` as it comes: memory 10, backtracking.
+
+    Its other minimisers do not fit, because they keep matrices of the parameters' or the
+    residuals' size. A step is a trial, accepted or not.
+    """
+    data = problem.data(seed)
+    solver = importlib.import_module("optimistix").LBFGS(rtol=0.0, atol=0.0)
+    objective = problem.objective
+    equinox = importlib.import_module("equinox")
+
+    def f(params: Any, batch: Any) -> tuple[jax.Array, None]:
+        return objective.value(params, batch), None
+
+    tags, options = frozenset(), {}
+    shape = jax.eval_shape(objective.value, params, data)
+
+    def begin(params: Any) -> Any:
+        state = solver.init(f, params, data, options, shape, None, tags)
+        return equinox.partition(state, equinox.is_array)
+
+    begun, static = begin(params)
+    structure = jax.tree.structure(begun)
+
+    def init(params: Any) -> Carry:
+        return Carry(params, jax.tree.leaves(begin(params)[0]), jnp.int32(0))
+
+    def step(carry: Carry, batch: Any) -> Carry:
+        arrays = jax.tree.unflatten(structure, carry.state)
+        state = equinox.combine(arrays, static)
+        params, state, _ = solver.step(f, carry.params, batch, options, state, tags)
+        leaves = jax.tree.leaves(equinox.filter(state, equinox.is_array))
+        return Carry(params, leaves, carry.updates + 1)
+
+    return _compiled(init, step, params, data)
+
+
+def _kfac_jax() -> Any:
+    """Import kfac-jax, and mend what keeps its release from working here.
+
+    Version 0.0.8 expects what JAX returned before 0.9.2; its repository has this as
+    below.
+    """
+
+    def eval_jaxpr_eqn(eqn: Any, in_values: list[Any]) -> list[Any]:
+        output = eqn.primitive.bind(
+            *in_values, **eqn.primitive.get_bind_params(eqn.params)
+        )
+        return output if isinstance(output, list) else [output]
+
+    module = importlib.import_module("kfac_jax")
+    if module.__version__ == "0.0.8":
+        matcher = importlib.import_module("kfac_jax._src.tag_graph_matcher")
+        vars(matcher)["eval_jaxpr_eqn"] = eval_jaxpr_eqn
+    return module
+
+
+def _copies(batch: Any) -> Iterator[Any]:
+    return (jax.tree.map(jnp.copy, batch) for _ in itertools.count())
+
+
+def _as_leaves(
+    state: Any,
+) -> tuple[Callable[[Carry], Carry], Callable[[Carry], Carry]]:
+    """Write a state as its leaves, which every checkpoint can hold, and back."""
+    structure = jax.tree.structure(state)
+
+    def leaves_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.leaves(carry.state))
+
+    def state_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.unflatten(structure, carry.state))
+
+    return leaves_of, state_of
+
+
+def _compiled(
+    init: Callable[[Any], Carry],
+    step: Callable[[Carry, Any], Carry],
+    params: Any,
+    batch: Any,
+) -> Racer:
+    compiled, taken = compile_ahead(step, init(params), batch)
+    return Racer(init, lambda carry: compiled(carry, batch), taken)

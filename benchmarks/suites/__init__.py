@@ -1,0 +1,1 @@
+"""Suites of problems: data, start, floor, and what others have reached."""

@@ -1,0 +1,175 @@
+"""The small benchmarks: what they measure, what they leave, and how they fail."""
+
+import functools
+import json
+
+import jax
+import pytest
+
+import hfjax
+from benchmarks.__main__ import main
+from benchmarks.harness.history import write_json
+from benchmarks.micro import cost_problems, costs, preconditioners, product, shares
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """Benchmarks are an application: float32, and JAX's own defaults."""
+    jax.config.update("jax_disable_most_optimizations", True)  # Compiling is the cost.
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def command(path, *words):
+    """Run a command with a file to write, and return what that holds."""
+    assert main([*words, "--out", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_what_json_lacks_becomes_null(tmp_path):
+    write_json(tmp_path / "x.json", {"x": [float("nan"), 1.5, float("inf")]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"x": [None, 1.5, None]}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
+    # As few kernels as there may be: they are what compiling takes its time for.
+    bare = {"preconditioner": None, "backtracking": None, "line_search": None}
+    usual = costs.Option(functools.partial(hfjax.hessian_free, **bare))
+    undonated = usual._replace(donated=False)
+    monkeypatch.setattr(costs, "OPTIONS", {"usual": usual, "undonated": undonated})
+    small = functools.partial(cost_problems.curves, encoder=(784, 4, 2))
+    monkeypatch.setitem(cost_problems.PROBLEMS, "autoencoder", small)
+    path = tmp_path / "new" / "costs.json"
+    words = ("--cases", "3", "--only", "", "--out", str(path))
+    assert main(["costs", *words]) == 0
+    usual, undonated = json.loads(path.read_text())["rows"]
+    numbers = 2 * (784 * 4 + 4 * 2) + (4 + 2 + 4 + 784)  # Four kernels and biases.
+    assert usual["vector_bytes"] == 4 * numbers
+    # Besides the direction there are scalars, and the record of 250 iterations.
+    scalars = usual["state_bytes"] - usual["vector_bytes"]
+    assert 0 < scalars - 4 * (251 + 2 * 250) < 100
+    # Parameters and some scalars give their place to what replaces them; a direction
+    # that no run starts from is not read at all.
+    assert undonated["saved_bytes"] == 0
+    saved = usual["saved_bytes"] - usual["vector_bytes"]
+    assert 0 < saved <= scalars
+    for row in (usual, undonated):
+        # Some of conjugate gradients' own; of kept iterates none, as nobody chooses.
+        assert 4 < row["temporary_bytes"] / row["vector_bytes"] < 12
+        assert row["instructions"] > row["kernels"] == sum(row["places"].values())
+        assert row["places"]["once"] > row["places"]["pcg.run"] > row["kinds"]["dot"]
+        # Once for gradient and linearisation together, and once for f at the step.
+        assert row["models"] == {"once": 2}
+        assert row["jax_seconds"] > 0 < row["xla_seconds"]
+    printed = capsys.readouterr().out
+    assert "usual" in printed
+    assert "784-4-2, 3 images" in printed
+    assert "pcg.run" in printed
+
+
+def test_costs_of_a_checkpointed_scan_are_told(tmp_path, monkeypatch, capsys):
+    bare = {"preconditioner": None, "backtracking": None, "line_search": None}
+    plain = costs.Option(functools.partial(hfjax.hessian_free, **bare))
+    kept = plain._replace(checkpointed=True)
+    monkeypatch.setattr(costs, "OPTIONS", {"plain": plain, "kept": kept})
+    words = ("costs", "--problem", "recurrent", "--cases", "20", "--only", "")
+    plain, kept = command(tmp_path / "costs.json", *words)["rows"]
+    # The states of all 256 steps, beside those of every sixteenth.
+    assert plain["temporary_bytes"] > 2 * kept["temporary_bytes"]
+    assert sum(kept["models"].values()) > sum(plain["models"].values())
+    # Of other problems there is no such set-up.
+    monkeypatch.setattr(costs, "OPTIONS", {"kept": costs.OPTIONS["kept"]})
+    assert main(["costs", "--only", "kept"]) == 2
+    assert "no set-up" in capsys.readouterr().err
+
+
+def test_shares_of_an_update_add_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shares, "CURVES", (784, 5))
+    monkeypatch.setattr(shares, "_BEFORE", 1)
+    monkeypatch.setattr(shares, "_UPDATES", 2)
+    words = ("costs", "--shares", "--cases", "20", "--rounds", "1")
+    found = command(tmp_path / "shares.json", *words)
+    assert len(found["runs"]) == 2
+    parts = found["shares"].values()
+    assert sum(part["share"] for part in parts) == pytest.approx(1.0)
+    assert "2 updates" in capsys.readouterr().out
+    assert main([*words, "--problem", "readme"]) == 2
+    assert "--shares is for the autoencoder" in capsys.readouterr().err
+
+
+def test_costs_of_nothing_are_an_error(tmp_path, capsys):
+    assert main(["costs", "--only", "adam"]) == 2
+    assert "no set-up of this problem has 'adam'" in capsys.readouterr().err
+    words = ("--gpu", str(tmp_path / "none"), "--out", str(tmp_path / "costs.json"))
+    assert main(["costs", *words]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_problems_whose_costs_are_told_are_those_they_say():
+    shapes = {name: build(None) for name, build in cost_problems.PROBLEMS.items()}
+    assert len(jax.tree.leaves(shapes["autoencoder"].params)) == 24
+    for problem in shapes.values():
+        value = jax.eval_shape(problem.objective.value, problem.params, problem.batch)
+        assert value.shape == ()
+
+
+@pytest.mark.parametrize("network", ["autoencoder", "convolutions"])
+def test_products_are_timed(network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(product, "DIGITS", (784, 4))
+    monkeypatch.setattr(product, "_CHANNELS", (2, 3, 4))
+    monkeypatch.setattr(product, "_ITERATIONS", 3)
+    words = ("product", "--network", network, "--cases", "4", "--rounds", "1")
+    found = command(tmp_path / "product.json", *words)
+    assert set(found["seconds"]) == set(found["in_gradients"])
+    assert found["in_gradients"]["gradient"] == 1
+    assert 0 < found["cg_iterations"] <= 3
+    assert "JAX alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("problem", ["autoencoder", "addition"])
+def test_preconditioners_are_compared(problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preconditioners, "CURVES", (784, 4))
+    rules = {name: hfjax.preconditioners.diagonal() for name in ("none", "other")}
+    rules |= {"none": None, preconditioners._RECIPE: rules["other"]}
+    monkeypatch.setattr(preconditioners, "rules", lambda *, exact: rules)
+    words = ("preconditioners", "--problem", problem, "--updates", "1", "--cases", "12")
+    found = command(tmp_path / "p.json", *words, "--limit", "20")
+    (row,) = found["rows"]
+    assert set(row["iterations"]) == set(rules)
+    assert all(0 < count <= 20 for count in row["iterations"].values())
+    assert row["iterations"]["other"] == row["iterations"][preconditioners._RECIPE]
+    assert "mean iterations" in capsys.readouterr().out
+
+
+def test_m_in_float32_is_held_against_float64(tmp_path, capsys):
+    words = ("precision", "--size", "60", "--iterations", "20")
+    found = command(tmp_path / "precision.json", *words)
+    assert set(found["rows"]) == {"1e2", "1e4", "1e6", "1e8"}
+    for row in found["rows"].values():
+        assert 0 < row["gains"]["value"] < 1e-4
+        assert row["gains"]["decrease"] > 0
+    assert "summed gains" in capsys.readouterr().out
+    assert main(["precision", "--iterations", "3"]) == 2
+    assert "more than 10, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["product", "costs", "preconditioners", "precision"])
+def test_a_bad_option_or_file_is_one_line_and_status_2(name, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for words in (["--cases", "0"], ["--out", str(tmp_path / "file" / "x.json")]):
+        if name == "precision" and words[0] == "--cases":
+            words = ["--size", "0"]
+        try:
+            status = main([name, *words])
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_product_of_one_layer_is_no_dearer_than_its_gradient():
+    # No layer below: F tangents, F transposes; gradient F forward, F weights.
+    assert product.flop_limits((784, 30))["product"] == 1
+    assert product.flop_limits((784, 30))["empirical_fisher"] == 1
