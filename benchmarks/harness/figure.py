@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.harness.table import Line
 from benchmarks.suites.problem import Summary
@@ -25,6 +26,9 @@ def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
         for level in summary.milestones.values():
             axes.axhline(level, color="0.6", lw=0.6, ls=":", zorder=0)
         axes.set(xlabel=words, xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(summary.value)
