@@ -1,11 +1,11 @@
-"""A Sphinx extension: docstrings and signatures of hfjax, read as they are written.
+"""A Sphinx extension that reads docstrings and signatures of hfjax from the source.
 
-Docstrings are Google style with a little Markdown: pipe tables, and formulas and code in
-indented blocks. Signatures come from the source, so that a default is `ggn` and not
-`<function ggn at 0x…>`, and a type `NumberOrSchedule` and not the union it stands for.
+Docstrings are in Google style with a little Markdown: pipe tables, and formulas and code in
+indented blocks. Signatures come from the source, so a default is shown as `ggn`, not as
+`<function ggn at 0x…>`, and a type as `NumberOrSchedule`, not as the union it stands for.
 
-`tests/project/test_documentation.py` takes from here what is public, so that a name which is
-tested for its documentation is a name which the site shows, and the other way round.
+`tests/project/test_documentation.py` uses these functions to find what is public. The names
+whose documentation it tests are therefore exactly the names that the site shows.
 """
 
 import ast
@@ -23,17 +23,17 @@ from typing import Any
 PACKAGE = Path(importlib.util.find_spec("hfjax").origin).parent
 
 
-def rooms() -> list[Path]:
-    """List the files of the public modules: those that `hfjax` hands on, and Flax's."""
+def public_modules() -> list[Path]:
+    """List the files of the public modules: what `hfjax` re-exports, and `flax.py`."""
     found = {PACKAGE / "flax.py"}
-    for path in handed_on(PACKAGE / "__init__.py"):
-        # A package hands on what its main modules offer.
-        found |= handed_on(path) if path.stem == "__init__" else {path}
+    for path in re_exported(PACKAGE / "__init__.py"):
+        # A package re-exports the public names of its main modules.
+        found |= re_exported(path) if path.stem == "__init__" else {path}
     return sorted(found)
 
 
-def handed_on(path: Path) -> set[Path]:
-    """List the files of what a file hands on by `from … import X as X`."""
+def re_exported(path: Path) -> set[Path]:
+    """List the files of what a file re-exports by `from … import X as X`."""
     return {
         file_of(node.module or "", alias.name)
         for node in ast.parse(path.read_text()).body
@@ -44,7 +44,7 @@ def handed_on(path: Path) -> set[Path]:
 
 
 def file_of(module: str, name: str) -> Path:
-    """Return the file of what a module has under a name: a module's own, or its."""
+    """Return the file of a name in a module: of the submodule, or of the module."""
     folder = PACKAGE.parent.joinpath(*module.split("."))
     below, beside = folder / f"{name}.py", folder.with_suffix(".py")
     files = (below, folder / name / "__init__.py", beside, folder / "__init__.py")
@@ -57,17 +57,16 @@ def dotted(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def room(path: Path) -> str:
-    """Return the name under which `hfjax` hands a module on: `cg`, `losses`."""
+def public_module(path: Path) -> str:
+    """Return the name under which `hfjax` exports a module: `cg`, `losses`."""
     package = path.parent / "__init__.py"
-    is_part = package in handed_on(PACKAGE / "__init__.py") and path in handed_on(
-        package
-    )
+    exported = package in re_exported(PACKAGE / "__init__.py")
+    is_part = exported and path in re_exported(package)
     return path.parent.name if is_part else path.stem
 
 
 def public_names(path: Path) -> list[str]:
-    """List what a room offers: its own names, and what it hands on by `import X as X`."""
+    """List the public names of a module: its own, and those it re-exports."""
     names = []
     for node in statements(ast.parse(path.read_text()).body):
         match node:
@@ -83,7 +82,7 @@ def public_names(path: Path) -> list[str]:
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Walk through statements, those under a condition too."""
+    """Walk through statements, including those under a condition."""
     for node in body:
         if isinstance(node, ast.If):
             yield from statements(node.body)
@@ -100,7 +99,7 @@ def to_rst(lines: list[str]) -> list[str]:
         if blank:
             rst += paragraph
         elif not is_prose(first):
-            # Those of a module stand four spaces in, as its formulas do.
+            # In a module's docstring, doctests are indented by four, as formulas are.
             rst += dedented(paragraph) if first.startswith("    ") else paragraph
         elif first.startswith("    "):
             rst += [f".. code-block:: {language(paragraph)}", "", *paragraph]
@@ -113,7 +112,7 @@ def to_rst(lines: list[str]) -> list[str]:
 
 
 def is_prose(line: str) -> bool:
-    """Return whether a line is none of a doctest."""
+    """Return whether a line does not start a doctest."""
     return not line.lstrip().startswith(">>>")
 
 
@@ -127,12 +126,12 @@ def table(rows: list[str]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Keep |λ|, x* and "f." from being read as markup, and ⌈`x`⌉ from not being so."""
+    """Escape |λ|, x* and "f.", which are not markup; separate ⌈`x`⌉, which has some."""
     text = re.sub(r"(^ *|: )([A-Za-z])\.$", r"\1\2\\.", text, flags=re.MULTILINE)
     parts = re.split(r"(`[^`]*`)", text)
     for k in range(0, len(parts), 2):
         part = re.sub(r"(?<!\*)\*(?!\*)|\|", r"\\\g<0>", parts[k])
-        # Code must stand apart from other text: a space that vanishes.
+        # Code needs a space beside other text; an escaped one is not shown.
         if k > 0:
             part = re.sub(r"^(?=[^\s.,;:!?)\]'/-])", r"\\ ", part)
         if k + 1 < len(parts):
@@ -142,7 +141,7 @@ def escaped(text: str) -> str:
 
 
 def language(block: list[str]) -> str:
-    """Return what an indented block is written in: Python, or formulas."""
+    """Return the language of an indented block: "python", or "none" for formulas."""
     try:
         ast.parse("\n".join(dedented(block)))
     except SyntaxError:
@@ -169,13 +168,13 @@ def signature(obj: Any) -> tuple[str, str]:
 
 
 def constructor(node: ast.ClassDef) -> ast.stmt:
-    """Make the `__init__` that a class gets from its fields."""
+    """Build the `__init__` that a class gets from its fields."""
     fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
     return ast.parse(f"def __init__(self, {', '.join(fields)}): ...").body[0]
 
 
 class Linked(ast.NodeTransformer):
-    """Says of each name in an annotation where it is documented, for Sphinx to link."""
+    """Replace each name in annotations by its full path, so that Sphinx can link it."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = self.linked(node.annotation)
@@ -196,45 +195,45 @@ class Linked(ast.NodeTransformer):
 
 @functools.cache
 def homes() -> dict[str, str]:
-    """Return where the types are documented, by name; `~` hides the module's name."""
+    """Return the full path of each public type; `~` hides the module in the text."""
     return {
         name: f"~{dotted(path)}.{name}"
-        for path in (PACKAGE / "_core" / "types.py", *rooms())
+        for path in (PACKAGE / "_core" / "types.py", *public_modules())
         for name in public_names(path)
         if name[0].isupper()
     }
 
 
 def offer_public_names(app: Any) -> None:
-    """Tell autodoc what is public: it takes the word of `__all__`."""
-    for path in (PACKAGE / "_core" / "types.py", *rooms()):
+    """Set `__all__`, by which autodoc decides what is public."""
+    for path in (PACKAGE / "_core" / "types.py", *public_modules()):
         importlib.import_module(dotted(path)).__all__ = public_names(path)
 
 
 def read_docstring(
     app: Any, what: str, name: str, obj: Any, _: Any, lines: list
 ) -> None:
-    """Hand the docstring on to napoleon as reStructuredText."""
+    """Convert the docstring to reStructuredText, which napoleon then reads."""
     lines[:] = to_rst(lines)
 
 
 def read_signature(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple | None:
-    """Give the signature as it is written."""
+    """Return the signature as it is written in the source."""
     try:
         return signature(obj)
-    except (OSError, TypeError, AssertionError):  # It has none, as an alias.
+    except (OSError, TypeError, AssertionError):  # An alias has none.
         return None
 
 
 def is_field(app: Any, what: str, name: str, obj: Any, *_: Any) -> bool | None:
-    """Leave out the fields of a class: its docstring has them as attributes."""
+    """Skip the fields of a class, because its docstring lists them as attributes."""
     ours = (getattr(obj, "__module__", None) or "").startswith("hfjax")
-    kept = ours or isinstance(obj, property | enum.Enum)
-    return True if what == "class" and not kept else None
+    shown = ours or isinstance(obj, property | enum.Enum)
+    return True if what == "class" and not shown else None
 
 
 def write_front_door(app: Any, error: Exception | None) -> None:
-    """Lead from the folder of the site to its first page."""
+    """Write an `index.html` that redirects to the first page of the site."""
     if error is None and app.builder.name == "html":
         page = f"{app.config.root_doc}.html"
         refresh = f'<meta http-equiv="refresh" content="0; url={page}">'
@@ -243,10 +242,10 @@ def write_front_door(app: Any, error: Exception | None) -> None:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register with Sphinx."""
+    """Register the extension with Sphinx."""
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", offer_public_names)
-    # Before napoleon, which reads the sections.
+    # This must run before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.connect("autodoc-process-signature", read_signature)
     app.connect("autodoc-skip-member", is_field)

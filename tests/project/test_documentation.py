@@ -1,6 +1,6 @@
 """What is public is documented, and what is documented is on a page of the site.
 
-All by reading: nothing is imported from hfjax, compiled or built.
+These tests only read files: nothing is imported from hfjax, compiled or built.
 """
 
 import ast
@@ -14,8 +14,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SITE = runpy.run_path(str(DOCS / "docstrings.py"))
-ROOMS = SITE["rooms"]()
-room, dotted = SITE["room"], SITE["dotted"]
+MODULES = SITE["public_modules"]()
+public_module, dotted = SITE["public_module"], SITE["dotted"]
 # A paper and the section (of some papers we do not know it), a published program, a
 # measurement, or our choice.
 SOURCE = re.compile(
@@ -31,7 +31,7 @@ class Entry:
     """A public name: where it is, its node in the source, and its docstring."""
 
     def __init__(self, path, name, node, doc, home):
-        self.where = f"{room(path)}.{name}"
+        self.where = f"{public_module(path)}.{name}"
         self.node, self.doc, self.home = node, doc or "", home
         self.is_class = isinstance(node, ast.ClassDef)
         self.is_function = isinstance(node, ast.FunctionDef)
@@ -109,7 +109,7 @@ def definitions(path):
 
 
 def resolved(path, name):
-    """Follow `from hfjax.room import name as name` to where it is defined."""
+    """Follow `from hfjax.module import name as name` to where it is defined."""
     node, doc = definitions(path)[name]
     if isinstance(node, ast.ImportFrom):
         return resolved(SITE["file_of"](node.module, name), name)
@@ -118,9 +118,9 @@ def resolved(path, name):
 
 @functools.cache
 def entries():
-    """Return every public name of every room, and the methods of its classes."""
+    """Return every public name of every module, and the methods of its classes."""
     found = []
-    for path in ROOMS:
+    for path in MODULES:
         for name in SITE["public_names"](path):
             node, doc, home = resolved(path, name)
             found.append(Entry(path, name, node, doc, home))
@@ -148,21 +148,25 @@ def test_every_public_name_has_a_docstring():
     assert not [entry.where for entry in entries() if not entry.doc]
 
 
-def test_what_the_package_hands_on_is_a_room_or_a_name_of_one():
+def test_what_the_package_exports_is_a_public_module_or_a_name_of_one():
     init = SITE["PACKAGE"] / "__init__.py"
-    known = {room(path) for path in ROOMS}
+    known = {public_module(path) for path in MODULES}
     known |= {entry.where.split(".", 1)[1] for entry in entries()}
     assert set(SITE["public_names"](init)) <= known
 
 
-def test_a_package_that_is_a_room_hands_on_what_its_modules_offer():
-    rooms = {path.parent for path in ROOMS if room(path) != path.stem}
-    assert {path.name for path in rooms} == {"curvature", "losses", "preconditioners"}
-    for folder in rooms:
+def test_a_public_package_exports_what_its_modules_offer():
+    packages = {path.parent for path in MODULES if public_module(path) != path.stem}
+    assert {path.name for path in packages} == {
+        "curvature",
+        "losses",
+        "preconditioners",
+    }
+    for folder in packages:
         offered = {
             name
-            for path in ROOMS
-            if path.parent == folder and room(path) == folder.name
+            for path in MODULES
+            if path.parent == folder and public_module(path) == folder.name
             for name in SITE["public_names"](path)
         }
         assert set(SITE["public_names"](folder / "__init__.py")) == offered
@@ -276,10 +280,10 @@ def test_every_default_has_a_source():
         assert "our choice" not in kinds or len(reason.split()) > 2, options
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room)
-def test_a_room_has_an_example(path):
+@pytest.mark.parametrize("path", MODULES, ids=public_module)
+def test_every_public_module_has_an_example(path):
     module = ast.get_docstring(ast.parse(path.read_text()))
-    docs = [e.doc for e in entries() if e.where.split(".")[0] == room(path)]
+    docs = [e.doc for e in entries() if e.where.split(".")[0] == public_module(path)]
     assert any(">>>" in doc for doc in [module, *docs])
 
 
@@ -338,14 +342,14 @@ def test_every_page_is_reached_from_the_first():
     assert not [str(p.relative_to(ROOT)) for p in written - pages()]
 
 
-def test_every_room_has_a_page():
-    for path in ROOMS:
-        page = DOCS / "api" / f"{room(path)}.md"
+def test_every_public_module_has_a_page():
+    for path in MODULES:
+        page = DOCS / "api" / f"{public_module(path)}.md"
         assert page.exists(), (
-            f"`{room(path)}` needs a page {page}, and a line in index.md"
+            f"`{public_module(path)}` needs a page {page}, and a line in index.md"
         )
         assert f".. automodule:: {dotted(path)}\n" in page.read_text()
-    known = {room(path) for path in ROOMS} | {"index", "types"}
+    known = {public_module(path) for path in MODULES} | {"index", "types"}
     assert {path.stem for path in DOCS.glob("api/*.md")} == known
 
 

@@ -55,12 +55,12 @@ def test_versions_named_are_those_of_the_package():
 def test_every_public_module_is_in_the_table():
     import hfjax
 
-    rooms = set(
+    named = set(
         re.findall(r"`(\w+)`", README.split("## Modules")[1].split("## Dev")[0])
     )
     site = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))
-    public = {site["room"](path) for path in site["rooms"]()}
-    assert public <= rooms
+    public = {site["public_module"](path) for path in site["public_modules"]()}
+    assert public <= named
     assert hfjax.__version__
 
 
