@@ -43,10 +43,9 @@ folder = Path(os.environ.get("CHECKPOINT_FOLDER") or tempfile.mkdtemp()).absolut
 # ## A problem
 #
 # A function of two variables, learned by a small network of Flax from 600 points, 200
-# of them in turn for each update. Parts of the report's, which have more to lose than
-# the defaults: each run of conjugate gradients starts from the last one's solution, λ goes
-# by what was seen, and the preconditioner draws random signs, which puts a key into the
-# state.
+# of them in turn for each update. The parts are those of Martens & Sutskever (2012), which have
+# more to lose than the defaults: each run of conjugate gradients starts from the last one's
+# solution, λ is adapted by ρ, and the preconditioner draws random signs.
 
 # %%
 x = jax.random.uniform(jax.random.key(0), (600, 2))
@@ -86,7 +85,7 @@ def train_step(run):
 # This is what to copy. Orbax writes a checkpoint beside its final place and renames it
 # when it is whole, so a kill in the middle of a write leaves the one before. It writes
 # in the background: what it is given must not change, so it gets a copy of the list.
-# The restored trees take structure, types and devices from those that are handed in.
+# The restored trees take structure, types and devices from the trees that are passed.
 
 
 # %%

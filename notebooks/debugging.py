@@ -66,7 +66,7 @@ def model_fn(params, x):
 
 
 def solver(max_iterations=250):
-    """Return the report's."""
+    """Return the solver of Martens & Sutskever (2012)."""
     return hfjax.cg.conjugate_gradient(
         max_iterations=max_iterations,
         stopping=hfjax.stopping.martens2010(),
@@ -78,8 +78,8 @@ def solver(max_iterations=250):
 def optimizer(objective, **parts):
     """Return the optimizer with its update compiled, once for all runs below.
 
-    λ goes by ρ, as in the report: what is wrong is then seen over many updates, where
-    the search that is the default would hide it or find its end within one.
+    λ is adapted by ρ, as in Martens & Sutskever (2012), so that a fault shows over many
+    updates. The default, a search for λ, would hide it or end within one update.
     """
     parts = {
         "damping": hfjax.damping.levenberg_marquardt(),
@@ -181,7 +181,7 @@ say(objective, tx, params, data, clipped(gradient(params, data)))
 # cannot help, as steps are short for another reason. **ρ is a number near 1, and not far
 # above it, or something is wrong.**
 #
-# Cure: hand in `grads` as `objective.value_and_grad` returns them. That is the healthy run.
+# Cure: pass `grads` as `objective.value_and_grad` returns them. That is the healthy run.
 #
 # ## 2. Weight decay beside the objective
 #
@@ -208,7 +208,7 @@ say(objective, tx, params, data, decayed(gradient(params, data), params))
 # %%
 with_decay = hfjax.Objective(model_fn, loss, weight_decay=decay)
 _, grads = jax.jit(with_decay.value_and_grad)(params, data)
-print("In the objective, and its gradient handed in:")
+print("In the objective, and its own gradient passed:")
 say(with_decay, None, params, data, grads)
 print("In the objective, and added to its gradient once more:")
 say(with_decay, None, params, data, decayed(grads, params))
@@ -424,7 +424,7 @@ plt.show()
 # | symptom | likely cause | cure | test |
 # |---|---|---|---|
 # | every update rejected from the first, λ climbs | gradient of a sum, or of the wrong sign | `objective.value_and_grad` | `test_what_was_done_to_the_gradient_is_named` |
-# | ρ far above 1, λ falls to nothing, f hardly | gradient clipped or scaled down | hand it in as it is | the same |
+# | ρ far above 1, λ falls to nothing, f hardly | gradient clipped or scaled down | pass it unchanged | the same |
 # | ρ low and steady, λ climbs, f stands still, nothing rejected | weight decay outside the objective | `Objective(weight_decay=…)` | `test_weight_decay_that_the_objective_lacks_is_named` |
 # | ρ is noise, λ climbs | gradient of other cases than the batch's, or few cases | let the gradient's hold the batch; larger batches | `test_a_gradient_from_elsewhere_is_told_with_its_cosine` |
 # | `cg_reason` is always "max iterations" | limit too low, or ill-conditioned | higher `max_iterations`, a preconditioner, scaled inputs | `test_cg.py` |

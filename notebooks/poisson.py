@@ -76,9 +76,9 @@ def laplacian(params, x):
 #
 # Two terms, each with points of its own: the equation on 900 points of the interior, the
 # boundary value on 120 of the boundary. A term is a model, a loss and a batch like any
-# other; `weighted_sum` adds them. The boundary counts 100 times, as its errors enter u as
-# they are, and those of the equation only after they have been integrated twice (a
-# heuristic).
+# other; `weighted_sum` adds them. The boundary has a weight of 100, chosen by a rule of thumb:
+# its errors enter u directly, those of the equation only after they have been integrated
+# twice.
 #
 # f is chosen such that u = sin πx sin πy, so that the error can be seen, on 2,000 other
 # points. The optimizer does not see them.
@@ -160,7 +160,7 @@ uncorrected = hfjax.sample_space.cholesky(momentum=0.5, corrections=0)
 _, plain = train(objective, initial(0), batch, 600, solver=uncorrected)
 print(f"compiled in {run['compiling']:.1f} s")
 for name, rows, counts in (
-    ("as it comes", run, (20, 40, 60, 100, 200)),
+    ("by default", run, (20, 40, 60, 100, 200)),
     ("without corrections", plain, (20, 100, 200, 600)),
 ):
     print(name)

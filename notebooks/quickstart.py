@@ -359,9 +359,9 @@ plt.show()
 # ## The knobs
 #
 # All are arguments of `hessian_free`. Most people change none of them; `recipes` has the
-# report's choices, in one call.
+# choices of Martens & Sutskever (2012), in one call.
 #
-# | argument | what it means | turn it when | room |
+# | argument | what it means | turn it when | module |
 # |---|---|---|---|
 # | `damping` | λ: how far the quadratic model is trusted, found by itself | λ starts at 1: a first guess that is far off costs some evaluations of f | [`damping`](../docs/api/damping.md) |
 # | `solver` | conjugate gradients: how many iterations, when to stop | all runs end at `max_iterations`; memory is short: `iterates.best()` | [`cg`](../docs/api/cg.md), [`stopping`](../docs/api/stopping.md) |

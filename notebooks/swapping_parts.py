@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Swapping parts
 #
-# Every part of an update is an argument. Here each is swapped in turn, all else as it is
-# in the report, on one small problem: a deep autoencoder from a random start. What this
-# shows is how to swap them, and that it matters. Which is best on one toy problem proves
-# little: [how to choose](../docs/choosing.md) has figures of larger ones.
+# Every part of an update is an argument. Here each is swapped in turn, on one small problem:
+# a deep autoencoder from a random start. All other parts are those of Martens & Sutskever
+# (2012), called "report" below. This shows how to swap parts, and that it matters. Which is
+# best on one toy problem proves little: [how to choose](../docs/choosing.md) has figures of
+# larger ones.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -99,9 +100,9 @@ make = partial(
 signs = partial(hfjax.diagonals.ggn_rademacher, num_probes=4)
 
 variants = {
-    # As it comes: Kronecker factors, λ by search over one run.
+    # The default: Kronecker factors, λ by search over one run.
     "as it comes": hfjax.hessian_free(objective),
-    # The report's: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
+    # Martens & Sutskever's: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
     "report": make(solver=cg()),
     # damping=
     "λ constant, 0.01": make(solver=cg(), damping=hfjax.damping.constant(0.01)),
@@ -130,9 +131,9 @@ variants = {
 }
 
 # %% [markdown]
-# Two recipes have no program of their own here. On one batch the parts of
-# `recipes.martens2010` are the report's, constant by constant, but for λ, which
-# starts at 45; λ is a number of the state, and may be set there.
+# Two recipes have no program of their own here. On one batch `recipes.martens2010` has the
+# same parts as "report", constant by constant, but its λ starts at 45; λ is a number of the
+# state, and may be set there.
 # `recipes.curvature_guarded` is for evaluation data of their own, and there are none.
 #
 # ## Thirty updates of each, from three starts
@@ -243,13 +244,13 @@ plt.show()
 # - **Damping.** One λ is good for some of the updates only: too low for the first, or too
 #   high for the last. D = diag(B) changed little, and for the worse.
 # - **Preconditioner.** Hardly any difference beyond that among the starts.
-# - **Stopping rule.** The report's rule runs longer: at least as far in as many updates,
+# - **Stopping rule.** Equation 2 of Martens & Sutskever runs longer: at least as far in as many updates,
 #   and behind in as many products. The residual's rule, as loose as it is here, does it
 #   the other way round.
 # - **Solver.** The trust region has to find its radius, starts from 0 in every update, and
 #   is far behind. A Krylov subspace of 20 needs no λ and is ahead for its products; but
 #   the gradients that it takes within the subspace, some tens an update, are not counted.
-# - **Set-up.** As it comes, the optimizer finds λ by search and ends its runs when they no
+# - **Set-up.** By default, the optimizer finds λ by search and ends its runs when they no
 #   longer pay: a fourth of the products for thirty updates, and far ahead at 500. (Layers in
 #   a scan have no Kronecker factors: its preconditioner is a diagonal here.) λ from 45 is
 #   far too high for a loss of this size, and costs about ten updates. `momentum_like`, made
@@ -257,14 +258,14 @@ plt.show()
 # - **Curvature.** With the Hessian many runs end early, where they meet negative
 #   curvature, and f is far behind. The Gauss-Newton matrix has none.
 #
-# The report's parts are the best of nothing here: by updates longer runs are as good, and
-# by products shorter ones are better.
+# The parts of Martens & Sutskever are the best at nothing here: by updates longer runs are as
+# good, and by products shorter ones are better.
 #
 # ## Where iterations are wasted
 #
-# One run of conjugate gradients from parameters near the start, and f along it: figure 4
-# of the report. With the λ that the rule had come to, f falls with the model M, and here
-# even below it, as M counts the damping too.
+# One run of conjugate gradients from parameters near the start, and f along it, as in figure 4
+# of Martens & Sutskever (2012). With the λ that the rule had reached, f falls with the model
+# M, and here even below it, because M counts the damping too.
 
 # %%
 history, thetas, _ = done["report"][1][0]
