@@ -160,7 +160,7 @@ def somax(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
 
 
 def optimistix(problem: Problem, params: Any, seed: int) -> Racer:
-    """Build `optimistix.LBFGS` as it comes: memory 10, backtracking.
+    """Build `optimistix.LBFGS` with its defaults: memory 10, backtracking.
 
     Its other minimisers do not fit, because they keep matrices of the parameters' or the
     residuals' size. A step is a trial, accepted or not.

@@ -105,10 +105,10 @@ class Region(NamedTuple):
         # In units of the radius and of ‖p‖, whose squares may overflow or underflow.
         length = jnp.sqrt(jnp.where(pp > 0, pp, 1))
         cosine = xp / length
-        room = jnp.maximum(1 - xx, 0)
-        root = jnp.sqrt(cosine**2 + room)
+        slack = jnp.maximum(1 - xx, 0)
+        root = jnp.sqrt(cosine**2 + slack)
         # Both forms are the positive root; this takes the one that does not cancel.
-        tau = jnp.where(cosine > 0, room / (cosine + root), root - cosine)
+        tau = jnp.where(cosine > 0, slack / (cosine + root), root - cosine)
         tau = self.radius * (tau / length)
         leaves = (~line.positive | (line.alpha >= tau)) & (line.ry > 0)
         moves = line.finite & (line.ry > 0)
