@@ -8,6 +8,7 @@ import functools
 import pathlib
 import re
 import runpy
+import tokenize
 
 import pytest
 
@@ -380,3 +381,32 @@ def test_the_citation_is_of_this_version():
         r'__version__ = "(.*)"', (SITE["PACKAGE"] / "__init__.py").read_text()
     )
     assert f"\nversion: {version[1]}\n" in citation
+
+
+def test_pages_and_docstrings_speak_no_jargon_of_the_house():
+    folders = ROOT / "docs", ROOT / "benchmarks", ROOT / "hfjax", ROOT / "examples"
+    paths = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    paths += [path for folder in folders for path in folder.rglob("*.md")]
+    paths += [path for folder in folders for path in folder.rglob("*.py")]
+    jargon = re.compile(r"\b(ibid|as it comes|not kept|rooms?|heuristic)\b", re.I)
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in paths
+        if "_build" not in path.parts
+        for match in jargon.finditer(path.read_text())
+    }
+    assert not found
+
+
+def test_code_has_a_comment_for_every_twenty_five_lines():
+    comments = code = 0
+    for path in (ROOT / "hfjax").rglob("*.py"):
+        with path.open("rb") as file:
+            kinds = {}
+            for token in tokenize.tokenize(file.readline):
+                kinds.setdefault(token.start[0], set()).add(token.type)
+        comments += sum(tokenize.COMMENT in each for each in kinds.values())
+        code += sum(
+            bool(each & {tokenize.NAME, tokenize.OP}) for each in kinds.values()
+        )
+    assert comments >= 0.04 * code
