@@ -25,21 +25,13 @@ from jax.extend.core import (
 )
 
 from hfjax._core.types import Tree
+from hfjax._tracing import programs
 
 _KEPT = 64
 """Number of compiled programs that are kept, the least recently used dropped first."""
 
 _OUTSIDE = get_opaque_trace_state(convention="flax")
 """JAX's trace state outside of all transformations."""
-
-_RULES = {
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vmap_call": "call",
-}
-"""Primitives that carry Python rules, and the parameter that holds their program. Only
-the program is compared: nothing is differentiated or vmapped after tracing, so that the
-rules, which are new objects in each trace, are never used."""
 
 _NEEDS_NUMBERS = (
     jax.errors.ConcretizationTypeError,
@@ -50,8 +42,6 @@ _NEEDS_NUMBERS = (
 """Errors of a function that needs concrete values, which it may have outside of `jit`."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-_NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 def once(function: Function) -> Function:
@@ -165,14 +155,8 @@ def _is_array(leaf: Any) -> bool:
 
 def _opened(program: Any) -> Jaxpr:
     """Return the program with its constants as additional leading arguments."""
-    return Jaxpr(
-        constvars=[],
-        invars=[*program.constvars, *program.invars],
-        outvars=program.outvars,
-        eqns=program.eqns,
-        effects=program.effects,
-        debug_info=_NO_NAMES,
-    )
+    inputs = [*program.constvars, *program.invars]
+    return program.replace(constvars=[], invars=inputs, debug_info=programs.NO_NAMES)
 
 
 class _Program:
@@ -224,10 +208,11 @@ def _key_of(program: Any) -> tuple:
         return numbers.setdefault(atom, len(numbers)), atom.aval
 
     def equation(eqn: Any) -> tuple:
-        options = eqn.params
-        if eqn.primitive.name in _RULES:
-            own = _RULES[eqn.primitive.name]
-            options = {own: options[own]}
+        # Of a primitive with Python rules only the program is compared. Nothing is
+        # differentiated or vmapped after tracing, so that the rules, which are new
+        # objects in each trace, are never used.
+        own = programs.RULES.get(eqn.primitive.name)
+        options = eqn.params if own is None else {own: eqn.params[own]}
         return (
             eqn.primitive,
             tuple(map(named, eqn.invars)),

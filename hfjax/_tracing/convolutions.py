@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from hfjax._tracing import programs
 
@@ -51,16 +51,16 @@ def for_loops(function: _Function) -> _Function:
     return laid_out  # pyright: ignore[reportReturnType]
 
 
-def to_move(program: Jaxpr) -> Iterator[Any]:
+def to_move(program: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
     """Yield the convolutions to be transposed, in a program and its inner programs."""
     for equation in program.eqns:
         if _is_to_move(equation):
             yield equation
         for inner in _inner(equation):
-            yield from to_move(getattr(inner, "jaxpr", inner))
+            yield from to_move(inner)
 
 
-def _any_to_move(program: Jaxpr) -> bool:
+def _any_to_move(program: Jaxpr | ClosedJaxpr) -> bool:
     return next(to_move(program), None) is not None
 
 
@@ -72,15 +72,7 @@ def _inner(equation: Any) -> Sequence[Any]:
     # The branches of `platform_dependent` are made for each platform already.
     if equation.params.get("branches_platforms") is not None:
         return ()
-    return [
-        leaf
-        for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_program)
-        if _is_program(leaf)
-    ]
-
-
-def _is_program(x: Any) -> bool:
-    return isinstance(x, ClosedJaxpr | Jaxpr)
+    return programs.inner_programs(equation)
 
 
 def _is_to_move(equation: Any) -> bool:
@@ -104,31 +96,22 @@ def _evaluate(
     program: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
 ) -> list[jax.Array]:
     """Evaluate a program, transposing its convolutions."""
-    values = dict(
-        zip((*program.constvars, *program.invars), (*consts, *args), strict=True)
-    )
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for equation in program.eqns:
-        operands = [read(atom) for atom in equation.invars]
+    def run(equation: Any, operands: list[Any]) -> list[jax.Array]:
         if _is_to_move(equation):
-            results = [_moved(equation.params, *operands)]
-        else:
-            results = programs.run(_rewritten(equation), operands)
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in program.outvars]
+            return [_moved(equation.params, *operands)]
+        return programs.run(_rewritten(equation), operands)
+
+    return programs.evaluate(program, consts, args, run)
 
 
 def _rewritten(equation: Any) -> Any:
     """Return the equation with the convolutions of its inner programs transposed."""
-    inner = _inner(equation)
-    if not any(_any_to_move(getattr(p, "jaxpr", p)) for p in inner):
+    if not any(map(_any_to_move, _inner(equation))):
         return equation
 
     def program(x: Any) -> Any:
-        if not _is_program(x):
+        if not programs.is_program(x):
             return x
         closed = x if isinstance(x, ClosedJaxpr) else ClosedJaxpr(x, ())
 
@@ -191,7 +174,4 @@ def _channels_last(ndim: int) -> jax.lax.ConvDimensionNumbers:
 
 def _permuted(x: jax.Array, spec: Sequence[int], wanted: Sequence[int]) -> jax.Array:
     """Transpose from one order of batch, feature and space to another."""
-    order = [0] * x.ndim
-    for axis, place in zip(spec, wanted, strict=True):
-        order[place] = axis
-    return x.transpose(order)
+    return x.transpose([axis for _, axis in sorted(zip(wanted, spec, strict=True))])

@@ -28,17 +28,12 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
         del size
 
         def in_turn(*operands: jax.Array) -> Any:
-            def one(matrices: list[jax.Array]) -> Any:
-                rest = iter(matrices)
-                return once(
-                    *(
-                        next(rest) if has_batch else x
-                        for x, has_batch in zip(operands, batched, strict=True)
-                    )
-                )
+            def one(rows: list[jax.Array | None]) -> Any:
+                pairs = zip(rows, operands, strict=True)
+                return once(*(x if row is None else row for row, x in pairs))
 
             pairs = zip(operands, batched, strict=True)
-            return jax.lax.map(one, [x for x, has_batch in pairs if has_batch])
+            return jax.lax.map(one, [x if each else None for x, each in pairs])
 
         results = jax.lax.platform_dependent(
             *operands,
@@ -69,21 +64,16 @@ def _on_each_device(
     def mapped(*operands: jax.Array) -> Any:
         # `lax.map` refuses an axis that is sharded in the array's type (explicit mesh
         # axes).
-        typed = [
-            sharding
-            for x, has_batch in zip(operands, batched, strict=True)
-            if has_batch and (sharding := jax.typeof(x).sharding).spec[0] is not None
-        ]
+        pairs = zip(operands, batched, strict=True)
+        shardings = [jax.typeof(x).sharding for x, has_batch in pairs if has_batch]
+        typed = [sharding for sharding in shardings if sharding.spec[0] is not None]
         if not typed:
             return in_turn(*operands)
         mesh, along = typed[0].mesh, PartitionSpec(typed[0].spec[0])
         specs = tuple(along if each else PartitionSpec() for each in batched)
-        laid_out = [
-            jax.sharding.reshard(x, NamedSharding(mesh, spec))
-            for x, spec in zip(operands, specs, strict=True)
-        ]
+        layouts = [NamedSharding(mesh, spec) for spec in specs]
         run = jax.shard_map(in_turn, mesh=mesh, in_specs=specs, out_specs=along)
-        return run(*laid_out)
+        return run(*map(jax.sharding.reshard, operands, layouts))
 
     return mapped
 

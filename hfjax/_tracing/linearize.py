@@ -8,6 +8,7 @@ evaluated only once.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree) -> Matvec
         with noting_no_reverse():
             value, tangent = jax.linearize(gradient, at)
     except Exception as error:
-        if not noted(error) and _has_shapes(gradient, at):
+        if not noted(error) and is_traceable(gradient, at):
             error.add_note(NO_SECOND)
         raise
     if not _backward_only(tangent, at):
@@ -125,25 +126,13 @@ def derivative_of_gradient(gradient: Callable[[Tree], Tree], at: Tree) -> Matvec
     return product
 
 
-def _has_shapes(function: Callable[[Tree], Tree], at: Tree) -> bool:
+def is_traceable(function: Callable[..., Tree], *args: Tree) -> bool:
     """Return whether a function can be traced; if not, its derivative is not at fault."""
     try:
-        jax.eval_shape(function, at)
+        jax.eval_shape(function, *args)
     except Exception:  # A user's function may raise anything.
         return False
     return True
-
-
-@contextlib.contextmanager
-def noting_no_reverse() -> Iterator[None]:
-    """Add a note to errors of JAX that say that reverse mode does not exist."""
-    try:
-        yield
-    except Exception as error:
-        # JAX has no error class for this, only a message.
-        if "everse-mode" in str(error) and not noted(error):
-            error.add_note(NO_REVERSE)
-        raise
 
 
 def noted(error: BaseException) -> str | None:
@@ -156,13 +145,19 @@ _NOTES = (NO_FORWARD, NO_SECOND, NO_REVERSE)
 
 
 @contextlib.contextmanager
-def _noting(note: str) -> Iterator[None]:
+def _noting(note: str, words: str = "") -> Iterator[None]:
+    """Add a note to errors whose message contains some words."""
     try:
         yield
     except Exception as error:
-        if not noted(error):
+        if words in str(error) and not noted(error):
             error.add_note(note)
         raise
+
+
+# JAX has no error class for this, only a message.
+noting_no_reverse = functools.partial(_noting, NO_REVERSE, "everse-mode")
+"""Add a note to errors of JAX that say that reverse mode does not exist."""
 
 
 def _backward_only(tangent: Callable[[Tree], Tree], at: Tree) -> bool:

@@ -1,7 +1,7 @@
 """Read and run jaxprs, the programs that JAX traces, equation by equation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,15 @@ INLINED = frozenset({"jit", "pjit"})
 CHECKPOINTS = frozenset({"remat2", "checkpoint"})
 """Names of the primitive of `jax.checkpoint` in different versions of JAX."""
 
-_NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+RULES = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
+"""Primitives that carry Python rules, and the parameter that holds their program."""
+
+NO_NAMES = jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+"""Debug information without names, for a program made from parts of another."""
 
 
 def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
@@ -32,9 +40,51 @@ def run(equation: Any, operands: Sequence[Any]) -> list[Any]:
         outvars=equation.outvars,
         eqns=[equation],
         effects=equation.effects,
-        debug_info=_NO_NAMES,
+        debug_info=NO_NAMES,
     )
     return jaxpr_as_fun(ClosedJaxpr(program, []))(*inputs.values())
+
+
+def evaluate(
+    program: Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    apply: Callable[[Any, list[Any]], Iterable[Any]],
+    equations: Sequence[Any] | None = None,
+) -> list[Any]:
+    """Evaluate a program, computing each equation by `apply(equation, operands)`.
+
+    `equations` are those that the results need; `None` is all of them.
+    """
+    inputs = (*program.constvars, *program.invars)
+    values = dict(zip(inputs, (*consts, *args), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for equation in program.eqns if equations is None else equations:
+        results = apply(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in program.outvars]
+
+
+def is_program(x: Any) -> bool:
+    """Return whether an option of an equation is a program, closed or not."""
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def inner_programs(equation: Any) -> list[Any]:
+    """Return all programs within an equation, such as the branches of a `cond`."""
+    options = jax.tree.leaves(list(equation.params.values()), is_leaf=is_program)
+    return [option for option in options if is_program(option)]
+
+
+def equations_of(program: Any) -> Iterator[Any]:
+    """Yield the equations of a program, closed or not, and of its inner programs."""
+    for equation in program.eqns:
+        yield equation
+        for part in inner_programs(equation):
+            yield from equations_of(part)
 
 
 def multiplications(program: Any) -> int:
@@ -47,41 +97,27 @@ def multiplications(program: Any) -> int:
       program: a `Jaxpr`, closed or not.
     """
     total = 0
-    for equation in getattr(program, "jaxpr", program).eqns:
-        params = equation.params
-        if equation.primitive.name == "dot_general":
+    for equation in program.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
             total += depth * math.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "conv_general_dilated":
+        elif name == "conv_general_dilated":
             # Per output number, one for each kernel entry of its output channel.
             kernel = equation.invars[1].aval.shape
             units = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += (
-                math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // units
-            )
-        within = jax.tree.leaves(
-            list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        )
-        rounds = params["length"] if equation.primitive.name == "scan" else 1
-        total += rounds * sum(
-            multiplications(part) for part in within if hasattr(part, "eqns")
-        )
+            outputs = math.prod(equation.outvars[0].aval.shape)
+            total += outputs * math.prod(kernel) // units
+        rounds = params["length"] if name == "scan" else 1
+        total += rounds * sum(map(multiplications, inner_programs(equation)))
     return total
 
 
 def contains(program: Any, name: str) -> bool:
     """Return whether a primitive occurs in a program or in one of its inner programs."""
-    for equation in getattr(program, "jaxpr", program).eqns:
-        within = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        )
-        if equation.primitive.name == name or any(
-            contains(part, name) for part in within if hasattr(part, "eqns")
-        ):
-            return True
-    return False
+    return any(equation.primitive.name == name for equation in equations_of(program))
 
 
 def inner(equation: Any) -> Jaxpr | None:

@@ -13,7 +13,6 @@ from jax.extend.core import Jaxpr, Literal
 
 from hfjax._tracing import programs
 
-_INNER = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _REDUCTIONS = ("reduce_", "argmax", "argmin")
 _OTHERS = ("dot_general", "conv", "gather", "scatter", "concatenate", "dynamic", "pad")
 
@@ -30,25 +29,22 @@ def crosses(program: Any) -> bool:
 def _read(jaxpr: Jaxpr, marks: dict[Any, int]) -> bool:
     """Follow the examples' axis through a program; `marks` holds it for each value."""
     for equation in jaxpr.eqns:
-        programs, operands = _inner(equation)
-        results: list[tuple[Any, int]] = []
-        if not programs:
+        inner, operands = _inner(equation)
+        found = []
+        if not inner:
             if _is_crossing(equation, marks):
                 return True
-            axis = _mark(equation, marks)
-            results = [] if axis is None else [(x, axis) for x in equation.outvars]
-        found = []
-        for inner in programs:
-            pairs = zip(inner.invars, operands, strict=True)
+            found.append([_mark(equation, marks)] * len(equation.outvars))
+        for program in inner:
+            pairs = zip(program.invars, operands, strict=True)
             within = {x: axis for x, y in pairs if (axis := _of(marks, y)) is not None}
-            if _read(inner, within):
+            if _read(program, within):
                 return True
-            found.append([_of(within, x) for x in inner.outvars])
+            found.append([_of(within, x) for x in program.outvars])
         # A result is marked only if every branch of a `cond` agrees on its axis.
-        for x, axes in zip(equation.outvars, zip(*found, strict=True), strict=False):
+        for x, axes in zip(equation.outvars, zip(*found, strict=True), strict=True):
             if len(set(axes)) == 1 and axes[0] is not None:
-                results.append((x, axes[0]))
-        marks.update(results)
+                marks[x] = axes[0]
     return False
 
 
@@ -59,8 +55,8 @@ def _inner(equation: Any) -> tuple[list[Jaxpr], list[Any]]:
         return [], []
     if name == "cond":
         return [branch.jaxpr for branch in params["branches"]], equation.invars[1:]
-    if name in _INNER:
-        inner = getattr(params.get(_INNER[name]), "jaxpr", None)
+    if name in programs.RULES:
+        inner = params[programs.RULES[name]].jaxpr
     else:
         inner = programs.inner(equation)
     return [] if inner is None else [inner], equation.invars

@@ -11,6 +11,7 @@ to depend on every entry, so blocks may come out too large but never too small.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,11 +36,8 @@ def trace(product: Callable[..., Any], outputs: Any, targets: Any) -> Any:
     `product` is `(outputs, targets) -> (v -> L″ v)`. The program takes the leaves of
     outputs, targets and v, and returns those of L″v.
     """
-
-    def curved(outputs: Any, targets: Any, v: Any) -> Any:
-        return product(outputs, targets)(v)
-
-    return jax.make_jaxpr(curved)(outputs, targets, outputs)
+    curved = jax.make_jaxpr(lambda z, t, v: product(z, t)(v))
+    return curved(outputs, targets, outputs)
 
 
 def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -168,12 +166,9 @@ class _Blocks(NamedTuple):
         summed, batched = contracted[side], batch[side]
         free = [n for n in range(x.ndim) if n not in (*summed, *batched)]
         x = self.merged(x, summed).transpose(*batched, *free, *summed)
-        others = len(shape) - len(batched) - len(free)
-        place = len(batched) + (others if side == 1 else len(free))
         lengths = list(x.shape[: len(batched) + len(free)])
-        lengths[place:place] = [1] * others if side == 0 else []
-        if side == 1:
-            lengths[len(batched) : len(batched)] = [1] * others
+        place = len(batched) if side == 1 else len(lengths)
+        lengths[place:place] = [1] * (len(shape) - len(lengths))
         return np.broadcast_to(x.reshape(lengths), shape)
 
 
@@ -192,9 +187,8 @@ def numbered(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """Number the entries of several arrays consecutively."""
     entries, count = [], 0
     for shape in shapes:
-        size = int(np.prod(shape))
-        entries.append(np.arange(count, count + size).reshape(shape))
-        count += size
+        entries.append(count + np.arange(math.prod(shape)).reshape(shape))
+        count += entries[-1].size
     return entries
 
 

@@ -8,13 +8,12 @@ coefficient from each entry of v to the same entry of L″v, cᵀv is the sum, a
 multiplies it. The square root of such a matrix has a closed form.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from hfjax._core import trees
 from hfjax._tracing import programs
@@ -142,25 +141,14 @@ class _Outer(NamedTuple):
     def program(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
     ) -> list[Any]:
-        values = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
-        )
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else values[atom]
-
-        for equation in _coupling.needed(jaxpr):
-            operands = [read(atom) for atom in equation.invars]
-            results = self.equation(equation, operands)
-            values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        equations = _coupling.needed(jaxpr)
+        return programs.evaluate(jaxpr, consts, args, self.equation, equations)
 
     def equation(self, equation: Any, operands: list[Any]) -> list[Any]:
         if not any(isinstance(x, _Form) for x in operands):
             return programs.run(equation, operands)
         inner = programs.inner(equation)
-        name = equation.primitive.name
-        if inner is not None and name != "scan":
+        if inner is not None and equation.primitive.name != "scan":
             consts = getattr(equation.params["jaxpr"], "consts", ())
             return self.program(inner, consts, operands)
         sources = dict.fromkeys(
@@ -170,31 +158,28 @@ class _Outer(NamedTuple):
         # up.
         found: dict[int, _Part] = {}
         for source in sources:
-            for kind, part in self._applied(equation, operands, source):
-                if kind in found and not np.array_equal(
-                    found[kind].places, part.places
-                ):
+            kind, part = self._applied(equation, operands, source)
+            if kind in found:
+                factor, places = found[kind]
+                if not np.array_equal(places, part.places):
                     raise Unreadable
-                old = found[kind].factor if kind in found else None
-                total = part.factor if old is None else old + part.factor
-                found[kind] = _Part(total, part.places)
+                part = _Part(factor + part.factor, places)
+            found[kind] = part
         return [_Form(found)]
 
     def _applied(
         self, equation: Any, operands: list[Any], source: int
-    ) -> Iterator[tuple[int, _Part]]:
+    ) -> tuple[int, _Part]:
         """Apply an equation to the parts of its operands that come from one source."""
         name, params = equation.primitive.name, equation.params
         shape = equation.outvars[0].aval.shape
-        parts = [
-            x.parts.get(source) if isinstance(x, _Form) else None for x in operands
-        ]
+        forms = [x if isinstance(x, _Form) else _Form({}) for x in operands]
+        parts = [form.parts.get(source) for form in forms]
         places = [part.places for part in parts if part is not None]
         if name == "reduce_sum":
             (part,) = parts
             assert part is not None
-            yield self._sum(part, params["axes"], shape, source)
-            return
+            return self._sum(part, params["axes"], shape, source)
         # A product or quotient of two values that depend on v would not be linear.
         if name in _coupling.ARITHMETIC and not (
             name in ("mul", "div") and len(places) > 1
@@ -206,18 +191,17 @@ class _Outer(NamedTuple):
             raise Unreadable
         if any(x is None or not np.array_equal(x, after[0]) for x in after):
             raise Unreadable
-        adds = name in _SUMS_OF_OPERANDS
-        inputs = []
-        for atom, x, part in zip(equation.invars, operands, parts, strict=True):
-            absent = isinstance(x, _Form) or adds
+
+        def input_of(atom: Any, x: Any, part: _Part | None) -> Any:
             if part is not None:
-                inputs.append(part.factor)
-            elif absent:  # A constant added to something linear in v can only be 0.
-                inputs.append(jnp.zeros(atom.aval.shape, atom.aval.dtype))
-            else:
-                inputs.append(x)
-        (factor,) = programs.run(equation, inputs)
-        yield source, _Part(factor, after[0])
+                return part.factor
+            # A constant added to something linear in v can only be 0.
+            is_zero = isinstance(x, _Form) or name in _SUMS_OF_OPERANDS
+            return jnp.zeros(atom.aval.shape, atom.aval.dtype) if is_zero else x
+
+        inputs = map(input_of, equation.invars, operands, parts)
+        (factor,) = programs.run(equation, [*inputs])
+        return source, _Part(factor, after[0])
 
     def _sum(
         self, part: _Part, axes: Sequence[int], shape: tuple[int, ...], source: int
@@ -232,14 +216,9 @@ class _Outer(NamedTuple):
         if np.array_equal(np.broadcast_to(same, places.shape), places):
             summed = jnp.sum(factor, axis=tuple(axes))
             return source, _Part(summed, same.reshape(shape))
-        _, counts = np.unique(first, return_counts=True)
-        if self.sums and set(np.unique(first)) & set(
-            np.unique(
-                self.numbers[np.concatenate([s.places.ravel() for s in self.sums])]
-            )
-        ):
+        if any(np.any(np.isin(first, self.numbers[s.places])) for s in self.sums):
             raise Unreadable  # A second sum over the same outputs.
-        if np.any(counts > 1):
+        if len(np.unique(first)) < first.size:
             raise Unreadable  # Two different sums over the same block.
         # From here on the sums are a source of their own, one entry for each block.
         self.sums.append(part)

@@ -68,10 +68,9 @@ class _Blocks(NamedTuple):
         if self._in_order:
             return flat
         # −1 sorts behind all outputs, and is then cut off.
-        places = np.argsort(
-            np.where(self.members < 0, flat.shape[1], self.members).ravel()
-        )
-        return jnp.take(flat, places[: len(self.numbers)], axis=1)
+        members = np.where(self.members < 0, flat.shape[1], self.members)
+        places = np.argsort(members.ravel())[: len(self.numbers)]
+        return jnp.take(flat, places, axis=1)
 
     @property
     def _in_order(self) -> bool:
@@ -240,17 +239,17 @@ def _eigen(
     # Blocks do not interact, so product k yields the k-th column of every block at once.
     # Padding of smaller blocks adds rows and columns of zeros, with the eigenvalue 0.
     ones = _ones(outputs)
-    columns = jax.vmap(lambda probe: blocks.take(product(ones * probe[None])))(
-        jnp.asarray(_probes(blocks), ones.dtype)
-    )
+    probes = _probes(blocks, ones.dtype)
+    columns = jax.vmap(lambda probe: blocks.take(product(ones * probe[None])))(probes)
     return jax.vmap(jax.vmap(linalg.eigh))(jnp.moveaxis(columns, 0, -1))
 
 
-def _probes(blocks: _Blocks) -> np.ndarray:
+def _probes(blocks: _Blocks, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return vectors `[K, outputs]`; the k-th is 1 at every block's k-th output."""
     probes = np.zeros((blocks.largest, len(blocks.numbers) + 1), np.float32)
     probes[np.arange(blocks.largest)[None], blocks.members] = 1
-    return probes[:, :-1]  # Drop the column that −1 has written to.
+    # Drop the column that −1 has written to.
+    return jnp.asarray(probes[:, :-1], dtype)
 
 
 def _repaired(values: jax.Array, positive: str) -> jax.Array:
@@ -258,8 +257,7 @@ def _repaired(values: jax.Array, positive: str) -> jax.Array:
     if positive == "clip":
         return jnp.maximum(values, 0)
     axes = tuple(range(1, values.ndim))
-    lowest = jnp.min(values, axis=axes, keepdims=True, initial=0)
-    return values - lowest
+    return values - jnp.min(values, axis=axes, keepdims=True, initial=0)
 
 
 def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:
@@ -273,7 +271,7 @@ def _gershgorin(product: Callable, blocks: _Blocks, outputs: Tree) -> jax.Array:
         column = product(chosen)
         return (sums + jnp.abs(column), diagonal + chosen * column), None
 
-    probes = jnp.asarray(_probes(blocks), zero.dtype)
+    probes = _probes(blocks, zero.dtype)
     (sums, diagonal), _ = jax.lax.scan(step, (zero, zero), probes)
     # `sums` is over the absolute values of a column, its diagonal entry included.
     return jnp.maximum(sums - jnp.abs(diagonal) - diagonal, 0)
@@ -291,11 +289,7 @@ def _in_basis(x: jax.Array, values: jax.Array, vectors: jax.Array) -> jax.Array:
 
 def _flat(product: Callable[[Tree], Tree], outputs: Tree) -> Callable:
     """Turn a product of trees into one of rows `[cases, outputs]`, float32 or wider."""
-
-    def flat(v: jax.Array) -> jax.Array:
-        return _rows(product(trees.cast_like(_like(v, outputs), outputs)))
-
-    return flat
+    return lambda v: _rows(product(trees.cast_like(_like(v, outputs), outputs)))
 
 
 def _unflat(product: Callable[[jax.Array], jax.Array]) -> Callable[[Tree], Tree]:
@@ -307,9 +301,8 @@ def _rows(tree: Tree) -> jax.Array:
     """Concatenate the outputs of each example to one row: `[cases, outputs]`."""
     leaves = jax.tree.leaves(trees.widen(tree))
     dtype = trees.widest(*(leaf.dtype for leaf in leaves))
-    return jnp.concatenate(
-        [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves], axis=1
-    )
+    rows = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
+    return jnp.concatenate(rows, axis=1)
 
 
 def _like(rows: jax.Array, tree: Tree) -> Tree:
@@ -317,9 +310,8 @@ def _like(rows: jax.Array, tree: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
     sizes = [int(np.prod(leaf.shape[1:])) for leaf in leaves]
     parts = jnp.split(rows, np.cumsum(sizes)[:-1], axis=1)
-    return structure.unflatten(
-        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    pairs = zip(parts, leaves, strict=True)
+    return structure.unflatten([part.reshape(leaf.shape) for part, leaf in pairs])
 
 
 def _ones(outputs: Tree) -> jax.Array:

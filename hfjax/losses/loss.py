@@ -1,6 +1,7 @@
 """What a `Loss` is; lifts losses of arrays to pytrees, checks that examples do not mix."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,13 +14,15 @@ from hfjax._core.types import Tree
 from hfjax.losses import _case_axes
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
+_Curvature: TypeAlias = Callable[[jax.Array, jax.Array], LinearMap]
+_Values: TypeAlias = Callable[[Tree, Tree], jax.Array]
 
 
 class Targets(NamedTuple):
     """Targets that a loss is meant for: in words, and `(outputs, targets) -> [cases]`."""
 
     words: str
-    allowed: Callable[[Tree, Tree], jax.Array]
+    allowed: _Values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class Loss:
         approximates S, as a clause for messages; `None` if it is exact.
     """
 
-    value: Callable[[Tree, Tree], jax.Array]
+    value: _Values
     hessian: Callable[[Tree, Tree], LinearMap]
     factor: Callable[[Tree, Tree], LinearMap]
     predict: Callable[[Tree], Tree]
@@ -51,9 +54,9 @@ class Loss:
 
 
 def by_leaf(
-    value: Callable[[jax.Array, jax.Array], jax.Array],
-    hessian: Callable[[jax.Array, jax.Array], LinearMap],
-    factor: Callable[[jax.Array, jax.Array], LinearMap],
+    value: _Values,
+    hessian: _Curvature,
+    factor: _Curvature,
     predict: Callable[[jax.Array], jax.Array],
     *,
     label_axes: int = 0,
@@ -78,51 +81,29 @@ def by_leaf(
     def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
         return sum_to_cases(value(*met(z, t)), z, "the loss")
 
-    def leaf_product(
-        build: Callable[[jax.Array, jax.Array], LinearMap], z: jax.Array, t: jax.Array
-    ) -> LinearMap:
-        # Whatever depends only on z and t is computed here, once for many products.
-        z, t = met(z, t)
-        apply = build(z, t)
-        return lambda v: apply(v.astype(z.dtype)).astype(v.dtype)
-
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
         _check_targets(outputs, targets, label_axes)
         values = jax.tree.map(leaf_value, outputs, targets)
-        dtype = trees.widest(*(leaf.dtype for leaf in jax.tree.leaves(values)))
-        return jax.tree.reduce(
-            jnp.add, jax.tree.map(lambda leaf: leaf.astype(dtype), values)
-        )
+        leaves = jax.tree.leaves(values)
+        dtype = trees.widest(*(leaf.dtype for leaf in leaves))
+        return functools.reduce(jnp.add, [leaf.astype(dtype) for leaf in leaves])
 
-    def lift(
-        build: Callable[[jax.Array, jax.Array], LinearMap],
-    ) -> Callable[[Tree, Tree], LinearMap]:
+    def lift(build: _Curvature) -> Callable[[Tree, Tree], LinearMap]:
+        def leaf_product(z: jax.Array, t: jax.Array) -> LinearMap:
+            # Whatever depends only on z and t is computed here, once for many products.
+            z, t = met(z, t)
+            apply = build(z, t)
+            return lambda v: apply(v.astype(z.dtype)).astype(v.dtype)
+
         def by_leaf(outputs: Tree, targets: Tree) -> LinearMap:
             _check_targets(outputs, targets, label_axes)
-            structure = jax.tree.structure(outputs)
-            maps = [
-                leaf_product(build, z, t)
-                for z, t in zip(
-                    structure.flatten_up_to(outputs),
-                    structure.flatten_up_to(targets),
-                    strict=True,
-                )
-            ]
-
-            def product(v: Tree) -> Tree:
-                leaves = structure.flatten_up_to(v)
-                return structure.unflatten(
-                    [apply(leaf) for apply, leaf in zip(maps, leaves, strict=True)]
-                )
-
-            return product
+            maps = jax.tree.map(leaf_product, outputs, targets)
+            return lambda v: jax.tree.map(lambda apply, leaf: apply(leaf), maps, v)
 
         return by_leaf
 
-    def predictions(outputs: Tree) -> Tree:
-        return jax.tree.map(predict, outputs)
-
     meant = None if targets is None else _on_trees(targets, met)
+    predictions = functools.partial(jax.tree.map, predict)
     return Loss(summed, lift(hessian), lift(factor), predictions, meant)
 
 
@@ -167,8 +148,9 @@ def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
     """Sum over every axis except the first, which must index the examples."""
     cases = jax.tree.leaves(outputs)[0].shape[:1]
     if values.shape[:1] != cases or not cases:
+        name = getattr(source, "__name__", source)
         msg = (
-            f"{_name(source)} must return one value per case (leading axis "
+            f"{name} must return one value per case (leading axis "
             f"{cases or 'missing'}), got shape {values.shape}: do not average or sum "
             f"over the cases, `Objective` does. {PAIRS}"
         )
@@ -176,9 +158,7 @@ def sum_to_cases(values: jax.Array, outputs: Tree, source: object) -> jax.Array:
     return jnp.sum(values, axis=range(1, values.ndim))
 
 
-def case_by_case(
-    fn: Callable[[Tree, Tree], jax.Array],
-) -> Callable[[Tree, Tree], jax.Array]:
+def case_by_case(fn: _Values) -> _Values:
     """Return `fn` with its values summed to one per example; raise if it mixes examples.
 
     Mixing shows in the shapes when outputs `[cases, 1]` and targets `[cases]` broadcast to
@@ -201,9 +181,7 @@ def case_by_case(
     return value
 
 
-def _check_unmixed(
-    fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], shape: tuple
-) -> None:
+def _check_unmixed(fn: _Values, given: tuple[Tree, Tree], shape: tuple) -> None:
     """Raise if the program of a loss for one more example shows that it mixes examples."""
     cases = shape[0]
     # Only trees whose leaves all lead with the examples can be traced for more of them.
@@ -233,9 +211,7 @@ def _check_unmixed(
     raise ShapeError(msg)
 
 
-def _program(
-    fn: Callable[[Tree, Tree], jax.Array], given: tuple[Tree, Tree], cases: int
-) -> Any:
+def _program(fn: _Values, given: tuple[Tree, Tree], cases: int) -> Any:
     """Trace a loss for a number of examples; return `None` if it cannot be traced."""
 
     def resized(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -246,7 +222,3 @@ def _program(
         return jax.make_jaxpr(fn)(*jax.tree.map(resized, given))
     except Exception:
         return None
-
-
-def _name(source: object) -> object:
-    return getattr(source, "__name__", source)

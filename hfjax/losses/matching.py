@@ -42,12 +42,12 @@ def squared_error() -> Loss:
       [12.5]
     """
 
-    def value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return 0.5 * jnp.square(z - t)
-
     def identity(z: jax.Array, t: jax.Array) -> LinearMap:
         del z, t
         return lambda v: v
+
+    def value(z: jax.Array, t: jax.Array) -> jax.Array:
+        return 0.5 * jnp.square(z - t)
 
     return by_leaf(value, identity, identity, lambda z: z)
 
@@ -112,11 +112,8 @@ def softmax_cross_entropy() -> Loss:
     def value(z: jax.Array, t: jax.Array) -> jax.Array:
         return -t * jax.nn.log_softmax(z)
 
-    def mass(t: jax.Array) -> jax.Array:
-        return jnp.sum(t, axis=-1, keepdims=True)
-
     positive = Targets("0 or more", lambda z, t: t >= 0)
-    curvature = _softmax_curvature(mass)
+    curvature = _softmax_curvature(lambda t: jnp.sum(t, axis=-1, keepdims=True))
     return by_leaf(value, *curvature, jax.nn.softmax, targets=positive)
 
 
@@ -157,17 +154,9 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
         log_probabilities = jax.nn.log_softmax(known * z)
         return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)
 
-    def mass(t: jax.Array) -> float:
-        del t
-        return 1.0
-
-    return by_leaf(
-        value,
-        *_softmax_curvature(mass),
-        jax.nn.softmax,
-        label_axes=1,
-        targets=Targets("labels of the classes there are, from 0", exists),
-    )
+    labels = Targets("labels of the classes there are, from 0", exists)
+    curvature = _softmax_curvature(lambda t: 1.0)
+    return by_leaf(value, *curvature, jax.nn.softmax, label_axes=1, targets=labels)
 
 
 def from_function(
@@ -248,11 +237,8 @@ def from_function(
 
     # Examples do not mix, so the Hessian of the sum over the batch is block-diagonal: one
     # product with it is a product with every example's L″.
-    def total(outputs: Tree, targets: Tree) -> jax.Array:
-        return jnp.sum(value(outputs, targets))
-
     def curvature(outputs: Tree, targets: Tree) -> LinearMap:
-        gradient = jax.grad(lambda z: total(z, targets))
+        gradient = jax.grad(lambda z: jnp.sum(value(z, targets)))
         return derivative_of_gradient(gradient, outputs)
 
     def hessian(outputs: Tree, targets: Tree) -> LinearMap:
