@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core import options, trees
-from hfjax._core.arguments import as_params, as_vector, describe
+from hfjax._core.arguments import as_params, as_vector
 from hfjax._core.types import Batch, Number, Params, Tree
 from hfjax._tracing import compiled
 from hfjax.curvature import Curvature, ggn
 from hfjax.globalization.damping import Damping, levenberg_marquardt
 from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import check_objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
 from hfjax.solvers import cg, iterates
 from hfjax.update.fitting import check_curvature, check_part
-from hfjax.update.system import Point, assemble
+from hfjax.update.system import Assembled, Point, assemble
 
 
 class CGRun(NamedTuple):
@@ -99,9 +100,7 @@ def cg_run(
       Martens & Sutskever (2012), figure 4 and section 8.7.
     """
     options.check_range("damping", damping, low=0.0)
-    if not isinstance(objective, Objective):
-        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-        raise TypeError(msg)
+    check_objective(objective)
     check_part("rule", rule, Damping)
     check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
     check_curvature(objective, rule, curvature)
@@ -134,26 +133,16 @@ def cg_run(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key(seed),
         )
-        return _run(
-            point, curvature, rule, preconditioner, x0, max_iterations, interval
-        )
+        at = assemble(point, curvature, rule, preconditioner)
+        return _run(at, x0, max_iterations, interval)
 
     eval_batch = batch if eval_batch is None else eval_batch
     return compiled.run(ran, params, batch, eval_batch, jnp.asarray(damping, dtype), x0)
 
 
-def _run(
-    point: Point,
-    curvature: Curvature,
-    rule: Damping,
-    preconditioner: PreconditionerRule | None,
-    x0: Tree | None,
-    max_iterations: int,
-    interval: int,
-) -> CGRun:
-    """Assemble the system, run conjugate gradients, and evaluate f."""
-    at = assemble(point, curvature, rule, preconditioner)
-    system, start = at.system, None
+def _run(at: Assembled, x0: Tree | None, max_iterations: int, interval: int) -> CGRun:
+    """Run conjugate gradients, and evaluate f."""
+    point, system, start = at.point, at.system, None
     if x0 is not None:
         # Solvers work on packed vectors, in float32 or wider.
         start = at.packing.pack(trees.cast_like(x0, trees.widen(point.params)))

@@ -1,6 +1,6 @@
 """Eigenvalues by the Lanczos method or from a run of CG, for `hfjax.spectrum`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,13 +214,12 @@ def ritz_values(coefficients: ArrayLike, *, tolerance: float = 1e-3) -> np.ndarr
 
 def as_space(like: Tree) -> Tree:
     """Return arrays of the shapes and dtypes of `like`."""
-    arrays = jax.tree.map(
-        lambda x: (
-            jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-        ),
-        like,
-    )
-    if optax.tree.size(arrays := as_vector("like", arrays)) == 0:
+
+    def leaf(x: Any) -> Any:
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    arrays = as_vector("like", jax.tree.map(leaf, like))
+    if optax.tree.size(arrays) == 0:
         msg = f"`like` holds no numbers, and a matrix of none no eigenvalues: {like!r}."
         raise ValueError(msg)
     return arrays

@@ -1,10 +1,10 @@
-"""Tests of a set-up for `hfjax.verify.check`: each yields a sentence per fault.
+"""Tests of a set-up for `hfjax.verify.check`: each returns a sentence, or `None`.
 
 They run in Python on concrete arrays. `given` is the set-up in the user's precision,
 `setup` the same in float64 if possible.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from hfjax._core import trees
 from hfjax._core.arguments import ShapeError
 from hfjax._core.types import Batch, Params
-from hfjax._tracing.linearize import noted
+from hfjax._tracing.linearize import is_traceable, noted
 from hfjax.curvature import ggn
 from hfjax.inspection._finite_differences import slopes
 from hfjax.inspection._gradient_faults import Facts, explain
@@ -40,41 +40,41 @@ _CASES = 64
 """Number of examples whose L″ is searched for negative curvature."""
 
 
-def bad_targets(setup: Setup) -> Iterator[str]:
+def bad_targets(setup: Setup) -> str | None:
     """Check that the targets are in the range that the loss requires."""
     inputs, targets, _ = setup.batch
     meant = setup.objective.loss.targets
     if meant is None:
-        return
+        return None
     outputs = setup.outputs(setup.params, inputs)
     bad = np.flatnonzero(~np.asarray(meant.allowed(outputs, targets)))
-    if len(bad):
-        yield (
-            f"The targets of {_listed(bad)} are not {meant.words}, which this "
-            "loss requires."
-        )
+    if not len(bad):
+        return None
+    return f"The targets of {_listed(bad)} are not {meant.words}, which this loss requires."
 
 
-def not_finite(setup: Setup) -> Iterator[str]:
+def not_finite(setup: Setup) -> str | None:
     """Check that all losses are finite."""
     bad = np.flatnonzero(~np.isfinite(setup.case_values()))
-    if len(bad):
-        yield (
-            f"The loss of {_listed(bad)} is NaN or infinite; a case of weight 0 must be "
-            "finite too."
-        )
+    if not len(bad):
+        return None
+    return (
+        f"The loss of {_listed(bad)} is NaN or infinite; a case of weight 0 must be "
+        "finite too."
+    )
 
 
-def random(setup: Setup) -> Iterator[str]:
+def random(setup: Setup) -> str | None:
     """Check that two identical calls return the same losses."""
-    if _differ(setup.case_values(), setup.case_values(), setup):
-        yield (
-            "The model is random: two evaluations of f differ. Give it one key per case "
-            "in `inputs`, so that all evaluations of an update see the same noise."
-        )
+    if not _differ(setup.case_values(), setup.case_values(), setup):
+        return None
+    return (
+        "The model is random: two evaluations of f differ. Give it one key per case "
+        "in `inputs`, so that all evaluations of an update see the same noise."
+    )
 
 
-def bound_to_a_number(setup: Setup) -> Iterator[str]:
+def bound_to_a_number(setup: Setup) -> str | None:
     """Check that model and loss accept one example, and half of the batch."""
     cases = len(setup.batch[2])
     for number in sorted({1, (cases + 1) // 2} - {cases}):
@@ -84,24 +84,24 @@ def bound_to_a_number(setup: Setup) -> Iterator[str]:
             raise
         except Exception as error:
             first = str(error).strip().split("\n")[0]
-            yield (
+            return (
                 f"The model or the loss runs on the {cases} cases of the batch, but fails "
                 f"on {number} of them ({type(error).__name__}: {first}). It must run on "
                 "any number of cases: do not hard-code the number, and do not combine "
                 "different cases."
             )
-            return
+    return None
 
 
-def dependent(setup: Setup) -> Iterator[str]:
+def dependent(setup: Setup) -> str | None:
     """Check that an example's loss does not depend on the other examples or its place."""
     whole = setup.case_values()
     half = (len(whole) + 1) // 2
     if len(whole) == 1:
-        return
+        return None
     halves = [setup.case_values(slice(half)), setup.case_values(slice(half, None))]
     if _differ(np.concatenate(halves), whole, setup):
-        yield (
+        return (
             "Cases depend on one another: their losses differ between half the batch "
             "and the whole batch. Is batch normalisation in training mode? Use the "
             "evaluation mode."
@@ -110,25 +110,25 @@ def dependent(setup: Setup) -> Iterator[str]:
             "the whole batch, though the model's outputs do not. Compute it from the "
             f"case's own outputs and targets. {PAIRS}"
         )
-    elif _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
-        yield (
+    if _differ(setup.case_values(slice(None, None, -1))[::-1], whole, setup):
+        return (
             "A case's loss depends on its place in the batch: it changes if the order is "
             "reversed. Draw noise by case: put one key per case into `inputs`."
         )
+    return None
 
 
-def wrong_derivative(setup: Setup) -> Iterator[str]:
+def wrong_derivative(setup: Setup) -> str | None:
     """Check ∇f against slopes of f along one fixed direction near θ."""
     # Not at θ itself, because rectifiers may be at their kink there, for example if
     # biases are 0.
     at = walk(setup.params, waves(setup.params, 1.7), 1e-3)
     gradient = setup.gradient(at)
     if not np.all(np.isfinite(flat(gradient))):
-        yield (
+        return (
             "The gradient of the objective holds NaN or infinity, though f is finite: "
             "look for a square root at 0, or a `where` of which one side is NaN."
         )
-        return
     # Leaves behind a `stop_gradient` change f but have no gradient: leave them out.
     direction = jax.tree.map(
         lambda g, v: v if np.any(g) else 0 * v,
@@ -142,30 +142,29 @@ def wrong_derivative(setup: Setup) -> Iterator[str]:
     for slope, noise in slopes(setup.value, at, direction, setup.rounding):
         excess = abs(slope - np.sum(terms)) - noise
         misses.append((excess / max(np.linalg.norm(terms), noise, TINY), slope))
-    if not misses:
-        return
-    miss, slope = min(misses)
+    miss, slope = min(misses, default=(0.0, 0.0))
     if miss > _WRONG:
-        yield (
+        return (
             "The derivative of the model or the loss is not that of its values: along "
             f"one direction it is {np.sum(terms):.6g}, but finite differences give "
             f"{slope:.6g}. Look for a `custom_jvp` or `custom_vjp`, or a "
             "`stop_gradient` within a sum."
         )
+    return None
 
 
-def no_reverse_derivative(setup: Setup) -> Iterator[str]:
+def no_reverse_derivative(setup: Setup) -> str | None:
     """Check that the gradient exists."""
-    yield from _lacking(setup.objective.value_and_grad, setup.params, setup.batch)
+    return _lacking(setup.objective.value_and_grad, setup.params, setup.batch)
 
 
-def no_forward_derivative(setup: Setup) -> Iterator[str]:
+def no_forward_derivative(setup: Setup) -> str | None:
     """Check that Gauss-Newton vector products exist."""
 
     def product(params: Params, batch: Batch) -> Params:
         return ggn(setup.objective, params, batch)(params)
 
-    yield from _lacking(product, setup.params, setup.batch)
+    return _lacking(product, setup.params, setup.batch)
 
 
 def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
@@ -174,24 +173,20 @@ def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
     def update(grads: Params, params: Params, batch: Batch) -> Any:
         return tx.update(grads, tx.init(params), params, batch=batch)
 
-    try:
-        jax.eval_shape(update, grads, given.params, batch)
-    except Exception:  # Any error: it is raised again when an update is run.
-        return False
-    return True
+    # Any error of `tx` is raised again when an update is run.
+    return is_traceable(update, grads, given.params, batch)
 
 
-def _lacking(run: Callable[..., Any], *args: Any) -> Iterator[str]:
-    """Trace a function and yield a sentence if a derivative does not exist."""
+def _lacking(run: Callable[..., Any], *args: Any) -> str | None:
+    """Trace a function and return a sentence if a derivative does not exist."""
     try:
         jax.eval_shape(run, *args)
     except Exception as error:  # Other errors are raised when the same function is run.
-        note = noted(error)
-        if note is not None:
-            yield note
+        return noted(error)
+    return None
 
 
-def not_convex(setup: Setup) -> Iterator[str]:
+def not_convex(setup: Setup) -> str | None:
     """Check L″ for negative curvature at the outputs of the first few examples."""
     chosen = np.flatnonzero(np.asarray(setup.batch[2]) > 0)[:_CASES]
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[chosen], setup.batch)
@@ -200,35 +195,37 @@ def not_convex(setup: Setup) -> Iterator[str]:
         product = setup.objective.loss.hessian(outputs, targets)
         least, largest = extreme_curvature(product, outputs)
     bound = max(1e-6, 1e3 * setup.rounding)
-    if np.any(least < -bound * largest):
-        worst = int(np.argmin(least))
-        yield (
-            f"The loss is not convex in the outputs: L″ of case {chosen[worst]} has "
-            f"the curvature {least[worst]:.3g}, so G is not positive semi-definite. "
-            "Move the nonlinearity into the model, or use "
-            '`losses.from_function(…, positive="clip")`.'
-        )
+    if not np.any(least < -bound * largest):
+        return None
+    worst = int(np.argmin(least))
+    return (
+        f"The loss is not convex in the outputs: L″ of case {chosen[worst]} has "
+        f"the curvature {least[worst]:.3g}, so G is not positive semi-definite. "
+        "Move the nonlinearity into the model, or use "
+        '`losses.from_function(…, positive="clip")`.'
+    )
 
 
-def coarse_root(given: Setup) -> Iterator[str]:
+def coarse_root(given: Setup) -> str | None:
     """Check that preconditioners and diagonals can use L″ without approximation."""
     inputs, targets, _ = jax.tree.map(lambda leaf: leaf[:1], given.batch)
     outputs = given.outputs(given.params, inputs)
     note = given.objective.loss.coarse(outputs, targets)
-    if note is not None:
-        yield (
-            f"Preconditioners and diagonals are only approximate: {note}. Use a loss of "
-            "`hfjax.losses` if there is one, or couple fewer outputs."
-        )
+    if note is None:
+        return None
+    return (
+        f"Preconditioners and diagonals are only approximate: {note}. Use a loss of "
+        "`hfjax.losses` if there is one, or couple fewer outputs."
+    )
 
 
-def noisy(given: Setup, setup: Setup) -> Iterator[str]:
+def noisy(given: Setup, setup: Setup) -> str | None:
     """Compare gradient and product in the user's precision with those in float64."""
     # A key may draw another mask in float64, and the difference is then not rounding.
     leaves = jax.tree.leaves(given.batch[0])
     random = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
     if given.rounding <= setup.rounding or any(random):
-        return
+        return None
     exact = setup.gradient(setup.params)
     with setup.precision():
         curved = ggn(setup.objective, setup.params, setup.batch)(exact)
@@ -242,45 +239,42 @@ def noisy(given: Setup, setup: Setup) -> Iterator[str]:
         error = relative(flat(rough), flat(fine))
         if not error <= _MOST_NOISE:
             dtype = trees.scalar_dtype(given.params)
-            yield (
+            return (
                 f"{name} in {dtype} has a relative rounding error of {error:.2g}, more "
                 f"than {_MOST_NOISE}. Rescale the problem, compute sums in a wider "
                 "dtype, or use float64."
             )
-            return
+    return None
 
 
-def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> Iterator[str]:
+def unlike_gradient(given: Setup, setup: Setup, grads: Params) -> str | None:
     """Check that `grads` is ∇f."""
     found = flat(grads)
     if not np.all(np.isfinite(found)):
-        yield "`grads` holds NaN or infinity, but the gradient of the objective does not."
-        return
-    sentence = explain(found, Facts.of(given, setup, grads))
-    if sentence is not None:
-        yield sentence
+        return (
+            "`grads` holds NaN or infinity, but the gradient of the objective does not."
+        )
+    return explain(found, Facts.of(given, setup, grads))
 
 
 def bad_transformation(
     tx: Any, given: Setup, batch: Batch, grads: Params, *, judge: bool
-) -> Iterator[str]:
+) -> str | None:
     """Check that `tx` is Hessian-free and, if `judge`, takes a step on this f."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        yield (
+        return (
             f"`tx` is a {type(tx).__name__}, not a gradient transformation: pass what "
             "`hfjax.hessian_free` returned."
         )
-        return
     state = tx.init(given.params)
     if not optax.tree.get_all_with_path(state, "rejection"):
-        yield (
+        return (
             "`tx` is not a Hessian-free transformation: its state has no "
             "`HessianFreeInfo`. Use `hfjax.hessian_free`, or chain "
             "`hfjax.scale_by_hessian_free`."
         )
-        return
     if not judge:
-        return
+        return None
     _, state = tx.update(grads, state, given.params, batch=batch)
 
     def told(name: str) -> float:
@@ -289,27 +283,28 @@ def bad_transformation(
     rejection = Rejection(int(told("rejection")))
     if rejection == Rejection.NONE and not told("accepted"):
         # Not run: a wrapper, such as `optax.MultiSteps`, collects gradients first.
-        return
+        return None
     value = jnp.asarray(given.value(given.params), trees.scalar_dtype(given.params))
     noise = float(rounding_noise(value))
     before, predicted = told("value_before"), told("predicted_change")
     # After any other rejection, the predicted change is not meaningful.
     seen = (Rejection.NONE, Rejection.NO_DECREASE)
     if rejection != Rejection.NONFINITE_VALUE and abs(before - value) > 100 * noise:
-        yield (
+        return (
             f"`tx` was built with another objective: its f is {before:.6g}, but that of "
             f"`objective` is {float(value):.6g}."
         )
-    elif abs(predicted) <= noise and rejection in seen:
-        yield (
+    if abs(predicted) <= noise and rejection in seen:
+        return (
             f"f is too coarse in {value.dtype}: the first update is predicted to change "
             f"it by {predicted:.2g}, but its rounding error is about {noise:.2g}. Use "
             "float64, or stop: this may be the optimum."
         )
-    elif rejection != Rejection.NONE:
-        yield (
+    if rejection != Rejection.NONE:
+        return (
             f"`tx` rejects its first update: {rejection.name}, see `hfjax.Rejection`."
         )
+    return None
 
 
 def _outputs_differ(setup: Setup, half: int) -> bool:

@@ -1,6 +1,7 @@
 """Derivatives by central differences, as reference values for `hfjax.verify`."""
 
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +10,21 @@ import numpy as np
 from hfjax._core.types import Params
 from hfjax.inspection._setup import walk
 
+Function: TypeAlias = Callable[[jax.Array], jax.Array]
 
-def along(
-    fn: Callable[[jax.Array], jax.Array], x: jax.Array, v: jax.Array, epsilon: float
-) -> jax.Array:
+
+def along(fn: Function, x: jax.Array, v: jax.Array, epsilon: float) -> jax.Array:
     """Return (fn(x + ε v) − fn(x − ε v)) / 2ε."""
     return (fn(x + epsilon * v) - fn(x - epsilon * v)) / (2 * epsilon)
 
 
-def columns(
-    fn: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    indices: jax.Array,
-    epsilon: float,
-) -> jax.Array:
+def columns(fn: Function, x: jax.Array, tried: jax.Array, epsilon: float) -> jax.Array:
     """Return the derivatives of `fn` by the given entries of `x`, stacked on axis 0."""
-    return jax.lax.map(
-        lambda j: along(fn, x, jnp.zeros_like(x).at[j].set(1), epsilon), indices
-    )
+    zeros = jnp.zeros_like(x)
+    return jax.lax.map(lambda j: along(fn, x, zeros.at[j].set(1), epsilon), tried)
 
 
-def hessians(
-    fn: Callable[[jax.Array], jax.Array], x: jax.Array, epsilon: float
-) -> jax.Array:
+def hessians(fn: Function, x: jax.Array, epsilon: float) -> jax.Array:
     """Return the Hessian of each row's value, from values alone, shape `[cases, m, m]`.
 
     Args:
@@ -43,16 +36,12 @@ def hessians(
     size = x.shape[1]
 
     def entry(pair: jax.Array) -> jax.Array:
-        first, second = (
-            epsilon * (jnp.arange(size) == place)[None].astype(x.dtype)
-            for place in pair
-        )
+        first, second = epsilon * jax.nn.one_hot(pair, size, dtype=x.dtype)[:, None]
         plus = fn(x + first + second) - fn(x + first - second)
         minus = fn(x - first + second) - fn(x - first - second)
         return (plus - minus) / (4 * epsilon**2)
 
-    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size)] * 2, indexing="ij"), axis=-1)
-    entries = jax.lax.map(entry, grid.reshape(-1, 2))
+    entries = jax.lax.map(entry, jnp.indices((size, size)).reshape(2, -1).T)
     return entries.T.reshape(-1, size, size)
 
 

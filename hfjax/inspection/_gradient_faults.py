@@ -100,8 +100,11 @@ def _suspects(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str
     # One or two numbers could be fitted to any gradient.
     if grads.size > 2:
         yield from _scaled(grads, facts)
-        yield from _clipped_by_value(grads, facts)
-        yield from _both(grads, facts)
+        # If it was clipped at all, its largest entry is the bound.
+        bound = np.max(np.abs(grads))
+        sentence = f"`grads` was clipped by value, to ±{bound:.4g}: pass it unchanged."
+        yield np.clip(facts.gradient, -bound, bound), sentence
+        yield _nearest(grads, facts)
 
 
 def _factors(facts: Facts) -> Iterator[tuple[float, str]]:
@@ -115,10 +118,8 @@ def _factors(facts: Facts) -> Iterator[tuple[float, str]]:
         )
         yield -facts.weight, "a sum over the cases, and its sign is reversed."
     if facts.weight != facts.cases:
-        yield (
-            facts.weight / facts.cases,
-            "it was divided by the number of cases, not by their total weight.",
-        )
+        reason = "it was divided by the number of cases, not by their total weight."
+        yield facts.weight / facts.cases, reason
     shape = facts.output_shape
     for units in dict.fromkeys((int(np.prod(shape)), *shape)):
         if units > 1:
@@ -132,10 +133,8 @@ def _decays(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
     """Yield the correct gradient of the loss with a wrong weight decay."""
     square = facts.params @ facts.params
     if facts.decay:
-        yield (
-            facts.data,
-            f"`grads` lacks the weight decay of the objective, {facts.decay:.4g} θ.",
-        )
+        lacks = "`grads` lacks the weight decay of the objective,"
+        yield facts.data, f"{lacks} {facts.decay:.4g} θ."
         yield (
             facts.data + 2 * facts.decay * facts.params,
             f"`grads` has the objective's weight decay {facts.decay:.4g} twice: leave "
@@ -173,22 +172,11 @@ def _scaled(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]
     yield factor * gradient, sentence
 
 
-def _clipped_by_value(
-    grads: np.ndarray, facts: Facts
-) -> Iterator[tuple[np.ndarray, str]]:
-    # If it was clipped at all, its largest entry is the bound.
-    bound = np.max(np.abs(grads))
-    yield (
-        np.clip(facts.gradient, -bound, bound),
-        f"`grads` was clipped by value, to ±{bound:.4g}: pass it unchanged.",
-    )
-
-
-def _both(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the nearest linear combination of the mean loss's gradient and θ."""
+def _nearest(grads: np.ndarray, facts: Facts) -> tuple[np.ndarray, str]:
+    """Return the nearest linear combination of the mean loss's gradient and θ."""
     matrix = np.stack([facts.data, facts.params], axis=1)
     scale, decay = np.linalg.lstsq(matrix, grads)[0]
-    yield (
+    return (
         matrix @ [scale, decay],
         f"`grads` is {scale:.4g} times the gradient of the mean loss plus {decay:.4g} "
         f"θ; for this objective the factors are 1 and {facts.decay:.4g}.",

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax._core import trees
 from hfjax._core.types import Batch, Params, Tree
+from hfjax._tracing.programs import equations_of
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
@@ -38,21 +39,21 @@ class Setup(NamedTuple):
     objective: Objective
     params: Params
     batch: Batch
-    rounding: float
-    wide: bool
+    rounding: float = 0.0
+    wide: bool = False
 
     @classmethod
     def of(cls, objective: Objective, params: Params, batch: Batch) -> "Setup":
         """Make a set-up from an objective as it is in the first update."""
         objective = dataclasses.replace(objective.at(0), axis_name=None)
         params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
-        return cls(objective, params, batch, 0.0, False)._with_rounding()
+        return cls(objective, params, batch)._with_rounding()
 
     def in_float64(self) -> "Setup":
         """Return the same in float64."""
         with jax.enable_x64(True):
             params, batch = in_float64((self.params, self.batch))
-        return Setup(self.objective, params, batch, 0.0, True)._with_rounding()
+        return Setup(self.objective, params, batch, wide=True)._with_rounding()
 
     def in_float64_if_it_runs(self) -> "Setup":
         """Return the same in float64, or itself if the model requires its own dtype."""
@@ -113,15 +114,14 @@ class Setup(NamedTuple):
         # A model may compute in a coarser dtype than its parameters have, such as
         # bfloat16.
         with self.precision():
-            program = jax.make_jaxpr(self.objective.case_values)(
-                self.params, self.batch
-            )
-        dtypes = {*_dtypes(program), *[x.dtype for x in jax.tree.leaves(self.params)]}
+            jaxpr = jax.make_jaxpr(self.objective.case_values)(self.params, self.batch)
+        results = [x.aval for run in equations_of(jaxpr) for x in run.outvars]
+        dtypes = {x.dtype for x in (*results, *jax.tree.leaves(self.params))}
         floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
         return self._replace(rounding=max(float(jnp.finfo(d).eps) for d in floating))
 
 
-def unlike(params: Params, grads: Params) -> Iterator[str]:
+def unlike(params: Params, grads: Params) -> str | None:
     """Check that `grads` has the structure and shapes of `params`."""
     ours, theirs = jax.tree.structure(params), jax.tree.structure(grads)
     shapes, others = (
@@ -131,18 +131,14 @@ def unlike(params: Params, grads: Params) -> Iterator[str]:
     if ours != theirs:
         alone = ", ".join(sorted(shapes.keys() ^ others.keys())[:3])
         which = f"leaves of one of them: {alone}" if alone else f"{theirs}, not {ours}"
-        yield f"`grads` has another structure than `params`: {which}."
-        return
-    for where, shape in shapes.items():
-        if others[where] != shape:
-            yield (
-                f"`grads{where}` has shape {others[where]}, `params{where}` has "
-                f"{shape}."
-            )
-            return
+        return f"`grads` has another structure than `params`: {which}."
+    for at, shape in shapes.items():
+        if others[at] != shape:
+            return f"`grads{at}` has shape {others[at]}, `params{at}` has {shape}."
+    return None
 
 
-def unusable(params: Params, batch: Batch) -> Iterator[str]:
+def invalid(params: Params, batch: Batch) -> str | None:
     """Check that parameters and data are finite, and weights valid."""
     inputs, targets, weights = as_cases(batch)
     named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
@@ -150,16 +146,15 @@ def unusable(params: Params, batch: Batch) -> Iterator[str]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             floating = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
             if floating and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
-                where = jax.tree_util.keystr(path)
-                yield f"`{name}{where}` holds NaN or infinity."
-                return
+                return f"`{name}{jax.tree_util.keystr(path)}` holds NaN or infinity."
     if np.any(np.asarray(weights) < 0):
-        yield (
+        return (
             "A case weight is negative: f is not a mean, and G need not be positive "
             "semi-definite."
         )
-    elif not np.any(np.asarray(weights)):
-        yield "All case weights are 0: there is nothing to fit."
+    if not np.any(np.asarray(weights)):
+        return "All case weights are 0: there is nothing to fit."
+    return None
 
 
 def in_float64(tree: Tree) -> Tree:
@@ -201,9 +196,8 @@ def extreme_curvature(
 
     size = z.shape[1]
     if size <= _DENSE:
-        basis = jnp.broadcast_to(
-            jnp.eye(size, dtype=z.dtype)[:, None], (size, *z.shape)
-        )
+        basis = jnp.eye(size, dtype=z.dtype)[:, None]
+        basis = jnp.broadcast_to(basis, (size, *z.shape))
         matrices = np.asarray(jnp.swapaxes(jax.lax.map(by_rows, basis), 0, 1))
         values = np.linalg.eigvalsh(matrices.astype(np.float64))
         return values[:, 0], np.max(np.abs(values), axis=1)
@@ -249,15 +243,3 @@ def walk(params: Params, direction: Params, step: float) -> Params:
 def relative(x: np.ndarray, y: np.ndarray) -> float:
     """Return ‖x − y‖ / ‖y‖."""
     return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), TINY))
-
-
-def _dtypes(program: Any) -> Iterator[Any]:
-    """Yield the dtypes of all results in a jaxpr, including its inner programs."""
-    program = getattr(program, "jaxpr", program)
-    for equation in program.eqns:
-        yield from (out.aval.dtype for out in equation.outvars)
-        for option in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(option, "eqns"):
-                yield from _dtypes(option)

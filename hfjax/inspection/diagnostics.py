@@ -68,15 +68,12 @@ def scalars(state: optax.OptState) -> dict[str, float | int | bool | str]:
       >>> scalars(state)["cg_reason"]
       'running'
     """
-    found = [
-        part for part in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(part)
-    ]
+    found = [*filter(_is_state, jax.tree.leaves(state, is_leaf=_is_state))]
     if len(found) != 1:
         msg = f"Expected one HessianFreeState in `state`, found {len(found)}."
         raise KeyError(msg)
-    count, damping, info = jax.device_get(
-        (found[0].count, found[0].damping, found[0].info)
-    )
+    last = found[0]
+    count, damping, info = jax.device_get((last.count, last.damping, last.info))
     values = {name: value.item() for name, value in info._asdict().items()}
     values["cg_reason"] = _word(Reason, values["cg_reason"])
     values["rejection"] = _word(Rejection, values["rejection"])
@@ -175,10 +172,8 @@ def table(history: Sequence[Scalars]) -> str:
         iterations = f"{row['chosen_iteration']}/{row['cg_iterations']}"
         # CG also ends for reasons worth a remark, such as negative curvature.
         usual = {"stopping rule", "max iterations", "residual zero"}
-        remarks = [
-            *([f"rejected: {row['rejection']}"] if row["rejection"] != "none" else []),
-            *([str(row["cg_reason"])] if row["cg_reason"] not in usual else []),
-        ]
+        remarks = [f"rejected: {row['rejection']}"] * (row["rejection"] != "none")
+        remarks += [str(row["cg_reason"])] * (row["cg_reason"] not in usual)
         lines.append(
             f"{row['count']:6d} {row['value_after']:12.7g} {row['damping']:9.3g} "
             f"{row['reduction_ratio']:8.3f} {iterations:>8} {row['step_size']:5.2f}  "

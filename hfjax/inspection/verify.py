@@ -7,7 +7,6 @@ compute in float64, whatever `jax_enable_x64` is, and evaluate the model many ti
 Python: call them once, outside of `jit`, on one device.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +19,9 @@ from hfjax._core.types import Batch, Params
 from hfjax._tracing.linearize import NO_FORWARD, linearized
 from hfjax.curvature import ggn
 from hfjax.inspection import _faults, _finite_differences
-from hfjax.inspection._setup import Setup, flat, rows, unlike, unrows, unusable
+from hfjax.inspection._setup import Setup, flat, invalid, relative, rows, unlike, unrows
 from hfjax.objectives.objective import Objective
-from hfjax.objectives.plain import alone, terms_of
+from hfjax.objectives.plain import alone, check_objective, terms_of
 
 MOST_PARAMETERS = 3000
 """Largest number of parameters for `products` without `columns`."""
@@ -97,7 +96,7 @@ def products(
     References:
       Martens & Sutskever (2012), section 7.2.
     """
-    _check_objective(objective)
+    check_objective(objective)
     if _is_sum(objective.at(0), batch):
         msg = (
             "`objective` is a weighted sum: `products` tries its parts, one at a time."
@@ -142,10 +141,10 @@ def products(
 
         slow = _finite_differences.along(forward, theta, v, epsilon)
         return ProductErrors(
-            jacobian=_error([tangent(v)], [slow]),
-            loss_hessian=_error([curved], [jnp.einsum("iab,ib->ia", hessians, u)]),
-            transpose=_error([transposed[tried]], [jnp.einsum("pia,ia->p", j, w)]),
-            ggn=_error(jax.lax.map(column, tried), g),
+            jacobian=_error(tangent(v), slow),
+            loss_hessian=_error(curved, jnp.einsum("iab,ib->ia", hessians, u)),
+            transpose=_error(transposed[tried], jnp.einsum("pia,ia->p", j, w)),
+            ggn=_error(jax.lax.map(column, tried), g, axis=1),
         )
 
 
@@ -207,9 +206,8 @@ def check(
       `grads` is 2 times the gradient of this objective: a sum over the cases, where
     """
     try:
-        _check_objective(objective)
-        fault = _first(unlike(params, grads))
-        if fault:
+        check_objective(objective)
+        if fault := unlike(params, grads):
             return [fault]
         check = _check_sum if _is_sum(objective.at(0), batch) else _check
         return check(objective.at(0), tx, params, batch, grads)
@@ -221,8 +219,7 @@ def _check(
     objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
     """Check one objective."""
-    fault = _first(unusable(params, batch))
-    if fault:
+    if fault := invalid(params, batch):
         return [fault]
     # In float64 if possible, so that rounding is not mistaken for another fault. Each of
     # these faults would make the tests after it fail too: report the first one only.
@@ -238,28 +235,30 @@ def _check(
         _faults.wrong_derivative,
     ):
         with setup.precision():
-            fault = _first(find(setup))
+            fault = find(setup)
         if fault:
             return [fault]
 
     # These are independent of each other, so report all of them.
-    faults = []
-    lacking = _first(_faults.no_forward_derivative(given))
-    if lacking is None:
-        faults += [*_faults.not_convex(setup), *_faults.noisy(given, setup)]
-    elif not _faults.does_without(tx, given, batch, grads):
-        faults.append(lacking)
-    faults += _faults.unlike_gradient(given, setup, grads)
+    found = [_faults.no_forward_derivative(given)]
+    if found[0] is None:
+        found = [_faults.not_convex(setup), _faults.noisy(given, setup)]
+    elif _faults.does_without(tx, given, batch, grads):
+        found = []
+    found.append(_faults.unlike_gradient(given, setup, grads))
     if tx is not None and objective.axis_name is None:
-        faults += _faults.bad_transformation(tx, given, batch, grads, judge=not faults)
-    return faults or [*_faults.coarse_root(given)]
+        judge = not any(found)
+        found.append(_faults.bad_transformation(tx, given, batch, grads, judge=judge))
+    if not any(found):
+        found = [_faults.coarse_root(given)]
+    return [fault for fault in found if fault]
 
 
 def _check_sum(
     objective: Objective, tx: Any, params: Params, batch: Batch, grads: Params
 ) -> list[str]:
     """Check each term with its own gradient, and then `grads` and `tx` for the sum."""
-    given = Setup(objective, params, batch, 0.0, False)
+    given = Setup(objective, params, batch)
     # As for one objective, 1e-3 of each gradient. Relative to their sum this would be too
     # strict, as terms may cancel and leave mostly rounding.
     tolerance = 0.0
@@ -277,27 +276,16 @@ def _check_sum(
         if faults:
             return [f"Of the sum's term {k}: {fault}" for fault in faults]
     exact, found = flat(given.gradient(params)), flat(grads)
-    size = max(np.linalg.norm(exact), float(np.finfo(np.float64).tiny))
-    error = float(np.linalg.norm(found - exact) / size)
-    if not error * size <= tolerance:
-        return [
+    fault = None
+    if not np.linalg.norm(found - exact) <= tolerance:
+        error = relative(found, exact)
+        fault = (
             f"`grads` is not the gradient of this sum (relative error {error:.2g}): pass "
             "`objective.value_and_grad(params, batch)[1]`."
-        ]
-    if tx is None or objective.axis_name is not None:
-        return []
-    return [*_faults.bad_transformation(tx, given, batch, grads, judge=True)]
-
-
-def _first(faults: Iterator[str]) -> str | None:
-    return next(faults, None)
-
-
-def _check_objective(objective: object) -> None:
-    if not isinstance(objective, Objective):
-        came = type(objective).__name__
-        msg = f"`objective` must be an `hfjax.Objective`, got {came}."
-        raise TypeError(msg)
+        )
+    elif tx is not None and objective.axis_name is None:
+        fault = _faults.bad_transformation(tx, given, batch, grads, judge=True)
+    return [fault] if fault else []
 
 
 def _is_sum(objective: Objective, batch: Batch) -> bool:
@@ -324,9 +312,8 @@ def _unit(v: jax.Array) -> jax.Array:
     return v / jnp.linalg.norm(v, axis=-1, keepdims=True)
 
 
-def _error(exact: Iterable[jax.Array], slow: Iterable[jax.Array]) -> float:
-    """Return the largest ‖exact − slow‖ of several arrays, over the largest ‖slow‖."""
-    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(exact, slow, strict=True)]
-    wrong = max(float(np.linalg.norm(x - y)) for x, y in pairs)
-    right = max(float(np.linalg.norm(y)) for _, y in pairs)
+def _error(exact: jax.Array, slow: jax.Array, axis: int | None = None) -> float:
+    """Return ‖exact − slow‖ / ‖slow‖; for vectors along `axis`, the largest of each."""
+    wrong = float(np.max(np.linalg.norm(exact - slow, axis=axis)))
+    right = float(np.max(np.linalg.norm(slow, axis=axis)))
     return wrong / right if right else wrong

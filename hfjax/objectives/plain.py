@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hfjax import losses
 from hfjax._core import options, trees
-from hfjax._core.arguments import as_params, noting_call
+from hfjax._core.arguments import as_params, describe, noting_call
 from hfjax._core.types import Batch, NumberOrSchedule, Params, Tree
 from hfjax._tracing import compiled
 from hfjax.objectives import cases as _cases
@@ -230,6 +230,13 @@ class Objective:
 
     def _subsample(self, batch: Batch, cases: int) -> Batch:
         return _cases.subsample(batch, cases)
+
+
+def check_objective(objective: object) -> None:
+    """Raise a `TypeError` unless this is an objective."""
+    if not isinstance(objective, Objective):
+        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
+        raise TypeError(msg)
 
 
 def terms_of(
