@@ -85,11 +85,7 @@ def check_gradient(grads: Any, params: Params) -> None:
     pair = isinstance(grads, tuple) and not isinstance(params, tuple)
     also = ", without the value that `value_and_grad` returns before it"
     check_like("grads", grads, params, cure + also * pair + ".")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        if not _is_real(leaf):
-            where = f"grads{jax.tree_util.keystr(path)}"
-            msg = f"`grads` must be real floats, got {_kind(leaf)} at {where}."
-            raise TypeError(msg)
+    _check_real("grads", grads, "real floats")
 
 
 def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
@@ -100,10 +96,8 @@ def check_like(name: str, tree: Any, params: Params, cure: str) -> None:
             f"{describe(params)}. {cure}"
         )
         raise ValueError(msg)
-    theirs = jax.tree.leaves(tree)
-    for (path, ours), leaf in zip(
-        jax.tree_util.tree_leaves_with_path(params), theirs, strict=True
-    ):
+    expected = jax.tree_util.tree_leaves_with_path(params)
+    for (path, ours), leaf in zip(expected, jax.tree.leaves(tree), strict=True):
         if jnp.shape(leaf) != ours.shape:
             where = f"{name}{jax.tree_util.keystr(path)}"
             msg = (
@@ -136,11 +130,10 @@ def as_vector(name: str, tree: Tree, *, like: Tree = None, whose: str = "") -> T
             return jnp.asarray(x)
         if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
             return jnp.asarray(x).astype(float)
-        cure = (
-            " Pass real and imaginary parts as leaves of their own."
-            if isinstance(x, complex) or jnp.issubdtype(dtype, jnp.complexfloating)
-            else ""
+        is_complex = isinstance(x, complex) or jnp.issubdtype(
+            dtype, jnp.complexfloating
         )
+        cure = " Pass real and imaginary parts as leaves of their own." * is_complex
         msg = (
             f"`{name}` must be an array of real floats, or a tree of them, got "
             f"{_kind(x)} at {name}{jax.tree_util.keystr(path)}.{cure}"
@@ -195,14 +188,17 @@ def as_vector_of(name: str, found: Any, v: Tree) -> Tree:
     """
     whose = "the vector that it is given"
     _check_alike(f"{name}(v)", found, v, whose)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        if not isinstance(leaf, float) and not _is_real(leaf):
-            msg = (
-                f"`{name}(v)` must be real floats, as {whose}, got {_kind(leaf)} at "
-                f"{name}(v){jax.tree_util.keystr(path)}."
-            )
-            raise TypeError(msg)
+    found = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, found)
+    _check_real(f"{name}(v)", found, f"real floats, as {whose}")
     return jax.tree.map(jnp.asarray, found)
+
+
+def _check_real(name: str, tree: Tree, wanted: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not _is_real(leaf):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            msg = f"`{name}` must be {wanted}, got {_kind(leaf)} at {where}."
+            raise TypeError(msg)
 
 
 def _check_alike(name: str, tree: Tree, like: Tree, whose: str) -> None:

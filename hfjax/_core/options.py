@@ -4,6 +4,7 @@ An option may be a Python number, an array (traced under `optax.inject_hyperpara
 sweep) or an Optax schedule. Only Python and NumPy numbers can be checked at construction.
 """
 
+import math
 import numbers
 from typing import Any
 
@@ -22,8 +23,8 @@ def check_range(
     name: str,
     option: Any,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
     open_low: bool = False,
 ) -> None:
     """Raise if `option` is not a number, or is a plain number outside `[low, high]`.
@@ -37,8 +38,10 @@ def check_range(
     # A traced value or a schedule cannot be compared here; check only what kind it is.
     if not is_plain_number(option):
         dtype, shape = getattr(option, "dtype", None), getattr(option, "shape", ())
-        is_array = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
-        if not (is_array or callable(option) or isinstance(option, bool | None)):
+        is_array = dtype is not None and any(
+            jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
+        )
+        if not (is_array or callable(option) or option is None):
             came = type(option).__name__ if dtype is None else dtype
             msg = f"`{name}` must be a real number, got {came}."
             raise TypeError(msg)
@@ -46,17 +49,11 @@ def check_range(
             msg = f"`{name}` must be one number, got shape {shape}."
             raise ValueError(msg)
         return
-    too_low = low is not None and (option <= low if open_low else option < low)
-    too_high = high is not None and option > high
-    if too_low or too_high or option != option:  # The last is true of NaN alone.
-        bounds = [
-            *(
-                [f"{'above' if open_low else 'at least'} {low}"]
-                if low is not None
-                else []
-            ),
-            *([f"at most {high}"] if high is not None else []),
-        ]
+    is_above = option > low if open_low else option >= low
+    if not (is_above and option <= high):  # NaN is neither.
+        above = "above" if open_low else "at least"
+        bounds = [f"{above} {low}"] * (low > -math.inf)
+        bounds += [f"at most {high}"] * (high < math.inf)
         msg = f"`{name}` must be {' and '.join(bounds) or 'a number'}, got {option!r}."
         raise ValueError(msg)
 

@@ -40,16 +40,10 @@ def packing(like: Tree) -> Packing:
     whole = {n for n, leaf in enumerate(leaves) if sharding.may_be_sharded(leaf)}
 
     def pack(tree: Tree) -> tuple[jax.Array, ...]:
-        given = [
-            leaf if n in whole else leaf.reshape(-1)
-            for n, leaf in enumerate(structure.flatten_up_to(tree))
-        ]
-        return tuple(
-            given[group[0]]
-            if len(group) == 1
-            else jnp.concatenate([given[n] for n in group])
-            for group in groups.values()
-        )
+        given = structure.flatten_up_to(tree)
+        given = [x if n in whole else x.reshape(-1) for n, x in enumerate(given)]
+        parts = [[given[n] for n in group] for group in groups.values()]
+        return tuple(x[0] if len(x) == 1 else jnp.concatenate(x) for x in parts)
 
     def unpack(packed: tuple[jax.Array, ...]) -> Tree:
         found: dict[int, jax.Array] = {}
@@ -59,9 +53,8 @@ def packing(like: Tree) -> Packing:
                 # In reverse mode a split concatenates cotangents; slices would each pad
                 # theirs with zeros and add them all up.
                 parts = jax.lax.split(array, [math.prod(shapes[n]) for n in group])
-            found |= {
-                n: part.reshape(shapes[n]) for n, part in zip(group, parts, strict=True)
-            }
+            for n, part in zip(group, parts, strict=True):
+                found[n] = part.reshape(shapes[n])
         return structure.unflatten([found[n] for n in range(len(shapes))])
 
     return Packing(pack, unpack)

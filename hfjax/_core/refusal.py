@@ -48,7 +48,8 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _raise(what: str) -> None:
+def _raise(*unused: Any, what: str) -> Any:
+    del unused
     msg = (
         f"{what} has no derivative: it stops early, so it is not a smooth function of its "
         f"arguments. {_CURE}"
@@ -56,37 +57,16 @@ def _raise(what: str) -> None:
     raise TypeError(msg)
 
 
-_refused = Primitive("hfjax_without_derivative")
-"""The identity on tangents that must not be used: raises if it is run or transposed."""
-
-
-@_refused.def_impl
-def _run(tangent: jax.Array, *, what: str) -> None:
-    del tangent
-    _raise(what)
-
-
-@_refused.def_abstract_eval
-def _shape(tangent: Any, *, what: str) -> Any:
-    del what
-    return tangent
-
-
-def _lower(context: Any, tangent: Any, *, what: str) -> Any:
-    del context, tangent
-    _raise(what)
-
-
-def _transpose(cotangent: Any, tangent: Any, *, what: str) -> None:
-    del cotangent, tangent
-    _raise(what)
-
-
 def _batch(tangents: tuple, axes: tuple, *, what: str) -> tuple:
     return _refused.bind(*tangents, what=what), axes[0]
 
 
+_refused = Primitive("hfjax_without_derivative")
+"""The identity on tangents that must not be used: raises if it is run or transposed."""
+
+_refused.def_impl(_raise)
+_refused.def_abstract_eval(lambda tangent, what: tangent)
 # Compiling the tangent raises, as does transposing it; a dead one is removed before.
-mlir.register_lowering(_refused, _lower)
-ad.deflinear2(_refused, _transpose)
+mlir.register_lowering(_refused, _raise)
+ad.deflinear2(_refused, _raise)
 batching.primitive_batchers[_refused] = _batch

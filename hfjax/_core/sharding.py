@@ -21,11 +21,8 @@ def may_be_sharded(x: jax.Array) -> bool:
     # The type states the sharding over `Explicit` axes. Over `Auto` axes it does not: the
     # compiler decides, so an array may lie over any that exist.
     mesh = jax.typeof(x).sharding.mesh
-    automatic = [
-        mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    ]
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    automatic = [mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto]
     return _typed(x) is not None or math.prod(automatic) > 1
 
 
@@ -57,10 +54,11 @@ def zeros_like(tree: Tree) -> Tree:
 
 def zeros(shapes: Tree) -> Tree:
     """Return zeros with the shapes and layouts that `jax.eval_shape` returned."""
-    return jax.tree.map(
-        lambda shape: _laid_out(jnp.zeros(shape.shape, shape.dtype), shape.sharding),
-        shapes,
-    )
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return _laid_out(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+    return jax.tree.map(leaf, shapes)
 
 
 def like(tree: Tree, other: Tree) -> Tree:
@@ -83,18 +81,16 @@ def first_case(tree: Tree) -> Tree:
 
 def shards_of_cases(tree: Tree) -> int:
     """Return how many devices share the examples' axis, by type; otherwise 1."""
-    counts = [1]
-    for leaf in jax.tree.leaves(tree):
-        sharding = _typed(leaf)
-        if sharding is not None:
-            names = _axes(sharding.spec[:1])
-            counts.append(math.prod(sharding.mesh.shape[name] for name in names))
-    return max(counts)
+    counts = [
+        math.prod(sharding.mesh.shape[name] for name in _axes(sharding.spec[:1]))
+        for sharding in _shardings(tree)
+    ]
+    return max(counts, default=1)
 
 
 def alike(data: Tree) -> Tree:
     """Lay out the examples' axis of all leaves in the same way, as `jax.vmap` requires."""
-    typed = [s for leaf in jax.tree.leaves(data) if (s := _typed(leaf)) and s.spec[0]]
+    typed = [sharding for sharding in _shardings(data) if sharding.spec[0]]
     if not typed:
         return data
 
@@ -111,8 +107,7 @@ def gathered(tree: Tree, data: Tree) -> Tree:
     With one computation per example, and the examples sharded, no parameter can be sharded
     over the same axes.
     """
-    specs = [s.spec[:1] for leaf in jax.tree.leaves(data) if (s := _typed(leaf))]
-    taken = {name for spec in specs for name in _axes(spec)}
+    taken = {name for s in _shardings(data) for name in _axes(s.spec[:1])}
 
     def leaf(x: jax.Array) -> jax.Array:
         sharding = _typed(x)
@@ -129,7 +124,7 @@ def gathered(tree: Tree, data: Tree) -> Tree:
 
 def lies_elsewhere(tree: Tree, data: Tree) -> bool:
     """Return whether a tree is sharded over mesh axes other than those of the examples."""
-    return any(_typed(leaf) for leaf in jax.tree.leaves(gathered(tree, data)))
+    return bool(_shardings(gathered(tree, data)))
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -168,6 +163,11 @@ def _typed(x: Any) -> Any:
     """Return the sharding in an array's type, or `None` if it shards no axis."""
     sharding = jax.typeof(x).sharding
     return sharding if any(sharding.spec) else None
+
+
+def _shardings(tree: Tree) -> list[Any]:
+    """Return the shardings in the types of the leaves that are sharded by type."""
+    return [s for leaf in jax.tree.leaves(tree) if (s := _typed(leaf)) is not None]
 
 
 def _laid_out(x: jax.Array, sharding: Any) -> jax.Array:

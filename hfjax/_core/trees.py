@@ -54,9 +54,7 @@ def cast_like(tree: Tree, other: Tree) -> Tree:
 
 def dot(x: Tree, y: Tree) -> jax.Array:
     """Return xᵀy, accumulated and returned in float32 or wider."""
-    products = jax.tree.map(
-        lambda a, b: a.astype(wide(a.dtype)) * b.astype(wide(b.dtype)), x, y
-    )
+    products = jax.tree.map(operator.mul, widen(x), widen(y))
     sums = [jnp.sum(product) for product in _merged(jnp.add, products)]
     return sum_leaves(sums, scalar_dtype(x))
 
@@ -127,9 +125,8 @@ def summed(term: Callable[[jax.Array], Tree], count: int, zeros: Tree) -> Tree:
     numbers = jnp.arange(blocks * length)
     if blocks == 1:
         return jax.lax.scan(add_up, zeros, numbers)[0]
-    (total, lost), _ = jax.lax.scan(
-        add_block, (zeros, zeros), numbers.reshape(blocks, length)
-    )
+    numbers = numbers.reshape(blocks, length)
+    (total, lost), _ = jax.lax.scan(add_block, (zeros, zeros), numbers)
     # If the sum has overflowed, `lost` is NaN, and the result should still be ∞.
     return jax.tree.map(lambda s, c: s + jnp.where(jnp.isfinite(c), c, 0), total, lost)
 
@@ -185,17 +182,14 @@ def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:
     """Return a·x + y in the dtypes of `y`, computed in float32 or wider."""
 
     def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
-        dtype = wide(y.dtype)
-        return (a.astype(dtype) * x.astype(dtype) + y.astype(dtype)).astype(y.dtype)
+        return a.astype(y.dtype) * x.astype(y.dtype) + y
 
-    return jax.tree.map(leaf, x, y)
+    return cast_like(jax.tree.map(leaf, x, widen(y)), y)
 
 
 def scale(a: jax.Array, x: Tree) -> Tree:
     """Return a·x in the dtypes of `x`, computed in float32 or wider."""
-    return jax.tree.map(
-        lambda x: (a.astype(wide(x.dtype)) * x.astype(wide(x.dtype))).astype(x.dtype), x
-    )
+    return cast_like(jax.tree.map(lambda x: a.astype(x.dtype) * x, widen(x)), x)
 
 
 def add(x: Tree, y: Tree) -> Tree:
@@ -265,32 +259,29 @@ def coordinates(vectors: Tree, x: Tree) -> jax.Array:
     """Return Vᵀx, shape `[K]`, summed in float32 or wider."""
 
     def leaf(v: jax.Array, x: jax.Array) -> jax.Array:
-        dtype = wide(v.dtype)
-        axes = tuple(range(1, v.ndim))
-        return jnp.sum(v.astype(dtype) * x.astype(dtype)[None], axis=axes)
+        return jnp.sum(v * x.astype(v.dtype)[None], axis=tuple(range(1, v.ndim)))
 
-    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, x))
-    return sum_leaves(parts, scalar_dtype(x))
+    return sum_leaves(jax.tree.map(leaf, widen(vectors), x), scalar_dtype(x))
 
 
 def gram(vectors: Tree, others: Tree) -> jax.Array:
     """Return VᵀW, shape `[K, L]`, summed in float32 or wider."""
 
     def leaf(v: jax.Array, w: jax.Array) -> jax.Array:
-        dtype, axes = wide(v.dtype), tuple(range(1, v.ndim))
-        v, w = v.astype(dtype), w.astype(dtype)
-        return sharding.contracted(v, w, (axes, axes), EXACT)
+        axes = tuple(range(1, v.ndim))
+        return sharding.contracted(v, w.astype(v.dtype), (axes, axes), EXACT)
 
-    parts = jax.tree.leaves(jax.tree.map(leaf, vectors, others))
+    parts = jax.tree.leaves(jax.tree.map(leaf, widen(vectors), others))
     return sum_leaves(parts or [jnp.zeros((1, 1))], scalar_dtype(vectors))
 
 
 def combination(weights: jax.Array, vectors: Tree) -> Tree:
     """Return V a; for rows of coefficients, one combination for each row."""
-    return jax.tree.map(
-        lambda v: jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT),
-        vectors,
-    )
+
+    def leaf(v: jax.Array) -> jax.Array:
+        return jnp.tensordot(weights.astype(v.dtype), v, axes=1, precision=EXACT)
+
+    return jax.tree.map(leaf, vectors)
 
 
 def interpolate(

@@ -12,10 +12,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hfjax._core import options, trees
 from hfjax._core.arguments import as_key, check_function, describe
 from hfjax._core.types import Number
+
+Shape: TypeAlias = tuple[int, ...]
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 """`(key, shape, dtype=float32) -> array`, as in `jax.nn.initializers`."""
@@ -65,11 +68,7 @@ def sparse(
     options.check_range("tanh_sides", tanh_sides, low=0, high=2)
     deviation = scale * 0.5**tanh_sides
 
-    def init(
-        key: jax.Array,
-        shape: tuple[int, ...],
-        dtype: jax.typing.DTypeLike = jnp.float32,
-    ) -> jax.Array:
+    def init(key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         _check(shape, dtype)
         key = as_key("key", key)
         if len(shape) < 2:
@@ -89,9 +88,8 @@ def sparse(
         else:
             order = jax.random.uniform(choose_key, (*layers, units, inputs))
             chosen = jnp.argsort(order, axis=-1)[..., :count]
-        weights = jnp.asarray(deviation, dtype) * jax.random.normal(
-            weight_key, columns, dtype
-        )
+        weights = jax.random.normal(weight_key, columns, dtype)
+        weights = jnp.asarray(deviation, dtype) * weights
         kernel = jnp.zeros((*layers, units, inputs), dtype)
         kernel = jnp.put_along_axis(kernel, chosen, weights, axis=-1, inplace=False)
         return jnp.swapaxes(kernel, -1, -2)
@@ -134,11 +132,7 @@ def spectral_radius(
     draw = sparse() if base is None else base
     check_function("base", draw, "(key, shape, dtype) -> array")
 
-    def init(
-        key: jax.Array,
-        shape: tuple[int, ...],
-        dtype: jax.typing.DTypeLike = jnp.float32,
-    ) -> jax.Array:
+    def init(key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         _check(shape, dtype)  # But not the key, which `base` may not need.
         if len(shape) < 2 or shape[-1] != shape[-2]:
             msg = (
@@ -156,7 +150,7 @@ def spectral_radius(
     return init
 
 
-def _check(shape: Any, dtype: jax.typing.DTypeLike) -> None:
+def _check(shape: Any, dtype: DTypeLike) -> None:
     """Raise unless an initializer can make an array of this shape and dtype."""
     if not isinstance(shape, tuple | list):
         msg = f"`shape` must be a tuple (inputs, units), got {describe(shape)}."

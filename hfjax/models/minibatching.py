@@ -121,7 +121,5 @@ def in_turn(data: Tree, size: int, count: jax.Array | int) -> Tree:
     cycle = total // math.gcd(total, size)
     starts = np.arange(cycle, dtype=np.int64) * size % total
     first = jnp.asarray(starts, jnp.int32)[jnp.asarray(count) % cycle]
-    places = jnp.arange(size, dtype=jnp.int32)
-    return jax.tree.map(
-        lambda leaf: jnp.take(leaf, (first + places) % total, axis=0), data
-    )
+    places = (first + jnp.arange(size, dtype=jnp.int32)) % total
+    return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0), data)

@@ -87,24 +87,18 @@ def checkpointed(
 
     # `prevent_cse` stays on: XLA unrolls a loop over a single chunk, and could then merge
     # its second run with the first, which would store everything again.
-    def run(carry: Tree, part: Tree, steps: int) -> tuple[Tree, Tree]:
-        scan = jax.checkpoint(lambda c, p: jax.lax.scan(step, c, p, length=steps))
-        return scan(carry, part)
+    def run(steps: int) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
+        return jax.checkpoint(lambda c, p: jax.lax.scan(step, c, p, length=steps))
 
     # An outer scan over the full chunks, then the shorter one, if there is any.
-    carry, parts = init, []
+    carry, parts, full = init, [], chunks * chunk
     if chunks:
-        whole = chunks * chunk
-        head = jax.tree.map(
-            lambda x: x[:whole].reshape(chunks, chunk, *x.shape[1:]), xs
-        )
-        carry, ys = jax.lax.scan(
-            lambda carry, part: run(carry, part, chunk), carry, head, length=chunks
-        )
-        parts.append(jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys))
+        head = jax.tree.map(lambda x: x[:full].reshape(chunks, chunk, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(run(chunk), carry, head, length=chunks)
+        parts.append(jax.tree.map(lambda y: y.reshape(full, *y.shape[2:]), ys))
     if rest:
-        tail = jax.tree.map(lambda x: x[chunks * chunk :], xs)
-        carry, ys = run(carry, tail, rest)
+        tail = jax.tree.map(lambda x: x[full:], xs)
+        carry, ys = run(rest)(carry, tail)
         parts.append(ys)
     if len(parts) == 1:
         return carry, parts[0]

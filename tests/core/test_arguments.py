@@ -321,3 +321,12 @@ def test_an_error_of_a_users_product_tells_what_it_was_given():
     with pytest.raises(TypeError) as raised:
         cg.solve(lambda v: jnp.ones((2, 2)) @ v, V)
     assert any("`matvec(v)` with v float64[3]" in n for n in raised.value.__notes__)
+
+
+@pytest.mark.parametrize("option", [True, np.True_, jnp.array(True)], ids=str)
+def test_a_boolean_is_no_number(option):
+    loss = hfjax.losses.squared_error()
+    with pytest.raises(
+        TypeError, match="`weight_decay` must be a real number, got bool"
+    ):
+        hfjax.Objective(lambda p, x: x @ p, loss, weight_decay=option)
