@@ -101,7 +101,7 @@ signs = partial(hfjax.diagonals.ggn_rademacher, num_probes=4)
 
 variants = {
     # The default: Kronecker factors, λ by search over one run.
-    "as it comes": hfjax.hessian_free(objective),
+    "default": hfjax.hessian_free(objective),
     # Martens & Sutskever's: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
     "report": make(solver=cg()),
     # damping=
@@ -212,7 +212,7 @@ groups = {
     "preconditioner": ["P = I", "P of random signs"],
     "stopping rule": ["report's eq. 2", "residual ≤ 0.1"],
     "solver": ["trust region", "Krylov subspace"],
-    "set-up": ["as it comes", "martens2010, λ from 45", "momentum_like"],
+    "set-up": ["default", "martens2010, λ from 45", "momentum_like"],
     "curvature": ["Hessian"],
 }
 colours = ["tab:orange", "tab:blue", "tab:green"]
