@@ -304,6 +304,23 @@ def interpolate(
     return jax.tree.map(leaf, diagonal, ones)
 
 
+def damped(diagonal: Tree, damping: Tree) -> Tree:
+    """Return d + x in the dtypes of d, where x is a scalar or a tree like d."""
+
+    def leaf(d: jax.Array, x: jax.Array) -> jax.Array:
+        # Entries are squares of gradients, and may overflow where the gradients do not.
+        # Infinity then counts as the largest float, so that r / P stays above 0.
+        return jnp.minimum(d, jnp.finfo(d.dtype).max) + jnp.asarray(x, d.dtype)
+
+    return jax.tree.map(leaf, diagonal, jax.tree.broadcast(damping, diagonal))
+
+
+def ones_for_zeros(diagonal: Tree) -> Tree:
+    """Return 1 in place of entries that are not positive: if all is 0, the identity."""
+    # A curvature of 0 means that nothing is known about this parameter.
+    return jax.tree.map(lambda d: jnp.where(d > 0, d, 1), diagonal)
+
+
 def finite_or_inf(value: jax.Array) -> jax.Array:
     """Return a value of f, or +∞ in place of one that is not finite."""
     return jnp.where(jnp.isfinite(value), value, jnp.inf)

@@ -62,12 +62,11 @@ def pack(blocks: Blocks, model: Merged, space: tuple) -> tuple:
     """Write blocks into the space that a state has for them."""
     packed = [list(entries) for entries in space]
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
+        own = packed[layer.kernel]
         for place, matrix in zip(_places(layer), pair, strict=True):
-            slot, size = packed[layer.kernel], len(matrix)
             # Any row for a bias that does not exist stays 0.
-            slot[place] = (
-                slot[place].at[:size, :size].set(matrix.astype(slot[place].dtype))
-            )
+            slot, size = own[place], len(matrix)
+            own[place] = slot.at[:size, :size].set(matrix.astype(slot.dtype))
     for n, entries in (blocks.diagonals | blocks.beside).items():
         packed[n][0] = entries
     return tuple(tuple(entries) for entries in packed)
@@ -77,13 +76,9 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
     """Read the blocks from a state."""
 
     def pair(layer: Layer) -> Pair:
-        sizes = (layer.inputs + (layer.bias is not None), layer.units)
-        return Pair(
-            *(
-                packed[layer.kernel][place][:size, :size]
-                for place, size in zip(_places(layer), sizes, strict=True)
-            )
-        )
+        inputs, units = (packed[layer.kernel][place] for place in _places(layer))
+        n, m = layer.rows, layer.units
+        return Pair(inputs[:n, :n], units[:m, :m])
 
     return Blocks(
         [pair(layer) for layer in model.layers],

@@ -68,11 +68,7 @@ def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
 
 @noting_no_reverse()
 def factors(
-    term: Term,
-    params: Params,
-    model: _layers.Model,
-    *,
-    key: jax.Array,
+    term: Term, params: Params, model: _layers.Model, *, key: jax.Array
 ) -> list[Pair]:
     """Compute Ā and Ḡ of each layer that `read` found in a term, in float32 or wider.
 
@@ -101,22 +97,17 @@ def factors(
         factor = term.loss.factor(outputs, cases.targets)
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
-        errors = [
-            gram(seen.errors(n, derivative)) for n, derivative in enumerate(derivatives)
-        ]
 
-        def with_bias(rows: jax.Array, layer: _layers.Layer) -> jax.Array:
-            if layer.bias is None:
-                return rows
-            return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+        def of_use(n: int, layer: _layers.Layer) -> Pair:
+            x = rows[n]
+            if layer.bias is not None:
+                x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+            return Pair(gram(x), gram(seen.errors(n, derivatives[n])))
 
-        return [
-            Pair(
-                sum(gram(with_bias(rows[n], layer)) for n in layer.uses),  # pyright: ignore[reportArgumentType]
-                sum(errors[n] for n in layer.uses),  # pyright: ignore[reportArgumentType]
-            )
-            for layer in model.layers
-        ]
+        def of_layer(layer: _layers.Layer) -> Pair:
+            return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
+
+        return [of_layer(layer) for layer in model.layers]
 
     # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
@@ -130,12 +121,7 @@ def factors(
 
 
 def estimate(
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    model: Merged,
-    *,
-    key: jax.Array,
+    objective: Objective, params: Params, batch: Batch, model: Merged, *, key: jax.Array
 ) -> Blocks:
     """Compute factors for the layers, and the diagonal of G for the rest, undamped.
 
@@ -144,38 +130,23 @@ def estimate(
     Weight decay is left out.
     """
     terms = terms_of(objective, batch)
-    keys = _keys(key, len(terms))
-    found = [
-        _estimate(term, params, part, key=own_key)
-        for term, part, own_key in zip(terms, model.parts, keys, strict=True)
-    ]
-    weights = [
-        None
-        if term.weight is None
-        else jnp.asarray(term.weight, trees.scalar_dtype(params))
-        for term in terms
-    ]
-    pairs = [
-        _pair(
-            layer,
-            [
-                (c, part_pairs[part.places.index(place)])
-                for c, part, (part_pairs, _) in zip(
-                    weights, model.parts, found, strict=True
-                )
-                if place in part.places
-            ],
-        )
-        for place, layer in enumerate(model.layers)
-    ]
+    keys, dtype = _keys(key, len(terms)), trees.scalar_dtype(params)
+    found = []
+    for term, part, own_key in zip(terms, model.parts, keys, strict=True):
+        c = None if term.weight is None else jnp.asarray(term.weight, dtype)
+        found.append((c, *_estimate(term, params, part, key=own_key)))
     leaves = jax.tree.leaves(params)
 
+    def pair(place: int, layer: _layers.Layer) -> Pair:
+        own = [(c, pairs[place]) for c, pairs, _ in found if place in pairs]
+        return _pair(layer, own)
+
     def entries(n: int) -> jax.Array:
-        own = [(c, of[n]) for c, (_, of) in zip(weights, found, strict=True) if n in of]
+        own = [(c, others[n]) for c, _, others in found if n in others]
         return _total(own) if own else sharding.zeros_like(trees.widen(leaves[n]))
 
     return Blocks(
-        pairs,
+        [pair(place, layer) for place, layer in enumerate(model.layers)],
         {n: entries(n) for n in model.others},
         {n: entries(n) for n in model.beside},
     )
@@ -183,11 +154,10 @@ def estimate(
 
 def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
     """Combine the factors that terms have for a layer, each with its cₖ."""
-    size = layer.inputs + (layer.bias is not None)
 
     def with_bias(inputs: jax.Array) -> jax.Array:
         # A term that does not add the bias has inputs of 0 for it, not of 1.
-        return jnp.pad(inputs, (0, size - len(inputs)))
+        return jnp.pad(inputs, (0, layer.rows - len(inputs)))
 
     whole = _total([(c, jnp.ones(())) for c, _ in found])
     inputs = _total([(c, with_bias(pair.inputs)) for c, pair in found])
@@ -202,8 +172,11 @@ def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> P
 
 def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:
     """Sum cₖ times an array; a cₖ of `None` is 1."""
-    terms = [x if c is None else c.astype(x.dtype) * x for c, x in found]
-    return sum(terms[1:], terms[0])
+    return _sum(*(x if c is None else c.astype(x.dtype) * x for c, x in found))
+
+
+def _sum(*arrays: jax.Array) -> jax.Array:
+    return sum(arrays[1:], arrays[0])
 
 
 def _keys(key: jax.Array, count: int) -> list[jax.Array]:
@@ -211,21 +184,14 @@ def _keys(key: jax.Array, count: int) -> list[jax.Array]:
 
 
 def _estimate(
-    term: Term,
-    params: Params,
-    part: Part,
-    *,
-    key: jax.Array,
-) -> tuple[list[Pair], dict[int, jax.Array]]:
-    """Compute a term's factors, and its diagonal for the parameters that need it."""
+    term: Term, params: Params, part: Part, *, key: jax.Array
+) -> tuple[dict[int, Pair], dict[int, jax.Array]]:
+    """Compute a term's factors, by layer of the sum, and the diagonals that it adds."""
     cases = sharding.alike(term.cases)
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(sharding.gathered(params, cases))
-    others: dict[int, jax.Array] = {n: leaves[n] for n in part.diagonals}
-    model = part.model
-    pairs: list[Pair] = []
-    if model.layers:
-        pairs = factors(term, params, model, key=key)
+    others = {n: leaves[n] for n in part.diagonals}
+    pairs = factors(term, params, part.model, key=key) if part.places else []
     if others:
 
         def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
@@ -236,4 +202,4 @@ def _estimate(
         # example. Weight decay is left out because the damping includes it.
         bare = term._replace(model_fn=of_others, weight_decay=0.0)
         others = diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
-    return pairs, others
+    return dict(zip(part.places, pairs, strict=True)), others

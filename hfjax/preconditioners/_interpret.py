@@ -4,24 +4,31 @@ The program is evaluated equation by equation, and so are the programs inside it
 `checkpoint`, `scan`) that contain a product with a kernel.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 
 from hfjax._core import trees
 from hfjax._tracing import programs
+
+Path: TypeAlias = tuple[int, ...]
+"""The number of an equation in its program, after those of the equations around it."""
+
+Arrays: TypeAlias = dict[int, jax.Array]
+"""An array for each of some uses, by the number of the use."""
 
 
 class Use(NamedTuple):
     """One product of a layer's inputs with its kernel.
 
     Attributes:
-      path: the number of the equation in its program, after those of the equations
-        whose programs contain it.
+      path: where the equation is.
       kernel: the number of the parameter.
       operand: which of the two operands is the input.
       input_axes: its axes that are summed over, in the order of the kernel's axes;
@@ -36,7 +43,7 @@ class Use(NamedTuple):
       dtype: the dtype of the result.
     """
 
-    path: tuple[int, ...]
+    path: Path
     kernel: int
     operand: int
     input_axes: tuple[int, ...]
@@ -62,91 +69,62 @@ class Use(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Evaluates a program; `places` maps the path of each use to its number."""
+    """Evaluates a program that contains some uses."""
 
     uses: Sequence[Use]
-    places: Mapping[tuple[int, ...], int]
 
     def program(
-        self,
-        jaxpr: Jaxpr,
-        consts: Sequence[Any],
-        args: Sequence[Any],
-        added: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        """Return the outputs, and the inputs of each use as rows."""
-        values = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
-        )
-        taken: dict[int, jax.Array] = {}
+        self, program: ClosedJaxpr, args: Sequence[Any], added: Arrays, path: Path = ()
+    ) -> tuple[list[Any], Arrays]:
+        """Return the outputs, and the inputs of each use as rows.
 
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else values[atom]
+        `added` is for the uses in this program, and `path` that of its equation.
+        """
+        numbers = itertools.count()
+        taken: Arrays = {}
 
-        for number, equation in enumerate(jaxpr.eqns):
-            operands = [read(atom) for atom in equation.invars]
-            here = (*path, number)
+        def run(equation: Any, operands: list[Any]) -> list[Any]:
+            here = (*path, next(numbers))
             results, found = self._equation(equation, operands, added, here)
             taken.update(found)
-            values.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars], taken
+            return results
+
+        return programs.evaluate(program.jaxpr, program.consts, args, run), taken
 
     def _equation(
-        self,
-        equation: Any,
-        operands: list[Any],
-        added: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        if path in self.places:
-            number = self.places[path]
-            use = self.uses[number]
-            (result,) = programs.run(equation, operands)
-            inputs = operands[use.operand]
-            rows = (
-                as_rows(inputs, use.input_axes)
-                if use.input_axes
-                else _patches(equation, use, inputs)
-            )
-            return [result + added[number]], {number: rows}
-        inside = {
-            n: added[n] for at, n in self.places.items() if at[: len(path)] == path
-        }
-        name, params = equation.primitive.name, equation.params
-        if not inside:
+        self, equation: Any, operands: list[Any], added: Arrays, path: Path
+    ) -> tuple[list[Any], Arrays]:
+        depth = len(path)
+        added = {n: x for n, x in added.items() if self.uses[n].path[:depth] == path}
+        if not added:
             return programs.run(equation, operands), {}
+        name, params = equation.primitive.name, equation.params
         if name == "scan":
-            return self._scan(equation, operands, inside, path)
+            return self._scan(equation, operands, added, path)
         if name in programs.CHECKPOINTS:
             # Keep the memory savings of the user's `jax.checkpoint`.
-            inner = jax.checkpoint(
-                lambda operands, inside: self.program(
-                    params["jaxpr"], (), operands, inside, path
-                ),
-                prevent_cse=params["prevent_cse"],
-                policy=params["policy"],
+            program = functools.partial(
+                self.program, ClosedJaxpr(params["jaxpr"], ()), path=path
             )
-            return inner(operands, inside)
-        closed = params["jaxpr"]
-        return self.program(closed.jaxpr, closed.consts, operands, inside, path)
+            options = {key: params[key] for key in ("prevent_cse", "policy")}
+            return jax.checkpoint(program, **options)(operands, added)
+        if name in programs.INLINED:
+            return self.program(params["jaxpr"], operands, added, path)
+        ((number, extra),) = added.items()
+        (result,) = programs.run(equation, operands)
+        return [result + extra], {number: _rows(equation, self.uses[number], operands)}
 
     def _scan(
-        self,
-        equation: Any,
-        operands: list[Any],
-        inside: dict[int, jax.Array],
-        path: tuple[int, ...],
-    ) -> tuple[list[Any], dict[int, jax.Array]]:
-        params, closed = equation.params, equation.params["jaxpr"]
+        self, equation: Any, operands: list[Any], inside: Arrays, path: Path
+    ) -> tuple[list[Any], Arrays]:
+        params = equation.params
         split, carried = programs.consts_and_carry(equation)
         consts, rest = operands[:split], operands[split:]
 
         def body(carry: list[Any], step: tuple[list[Any], dict]) -> tuple:
             arrays, added = step
-            results, taken = self.program(
-                closed.jaxpr, closed.consts, [*consts, *carry, *arrays], added, path
-            )
+            args = [*consts, *carry, *arrays]
+            results, taken = self.program(params["jaxpr"], args, added, path)
             return results[:carried], (results[carried:], taken)
 
         # What is added is scanned over, and the inputs taken out are stacked: each step of
@@ -169,9 +147,11 @@ def as_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return x.transpose(*rest, *axes).reshape(sizes)
 
 
-def _patches(equation: Any, use: Use, inputs: jax.Array) -> jax.Array:
-    """Return what a convolution multiplies by its kernel, `[positions, inputs]`."""
-    params = equation.params
+def _rows(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
+    """Return what an equation multiplies by its kernel, `[positions, inputs]`."""
+    params, inputs = equation.params, operands[use.operand]
+    if use.input_axes:
+        return as_rows(inputs, use.input_axes)
     numbers = params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
     spatial = tuple(kernel[n] for n in numbers.rhs_spec[2:])

@@ -77,7 +77,8 @@ class Rule(NamedTuple):
                 new = _remembered.averaged(old, new, self.decay, builds)
                 memory = memory | {"kronecker_factors": new}
                 blocks = unpack(new, model)
-            blocks = inverted(blocks, model, damping, self.damping_share)
+            dampings = jax.tree.leaves(jax.tree.broadcast(damping, params))
+            blocks = inverted(blocks, model, dampings, self.damping_share)
             if "kronecker_inverses" in memory:
                 packed = pack(blocks, model, memory["kronecker_inverses"])
                 memory = memory | {"kronecker_inverses": packed}
@@ -87,47 +88,36 @@ class Rule(NamedTuple):
         if "kronecker_inverses" not in memory:
             blocks, memory = fresh(memory)
             return product(blocks, model), memory
-        memory = _remembered.every(
-            self.interval, count, lambda memory: fresh(memory)[1], memory
-        )
+
+        def build(memory: dict[str, tuple]) -> dict[str, tuple]:
+            return fresh(memory)[1]
+
+        memory = _remembered.every(self.interval, count, build, memory)
         return product(unpack(memory["kronecker_inverses"], model), model), memory
 
 
-def inverted(blocks: Blocks, model: Merged, damping: Tree, share: Number) -> Blocks:
+def inverted(
+    blocks: Blocks, model: Merged, dampings: Sequence[jax.Array], share: Number
+) -> Blocks:
     """Damp the blocks of P, and return the blocks of P⁻¹.
 
-    `damping` is λ, a scalar, or the diagonal of λD, a tree like the parameters. `share`
-    is the fraction of λ that damps the factors.
+    `dampings` is the diagonal of λD for each parameter, or λ itself. `share` is the
+    fraction of λ that damps the factors.
     """
-    found = jax.tree.leaves(damping)
-    scalar = len(found) == 1 and jnp.ndim(found[0]) == 0
-
-    def of(number: int) -> jax.Array:
-        return jnp.asarray(found[0] if scalar else found[number])
 
     def of_layer(layer: Layer) -> jax.Array:
         # Kronecker factors can only be damped by one number for the whole layer: the mean
         # of λD over the kernel, plus the mean of the diagonals that other terms have.
-        numbers = [n for n in (layer.kernel, layer.bias) if n in blocks.beside]
-        entries = [blocks.beside[n] for n in numbers]  # pyright: ignore[reportArgumentType]
-        damped = jnp.mean(of(layer.kernel))
-        if not entries:
-            return damped
-        count = layer.units * (layer.inputs + (layer.bias is not None))
-        mean = sum(jnp.sum(x / count) for x in entries)
-        return damped + jnp.asarray(mean).astype(damped.dtype)
+        level, own = jnp.mean(dampings[layer.kernel]), (layer.kernel, layer.bias)
+        beside = [x for n, x in blocks.beside.items() if n in own]
+        means = [jnp.sum(x / (layer.rows * layer.units)) for x in beside]
+        if means:
+            level += sum(means[1:], means[0]).astype(level.dtype)
+        return jnp.asarray(share * level)
 
-    dampings = [jnp.asarray(share * of_layer(layer)) for layer in model.layers]
-    pairs = inverse(blocks.pairs, dampings)
-
-    def reciprocal(number: int, entries: jax.Array) -> jax.Array:
-        # An entry that overflowed counts as the largest float.
-        entries = jnp.minimum(entries, jnp.finfo(entries.dtype).max)
-        total = entries + of(number).astype(entries.dtype)
-        # If all is 0, nothing is known about this parameter's curvature: use the identity.
-        return 1 / jnp.where(total > 0, total, 1)
-
-    rest = {n: reciprocal(n, entries) for n, entries in blocks.diagonals.items()}
+    pairs = inverse(blocks.pairs, [of_layer(layer) for layer in model.layers])
+    damped = trees.damped(blocks.diagonals, {n: dampings[n] for n in blocks.diagonals})
+    rest = jax.tree.map(lambda d: 1 / d, trees.ones_for_zeros(damped))
     return Blocks(pairs, rest, {})
 
 
@@ -144,10 +134,8 @@ def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
     """
     found: dict[int, Pair] = {}
     for members in _alike([pair.inputs.dtype for pair in pairs]):
-        of_a_type = _inverse(
-            [pairs[n] for n in members], [dampings[n] for n in members]
-        )
-        found.update(zip(members, of_a_type, strict=True))
+        results = _inverse([pairs[n] for n in members], [dampings[n] for n in members])
+        found.update(zip(members, results, strict=True))
     return [found[n] for n in range(len(pairs))]
 
 
@@ -277,8 +265,7 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
 
 def _batch_of(n: int, pair: Pair) -> Hashable:
     """Return a key that is equal for layers to be multiplied together."""
-    large = max(pair.inputs.size, pair.units.size) > _LARGE
-    alone = n if large else None
+    alone = n if max(pair.inputs.size, pair.units.size) > _LARGE else None
     return (pair.inputs.shape, pair.units.shape, pair.inputs.dtype, alone)
 
 

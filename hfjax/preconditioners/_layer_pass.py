@@ -40,10 +40,7 @@ class LayerPass(NamedTuple):
 
 
 def layer_pass(
-    model: Model,
-    model_fn: Callable[[Params, Tree], Tree],
-    params: Params,
-    cases: Cases,
+    model: Model, model_fn: Callable[[Params, Tree], Tree], params: Params, cases: Cases
 ) -> LayerPass:
     """Prepare a pass over `cases` through a model that was read on one example."""
     if sharding.shards_of_cases(cases.inputs) == 1:

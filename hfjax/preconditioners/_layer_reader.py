@@ -8,14 +8,14 @@ axis that is added to the result. Programs inside the program (`jit`, `checkpoin
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from hfjax._tracing import programs
-from hfjax.preconditioners._interpret import Use
+from hfjax.preconditioners._interpret import Path, Use
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
 _RESHAPES = frozenset({"reshape", "squeeze"})
@@ -73,20 +73,16 @@ class Reader:
             for n, shape in enumerate(self.shapes)
         }
         self._program(jaxpr, marks, (), ())
-        for atom in jaxpr.outvars:
-            self._spoil(_mark(marks, atom), "the model returns it")
+        self._spoil((_mark(marks, x) for x in jaxpr.outvars), "the model returns it")
 
-    def _spoil(self, mark: _Mark, why: str) -> None:
-        """Record that a parameter is not part of a layer; the first reason counts."""
-        if isinstance(mark, _Parameter):
-            self.others.setdefault(mark.number, why)
+    def _spoil(self, marks: Iterable[_Mark], why: str) -> None:
+        """Record that parameters are not part of a layer; the first reason counts."""
+        for mark in marks:
+            if isinstance(mark, _Parameter):
+                self.others.setdefault(mark.number, why)
 
     def _program(
-        self,
-        jaxpr: Jaxpr,
-        marks: dict[Any, _Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
+        self, jaxpr: Jaxpr, marks: dict[Any, _Mark], path: Path, loops: tuple[int, ...]
     ) -> list[_Mark]:
         """Read a program whose inputs are marked; mark its outputs."""
         read = [atom for equation in jaxpr.eqns for atom in equation.invars]
@@ -108,31 +104,21 @@ class Reader:
         return [mark_of(atom) for atom in jaxpr.outvars]
 
     def _equation(
-        self,
-        equation: Any,
-        found: list[_Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
+        self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
     ) -> list[_Mark]:
         name, params = equation.primitive.name, equation.params
         inner = programs.inner(equation)
         if inner is not None:
-            known = list(found)
-            if name == "scan":
-                count, _ = programs.consts_and_carry(equation)
-                for mark in found[count:]:
-                    self._spoil(mark, "a `scan` takes it as carry or step by step")
-                known[count:] = [None] * (len(found) - count)
-                # The output of a layer outside is used in every step: more than once.
-                known = [x if isinstance(x, _Parameter) else None for x in known]
-                loops = (*loops, params["length"])
-            results = self._program(
-                inner, dict(zip(inner.invars, known, strict=True)), path, loops
-            )
             if name != "scan":
-                return results
-            for mark in results:
-                self._spoil(mark, "a `scan` returns it")
+                marks: dict[Any, _Mark] = dict(zip(inner.invars, found, strict=True))
+                return self._program(inner, marks, path, loops)
+            count, _ = programs.consts_and_carry(equation)
+            self._spoil(found[count:], "a `scan` takes it as carry or step by step")
+            # The output of a layer outside is used in every step: more than once.
+            consts = zip(inner.invars[:count], found[:count], strict=True)
+            marks = {atom: x for atom, x in consts if isinstance(x, _Parameter)}
+            results = self._program(inner, marks, path, (*loops, params["length"]))
+            self._spoil(results, "a `scan` returns it")
             return [None for _ in results]
         if name in ("dot_general", "conv_general_dilated"):
             result = self._product(equation, found, path, loops)
@@ -141,40 +127,33 @@ class Reader:
         else:
             result = found[0] and _relabelled(equation, found[0])
         if result is None:
-            for mark in found:
-                self._spoil(mark, f"`{name}` uses it")
+            self._spoil(found, f"`{name}` uses it")
         return [result, *[None for _ in equation.outvars[1:]]]
 
     def _product(
-        self,
-        equation: Any,
-        found: list[_Mark],
-        path: tuple[int, ...],
-        loops: tuple[int, ...],
+        self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
     ) -> _Mark:
-        sides = [n for n, mark in enumerate(found) if isinstance(mark, _Parameter)]
-        if len(sides) != 1:
+        marks = [(n, x) for n, x in enumerate(found) if isinstance(x, _Parameter)]
+        if len(marks) != 1:
             return None
-        side, mark = sides[0], found[sides[0]]
-        assert isinstance(mark, _Parameter)
-        # Each axis of the kernel must be there once, and no other.
+        ((side, mark),) = marks
         rank = len(self.shapes[mark.number])
-        if rank < 2 or sorted(a if a is not None else -1 for a in mark.axes) != list(
-            range(rank)
-        ):
+        axes = tuple(axis for axis in mark.axes if axis is not None)
+        # Each axis of the kernel must be there, and no other.
+        if rank < 2 or not len(axes) == len(mark.axes) == rank:
             return None
-        axes = _product_axes(equation, side, mark.axes)  # pyright: ignore[reportArgumentType]
-        if axes is None:
+        kinds = _product_axes(equation, side, axes)
+        if kinds is None:
             return None
         out = equation.outvars[0].aval
-        summed, inputs, units = axes
+        summed, inputs, units = kinds
         self.uses.append(
             Use(
                 path=path,
                 kernel=mark.number,
                 operand=1 - side,
                 input_axes=inputs,
-                kernel_axes=mark.axes,  # pyright: ignore[reportArgumentType]
+                kernel_axes=axes,
                 output_axes=units,
                 inputs_last=summed == {rank - 1},
                 shape=tuple(out.shape),
@@ -200,14 +179,14 @@ class Reader:
             (units,) = use.output_axes
             length = use.shape[units]
             # The axis of the bias must be that of the units, not one of equal length.
-            here = bias.axes[axis] == 0 if length > 1 else True
+            here = length <= 1 or bias.axes[axis] == 0
             # A real bias is added to the real part alone, but a complex product also uses
             # the kernel for imaginary parts. So it gets no bias.
             fits = shape == (length,) and here and not use.is_complex
             if fits and n not in self.biases:
                 self.biases[n] = bias.number
                 return _Sum(uses)
-        self._spoil(bias, "it is added to no product that lacks a bias")
+        self._spoil(biases, "it is added to no product that lacks a bias")
         return _Sum(uses)
 
 
@@ -224,22 +203,16 @@ def _product_axes(
     last = len(kernel_axes) - 1
     if equation.primitive.name == "conv_general_dilated":
         units = kernel_axes[numbers.rhs_spec[0]]
-        grouped = (
-            equation.params["feature_group_count"]
-            * (equation.params["batch_group_count"])
-        )
-        if side != 1 or units != last or grouped != 1:
+        groups = ("feature_group_count", "batch_group_count")
+        grouped = any(equation.params[name] != 1 for name in groups)
+        if side != 1 or units != last or grouped:
             return None
         return set(range(last)), (), (numbers.out_spec[1],)
     contracted, batched = numbers
     if any(batched):  # A separate kernel for each index.
         return None
-    pairs = {
-        kernel_axes[of_kernel]: of_input
-        for of_kernel, of_input in zip(
-            contracted[side], contracted[1 - side], strict=True
-        )
-    }
+    of_kernel = [kernel_axes[n] for n in contracted[side]]
+    pairs = dict(zip(of_kernel, contracted[1 - side], strict=True))
     summed = set(pairs)
     if summed not in (set(range(last)), {last}):
         return None

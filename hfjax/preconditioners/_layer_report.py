@@ -3,9 +3,9 @@
 import jax
 
 from hfjax._core import options
-from hfjax._core.arguments import as_params, describe
+from hfjax._core.arguments import as_params
 from hfjax._core.types import Batch, Params
-from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import Objective, check_objective
 from hfjax.preconditioners import _factors
 from hfjax.preconditioners._merged_layers import merged
 
@@ -62,9 +62,7 @@ def layers(
       ['scale'] diagonal: `mul` uses it
       ['w'] factors of 3 + 1 inputs and 2 units
     """
-    if not isinstance(objective, Objective):
-        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-        raise TypeError(msg)
+    check_objective(objective)
     options.check_count("max_size", max_size, low=1)
     params = as_params(params)
     model = merged(_factors.read(objective, params, batch, max_size))

@@ -41,6 +41,11 @@ class Layer(NamedTuple):
     inputs_last: bool
     uses: tuple[int, ...]
 
+    @property
+    def rows(self) -> int:
+        """The number of inputs, and one more if there is a bias."""
+        return self.inputs + (self.bias is not None)
+
     def positions(self, uses: Sequence[Use]) -> int:
         """Count how often an example uses the kernel, given all uses of the model."""
         return sum(uses[n].positions for n in self.uses)
@@ -78,10 +83,9 @@ class Model:
         Returns the outputs of the model, and the inputs of each use, `[positions,
         inputs]`.
         """
-        run = Run(self.uses, {use.path: n for n, use in enumerate(self.uses)})
-        args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-        jaxpr, consts = self._program.jaxpr, self._program.consts
-        outputs, taken = run.program(jaxpr, consts, args, dict(enumerate(added)), ())
+        args = jax.tree.leaves((params, inputs))
+        run = Run(self.uses)
+        outputs, taken = run.program(self._program, args, dict(enumerate(added)), ())
         rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
         # A complex product uses a real kernel twice, for real and for imaginary inputs.
         rows = [
@@ -124,9 +128,7 @@ def read(
     return Model(uses, layers, others, unread, program, structure)
 
 
-def _sorted(
-    found: Reader,
-) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
+def _sorted(found: Reader) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
     """Group the uses of each kernel, with its bias if that has no other use.
 
     Also returns why each other parameter that is read is not part of a layer.

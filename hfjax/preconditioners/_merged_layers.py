@@ -78,9 +78,8 @@ def merged(models: Sequence[Model]) -> Merged:
     known = {n for layer in layers for n in (layer.kernel, layer.bias)}
     beside: dict[int, dict[int, str]] = {}
     for k, model in enumerate(models):
-        for n in sorted(_read_otherwise(model)):
-            if n in known:
-                beside.setdefault(n, {})[k] = model.others[n]
+        for n in sorted(_read_otherwise(model) & known):
+            beside.setdefault(n, {})[k] = model.others[n]
     # Prefer the reason of a term that reads the parameter.
     for unread in (False, True):
         for model in models:
@@ -138,10 +137,10 @@ def _part(
     beside: Mapping[int, Mapping[int, str]],
 ) -> Part:
     places = {layer.kernel: place for place, layer in enumerate(layers)}
-    own = [layer for layer in model.layers if layer.kernel in places]
     own = [
         layer._replace(bias=None if layer.bias in others else layer.bias)
-        for layer in own
+        for layer in model.layers
+        if layer.kernel in places
     ]
     diagonals = [n for n in others if n not in model.unread]
     diagonals += [n for n, terms in beside.items() if term in terms]

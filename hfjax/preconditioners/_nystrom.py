@@ -58,8 +58,12 @@ class Rule(NamedTuple):
     interval: int
 
     def init(self, params: Params) -> dict[str, tuple]:
-        """Return space for a sketch."""
-        return {"nystrom": tuple(zeros_for(params, self.rank))}
+        """Return space for a sketch: zeros."""
+        rank, dtype = columns(params, self.rank), trees.scalar_dtype(params)
+        units = sharding.zeros_like(trees.widen(params))
+        vectors = jax.vmap(lambda _: units)(jnp.arange(rank))
+        space = Sketch(vectors, jnp.zeros(rank, dtype), jnp.zeros((), dtype), units)
+        return {"nystrom": tuple(space)}
 
     def build(
         self,
@@ -74,8 +78,7 @@ class Rule(NamedTuple):
         """Build r ↦ P⁻¹r and the new memory; `damping` includes the weight decay."""
 
         def fresh(_: tuple) -> tuple:
-            found = sketch(objective, params, batch, damping, key, rank=self.rank)
-            return tuple(found)
+            return tuple(sketch(objective, params, batch, damping, key, rank=self.rank))
 
         if not memory:
             return inverse(Sketch(*fresh(())), damping), {}
@@ -107,14 +110,6 @@ def sketch(
     return Sketch(*approximate(matvec, params, rank, key), units)
 
 
-def zeros_for(params: Params, rank: int) -> Sketch:
-    """Return zeros for a sketch."""
-    rank, dtype = columns(params, rank), trees.scalar_dtype(params)
-    units = sharding.zeros_like(trees.widen(params))
-    vectors = jax.vmap(lambda _: units)(jnp.arange(rank))
-    return Sketch(vectors, jnp.zeros(rank, dtype), jnp.zeros((), dtype), units)
-
-
 def columns(params: Params, rank: int) -> int:
     """Return the number of columns of Ω, at most the number of parameters."""
     return min(rank, optax.tree.size(params))
@@ -143,9 +138,8 @@ def approximate(
     # then about ν or more. Any below ν/2 is left out.
     shift = noise = _noise(inner, y, like)
     y = trees.axpy(shift, omega, y)
-    values, rotation = linalg.eigh(
-        (inner + inner.T) / 2 + shift * jnp.eye(rank, dtype=shift.dtype)
-    )
+    shifted = (inner + inner.T) / 2 + shift * jnp.eye(rank, dtype=shift.dtype)
+    values, rotation = linalg.eigh(shifted)
     factor = trees.combination(_over_root(rotation, values, shift / 2).T, y)
 
     # G + νI ≈ F Fᵀ has the nonzero eigenvalues s of FᵀF = Z diag(s) Zᵀ, and the eigenvectors
@@ -162,13 +156,11 @@ def approximate(
     lengths, axes = linalg.eigh(overlap + jnp.diag((~known).astype(overlap.dtype)))
     lengths = jnp.sqrt(jnp.maximum(lengths, 0.1))  # All are close to 1.
     root = _product(axes * lengths[None], axes.T)
-    values, rotation = linalg.eigh(
-        _product(root * jnp.where(known, values, 0)[None], root)
-    )
+    middle = _product(root * jnp.where(known, values, 0)[None], root)
+    values, rotation = linalg.eigh(middle)
     known = values > 2 * noise
-    rotation = jnp.where(
-        known[None], _product(_product(axes / lengths[None], axes.T), rotation), 0
-    )
+    inverse_root = _product(axes / lengths[None], axes.T)
+    rotation = jnp.where(known[None], _product(inverse_root, rotation), 0)
     vectors = trees.combination(rotation[:, ::-1].T, vectors)
     values = jnp.where(known, values - shift, 0)[::-1]
     return vectors, scale * values, scale * noise
@@ -220,12 +212,13 @@ def _orthonormal(vectors: Tree) -> Tree:
 
 def _noise(inner: jax.Array, y: Tree, like: Tree) -> jax.Array:
     """Estimate ν, the size of the error of Y; 1 if Y = 0."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(like)]
-    eps = max(
-        max(float(jnp.finfo(d).eps), _ROUNDING * float(jnp.finfo(trees.wide(d)).eps))
-        for d in dtypes
-    )
-    rounding = eps * trees.norm(y)
+
+    def eps(dtype: jnp.dtype) -> float:
+        of_sums = _ROUNDING * float(jnp.finfo(trees.wide(dtype)).eps)
+        return max(float(jnp.finfo(dtype).eps), of_sums)
+
+    coarsest = max(eps(leaf.dtype) for leaf in jax.tree.leaves(like))
+    rounding = coarsest * trees.norm(y)
     size = optax.tree.size(like)
     # A device may multiply with fewer digits than ε tells, which shows as asymmetry: errors
     # of size σ in all entries of Y have the norm σ√n in a column, and make entries of size
@@ -245,7 +238,8 @@ def _over_root(rotation: jax.Array, values: jax.Array, above: jax.Array) -> jax.
 def _units(damping: Tree, params: Params) -> Tree:
     """Return √u with u = max(T) / T, where T is the diagonal of λD; 1 if D = I."""
     wide = trees.widen(params)
-    if _is_scalar(damping):
+    leaves = jax.tree.leaves(damping)
+    if len(leaves) == 1 and jnp.ndim(leaves[0]) == 0:
         return jax.tree.map(lambda x: x + 1, sharding.zeros_like(wide))
     largest = _largest(damping)
     divisor = jnp.where(largest > 0, largest, 1)
@@ -256,11 +250,6 @@ def _units(damping: Tree, params: Params) -> Tree:
         return jax.lax.rsqrt(jnp.where(largest > 0, share, 1)).astype(like.dtype)
 
     return jax.tree.map(unit, damping, wide)
-
-
-def _is_scalar(damping: Tree) -> bool:
-    leaves = jax.tree.leaves(damping)
-    return len(leaves) == 1 and jnp.ndim(leaves[0]) == 0
 
 
 def _largest(tree: Tree) -> jax.Array:

@@ -1,7 +1,7 @@
 """What a preconditioner keeps from one update to the next: unchanged, or averaged."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.terms import decay_of
-
-_Kept = TypeVar("_Kept", bound=Tree)
 
 
 def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
@@ -44,19 +42,16 @@ def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
 
 
 def every(
-    interval: int, count: jax.Array | int, build: Callable[[_Kept], _Kept], kept: _Kept
-) -> _Kept:
+    interval: int, count: jax.Array | int, build: Callable[[Tree], Tree], kept: Tree
+) -> Tree:
     """Build in the first and every `interval`-th update; otherwise return `kept`.
 
     `kept` is what was built last, and `build` maps it to a tree of the same shapes and
     dtypes. `count` is the number of updates so far.
     """
     # `cond` runs one branch only, so updates in between do not pay for a build.
-    built = jax.lax.cond(
-        count % interval == 0, for_loops(build), lambda kept: kept, kept
-    )
-    assert built is not None
-    return built
+    is_due = count % interval == 0
+    return jax.lax.cond(is_due, for_loops(build), lambda kept: kept, kept)
 
 
 def averaged(old: Tree, new: Tree, decay: Number, builds: jax.Array | int) -> Tree:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hfjax._core import options, trees
 from hfjax._core.arguments import check_function, with_key
@@ -102,11 +101,10 @@ def diagonal(
         key: jax.Array,
     ) -> Preconditioner:
         entries = with_key(estimate, key)(objective, params, batch)
-        powers = trees.interpolate(
-            _plus(entries, damping), exponent=exponent, kappa=kappa, scale=scale
+        damped = trees.damped(entries, damping)
+        powers = trees.ones_for_zeros(
+            trees.interpolate(damped, exponent=exponent, kappa=kappa, scale=scale)
         )
-        # If all is 0, nothing is known about this parameter's curvature: use the identity.
-        powers = jax.tree.map(lambda p: jnp.where(p > 0, p, 1), powers)
         return lambda r: jax.tree.map(
             lambda r, p: (r.astype(p.dtype) / p).astype(r.dtype), r, powers
         )
@@ -201,15 +199,12 @@ def kronecker(
     options.check_choice("data", data, ("batch", "eval_batch"))
     rule = _kronecker.Rule(damping_share, decay, interval, max_size, cases)
     build = _remembered.with_memory(rule.build)
-    remembers = rule.averages or interval > 1
-    return PreconditionerRule(build, data=data, init=rule.init if remembers else None)
+    init = rule.init if rule.averages or interval > 1 else None
+    return PreconditionerRule(build, data=data, init=init)
 
 
 def nystrom(
-    *,
-    rank: int = 50,
-    interval: int = 1,
-    data: str = "batch",
+    *, rank: int = 50, interval: int = 1, data: str = "batch"
 ) -> PreconditionerRule:
     """Precondition by a random sketch of the largest eigenvalues of G.
 
@@ -269,12 +264,10 @@ def nystrom(
     options.check_count("rank", rank, low=1)
     options.check_count("interval", interval, low=1)
     options.check_choice("data", data, ("batch", "eval_batch"))
-
     rule = _nystrom.Rule(rank, interval)
     build = _remembered.with_memory(rule.build)
-    return PreconditionerRule(
-        build, data=data, init=rule.init if interval > 1 else None
-    )
+    init = rule.init if interval > 1 else None
+    return PreconditionerRule(build, data=data, init=init)
 
 
 def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
@@ -312,16 +305,3 @@ def custom(build: Callable[..., Preconditioner]) -> PreconditionerRule:
         return with_key(build, key)(objective, params, batch, damping)
 
     return PreconditionerRule(with_or_without_key)
-
-
-def _plus(entries: Tree, damping: Tree) -> Tree:
-    """Add a scalar, or a tree like `entries`, in the dtypes of `entries`."""
-
-    def leaf(d: jax.Array, x: jax.Array) -> jax.Array:
-        # Entries are squares of gradients, and may overflow where the gradients do not.
-        # Infinity then counts as the largest float, so that r / P stays above 0.
-        return jnp.minimum(d, jnp.finfo(d.dtype).max) + x.astype(d.dtype)
-
-    if getattr(damping, "ndim", None) == 0:
-        return jax.tree.map(lambda d: leaf(d, damping), entries)
-    return jax.tree.map(leaf, entries, damping)
