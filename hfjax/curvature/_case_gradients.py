@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
 
 from hfjax._core import sharding, trees
 from hfjax._core.types import Params, Tree
@@ -42,15 +41,12 @@ def sum_of_squares(
 
 def held_entries(case_gradient: Callable[[Tree], Params], data: Tree) -> int:
     """Count the entries of an example's gradient that `sum_of_squares` has to form."""
-    held = 0
 
-    def count(one: Tree) -> None:
-        nonlocal held
+    def formed(one: Tree) -> list[Any]:
         outputs, _ = _gradients(case_gradient, one)
-        held = sum(leaf.size for leaf in outputs if not isinstance(leaf, _Outer))
+        return [leaf for leaf in outputs if not isinstance(leaf, _Outer)]
 
-    jax.eval_shape(count, sharding.first_case(data))
-    return held
+    return sum(leaf.size for leaf in jax.eval_shape(formed, sharding.first_case(data)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +79,9 @@ class _Outer:
 
 def _square_and_sum(leaf: "_Outer | jax.Array", weights: jax.Array) -> jax.Array:
     if not isinstance(leaf, _Outer):
-        squares = jnp.square(leaf.astype(trees.wide(leaf.dtype)))
+        squares = jnp.square(trees.widen(leaf))
         return sharding.contracted(weights.astype(squares.dtype), squares, ((0,), (0,)))
-    left = jnp.square(leaf.left.astype(trees.wide(leaf.left.dtype)))
-    right = jnp.square(leaf.right.astype(trees.wide(leaf.right.dtype)))
+    left, right = (jnp.square(trees.widen(x)) for x in (leaf.left, leaf.right))
     # (xᵢ dᵢᵀ)² is the outer product of squares, so the sum over i is one contraction.
     left = left * weights.reshape(-1, *[1] * (left.ndim - 1)).astype(left.dtype)
     left_axes, right_axes = leaf.contracted
@@ -99,31 +94,20 @@ def _gradients(
     case_gradient: Callable[[Tree], Params], data: Tree
 ) -> tuple[list["_Outer | jax.Array"], Any]:
     closed, shapes = jax.make_jaxpr(jax.vmap(case_gradient), return_shape=True)(data)
-    outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(data))
+    args = jax.tree.leaves(data)
+    outputs = programs.evaluate(closed.jaxpr, closed.consts, args, _apply)
     return outputs, jax.tree.structure(shapes)
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluate a program, leaving its outer products over the examples open."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        outputs = _apply(equation, operands)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
 def _apply(equation: Any, operands: list[Any]) -> list[Any]:
+    """Run an equation, leaving an outer product over the examples open."""
     name, params = equation.primitive.name, equation.params
-    if name in programs.INLINED:  # Evaluated in place, to see the products inside.
-        return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, operands)
-    if name in programs.CHECKPOINTS:
-        # Likewise, but this holds what `jax.checkpoint` would compute again.
-        return _evaluate(params["jaxpr"], (), operands)
+    inner = programs.inner(equation)
+    if inner is not None and name != "scan":
+        # Evaluated in place, to see the products inside. This holds what
+        # `jax.checkpoint` would compute again.
+        consts = getattr(params["jaxpr"], "consts", ())
+        return programs.evaluate(inner, consts, operands, _apply)
     first = operands[0] if operands else None
     if isinstance(first, _Outer):
         if name == "transpose" and params["permutation"][0] == 0:

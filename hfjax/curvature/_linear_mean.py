@@ -88,14 +88,16 @@ def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
     """Build the product of one term, in the dtypes of v."""
     means, cases = term.means, term.cases
     parts, local = means.parts(cases), means.local(params)
-    once = parts.count == 1 or term.linearize_once
     whole = None
-    if once:
+    if parts.count == 1 or term.linearize_once:
         source = term
         if parts.count > 1:
             # The transpose of a loop over microbatches sums in the dtype of the parameters.
             # So pass them wide, and narrow them in each microbatch.
-            source, local = _narrowed(term, params), trees.widen(local)
+            def model_fn(wide: Params, inputs: Tree) -> Tree:
+                return term.model_fn(trees.cast_like(wide, params), inputs)
+
+            source, local = term._replace(model_fn=model_fn), trees.widen(local)
         # The product runs inside of a loop, that of conjugate gradients.
         whole = for_loops(product(source, local, cases))
 
@@ -127,24 +129,11 @@ def gauss_newton(
     outputs, tangent, transpose = linearized(forward, params)
     curved = hessian(outputs)
 
+    def weighted(x: jax.Array) -> jax.Array:
+        return x * cases.weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+
     def product(v: Tree) -> Tree:
-        weighted = _weighted(cases.weights, curved(tangent(v)))
-        return transpose(trees.cast_like(weighted, outputs))
+        found = jax.tree.map(weighted, curved(tangent(v)))
+        return transpose(trees.cast_like(found, outputs))
 
     return product
-
-
-def _weighted(weights: jax.Array, tree: Tree) -> Tree:
-    """Multiply the values of each example by its weight."""
-    return jax.tree.map(
-        lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree
-    )
-
-
-def _narrowed(term: Term, params: Params) -> Term:
-    """Return the term for wide parameters, evaluated in the dtypes of `params`."""
-
-    def model_fn(wide: Params, inputs: Tree) -> Tree:
-        return term.model_fn(trees.cast_like(wide, params), inputs)
-
-    return term._replace(model_fn=model_fn)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core import options, sharding, trees
-from hfjax._core.arguments import as_key, as_params, describe
+from hfjax._core.arguments import as_key, as_params
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
 from hfjax._tracing.convolutions import for_loops
@@ -34,8 +34,7 @@ from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.curvature import _case_gradients
 from hfjax.curvature.probes import probes
 from hfjax.objectives.cases import Cases
-from hfjax.objectives.objective import Objective
-from hfjax.objectives.plain import terms_of
+from hfjax.objectives.plain import Objective, check_objective, terms_of
 from hfjax.objectives.terms import Term, total
 
 Estimate: TypeAlias = Callable[..., Tree]
@@ -67,11 +66,8 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Para
       Martens & Sutskever (2012), section 11.3, algorithm 6; Martens (2010), 4.7.
     """
 
-    def of_term(term: Term, params: Params, key: None) -> Params:
-        del key
-
-        def case_gradient(params: Params, case: Cases, probe: jax.Array) -> Params:
-            del probe
+    def of_term(term: Term, params: Params, _: None) -> Params:
+        def case_gradient(params: Params, case: Cases, _: jax.Array) -> Params:
             return jax.grad(lambda params: term.losses_of(params, case)[0])(params)
 
         return _mean_of_squares(term, params, case_gradient)
@@ -135,9 +131,9 @@ def ggn_rademacher(
             return transpose(factor(drawn.signs(key[0], probe, outputs)))
 
         # Each example's key is part of its inputs, so that microbatches keep them together.
-        inputs = (term.cases.inputs, drawn.data)
-        how_often = {"probes": num_probes, "share": 1 / num_probes}
-        return _mean_of_squares(term, params, case_gradient, inputs=inputs, **how_often)
+        cases = term.cases._replace(inputs=(term.cases.inputs, drawn.data))
+        keyed, share = term._replace(cases=cases), 1 / num_probes
+        return _mean_of_squares(keyed, params, case_gradient, num_probes, share)
 
     return _summed(of_term, objective, params, batch, key)
 
@@ -167,9 +163,7 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
       Martens & Sutskever (2012), section 11.2.
     """
 
-    def of_term(term: Term, params: Params, key: None) -> Params:
-        del key
-
+    def of_term(term: Term, params: Params, _: None) -> Params:
         def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
             # The unit vector eₖ for k = `index`, with entries numbered over all leaves.
             outputs, transpose, factor = _factored(term, params, case)
@@ -182,7 +176,7 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
             return transpose(term.means.local(factor(structure.unflatten(units))))
 
         count = term.outputs_per_case(params)
-        return _mean_of_squares(term, params, case_gradient, probes=count)
+        return _mean_of_squares(term, params, case_gradient, count)
 
     return _summed(of_term, objective, params, batch)
 
@@ -195,9 +189,7 @@ def _summed(
     key: jax.Array | None = None,
 ) -> Params:
     """Sum the terms' diagonals, times cₖ, each with a key of its own."""
-    if not isinstance(objective, Objective):
-        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-        raise TypeError(msg)
+    check_objective(objective)
 
     def compute(params: Params, batch: Batch, key: jax.Array | None) -> Params:
         terms = terms_of(objective, batch)
@@ -205,10 +197,8 @@ def _summed(
             key if key is None or term.weight is None else jax.random.fold_in(key, k)
             for k, term in enumerate(terms)
         ]
-        found = [
-            of_term(term, params, own) for term, own in zip(terms, keys, strict=True)
-        ]
-        return total(terms, found)
+        pairs = zip(terms, keys, strict=True)
+        return total(terms, [of_term(term, params, own) for term, own in pairs])
 
     key = None if key is None else as_key("key", key)
     return compiled.run(compute, as_params(params), batch, key)
@@ -230,19 +220,16 @@ def _mean_of_squares(
     term: Term,
     params: Params,
     case_gradient: Callable[[Params, Any, Any], Params],
-    *,
-    inputs: Tree = None,
     probes: int = 1,
     share: float = 1.0,
 ) -> Params:
     """Average Σ over probes of `share` · squares over the examples; add weight decay.
 
     `case_gradient` is `(params, case, probe) -> what is squared`, for one example with
-    leading axes of one. `inputs` are those of the examples, if not the term's own.
+    leading axes of one.
     """
-    cases, zero = term.cases, jnp.zeros((), jnp.int32)
-    cases = cases if inputs is None else cases._replace(inputs=inputs)
-    cases, means = sharding.alike(cases), term.means
+    cases, means = sharding.alike(term.cases), term.means
+    zero = jnp.zeros((), jnp.int32)
     local = means.local(sharding.gathered(params, cases))
 
     def gradient_of(probe: jax.Array) -> Callable[[tuple], Params]:
@@ -253,11 +240,9 @@ def _mean_of_squares(
         return gradient
 
     def sum_of_squares(cases: Cases) -> Tree:
-        data = (cases.inputs, cases.targets)
-
         def one(probe: jax.Array) -> Tree:
             gradient = gradient_of(probe)
-            return _case_gradients.sum_of_squares(gradient, data, cases.weights)
+            return _case_gradients.sum_of_squares(gradient, cases[:2], cases.weights)
 
         if probes == 1:
             return one(zero)
@@ -265,9 +250,7 @@ def _mean_of_squares(
         nothing = sharding.zeros(jax.eval_shape(one, zero))
         return trees.summed(for_loops(one), probes, means.local(nothing))
 
-    held = _case_gradients.held_entries(
-        gradient_of(zero), (cases.inputs, cases.targets)
-    )
+    held = _case_gradients.held_entries(gradient_of(zero), cases[:2])
     # Microbatches bound the memory for gradients that have to be formed.
     bounded = means.at_most(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = sharding.like(bounded.mean(sum_of_squares, cases), params)

@@ -6,7 +6,6 @@ of f is J̃ᵀr̃ with r̃ᵢ = √(c wᵢ / Σ w) Sᵢ⁻¹∇Lᵢ. Then, for a
 quadratic model is the least-squares problem min ‖J̃δ + r̃‖².
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,8 +70,7 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
         local = term.means.local(sharding.gathered(params, term.cases))
         # The examples are alike, so one is enough.
         program, shapes = jax.make_jaxpr(term.outputs, return_shape=True)(local, inputs)
-        leaves = jax.tree.leaves(shapes)
-        rows += count * sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+        rows += count * sum(leaf.size for leaf in jax.tree.leaves(shapes))
         forward += count * programs.multiplications(program)
     return Size(rows, optax.tree.size(params), forward)
 
@@ -86,11 +84,11 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     """
     parts = [_of_term(params, term) for term in terms_of(objective, batch)]
     rows, residuals = jax.tree.map(_joined, *(part[:2] for part in parts))
-    return Jacobian(
-        rows,
-        residuals,
-        for_loops(lambda step: _joined(*(part.residuals_at(step) for part in parts))),
-    )
+
+    def residuals_at(step: Tree) -> jax.Array:
+        return _joined(*(part.residuals_at(step) for part in parts))
+
+    return Jacobian(rows, residuals, for_loops(residuals_at))
 
 
 def _joined(*arrays: jax.Array) -> jax.Array:
@@ -131,16 +129,13 @@ def _of_term(params: Params, term: Term) -> Jacobian:
     cases, means = sharding.alike(term.cases), term.means
     local = means.local(sharding.gathered(params, cases))
 
-    def of_case(
-        inputs: Tree, targets: Tree
-    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, jax.Array]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
         outputs, transpose = jax.vjp(lambda params: term.outputs(params, inputs), local)
         flat, unflatten = _ravelled(outputs)
         factor = term.loss.factor(outputs, targets)
-        units = jax.vmap(lambda unit: factor(unflatten(unit)))(
-            jnp.eye(flat.size, dtype=flat.dtype)
-        )
+        identity = jnp.eye(flat.size, dtype=flat.dtype)
+        units = jax.vmap(lambda unit: factor(unflatten(unit)))(identity)
         # An S that is the same for all examples is not marked as varying over devices.
         columns = trees.cast_like(means.local(units), outputs)
         rows = jax.vmap(lambda v: transpose(v)[0])(columns)
@@ -161,8 +156,7 @@ def _of_term(params: Params, term: Term) -> Jacobian:
     rows, residuals, inverses = of_cases(of_case, cases.inputs, cases.targets)
 
     def residuals_at(step: Tree) -> jax.Array:
-        there = sharding.gathered(trees.add(params, step), cases)
-        there = means.local(there)
+        there = means.local(sharding.gathered(trees.add(params, step), cases))
 
         def of_case(inputs: Tree, targets: Tree, inverse: jax.Array) -> jax.Array:
             inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
@@ -172,15 +166,14 @@ def _of_term(params: Params, term: Term) -> Jacobian:
         return weighted(of_cases(of_case, *known))
 
     rows, residuals = jax.tree.map(weighted, (rows, residuals))
-    leaves, structure = jax.tree.flatten(params)
     found = iter(rows)
-    rows = [
-        next(found)
-        if leaf.size
-        else jnp.zeros((len(residuals), *leaf.shape), trees.wide(leaf.dtype))
-        for leaf in leaves
-    ]
-    return Jacobian(structure.unflatten(rows), residuals, residuals_at)
+
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        if leaf.size:
+            return next(found)
+        return jnp.zeros((len(residuals), *leaf.shape), trees.wide(leaf.dtype))
+
+    return Jacobian(jax.tree.map(of_leaf, params), residuals, residuals_at)
 
 
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
@@ -198,9 +191,8 @@ def _weighted(term: Term, cases: Cases) -> Callable[[jax.Array], jax.Array]:
     def weighted(x: jax.Array) -> jax.Array:
         x = x.astype(trees.wide(x.dtype))
         # Compute in the dtype of the rows, as weights may have a narrower one.
-        w, all_of_them, c = (
-            jnp.asarray(number, x.dtype) for number in (cases.weights, total, weight)
-        )
+        numbers = (cases.weights, total, weight)
+        w, all_of_them, c = (jnp.asarray(number, x.dtype) for number in numbers)
         x *= jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
         x = sharding.gathered(x, cases)
         return term.means.gathered(x.reshape(-1, *x.shape[2:]))

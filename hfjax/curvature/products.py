@@ -88,9 +88,8 @@ def ggn(
     References:
       Martens & Sutskever (2012), sections 6, 6.1 and 8.4; algorithm 5.
     """
-    objective = (
-        objective if structural is None else with_structural_loss(objective, structural)
-    )
+    if structural is not None:
+        objective = with_structural_loss(objective, structural)
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
         # This is called once, so the loss can compute in advance what does not need v.
@@ -144,16 +143,16 @@ def hessian(
     References:
       Martens & Sutskever (2012), section 5; Pearlmutter (1994).
     """
-    objective = (
-        objective if structural is None else with_structural_loss(objective, structural)
-    )
+    if structural is not None:
+        objective = with_structural_loss(objective, structural)
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        means, slope = term.means, jax.grad(term.weighted_loss)
+
         # Neither divided by Σᵢ wᵢ nor with weight decay: `linear_mean` does both.
         def gradient(params: Params) -> Params:
-            return term.means.accumulate(
-                lambda part: jax.grad(term.weighted_loss)(params, part),
-                term.means.parts(cases),
+            return means.accumulate(
+                lambda part: slope(params, part), means.parts(cases)
             )
 
         return derivative_of_gradient(gradient, params)
@@ -163,11 +162,7 @@ def hessian(
 
 @of_an_objective
 def finite_difference_hessian(
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    *,
-    epsilon: Number | None = None,
+    objective: Objective, params: Params, batch: Batch, *, epsilon: Number | None = None
 ) -> Matvec:
     """Build the Hessian-vector product from differences of gradients.
 
@@ -261,13 +256,11 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matv
     """
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        def losses(params: Params) -> jax.Array:
+            return term.losses_of(params, cases)
+
         # The Hessian of ½ L² with respect to L is 1.
-        return gauss_newton(
-            lambda params: term.losses_of(params, cases),
-            lambda values: lambda v: v,
-            params,
-            cases,
-        )
+        return gauss_newton(losses, lambda values: lambda v: v, params, cases)
 
     return linear_mean(product, objective, params, batch)
 

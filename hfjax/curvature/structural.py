@@ -16,11 +16,9 @@ import jax.numpy as jnp
 
 from hfjax import losses
 from hfjax._core import options, trees
-from hfjax._core.arguments import describe
 from hfjax._core.types import Number, Tree
 from hfjax.losses.loss import LinearMap
-from hfjax.objectives.objective import Objective
-from hfjax.objectives.plain import outputs_and_hidden
+from hfjax.objectives.plain import Objective, check_objective, outputs_and_hidden
 
 
 def with_structural_loss(objective: Objective, strength: Number) -> Objective:
@@ -70,9 +68,7 @@ def hidden_distance(objective: Objective) -> Objective:
     hidden_loss = _needed(objective)
     return dataclasses.replace(
         objective,
-        model_fn=lambda params, inputs: outputs_and_hidden(objective, params, inputs)[
-            1
-        ],
+        model_fn=lambda *args: outputs_and_hidden(objective, *args)[1],
         loss=_distance(hidden_loss),
         weight_decay=0.0,
         hidden_loss=None,
@@ -80,9 +76,7 @@ def hidden_distance(objective: Objective) -> Objective:
 
 
 def _needed(objective: Objective) -> losses.Loss:
-    if not isinstance(objective, Objective):
-        msg = f"`objective` must be an `hfjax.Objective`, got {describe(objective)}."
-        raise TypeError(msg)
+    check_objective(objective)
     if objective.hidden_loss is None:
         msg = (
             "Structural damping needs hidden states: give `Objective` a "
@@ -99,31 +93,26 @@ def _paired(
     penalty = _distance(hidden_loss)
 
     def value(pair: tuple, targets: Tree) -> jax.Array:
-        outputs, hidden = pair
-        data = loss.value(outputs, targets)
-        return data + _scaled(strength, penalty.value(hidden, None)).astype(data.dtype)
+        data, distance = loss.value(pair[0], targets), penalty.value(pair[1], None)
+        return data + _scaled(strength, distance).astype(data.dtype)
+
+    def both(data: LinearMap, structural: LinearMap, times: Number) -> LinearMap:
+        return lambda v: (data(v[0]), _scaled(times, structural(v[1])))
 
     def hessian(pair: tuple, targets: Tree) -> LinearMap:
-        outputs, hidden = pair
-        data, structural = (
-            loss.hessian(outputs, targets),
-            penalty.hessian(hidden, None),
-        )
-        return lambda v: (data(v[0]), _scaled(strength, structural(v[1])))
+        maps = loss.hessian(pair[0], targets), penalty.hessian(pair[1], None)
+        return both(*maps, strength)
 
     def factor(pair: tuple, targets: Tree) -> LinearMap:
-        outputs, hidden = pair
-        data, structural = loss.factor(outputs, targets), penalty.factor(hidden, None)
+        maps = loss.factor(pair[0], targets), penalty.factor(pair[1], None)
         # The factor of μ d″ is √μ times that of d″.
-        root = jnp.sqrt(strength)
-        return lambda v: (data(v[0]), _scaled(root, structural(v[1])))
+        return both(*maps, jnp.sqrt(strength))
 
     def predict(pair: tuple) -> tuple:
         return loss.predict(pair[0]), penalty.predict(pair[1])
 
     def coarse(pair: tuple, targets: Tree) -> str | None:
-        found = loss.coarse(pair[0], targets), penalty.coarse(pair[1], None)
-        return found[0] or found[1]
+        return loss.coarse(pair[0], targets) or penalty.coarse(pair[1], None)
 
     return losses.Loss(value, hessian, factor, predict, coarse=coarse)
 
