@@ -255,6 +255,18 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
 
 
+def row(tree: Tree, k: jax.Array) -> Tree:
+    """Return the k-th row of every leaf."""
+    take = jax.lax.dynamic_index_in_dim
+    return jax.tree.map(lambda leaf: take(leaf, k, keepdims=False), tree)
+
+
+def with_row(tree: Tree, k: jax.Array, row: Tree) -> Tree:
+    """Return `tree` with another k-th row in every leaf."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda leaf, x: put(leaf, x, k, 0), tree, row)
+
+
 def coordinates(vectors: Tree, x: Tree) -> jax.Array:
     """Return Vᵀx, shape `[K]`, summed in float32 or wider."""
 

@@ -286,12 +286,9 @@ def _run(
     result = run(
         matvec,
         b,
-        None,
         preconditioner,
-        keep.build(max_iterations, None),
+        keep,
         max_iterations=max_iterations,
-        limit=max_iterations,
-        min_iterations=1,
         stopping=stopping,
         region=region,
     )

@@ -66,14 +66,9 @@ def minimise(
         updated = times(times(w, inverse), w.T) + rho * jnp.outer(s, s)
         finite = jnp.all(jnp.isfinite(gradient_new))
         going = moved & finite & (jnp.max(jnp.abs(gradient_new)) > 1e-6)
-        return _Descent(
-            i + 1,
-            x_new,
-            jnp.where(moved, after, now),
-            gradient_new,
-            jnp.where(curved, updated, inverse),
-            going,
-        )
+        value_new = jnp.where(moved, after, now)
+        inverse = jnp.where(curved, updated, inverse)
+        return _Descent(i + 1, x_new, value_new, gradient_new, inverse, going)
 
     first, gradient = jax.value_and_grad(value)(start)
     going = jnp.isfinite(first) & jnp.all(jnp.isfinite(gradient))

@@ -78,25 +78,17 @@ def inverse(
     preconditioner = as_preconditioner(preconditioner)
 
     def damped(matvec: Matvec) -> Matvec:
-        def product(v: Tree) -> Tree:
-            total = trees.axpy(damping, v, matvec(v))
-            return trees.cast_like(total, v)
+        return lambda v: trees.cast_like(trees.axpy(damping, v, matvec(v)), v)
 
-        return product
-
-    def run_on(matvec: Matvec, b: Tree) -> Tree:
-        # Solve with the faster product, if `matvec` is an `Approximate`. JAX forms the
-        # derivatives with the exact one, its argument here.
-        del matvec
+    # Solve with the faster product, if `matvec` is an `Approximate`. JAX forms the
+    # derivatives with the exact one, which it passes here.
+    def run_on(_: Matvec, b: Tree) -> Tree:
         return run(
             nearly,
             b,
-            None,
             preconditioner,
-            keep.build(max_iterations, None),
+            keep,
             max_iterations=max_iterations,
-            limit=max_iterations,
-            min_iterations=1,
             stopping=rule,
         ).x
 

@@ -92,16 +92,12 @@ def _steps(iterates: Tree, there: jax.Array, scale: jax.Array) -> Tree:
     def step(number: jax.Array, iterates: Tree) -> Tree:
         slot = len(there) - 1 - number
 
-        def leaf(buffer: jax.Array) -> jax.Array:
-            after, before = (
-                jax.lax.dynamic_index_in_dim(buffer, n, keepdims=False)
-                for n in (slot, jnp.maximum(slot - 1, 0))
-            )
+        def leaf(after: jax.Array, before: jax.Array) -> jax.Array:
             change = jnp.where(slot > 0, after - before, after)
-            change = jnp.where(there[slot], change, 0) * scale.astype(change.dtype)
-            return jax.lax.dynamic_update_index_in_dim(buffer, change, slot, 0)
+            return jnp.where(there[slot], change, 0) * scale.astype(change.dtype)
 
-        return jax.tree.map(leaf, iterates)
+        ends = (trees.row(iterates, n) for n in (slot, jnp.maximum(slot - 1, 0)))
+        return trees.with_row(iterates, slot, jax.tree.map(leaf, *ends))
 
     return jax.lax.fori_loop(0, len(there), step, iterates)
 

@@ -16,6 +16,7 @@ per iteration. It differs from `jax.scipy.sparse.linalg.cg` in that it
     [1.   0.5  0.25] 3 RESIDUAL_ZERO
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,13 +25,7 @@ import jax.numpy as jnp
 from hfjax._core import options, sharding, trees
 from hfjax._core.arguments import as_product, as_vector, check_function, describe
 from hfjax._core.refusal import without_derivative
-from hfjax._core.types import (
-    Matvec,
-    NumberOrSchedule,
-    Preconditioner,
-    Tree,
-    ValueFn,
-)
+from hfjax._core.types import Matvec, NumberOrSchedule, Preconditioner, Tree, ValueFn
 from hfjax._tracing import compiled
 from hfjax.solvers._inverse import inverse as inverse
 from hfjax.solvers._subspace import subspace
@@ -117,15 +112,14 @@ def solve(
         return run(
             matvec,
             b,
-            x0,
             preconditioner,
-            keep.build(max_iterations, value_fn),
+            keep,
             max_iterations=max_iterations,
-            limit=max_iterations
-            if limit is None
-            else jnp.minimum(limit, max_iterations),
-            min_iterations=min_iterations,
             stopping=stopping,
+            x0=x0,
+            value_fn=value_fn,
+            limit=limit,
+            min_iterations=min_iterations,
             replace_every=replace_every,
         )
 
@@ -222,26 +216,21 @@ def conjugate_gradient(
         return trees.scale(options.read(warm_start_decay, count), direction)
 
     def solve_from(system: System, x0: Tree | None) -> Run:
-        preconditioner = system.preconditioner()
-        # Only called if `keep` evaluates f.
-        value_fn = system.batch_value if keep.data == "batch" else system.value
-
-        def from_(x0: Tree | None) -> CGResult:
-            return solve(
-                system.matvec,
-                system.b,
-                x0=x0,
-                preconditioner=preconditioner,
-                max_iterations=max_iterations,
-                min_iterations=min_iterations,
-                stopping=stopping,
-                keep=keep,
-                value_fn=value_fn,
-                limit=None if limit is None else _limit(limit, system.count),
-                replace_every=replace_every,
-            )
-
-        result = from_(None) if x0 is None else _or_from_zero(from_, x0)
+        run_from = functools.partial(
+            solve,
+            system.matvec,
+            system.b,
+            preconditioner=system.preconditioner(),
+            max_iterations=max_iterations,
+            min_iterations=min_iterations,
+            stopping=stopping,
+            keep=keep,
+            # Only called if `keep` evaluates f.
+            value_fn=system.batch_value if keep.data == "batch" else system.value,
+            limit=None if limit is None else _limit(limit, system.count),
+            replace_every=replace_every,
+        )
+        result = run_from() if x0 is None else _or_from_zero(run_from, x0)
         found = as_run(result)
         # Steps before and after a replacement of the residual are not conjugate.
         if not system.tikhonov or keep.evaluates or replace_every is not None:
@@ -250,8 +239,7 @@ def conjugate_gradient(
 
         def at_damping(damping: jax.Array) -> Step:
             direction, model, undamped = space.solve(damping)
-            iteration = result.num_iterations
-            return Step(direction, model, iteration, undamped=undamped)
+            return Step(direction, model, result.num_iterations, undamped=undamped)
 
         return found._replace(at_damping=at_damping)
 
@@ -259,7 +247,7 @@ def conjugate_gradient(
         if warm_start_from == "best" and run.iterates is not None:
             values = run.iterates.values
             best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-            return jax.tree.map(lambda leaf: leaf[best], run.iterates.iterates)
+            return trees.row(run.iterates.iterates, best)
         # Without a warm start no run reads what is carried over, and the chosen step is
         # in memory anyway.
         last = warm_start_from == "last" and warm_start_decay is not None
@@ -288,11 +276,11 @@ def _limit(limit: NumberOrSchedule, count: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.floor(options.read(limit, count)), jnp.int32)
 
 
-def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
+def _or_from_zero(run: Callable[..., CGResult], x0: Tree) -> CGResult:
     """Run from x0, and once more from 0 if M has not become negative."""
     # A loop of one or two rounds, so that the run is compiled only once.
     zero = sharding.zeros_like(x0)
-    unknown = sharding.zeros(jax.eval_shape(run, x0))
+    unknown = sharding.zeros(jax.eval_shape(lambda: run(x0=x0)))
 
     def unfinished(carry: tuple[jax.Array, Tree, CGResult]) -> jax.Array:
         rounds, _, result = carry
@@ -301,7 +289,7 @@ def _or_from_zero(run: Callable[[Tree], CGResult], x0: Tree) -> CGResult:
 
     def again(carry: tuple[jax.Array, Tree, CGResult]) -> tuple:
         rounds, x0, _ = carry
-        return rounds + 1, zero, run(x0)
+        return rounds + 1, zero, run(x0=x0)
 
     start = (jnp.zeros((), jnp.int32), x0, unknown)
     return jax.lax.while_loop(unfinished, again, start)[2]

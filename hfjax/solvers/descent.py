@@ -65,13 +65,13 @@ class Step(NamedTuple):
         Returns:
           A vector like δ.
         """
-        if alpha is None:
-            bent = self.correction
-            return self.direction if bent is None else trees.add(self.direction, bent)
-        straight = trees.scale(alpha, self.direction)
-        if self.correction is None:
+        delta, bent = self.direction, self.correction
+        straight = delta if alpha is None else trees.scale(alpha, delta)
+        if bent is None:
             return straight
-        return trees.axpy(alpha**2, self.correction, straight)
+        if alpha is None:
+            return trees.add(straight, bent)
+        return trees.axpy(alpha**2, bent, straight)
 
     def length(self, alpha: jax.Array) -> jax.Array:
         """Return ‖αδ + α²c‖.

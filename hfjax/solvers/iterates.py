@@ -9,7 +9,7 @@ has increased.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,9 +44,7 @@ class IterateBuffer(NamedTuple):
 
     init: Callable[[Tree], Iterates]
     update: Callable[[Iterates, jax.Array, Tree, jax.Array], Iterates]
-    stop: Callable[[Iterates, jax.Array], jax.Array] = lambda kept, i: jnp.zeros(
-        (), bool
-    )
+    stop: Callable[[Iterates, jax.Array], jax.Array] = lambda *_: jnp.zeros((), bool)
 
 
 class IterateRule(NamedTuple):
@@ -137,10 +135,9 @@ def best(*, first: int = 5, growth: float = 1.3) -> IterateRule:
             )
             # Ties go to the later iterate; NaN never wins.
             better = due & (value <= kept.values[0])
-            slot = jnp.zeros((), jnp.int32)
             # A `select` would copy the buffer in every iteration.
             return jax.lax.cond(
-                better, lambda: _write(kept, slot, i, x, value), lambda: kept
+                better, lambda: _write(kept, 0, i, x, value), lambda: kept
             )
 
         return IterateBuffer(init, update)
@@ -255,13 +252,8 @@ def _check_spacing(first: int, growth: float) -> None:
 
 def _spaced(first: int, growth: float, max_iterations: int) -> list[int]:
     """Return the distinct ⌈first · growth^j⌉ below `max_iterations`."""
-
-    def numbers() -> Iterator[int]:
-        for j in itertools.count():
-            yield math.ceil(first * growth**j)
-
-    below = itertools.takewhile(lambda i: i < max_iterations, numbers())
-    return sorted(set(below))
+    numbers = (math.ceil(first * growth**j) for j in itertools.count())
+    return sorted(set(itertools.takewhile(lambda i: i < max_iterations, numbers)))
 
 
 def _start(x: Tree, slots: int, dtype: jax.typing.DTypeLike) -> Iterates:
@@ -271,15 +263,12 @@ def _start(x: Tree, slots: int, dtype: jax.typing.DTypeLike) -> Iterates:
 
 
 def _write(
-    kept: Iterates, slot: jax.Array, i: jax.Array, x: Tree, value: jax.Array
+    kept: Iterates, slot: jax.Array | int, i: jax.Array, x: Tree, value: jax.Array
 ) -> Iterates:
-    write = jax.lax.dynamic_update_index_in_dim
     slot = jnp.asarray(slot, jnp.int32)
     here = jnp.arange(len(kept.iterations), dtype=jnp.int32) == slot
     return Iterates(
-        jax.tree.map(
-            lambda buffer, leaf: write(buffer, leaf, slot, 0), kept.iterates, x
-        ),
+        trees.with_row(kept.iterates, slot, x),
         jnp.where(here, i, kept.iterations),
         jnp.where(here, value, kept.values),
     )

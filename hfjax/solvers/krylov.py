@@ -85,56 +85,43 @@ def basis(
     precondition = as_preconditioner(preconditioner) or (lambda r: r)
 
     def built(b: Tree, direction: Tree | None) -> Basis:
-        return _built(matvec, b, dimension, precondition, direction, fill)
+        empty = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[None], (dimension, *x.shape)),
+            sharding.zeros_like(b),
+        )
+
+        def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
+            # The short recurrence of Lanczos would lose orthogonality to rounding, so
+            # every vector is orthogonalised against all before it.
+            (vectors, matrix), candidate = carry
+            v = _orthonormal(candidate, vectors)
+            if fill is not None:
+                go_on = fill
+                v = jax.lax.cond(
+                    trees.norm(v) > 0,
+                    lambda: v,
+                    lambda: _orthonormal(go_on(k), vectors),
+                )
+            vectors = trees.with_row(vectors, k, v)
+            product = matvec(v)
+            matrix = matrix.at[:, k].set(trees.coordinates(vectors, product))
+            following = trees.cast_like(precondition(product), v)
+            if direction is not None:  # It replaces the last candidate.
+                following = trees.select(k == dimension - 2, direction, following)
+            return Basis(vectors, matrix), following
+
+        first = trees.cast_like(precondition(b), b)
+        if direction is not None and dimension == 1:
+            first = direction
+        matrix = jnp.zeros((dimension, dimension), trees.scalar_dtype(b))
+        start = (Basis(empty, matrix), first)
+        (vectors, matrix), _ = jax.lax.fori_loop(0, dimension, add, start)
+        # Column k was computed when only the vectors up to k were known.
+        upper = jnp.triu(matrix)
+        return Basis(vectors, upper + jnp.triu(upper, 1).T)
 
     found = compiled.run(built, b, direction)
     return without_derivative("A basis of a Krylov space", found)
-
-
-def _built(
-    matvec: Matvec,
-    b: Tree,
-    dimension: int,
-    precondition: Preconditioner,
-    direction: Tree | None,
-    fill: Callable[[jax.Array], Tree] | None,
-) -> Basis:
-    dtype = trees.scalar_dtype(b)
-    vectors = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[None], (dimension, *x.shape)),
-        sharding.zeros_like(b),
-    )
-
-    def add(k: jax.Array, carry: tuple[Basis, Tree]) -> tuple[Basis, Tree]:
-        # The short recurrence of Lanczos would lose orthogonality to rounding, so every
-        # vector is orthogonalised against all before it.
-        (vectors, matrix), candidate = carry
-        v = _orthonormal(candidate, vectors)
-        if fill is not None:
-            go_on = fill
-            v = jax.lax.cond(
-                trees.norm(v) > 0, lambda: v, lambda: _orthonormal(go_on(k), vectors)
-            )
-        vectors = jax.tree.map(
-            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, k, 0),
-            vectors,
-            v,
-        )
-        product = matvec(v)
-        matrix = matrix.at[:, k].set(trees.coordinates(vectors, product))
-        following = trees.cast_like(precondition(product), v)
-        if direction is not None:  # It replaces the last candidate.
-            following = trees.select(k == dimension - 2, direction, following)
-        return Basis(vectors, matrix), following
-
-    first = trees.cast_like(precondition(b), b)
-    start = (Basis(vectors, jnp.zeros((dimension, dimension), dtype)), first)
-    if direction is not None and dimension == 1:
-        start = (start[0], direction)
-    built, _ = jax.lax.fori_loop(0, dimension, add, start)
-    # Column k was computed when only the vectors up to k were known.
-    upper = jnp.triu(built.matrix)
-    return Basis(built.vectors, upper + jnp.triu(upper, 1).T)
 
 
 def subspace_descent(
@@ -214,11 +201,11 @@ def _within(system: System, vectors: Tree) -> Callable[[jax.Array], jax.Array]:
     @jax.custom_vjp
     def value(weights: jax.Array) -> jax.Array:
         f = system.value(trees.combination(weights, vectors))
-        return jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
+        return trees.finite_or_inf(f).astype(weights.dtype)
 
     def forward(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         f, gradient = system.value_and_grad(trees.combination(weights, vectors))
-        f = jnp.where(jnp.isfinite(f), f, jnp.inf).astype(weights.dtype)
+        f = trees.finite_or_inf(f).astype(weights.dtype)
         return f, trees.coordinates(vectors, gradient).astype(weights.dtype)
 
     value.defvjp(forward, lambda gradient, cotangent: (cotangent * gradient,))
@@ -267,9 +254,8 @@ def _orthonormal(candidate: Tree, vectors: Tree) -> Tree:
     before = trees.norm(candidate)
     v = trees.scale(1 / jnp.where(before > 0, before, 1), candidate)
     for _ in range(2):  # "Twice is enough" (Kahan; Parlett 1998, section 6.9).
-        v = trees.axpy(
-            -jnp.ones(()), trees.combination(trees.coordinates(vectors, v), vectors), v
-        )
+        along = trees.combination(trees.coordinates(vectors, v), vectors)
+        v = trees.axpy(-jnp.ones(()), along, v)
     after = trees.norm(v)
     # The rest is noise if its size is that of the rounding.
     new = after > 100 * jnp.finfo(after.dtype).eps

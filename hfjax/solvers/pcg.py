@@ -11,17 +11,16 @@ import jax.numpy as jnp
 
 from hfjax._core import sharding, trees
 from hfjax._core.arguments import as_product
-from hfjax._core.types import Matvec, Preconditioner, Tree, exact_of
+from hfjax._core.types import Matvec, Preconditioner, Tree, ValueFn, exact_of
 from hfjax.solvers.descent import Reason
-from hfjax.solvers.iterates import IterateBuffer, Iterates
+from hfjax.solvers.iterates import IterateBuffer, IterateRule, Iterates
 from hfjax.solvers.pcg_hooks import (
     Lengths,
     Line,
     Memory,
-    Recurrence,
     Region,
-    Replacement,
     Residual,
+    Residuals,
     Unbounded,
     by_product,
 )
@@ -65,7 +64,7 @@ class Problem(NamedTuple):
     stopping: StoppingRule | None
     buffer: IterateBuffer
     bounds: Unbounded | Region
-    residuals: Recurrence | Replacement
+    residuals: Residuals
 
 
 class State(NamedTuple):
@@ -86,7 +85,7 @@ class State(NamedTuple):
     # xᵀPx, xᵀPp and pᵀPp, by recurrences (Conn, Gould & Toint 2000, section 7.5.1): P is
     # not available, only P⁻¹. In a region, x is here in units of the radius, whose square
     # may overflow.
-    lengths: tuple[jax.Array, jax.Array, jax.Array]
+    lengths: Lengths
     # The largest pᵀAp / pᵀPp so far.
     steepest: jax.Array
     coefficients: jax.Array
@@ -97,14 +96,15 @@ class State(NamedTuple):
 def run(
     matvec: Matvec,
     b: Tree,
-    x0: Tree | None,
     preconditioner: Preconditioner | None,
-    buffer: IterateBuffer,
+    keep: IterateRule,
     *,
     max_iterations: int,
-    limit: jax.Array | int,
-    min_iterations: int,
     stopping: StoppingRule | None,
+    x0: Tree | None = None,
+    value_fn: ValueFn | None = None,
+    limit: jax.Array | int | None = None,
+    min_iterations: int = 1,
     region: Region | None = None,
     replace_every: int | None = None,
 ) -> CGResult:
@@ -114,6 +114,7 @@ def run(
     # so the division is exact.
     scaled, size = trees.normalised(b)
     size = jnp.where(jnp.isfinite(size), size, 1)
+    product = matvec if replace_every is None else exact_of(matvec)
     problem = Problem(
         matvec=matvec,
         precondition=preconditioner,
@@ -121,14 +122,12 @@ def run(
         size=size,
         rhs_norm=jnp.sqrt(trees.dot(scaled, scaled)),
         max_iterations=max_iterations,
-        limit=limit,
+        limit=max_iterations if limit is None else jnp.minimum(limit, max_iterations),
         min_iterations=min_iterations,
         stopping=stopping,
-        buffer=buffer,
+        buffer=keep.build(max_iterations, value_fn),
         bounds=Unbounded() if region is None else region,
-        residuals=Recurrence(matvec)
-        if replace_every is None
-        else Replacement(replace_every, exact_of(matvec), scaled),
+        residuals=Residuals(product, scaled, replace_every),
     )
     end = jax.lax.while_loop(
         lambda state: state.reason == Reason.RUNNING,
@@ -178,7 +177,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         lengths=(zero, zero, zero),
         steepest=zero,
         coefficients=jnp.full((problem.max_iterations, 2), jnp.zeros_like(model)),
-        memory=problem.residuals.start(b, one),
+        memory=problem.residuals.start(one),
     )
 
 

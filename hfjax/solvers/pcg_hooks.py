@@ -1,11 +1,10 @@
 """Options of conjugate gradients: stay in a trust region, or recompute residuals.
 
 Each hook stands for one option of the loop in `hfjax.solvers.pcg`. How far to go along p
-is decided by `Unbounded` or a `Region`; the residual follows from a `Recurrence`, or from
-a `Replacement` every so many iterations.
+is decided by `Unbounded` or a `Region`; where the residual comes from, by `Residuals`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ Lengths = tuple[jax.Array, jax.Array, jax.Array]
 """xᵀPx, xᵀPp and pᵀPp."""
 
 Memory = Any
-"""What `Recurrence` or `Replacement` needs of the last iteration."""
+"""What `Residuals` needs of the last iteration."""
 
 _SHORTEST = 1e-30
 """Radius, in units of b and of P⁻¹b, below which curvature does not matter."""
@@ -50,11 +49,8 @@ class Line(NamedTuple):
 class Unbounded(NamedTuple):
     """Go to the minimum of M along p."""
 
-    def scaled(
-        self, size: jax.Array, p_size: jax.Array
-    ) -> tuple[jax.Array, "Unbounded"]:
+    def scaled(self, size: jax.Array, _: jax.Array) -> tuple[jax.Array, Self]:
         """Return the unit of x, which is that of b."""
-        del p_size
         return size, self
 
     def length(self, line: Line) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -77,7 +73,7 @@ class Region(NamedTuple):
     radius: jax.Array
     norm: Matvec | None
 
-    def scaled(self, size: jax.Array, p_size: jax.Array) -> tuple[jax.Array, "Region"]:
+    def scaled(self, size: jax.Array, p_size: jax.Array) -> tuple[jax.Array, Self]:
         """Return the unit of x, and the region in this unit.
 
         `size` is the unit of b, and `p_size` the size of P⁻¹b in that unit.
@@ -127,67 +123,37 @@ class Residual(NamedTuple):
     fresh: jax.Array
 
 
-class Recurrence(NamedTuple):
-    """The residual of each iteration follows from the one before."""
+class Residuals(NamedTuple):
+    """How r = A x − b and M(x) are found in each iteration: by a recurrence.
 
-    product: Matvec  # v ↦ A v, for the first residual
+    With an `interval`, a product computes both anew every so many iterations.
+    """
 
-    def start(self, like: Tree, one: jax.Array) -> Memory:
-        """Return the memory at the start of a run: none is needed."""
-        del like, one
-        return ()
-
-    def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
-        """Return what the next iteration reads: nothing."""
-        del product, curvature, fresh
-        return ()
-
-    def slope(self, r: Tree, p: Tree, ry: jax.Array) -> jax.Array:
-        """Return −rᵀp, which is rᵀP⁻¹r: r is orthogonal to the last p."""
-        del r, p
-        return ry
-
-    def after(
-        self, i: jax.Array, moves: jax.Array, x: Tree, residual: Residual
-    ) -> Residual:
-        """Return r and M unchanged."""
-        del i, moves, x
-        return residual
-
-    def beta(
-        self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
-    ) -> jax.Array:
-        """Return β = rᵀP⁻¹r / (rᵀP⁻¹r of the last iteration)."""
-        del y, memory
-        return ry / jnp.where(before > 0, before, 1)
-
-
-class Replacement(NamedTuple):
-    """The residual, and M with it, is computed anew every `interval` iterations."""
-
-    interval: int
-    product: Matvec  # v ↦ A v, exactly
+    product: Matvec  # v ↦ A v, exactly if r is replaced
     b: Tree
+    interval: int | None
 
-    def start(self, like: Tree, one: jax.Array) -> Memory:
+    def start(self, one: jax.Array) -> Memory:
         """Return the memory at the start of a run."""
-        return sharding.zeros_like(like), one, jnp.zeros((), bool)
+        if self.interval is None:
+            return ()
+        return sharding.zeros_like(self.b), one, jnp.zeros((), bool)
 
     def memory(self, product: Tree, curvature: jax.Array, fresh: jax.Array) -> Memory:
         """Return what the next iteration reads: A p, pᵀA p, whether r is fresh."""
-        return product, curvature, fresh
+        return () if self.interval is None else (product, curvature, fresh)
 
     def slope(self, r: Tree, p: Tree, ry: jax.Array) -> jax.Array:
-        """Return −rᵀp."""
-        # It is not rᵀP⁻¹r, because a fresh r is not orthogonal to the last p. With the
-        # latter, the difference would grow without bound.
-        del ry
-        return -trees.dot(r, p)
+        """Return −rᵀp, which is rᵀP⁻¹r if r is orthogonal to the last p."""
+        # A fresh r is not. With rᵀP⁻¹r, the difference would grow without bound.
+        return ry if self.interval is None else -trees.dot(r, p)
 
     def after(
         self, i: jax.Array, moves: jax.Array, x: Tree, residual: Residual
     ) -> Residual:
         """Return r and M, by a product if a replacement is due."""
+        if self.interval is None:
+            return residual
         due = moves & (i % self.interval == 0)
         r, model = jax.lax.cond(
             due,
@@ -199,12 +165,17 @@ class Replacement(NamedTuple):
     def beta(
         self, ry: jax.Array, before: jax.Array, y: Tree, memory: Memory
     ) -> jax.Array:
-        """Return β, which after a replacement is (P⁻¹r)ᵀA p / pᵀA p."""
-        # For a residual of the recurrence, this is the same number as the quotient. But a
-        # fresh r may be far larger than the last one of the recurrence. The quotient would
-        # then be so large that p hardly changes, in this iteration and the following.
-        product, curvature, fresh = memory
+        """Return β = rᵀP⁻¹r / (rᵀP⁻¹r of the last iteration).
+
+        After a replacement it is (P⁻¹r)ᵀA p / pᵀA p.
+        """
         quotient = ry / jnp.where(before > 0, before, 1)
+        if self.interval is None:
+            return quotient
+        # For a residual of the recurrence, both are the same number. But a fresh r may be
+        # far larger than the last one of the recurrence. The quotient would then be so
+        # large that p hardly changes, in this iteration and the following.
+        product, curvature, fresh = memory
         return jnp.where(fresh, trees.dot(y, product) / curvature, quotient)
 
 

@@ -200,21 +200,17 @@ def _solve(system: System, before: Tree | None, space: str, corrections: int) ->
     matrix = build(jacobian, decay, system.b, before)
     b, dtype = system.b, trees.scalar_dtype(system.b)
 
-    def undamped(step: Tree) -> jax.Array:
-        curved = jnp.sum(jnp.square(jacobian.product(step)))
-        curved += decay * trees.dot(step, step)
-        return (0.5 * curved - trees.dot(b, step)).astype(dtype)
-
     def at_damping(damping: jax.Array) -> Step:
         change, inverse = matrix.solve(damping)
         step = change if before is None else trees.add(change, before)
         correction = None
         if corrections:
             correction = corrected(jacobian, inverse, step, corrections)
-        found = undamped(step)
-        penalty = 0.5 * system.scalar * trees.dot(step, step)
-        model = found + penalty.astype(dtype)
-        return Step(step, model, jnp.ones((), jnp.int32), correction, found)
+        square = trees.dot(step, step)
+        curved = jnp.sum(jnp.square(jacobian.product(step))) + decay * square
+        undamped = (0.5 * curved - trees.dot(b, step)).astype(dtype)
+        model = undamped + (0.5 * system.scalar * square).astype(dtype)
+        return Step(step, model, jnp.ones((), jnp.int32), correction, undamped)
 
     # The step is not tested: if other λ are tried, the one for this λ is never used.
     finite = jnp.isfinite(matrix.trace) & jnp.isfinite(jnp.sum(jacobian.residuals))
@@ -305,9 +301,6 @@ def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     rounding = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
 
-    def attempt(mu: jax.Array) -> jax.Array:
-        return linalg.cholesky(matrix + mu * identity)
-
     def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         factor, _, tries = tried
         # If the factorisation fails, its last pivot is NaN.
@@ -315,7 +308,8 @@ def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def again(tried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
         _, mu, tries = tried
-        return attempt(_RAISE * mu), _RAISE * mu, tries + 1
+        mu = _RAISE * mu
+        return linalg.cholesky(matrix + mu * identity), mu, tries + 1
 
     mu = jnp.maximum(mu.astype(matrix.dtype), rounding)
     # Without any curvature and damping, μ would be 0, and raising it would not help.
