@@ -49,13 +49,9 @@ def search_damping(
             step = at_damping(damping_at(search.trial))
             value = trees.finite_or_inf(evaluate(step.at())).astype(dtype)
             assert step.undamped is not None, "known for the steps of `at_damping`"
-            return _next(
-                search,
-                _Candidate(value, -step.undamped.astype(dtype), step),
-                before,
-                tolerance,
-                anchored=run.anchor is not None,
-            )
+            candidate = _Candidate(value, -step.undamped.astype(dtype), step)
+            anchored = run.anchor is not None
+            return _next(search, candidate, before, tolerance, anchored=anchored)
 
         # Placeholders: the first candidate, p = 0, is always taken.
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
@@ -73,8 +69,7 @@ def search_damping(
         search = jax.lax.while_loop(
             lambda search: search.going & (search.tries < max_tries), look, start
         )
-        best = search.best
-        damping = damping_at(search.power)
+        best, damping = search.best, damping_at(search.power)
         return Chosen(best.step, best.value, search.first_value, damping)
 
     return Backtracking(choose, cases)

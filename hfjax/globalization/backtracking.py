@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core import options, trees
-from hfjax._core.types import Tree, ValueFn
+from hfjax._core.types import ValueFn
 from hfjax.solvers.descent import Run, Step
 from hfjax.solvers.iterates import Iterates
 
@@ -151,31 +151,23 @@ def _walk(
 
     # A loop that evaluates one iterate at a time, so that f is compiled only once.
     def look(walk: _Walk) -> _Walk:
-        value = trees.finite_or_inf(evaluate(_at(kept.iterates, walk.slot))).astype(
-            dtype
-        )
+        x = trees.row(kept.iterates, walk.slot)
+        value = trees.finite_or_inf(evaluate(x)).astype(dtype)
         first = walk.slot == final
         better = (value < walk.value) | first
-        # Never stop at a value that is not finite.
-        going = better | full | ~jnp.isfinite(walk.value)
         return _Walk(
             slot=walk.slot - 1,
             chosen=jnp.where(better, walk.slot, walk.chosen),
             value=jnp.where(better, value, walk.value),
             last_value=jnp.where(first, value, walk.last_value),
-            going=going,
+            # Never stop at a value that is not finite.
+            going=better | full | ~jnp.isfinite(walk.value),
         )
 
     infinite = jnp.full((), jnp.inf, dtype)
     start = _Walk(final, final, infinite, infinite, jnp.ones((), bool))
     walk = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
     number = kept.iterations[walk.chosen]
-    direction = _at(kept.iterates, walk.chosen)
+    direction = trees.row(kept.iterates, walk.chosen)
     step = Step(direction, run.stats.model_values[number], number)
     return Chosen(step, walk.value, walk.last_value)
-
-
-def _at(iterates: Tree, slot: jax.Array) -> Tree:
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), iterates
-    )

@@ -12,20 +12,19 @@ and raises or lowers λ. `searched` instead looks for the λ with the lowest f, 
 `hfjax.trust_region.radius` adapts the radius of a trust region.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from hfjax._core import options
-from hfjax._core.types import (
-    Number,
-    NumberOrSchedule,
-)
+from hfjax._core.types import Number, NumberOrSchedule
 from hfjax.globalization import damping_matrices
 from hfjax.globalization._search import search_damping
 from hfjax.globalization.damping_matrices import Builder, DampingMatrix
 from hfjax.globalization.rule import Damping as Damping
 from hfjax.globalization.rule import ReductionRatio as ReductionRatio
-from hfjax.globalization.rule import Structural, if_told
+from hfjax.globalization.rule import Structural, if_evidence
 from hfjax.globalization.rule import Verdict as Verdict
 
 _RAISED_TO = 1e18
@@ -157,20 +156,16 @@ def levenberg_marquardt(
     options.check_choice("ratio.data", ratio.data, ("batch", "eval_batch"))
     options.check_range("ratio.expected", ratio.expected, low=0.0, open_low=True)
 
-    def update(
-        damping: jax.Array, verdict: Verdict, found: jax.Array | None = None
-    ) -> jax.Array:
-        del found
+    def update(damping: jax.Array, verdict: Verdict, _: Any = None) -> jax.Array:
         ratio = jnp.asarray(verdict.ratio)
         # Written so that a ratio of NaN raises λ: both comparisons are false then.
         more, less = (options.like(x, damping) for x in (increase, decrease))
         low, high = (options.like(x, ratio) for x in (lower, upper))
         grown = jnp.where(ratio >= low, damping, damping * more)
         adapted = jnp.where(ratio > high, damping * less, grown)
-        return if_told(verdict, _limited(adapted, damping, minimum), damping)
+        return if_evidence(verdict, _limited(adapted, damping, minimum), damping)
 
-    def current(damping: jax.Array, count: jax.Array) -> jax.Array:
-        del count
+    def current(damping: jax.Array, _: jax.Array) -> jax.Array:
         # A user can set λ to anything in the state, and NaN would stay forever.
         first = options.like(init, damping)
         known = jnp.where(jnp.isfinite(damping), damping, first)
@@ -262,10 +257,8 @@ def searched(
         found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
         return jnp.where(verdict.accepted, found, adapted)
 
-    return by_ratio._replace(
-        update=update,
-        backtracking=search_damping(factor, tolerance, max_tries, cases),
-    )
+    search = search_damping(factor, tolerance, max_tries, cases)
+    return by_ratio._replace(update=update, backtracking=search)
 
 
 def _limited(found: jax.Array, damping: jax.Array, minimum: Number) -> jax.Array:

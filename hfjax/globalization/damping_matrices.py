@@ -15,10 +15,11 @@ long. See Martens & Sutskever (2012), sections 8.1 to 8.3.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hfjax._core import options, trees
 from hfjax._core.arguments import as_product, as_tangent, check_like, with_key
@@ -119,13 +120,8 @@ def diagonal(
     options.check_range("kappa", kappa, low=0.0)
 
     def build(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        curvature: Matvec,
-        key: jax.Array,
+        objective: Objective, params: Params, batch: Batch, _: Matvec, key: jax.Array
     ) -> Matrix:
-        del curvature
         chosen = estimate
         # The exact diagonal costs a gradient per output.
         if chosen is None:
@@ -135,10 +131,11 @@ def diagonal(
             chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
         d = with_key(chosen, key)(objective, params, batch)
         entries = trees.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
-        return Matrix(
-            lambda v: jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v),
-            entries,
-        )
+
+        def matvec(v: Tree) -> Tree:
+            return jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v)
+
+        return Matrix(matvec, entries)
 
     return DampingMatrix(build)
 
@@ -172,31 +169,18 @@ def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:
         raise TypeError(msg)
 
     def build(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        curvature: Matvec,
-        key: jax.Array,
+        objective: Objective, params: Params, batch: Batch, _: Matvec, key: jax.Array
     ) -> Matrix:
-        del objective, batch, curvature
+        del objective, batch
         # diag(CᵀC) = E[(Cᵀs)²] for random signs s.
         weights, tangent, transpose = linearized(original, params)
-        leaves, structure = jax.tree.flatten(weights)
-        signs = structure.unflatten(
-            [
-                jax.random.rademacher(leaf_key, w.shape, w.dtype)
-                for leaf_key, w in zip(
-                    jax.random.split(key, len(leaves)), leaves, strict=True
-                )
-            ]
-        )
+        signs = optax.tree.random_like(key, weights, jax.random.rademacher)
 
         def matvec(v: Tree) -> Tree:
             # C is a derivative at θ, so it takes and returns the dtypes of θ.
             v = as_tangent(v, params)
-            like = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-            product = transpose(tangent(like))
-            return jax.tree.map(lambda x, v: x.astype(v.dtype), product, v)
+            product = transpose(tangent(trees.cast_like(v, params)))
+            return trees.cast_like(product, v)
 
         return Matrix(matvec, jax.tree.map(jnp.square, transpose(signs)))
 
@@ -225,14 +209,7 @@ def custom(build: Builder) -> DampingMatrix:
         )
         raise TypeError(msg)
 
-    def checked(
-        objective: Objective,
-        params: Params,
-        batch: Batch,
-        curvature: Matvec,
-        key: jax.Array,
-    ) -> Matrix:
-        del curvature, key
+    def checked(objective: Objective, params: Params, batch: Batch, *_: Any) -> Matrix:
         pair = build(objective, params, batch)
         if not isinstance(pair, tuple) or len(pair) != 2 or not callable(pair[0]):
             msg = (

@@ -6,12 +6,12 @@ It tries α = first, first · shrink, first · shrink², … until Armijo's cond
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options
+from hfjax._core import options, trees
 from hfjax._core.types import Number
 
 
@@ -27,6 +27,10 @@ class StepSize(NamedTuple):
     step_size: jax.Array
     value: jax.Array
     success: jax.Array
+
+
+Along: TypeAlias = Callable[[jax.Array], jax.Array]
+"""α ↦ f(θ + αδ)."""
 
 
 class _Tried(NamedTuple):
@@ -57,18 +61,17 @@ def _search(
     tried = jax.lax.while_loop(
         lambda tried: ~tried.good & unfinished(tried), next_try, start
     )
-    at = jnp.where(jnp.isfinite(tried.at), tried.at, jnp.inf)
-    return StepSize(jnp.where(tried.good, tried.alpha, 0), at, tried.good)
+    alpha, at = jnp.where(tried.good, tried.alpha, 0), trees.finite_or_inf(tried.at)
+    return StepSize(alpha, at, tried.good)
 
 
 def _full_step(
-    along: Callable[[jax.Array], jax.Array],
+    along: Along,
     value: jax.Array,
-    slope: jax.Array,
+    _: jax.Array,
     first: jax.Array,
     first_value: jax.Array | None,
 ) -> StepSize:
-    del slope
     at = along(first) if first_value is None else first_value
 
     def judge(tried: _Tried) -> _Tried:
@@ -91,22 +94,12 @@ class LineSearch(NamedTuple):
     """
 
     search: Callable[
-        [
-            Callable[[jax.Array], jax.Array],
-            jax.Array,
-            jax.Array,
-            jax.Array,
-            jax.Array | None,
-        ],
-        StepSize,
+        [Along, jax.Array, jax.Array, jax.Array, jax.Array | None], StepSize
     ] = _full_step
 
 
 def armijo(
-    *,
-    sufficient_decrease: Number = 1e-2,
-    shrink: Number = 0.8,
-    max_tries: int = 60,
+    *, sufficient_decrease: Number = 1e-2, shrink: Number = 0.8, max_tries: int = 60
 ) -> LineSearch:
     """Shrink α until f has fallen by a fraction of what the slope promises.
 
@@ -146,7 +139,7 @@ def armijo(
         return sufficient & (slope < 0) & jnp.isfinite(at)
 
     def search(
-        along: Callable[[jax.Array], jax.Array],
+        along: Along,
         value: jax.Array,
         slope: jax.Array,
         first: jax.Array,
@@ -160,8 +153,7 @@ def armijo(
 
         start = _start(value, first, first_value)
         if first_value is not None:
-            good = enough(first, first_value, value, slope)
-            start = start._replace(good=good)
+            start = start._replace(good=enough(first, first_value, value, slope))
         return _search(
             lambda tried: (slope < 0) & (tried.count < max_tries), next_try, start
         )

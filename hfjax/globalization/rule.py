@@ -89,9 +89,9 @@ class Damping(NamedTuple):
     scalar: str = "damping"
 
 
-def if_told(verdict: Verdict, adapted: jax.Array, now: jax.Array) -> jax.Array:
+def if_evidence(verdict: Verdict, adapted: jax.Array, now: jax.Array) -> jax.Array:
     """Return `adapted`, or `now` if the step is no evidence about λ."""
     # λ is unchanged if f cannot show the step and damping did not limit it. Otherwise λ
     # would decay to 0 at a minimum, and be useless for the next data.
-    told = jnp.asarray(verdict.seen) | verdict.has_part
-    return jnp.where(told, adapted, now)
+    evidence = jnp.asarray(verdict.seen) | verdict.has_part
+    return jnp.where(evidence, adapted, now)

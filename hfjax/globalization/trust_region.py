@@ -14,7 +14,7 @@ point x* of the region does: M(x) ≤ ½ M(x*).
     0.5 True
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,8 @@ from hfjax._core.arguments import as_product, as_vector
 from hfjax._core.refusal import without_derivative
 from hfjax._core.types import Matvec, Number, Preconditioner, Tree
 from hfjax._tracing import compiled
-from hfjax.globalization.damping import (
-    Damping,
-    ReductionRatio,
-    Verdict,
-    levenberg_marquardt,
-)
-from hfjax.globalization.rule import if_told
+from hfjax.globalization.damping import levenberg_marquardt
+from hfjax.globalization.rule import Damping, ReductionRatio, Verdict, if_evidence
 from hfjax.solvers.cg import as_run, check_run
 from hfjax.solvers.descent import Reason, Run, Solver, System
 from hfjax.solvers.iterates import IterateRule, every, grid
@@ -102,21 +97,13 @@ def solve(
     options.check_count("max_iterations", max_iterations, low=0)
     # In `Region`, `None` would mean the norm of the preconditioner.
     norm = (lambda v: v) if norm is None else as_product("norm", norm, matrix="P @ v")
-    matvec, preconditioner = (
-        as_product("matvec", matvec),
-        as_preconditioner(preconditioner),
-    )
+    matvec = as_product("matvec", matvec)
+    preconditioner = as_preconditioner(preconditioner)
+    keep = every(max(1, max_iterations))
 
     def solved(b: Tree, radius: jax.Array) -> CGResult:
-        return _run(
-            matvec,
-            b,
-            preconditioner,
-            Region(radius, norm),
-            max_iterations,
-            stopping,
-            every(max(1, max_iterations)),
-        )
+        region = Region(radius, norm)
+        return _run(matvec, b, preconditioner, region, max_iterations, stopping, keep)
 
     result = compiled.run(solved, as_vector("b", b), jnp.asarray(radius))
     return TrustRegionResult(
@@ -159,21 +146,14 @@ def steihaug_toint(
         msg = "`keep` must not evaluate f: the region, not f, is to end a run."
         raise ValueError(msg)
 
-    def solve_within(system: System, x0: None) -> Run:
-        del x0
+    def solve_within(system: System, _: None) -> Run:
         preconditioner = system.preconditioner()
         # Without a preconditioner P = I, whose norm is computed directly, not by recurrence.
         plain = preconditioner is None or not elliptical
-        result = _run(
-            system.matvec,
-            system.b,
-            preconditioner,
-            Region(system.scalar, (lambda v: v) if plain else None),
-            max_iterations,
-            stopping,
-            keep,
-        )
-        return as_run(result)
+        region = Region(system.scalar, (lambda v: v) if plain else None)
+        matvec, b = system.matvec, system.b
+        found = _run(matvec, b, preconditioner, region, max_iterations, stopping, keep)
+        return as_run(found)
 
     return Solver(
         start=lambda direction, count: None,
@@ -246,18 +226,14 @@ def radius(
         ratio=ratio,
     )
 
-    def update(
-        radius: jax.Array, verdict: Verdict, found: jax.Array | None = None
-    ) -> jax.Array:
-        del found
+    def update(radius: jax.Array, verdict: Verdict, _: Any = None) -> jax.Array:
         adapted = 1 / reciprocal.update(1 / radius, Verdict(verdict.ratio))
         # A step inside the region is no evidence for a larger radius.
-        held_back = verdict.on_boundary
-        adapted = jnp.where(held_back, adapted, jnp.minimum(adapted, radius))
-        return if_told(verdict, adapted, radius)
+        smaller = jnp.minimum(adapted, radius)
+        adapted = jnp.where(verdict.on_boundary, adapted, smaller)
+        return if_evidence(verdict, adapted, radius)
 
-    def current(radius: jax.Array, count: jax.Array) -> jax.Array:
-        del count
+    def current(radius: jax.Array, _: jax.Array) -> jax.Array:
         # A user can set any radius in the state, and NaN would stay forever.
         first = options.like(init, radius)
         known = jnp.where(jnp.isfinite(radius), radius, first)
