@@ -255,10 +255,10 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.where(jnp.isfinite(size), size * jnp.sqrt(dot(scaled, scaled)), size)
 
 
-def row(tree: Tree, k: jax.Array) -> Tree:
-    """Return the k-th row of every leaf."""
+def row(tree: Tree, k: jax.Array | int, *, axis: int = 0) -> Tree:
+    """Return the k-th row of every leaf, or what is there along another axis."""
     take = jax.lax.dynamic_index_in_dim
-    return jax.tree.map(lambda leaf: take(leaf, k, keepdims=False), tree)
+    return jax.tree.map(lambda leaf: take(leaf, k, axis, keepdims=False), tree)
 
 
 def with_row(tree: Tree, k: jax.Array, row: Tree) -> Tree:

@@ -33,10 +33,7 @@ class Microbatches(NamedTuple):
 
     def take(self, k: jax.Array | int) -> Cases:
         """Return the k-th microbatch."""
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 1, keepdims=False),
-            self.cases,
-        )
+        return trees.row(self.cases, k, axis=1)
 
 
 def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
@@ -68,9 +65,8 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
         # function closes over from being treated as a constant.
         folded = jax.lax.optimization_barrier(folded)
     padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
-    return Microbatches(
-        count, folded._replace(weights=jnp.where(padding, 0, folded.weights))
-    )
+    weights = jnp.where(padding, 0, folded.weights)
+    return Microbatches(count, folded._replace(weights=weights))
 
 
 def subsample(batch: Batch, cases: int) -> Batch:
@@ -141,8 +137,8 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
         msg = f"`{name}` holds no cases: a mean over none is not defined."
         raise ValueError(msg)
     # Weights are summed, so they are at least float32 whatever their dtype.
-    weights = jnp.asarray(rest[0]) if rest and rest[0] is not None else None
-    weights = jnp.ones(cases, jnp.float32) if weights is None else weights
+    own = rest[0] if rest else None
+    weights = jnp.ones(cases, jnp.float32) if own is None else jnp.asarray(own)
     if weights.shape != (cases,):
         msg = f"`{name}` weights must have shape ({cases},), got {weights.shape}."
         raise ValueError(msg)

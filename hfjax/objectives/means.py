@@ -63,10 +63,8 @@ class Means(NamedTuple):
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Sum over all devices, and divide by the sum of their weights."""
-        weight = self.total(weights)
-        return jax.tree.map(
-            lambda x: x / weight.astype(x.dtype), self.over_devices(sums)
-        )
+        weight, sums = self.total(weights), self.over_devices(sums)
+        return jax.tree.map(lambda x: x / weight.astype(x.dtype), sums)
 
     def total(self, weights: jax.Array) -> jax.Array:
         """Return the sum of all devices' weights; 1 if they are all 0."""
@@ -102,7 +100,5 @@ class Means(NamedTuple):
         # `mean` takes that sum, once, just as without `check_vma`.
         if self.axis_name is None:
             return tree
-        names = (
-            self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        )
-        return sharding.vary(tree, names)
+        axis = self.axis_name
+        return sharding.vary(tree, axis if isinstance(axis, tuple) else (axis,))

@@ -1,6 +1,7 @@
 """Objectives: a model, a loss and data as one function f(θ), and weighted sums of them."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,7 @@ from hfjax.objectives.plain import Objective as Objective
 from hfjax.objectives.terms import Term, decay_of
 
 
-def weighted_sum(
-    parts: Sequence[tuple[NumberOrSchedule, Objective]],
-) -> Objective:
+def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objective:
     """Build f(θ) = Σₖ cₖ fₖ(θ), where each fₖ has its own model, loss and batch.
 
     Use it for the interior, boundary and data terms of a differential equation, or for
@@ -102,8 +101,7 @@ class _Sum(Objective):
 
     # `Objective` is a frozen dataclass, whose constructor would want a model and a loss.
     def __init__(self, parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> None:
-        object.__setattr__(self, "parts", tuple(parts))
-        object.__setattr__(self, "hidden_loss", None)
+        vars(self).update(parts=tuple(parts), hidden_loss=None)
 
     def __getattr__(self, name: str) -> Any:
         # Preconditioners ask any objective for its weight decay, a sum included.
@@ -122,13 +120,10 @@ class _Sum(Objective):
 
     def at(self, count: jax.Array | int) -> "_Sum":
         """Return f at an update, with the values of any schedules."""
-
-        def read(weight: NumberOrSchedule) -> NumberOrSchedule:
-            if not callable(weight):
-                return weight
-            return options.read(weight, jnp.asarray(count))
-
-        return _Sum([(read(c), part.at(count)) for c, part in self.parts])
+        now = jnp.asarray(count)
+        weights = [options.read(c, now) if callable(c) else c for c, _ in self.parts]
+        parts = [part.at(count) for _, part in self.parts]
+        return _Sum(list(zip(weights, parts, strict=True)))
 
     def case_values(self, params: Params, batch: Batch) -> tuple:
         """Compute each part's `case_values`, as a tuple because their sizes differ."""
@@ -163,8 +158,7 @@ class _Sum(Objective):
             part._subsample(own, cases)
             for (_, part), own in zip(self.parts, batch, strict=True)
         )
-        same = all(new is own for new, own in zip(fewer, batch, strict=True))
-        return batch if same else fewer
+        return batch if all(map(operator.is_, fewer, batch)) else fewer
 
     def _weight_decay(self) -> Any:
         """Return Σₖ cₖ βₖ, as a schedule if any of them is one."""

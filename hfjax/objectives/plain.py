@@ -103,16 +103,16 @@ class Objective:
             options.check_count("microbatch_size", microbatch_size, low=1)
         if hidden_loss is not None:
             hidden_loss = _as_loss("hidden_loss", hidden_loss)
-        for name, option in (
-            ("model_fn", model_fn),
-            ("loss", _as_loss("loss", loss)),
-            ("weight_decay", weight_decay),
-            ("microbatch_size", microbatch_size),
-            ("linearize_once", linearize_once),
-            ("axis_name", axis_name),
-            ("hidden_loss", hidden_loss),
-        ):
-            object.__setattr__(self, name, option)
+        # A frozen dataclass cannot be assigned to.
+        vars(self).update(
+            model_fn=model_fn,
+            loss=_as_loss("loss", loss),
+            weight_decay=weight_decay,
+            microbatch_size=microbatch_size,
+            linearize_once=linearize_once,
+            axis_name=axis_name,
+            hidden_loss=hidden_loss,
+        )
 
     def at(self, count: jax.Array | int) -> "Objective":
         """Return f at an update, with the value of the weight decay if that is a schedule.

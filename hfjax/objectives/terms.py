@@ -4,6 +4,7 @@ A plain objective has a single term. Whatever is linear in f (value, gradient,
 curvature-vector products, diagonals) is computed for each term and summed here.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -82,10 +83,8 @@ class Term(NamedTuple):
         if parts.count == 1:
             outputs = self.outputs(params, cases.inputs)
         else:
-            stacked = _tree.mapped(
-                for_loops(lambda k: self.outputs(params, parts.take(k).inputs)),
-                parts.count,
-            )
+            run = for_loops(lambda k: self.outputs(params, parts.take(k).inputs))
+            stacked = _tree.mapped(run, parts.count)
             outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
         check_outputs(outputs, total)
         return outputs
@@ -112,10 +111,8 @@ class Term(NamedTuple):
 
     def value(self, params: Params) -> jax.Array:
         """Compute fₖ(θ)."""
-        mean = self.means.mean(
-            lambda cases: self.weighted_loss(params, cases), self.cases
-        )
-        return self._penalised(mean, params)
+        loss = functools.partial(self.weighted_loss, params)
+        return self._penalised(self.means.mean(loss, self.cases), params)
 
     def value_and_grad(self, params: Params) -> tuple[jax.Array, Params]:
         """Compute fₖ(θ) and ∇fₖ(θ), in float32 or wider."""
@@ -123,10 +120,8 @@ class Term(NamedTuple):
         # the next.
         local = self.means.local(params)
         with noting_no_reverse():
-            value, gradient = self.means.mean(
-                lambda cases: jax.value_and_grad(self.weighted_loss)(local, cases),
-                self.cases,
-            )
+            both = functools.partial(jax.value_and_grad(self.weighted_loss), local)
+            value, gradient = self.means.mean(both, self.cases)
         gradient = self.decayed(gradient, params)
         return self._penalised(value, params), gradient
 

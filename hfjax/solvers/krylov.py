@@ -159,25 +159,20 @@ def subspace_descent(
         size = trees.magnitude(system.b)
         size = jnp.where(jnp.isfinite(size), size, 1)
         b = trees.scale(1 / size, system.b)
+        inverse = system.preconditioner()
         built = basis(
-            system.matvec,
-            b,
-            dimension,
-            preconditioner=system.preconditioner(),
-            direction=trees.cast_like(direction, b),
+            system.matvec, b, dimension, preconditioner=inverse, direction=direction
         )
         slope = trees.coordinates(built.vectors, b)
         # If a product is not finite, all vectors become 0 and so does the step.
         finite = jnp.all(jnp.isfinite(built.matrix)) & jnp.all(jnp.isfinite(slope))
         matrix = jnp.where(finite, built.matrix, jnp.eye(dimension, dtype=slope.dtype))
         slope = size * jnp.where(finite, slope, 0)
-        vectors = trees.select(
-            finite, built.vectors, sharding.zeros_like(built.vectors)
-        )
+        nothing = sharding.zeros_like(built.vectors)
+        vectors = trees.select(finite, built.vectors, nothing)
 
-        weights = _minimise(
-            _within(system, vectors), matrix, slope, floor, max_iterations
-        )
+        value = _within(system, vectors)
+        weights = _minimise(value, matrix, slope, floor, max_iterations)
         x = trees.combination(weights, vectors)
         curved = jnp.matmul(matrix, weights, precision=trees.EXACT)
         model = jnp.sum(weights * (0.5 * curved - slope))
@@ -185,10 +180,8 @@ def subspace_descent(
         iteration = jnp.asarray(dimension, jnp.int32)
         models = jnp.zeros(dimension + 1, slope.dtype).at[-1].set(model)
         stats = RunStats(iteration, reason.astype(jnp.int32), models)
-        step = without_derivative(
-            "A descent in a Krylov space", Step(x, model, iteration)
-        )
-        return Run(step, stats)
+        step = Step(x, model, iteration)
+        return Run(without_derivative("A descent in a Krylov space", step), stats)
 
     return Solver(lambda direction, count: direction, solve, scalar="fixed")
 
