@@ -10,31 +10,18 @@ from hfjax._core.types import Params, Tree
 from hfjax.solvers.descent import Reason, RunStats
 from hfjax.update.state import HessianFreeInfo, HessianFreeState, Record
 
+_INTEGERS = ("cg_iterations", "cg_reason", "chosen_iteration", "rejection")
+"""The fields of `info` that are int32."""
+
 
 def no_info(dtype: jax.typing.DTypeLike) -> HessianFreeInfo:
     """Return the `info` before the first update: zeros, and CG has not run."""
-
+    kinds = dict.fromkeys(HessianFreeInfo._fields, dtype)
+    kinds |= dict.fromkeys(_INTEGERS, jnp.int32) | {"accepted": bool}
     # Each field is an array of its own, since a donated state must not hold one twice.
-    def zero() -> jax.Array:
-        return jnp.zeros((), dtype)
-
-    def none() -> jax.Array:
-        return jnp.zeros((), jnp.int32)
-
-    return HessianFreeInfo(
-        value_before=zero(),
-        value_after=zero(),
-        reduction_ratio=zero(),
-        predicted_change=zero(),
-        cg_iterations=none(),
-        cg_reason=jnp.array(int(Reason.RUNNING), jnp.int32),
-        chosen_iteration=none(),
-        step_size=zero(),
-        accepted=jnp.zeros((), bool),
-        rejection=none(),
-        gradient_norm=zero(),
-        update_norm=zero(),
-    )
+    zeros = {name: jnp.zeros((), kind) for name, kind in kinds.items()}
+    reason = jnp.array(int(Reason.RUNNING), jnp.int32)
+    return HessianFreeInfo(**zeros | {"cg_reason": reason})
 
 
 def record_of(

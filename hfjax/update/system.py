@@ -32,7 +32,6 @@ from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
 from hfjax.objectives.objective import Objective
-from hfjax.objectives.terms import decay_of
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.descent import System
 
@@ -147,13 +146,11 @@ def assemble(
     else:
         curved = with_structural_loss(objective, mu)
         matvec = curvature(objective, params, batch, structural=mu)
-    damping = _damping(point, rule, mu, matvec, packed)
-    precondition, memory = _lazily(
-        point, preconditioner, curved, damping.diagonal, packed
-    )
+    total, diagonal, penalties = _damping(point, rule, mu, matvec, packed)
+    precondition, memory = _lazily(point, preconditioner, curved, diagonal, packed)
 
     def penalty(x: Tree) -> jax.Array:
-        terms = [0.5 * a * trees.dot(x, times(x)) for a, times in damping.penalties]
+        terms = [0.5 * a * trees.dot(x, times(x)) for a, times in penalties]
         return sum(terms, jnp.zeros((), scalar.dtype))
 
     def value_and_grad(x: Tree) -> tuple[jax.Array, Tree]:
@@ -162,7 +159,7 @@ def assemble(
         return value, packed.pack(trees.cast_like(there, gradient))
 
     system = System(
-        matvec=damping.total,
+        matvec=total,
         b=b,
         scalar=scalar,
         count=count,
@@ -177,16 +174,14 @@ def assemble(
     return Assembled(point, system, packed, penalty, memory)
 
 
-class _Damped(NamedTuple):
-    total: Matvec  # v ↦ A v
-    diagonal: Tree  # Of λD, for P; a scalar 0 if there is none.
-    penalties: list[tuple[jax.Array, Matvec]]  # λ and D, μ and S.
-
-
 def _damping(
     point: Point, rule: Damping, mu: jax.Array | None, matvec: Matvec, packed: Packing
-) -> _Damped:
-    """Add λD to `matvec`, which is B, or B + μS with structural damping."""
+) -> tuple[Matvec, Tree, list[tuple[jax.Array, Matvec]]]:
+    """Add λD to `matvec`, which is B, or B + μS with structural damping.
+
+    Also return the diagonal of λD, for P, which is a scalar 0 if there is none; and the
+    terms of A − B, as pairs: λ and D, μ and S.
+    """
     objective, params, _, batch, _, scalar, _, key, _ = point
 
     def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
@@ -207,14 +202,13 @@ def _damping(
         total = damped(product, scalar, times_d)
         penalties.append((scalar, times_d))
         if matrix.diagonal is not None:
-            diagonal = jax.tree.map(
-                lambda d: scalar.astype(d.dtype) * d, matrix.diagonal
-            )
+            d = matrix.diagonal
+            diagonal = jax.tree.map(lambda d: scalar.astype(d.dtype) * d, d)
     # S alone is needed only for an M without damping.
     if mu is not None and rule.ratio.model == "undamped":
         distance = ggn(hidden_distance(objective), params, batch)
         penalties.append((mu, of_vectors("matvec", distance)))
-    return _Damped(total, diagonal, penalties)
+    return total, diagonal, penalties
 
 
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
@@ -283,18 +277,15 @@ def _written_out(
 ) -> tuple[Jacobian, jax.Array]:
     """Compute J̃ of f and of the structural penalty, with packed rows."""
     objective, params, batch = point.objective, point.params, point.batch
-    decay = decay_of(objective.weight_decay)
-    decay = jnp.zeros(()) if decay is None else decay
     found = jacobian.jacobian(objective, params, batch)
     if mu is not None:
         distance = jacobian.jacobian(hidden_distance(objective), params, batch)
         found = jacobian.with_penalty(found, mu, distance)
-    of_rows = Jacobian(
+    of_rows = found._replace(
         rows=jax.vmap(packed.pack)(found.rows),
-        residuals=found.residuals,
         residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
     )
-    return of_rows, decay.astype(point.scalar.dtype)
+    return of_rows, jnp.asarray(objective.weight_decay, point.scalar.dtype)
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:

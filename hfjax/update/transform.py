@@ -13,6 +13,7 @@
 This is the only module that knows all the others.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -138,16 +139,7 @@ def hessian_free(
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     line_search = line_search or LineSearch()
     parts = _Parts(objective, learning_rate, damping, fit, line_search, curvature, seed)
-
-    @compiled.once
-    def changed(
-        grads: Params,
-        state: Any,
-        params: Params,
-        batch: Batch,
-        eval_batch: Batch | None,
-    ) -> tuple[Params, Any]:
-        return _update(parts, grads, state, params, batch, eval_batch)
+    changed = compiled.once(functools.partial(_update, parts))
 
     def init(params: Params) -> Any:
         params = as_params(params)
@@ -178,9 +170,8 @@ def hessian_free(
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory)
         if eval_batch is not None:
-            terms_of(
-                objective, eval_batch, "eval_batch"
-            )  # Raises if it is not a batch.
+            # Raises if it is not a batch.
+            terms_of(objective, eval_batch, "eval_batch")
         new = changed(updates, state, params, batch, eval_batch)
         return without_derivative("An update", new)
 
@@ -242,10 +233,7 @@ def scale_by_hessian_free(
     )
 
     def update(
-        updates: Params,
-        state: Any,
-        params: Params | None = None,
-        **extra_args: Any,
+        updates: Params, state: Any, params: Params | None = None, **extra_args: Any
     ) -> tuple[Params, Any]:
         steps, state = tx.update(updates, state, params, **extra_args)
         return jax.tree.map(jnp.negative, steps), state
@@ -274,9 +262,19 @@ def _update(
     eval_batch: Batch | None,
 ) -> tuple[Params, HessianFreeState]:
     """Perform one update: algorithm 3, line by line."""
-    eval_batch = batch if eval_batch is None else eval_batch
-    point = _point(parts, grads, state, params, batch, eval_batch)
-    solver, rule = parts.fit.solver, parts.damping
+    solver, rule, dtype = parts.fit.solver, parts.damping, trees.scalar_dtype(params)
+    scalar = rule.current(jnp.asarray(state.damping, dtype), state.count)
+    point = Point(
+        objective=parts.objective.at(state.count),
+        params=params,
+        gradient=grads,
+        batch=batch,
+        eval_batch=batch if eval_batch is None else eval_batch,
+        scalar=scalar.astype(dtype),
+        count=state.count,
+        key=key_of(parts.seed, state.count),
+        memory=state.preconditioner,
+    )
 
     # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
@@ -292,30 +290,6 @@ def _update(
     stays = (judged.rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(scalar)
     scalar = jnp.where(stays, point.scalar, scalar)
     return _taken(trial, judged), _next(solver, trial, judged, scalar)
-
-
-def _point(
-    parts: _Parts,
-    grads: Params,
-    state: HessianFreeState,
-    params: Params,
-    batch: Batch,
-    eval_batch: Batch,
-) -> Point:
-    """Collect what the update starts from."""
-    dtype = trees.scalar_dtype(params)
-    scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
-    return Point(
-        objective=parts.objective.at(state.count),
-        params=params,
-        gradient=grads,
-        batch=batch,
-        eval_batch=eval_batch,
-        scalar=scalar.astype(dtype),
-        count=state.count,
-        key=key_of(parts.seed, state.count),
-        memory=state.preconditioner,
-    )
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:
