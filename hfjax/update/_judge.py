@@ -65,7 +65,7 @@ def choose(
     `value` is f on all of the data, and so is `last_value` if ρ is of the last step.
     """
     data, objective = at.point.eval_batch, at.point.objective
-    evaluate = at.value_on(data)
+    evaluate = at.system.value
     some = data if rule.cases is None else subsample(objective, data, rule.cases)
     if some is data:
         return rule.choose(run, evaluate, before)

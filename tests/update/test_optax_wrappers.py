@@ -387,7 +387,7 @@ HOLES = {
 @pytest.mark.parametrize("wrapper", HOLES)
 def test_masked_parameters_are_to_be_closed_over(wrapper):
     words = (
-        r"params\['out'\] is masked.* Hand only what is trained.* close over the rest"
+        r"params\['out'\] is masked.* Pass only what is trained.* close over the rest"
     )
     with pytest.raises(TypeError, match=words):
         traced(HOLES[wrapper](SMALL()), batch=BATCH)
