@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help test demo notebooks docs lint types format clean
+.PHONY: help test test-all demo notebooks docs lint types format clean
 
 help:
-	@echo "make test   run the tests and doctests"
+	@echo "make test   run the quick tests and doctests: five minutes on two cores"
+	@echo "make test-all   run all tests: twenty-five minutes"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
 	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
 	@echo "make docs   build the documentation site in docs/_build/html, offline"
@@ -19,7 +20,10 @@ $(BIN)/installed: pyproject.toml
 	touch $@
 
 test: $(BIN)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+test-all: $(BIN)/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=full
 
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks compare --suite images --problem curves1000 \

@@ -1,10 +1,13 @@
 """Four devices on one CPU, and float64 for the truth; float32 trees stay float32.
 
-Property tests draw the same few examples in every run; `--hypothesis-profile=long`
-draws others each time, twenty times as many, and prints how to repeat a failure.
+`make test` leaves out the benchmarks, tests that are marked `slow`, and every example of a
+test but the first, unless the test or its file is marked `every`. Property tests draw the
+same examples in every run: five, or forty with `--hypothesis-profile=full`. `long` draws 800
+others each time, and prints how to repeat a failure.
 """
 
 import atexit
+import gc
 import os
 import tempfile
 
@@ -12,13 +15,13 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A third of what compiling costs (see `reference`); workers of xdist inherit it.
-QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
-if os.environ.get("XLA_FLAGS", QUICK_FLAGS) == QUICK_FLAGS:
+# Half of what compiling costs (see `reference`); workers of xdist inherit them.
+QUICK_FLAGS = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+if os.environ.setdefault("XLA_FLAGS", QUICK_FLAGS) == QUICK_FLAGS:
     # Else a user's own flags may set the devices.
     jax.config.update("jax_num_cpu_devices", 4)
-    if jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = QUICK_FLAGS
 jax.config.update("jax_enable_x64", True)
 
 if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:  # Else Hypothesis writes here.
@@ -27,20 +30,37 @@ if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:  # Else Hypothesis writes h
     atexit.register(storage.cleanup)
 settings.register_profile(
     "quick",
-    max_examples=40,
+    max_examples=5,
     derandomize=True,
     database=None,
     deadline=None,  # The first example compiles.
     suppress_health_check=[HealthCheck.too_slow],  # As a busy machine is.
 )
+settings.register_profile("full", settings.get_profile("quick"), max_examples=40)
 settings.register_profile(
     "long",
-    settings.get_profile("quick"),
+    settings.get_profile("full"),
     max_examples=800,
     derandomize=False,
     print_blob=True,
 )
 settings.load_profile("quick")
+
+# A tenth of the time goes to looking for garbage among what tracing makes.
+gc.freeze()
+gc.set_threshold(50_000)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow what is left to `make test-all`."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        is_further = test in seen and not item.get_closest_marker("every")
+        if is_further or "benchmarks" in item.path.parts:
+            item.add_marker("slow")
+        seen.add(test)
 
 
 @pytest.fixture(autouse=True)

@@ -168,10 +168,7 @@ def walk(folder, stop_at=None, **changes):
     clock, turns = Clock(), []
     machine.CLOCKS["wall"] = clock
     plans = [Plan("p", 0, name, None) for name in ("quick", "slow")]
-    builders = [
-        (plans[0], walker(1.0, clock, stop_at)),
-        (plans[1], walker(3.0, clock)),
-    ]
+    builders = [(plans[0], walker(1.0, clock, stop_at)), (plans[1], walker(3.0, clock))]
 
     def watch(entrant):
         turns.append((entrant.plan.optimizer, entrant.run.seconds))

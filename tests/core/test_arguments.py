@@ -59,6 +59,7 @@ def test_a_start_of_integers_is_one_of_floats():
     np.testing.assert_allclose(x, RIGHT, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_spectra_are_those_of_a_tree_of_numbers():
     found = spectrum.eigenvalues(twice, {"a": 1.0, "b": np.array([1, 2])}, key=KEY)
     np.testing.assert_allclose(found.values, 2, rtol=1e-6)
@@ -71,6 +72,7 @@ def test_spectra_are_those_of_a_tree_of_numbers():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_product_is_handed_the_dtypes_of_like_and_sums_stay_wide(dtype):
     d, seen = jnp.array([1, 2, 300], dtype), set()
@@ -310,6 +312,7 @@ BAD = {
 }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_such_thing_is_named_in_one_sentence(case):
     call, sentence = BAD[case]

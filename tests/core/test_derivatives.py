@@ -70,6 +70,7 @@ def test_the_inverse_is_differentiated_by_b_lambda_and_what_the_product_holds(
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_inverse_has_second_derivatives_and_batches_of_right_hand_sides():
     def curved(solve):
         return quick_jit(jax.hessian(lambda s, b: weighed(solve)(s * A, 0.1, b)))
@@ -89,6 +90,7 @@ def test_the_inverse_has_second_derivatives_and_batches_of_right_hand_sides():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_short_floats_keep_their_dtype_in_derivatives(dtype):
     d = jnp.array([1.0, 2.0, 4.0], dtype)
@@ -99,6 +101,7 @@ def test_short_floats_keep_their_dtype_in_derivatives(dtype):
     np.testing.assert_allclose(slope.astype(float), [1, 0.5, 0.25], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_of_an_approximate_product_the_exact_one_is_differentiated():
     def solved(scale):
         product = Approximate(lambda v: 2 * v, lambda v: scale * v)
@@ -108,6 +111,7 @@ def test_of_an_approximate_product_the_exact_one_is_differentiated():
     np.testing.assert_allclose(jax.jacfwd(solved)(2.0), -0.25, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bilevel_problem_is_solved_by_differentiating_the_inverse():
     x, t = jnp.asarray(RNG.standard_normal((9, 3))), jnp.asarray(RNG.standard_normal(9))
     f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -184,6 +188,7 @@ def test_a_run_that_stops_early_refuses_to_be_differentiated(result, mode):
         derivative.lower(A)
 
 
+@pytest.mark.slow
 def test_a_run_whose_derivative_nobody_uses_is_not_refused():
     stop = jax.lax.stop_gradient
 
@@ -199,6 +204,7 @@ def test_a_run_whose_derivative_nobody_uses_is_not_refused():
     np.testing.assert_allclose(slope, DB * solve(A), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_eigenvalues_have_first_derivatives_in_both_modes_and_their_vectors_none():
     def found(a):
         return spectrum.eigenvalues(

@@ -149,6 +149,7 @@ def test_targets_in_float32_are_not_rounded_to_outputs_in_bfloat16():
         np.testing.assert_allclose(LOSSES[name].value(z, t), exact, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tree_of_outputs_of_two_dtypes_has_one_value():
     z = {"a": draw(4, 2, dtype=jnp.bfloat16), "b": draw(4, 3, dtype=jnp.float64)}
     t = jax.tree.map(lambda z: jnp.abs(z).astype(jnp.float32), z)
@@ -281,6 +282,7 @@ def test_hidden_states_in_bfloat16_are_damped():
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, batch=batch), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", [True, False])
 def test_parts_without_an_optimizer_promote_nothing(x64):
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
@@ -308,6 +310,7 @@ def test_parts_without_an_optimizer_promote_nothing(x64):
             assert taken.tolist() == [4, 0]
 
 
+@pytest.mark.slow
 def test_verify_runs_a_model_with_constants_in_float64():
     """Where it widens the parameters itself, their constants are none of a fault."""
     params, batch = data(jnp.float32)
@@ -321,6 +324,7 @@ def test_verify_runs_a_model_with_constants_in_float64():
         )
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_in_bfloat16_takes_inputs_in_float32():
     network = pytest.importorskip("hfjax.flax").LinenRecurrentNetwork(3, 2)
     x = draw(2, 4, 3, dtype=jnp.float32)
@@ -331,6 +335,7 @@ def test_a_recurrent_network_in_bfloat16_takes_inputs_in_float32():
     assert outputs.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_sparse_matrix_in_a_batch_is_refused_by_name():
     params, (x, t, _) = data(jnp.float32)
     for batched in (0, 1):

@@ -61,9 +61,7 @@ def test_a_real_kernel_is_used_by_real_and_imaginary_parts(name):
         return jnp.sum(model_fn(params, x[:1]) * T[:1])
 
     _, transpose, rows = jax.vjp(
-        lambda added: model.evaluate(PARAMS, x[:1], added),
-        model.zeros(),
-        has_aux=True,
+        lambda added: model.evaluate(PARAMS, x[:1], added), model.zeros(), has_aux=True
     )
     (derivatives,) = transpose(T[:1])
     truth = jax.grad(total)(PARAMS)

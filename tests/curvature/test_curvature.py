@@ -36,6 +36,7 @@ def ggn_matrix(problem):
     return np.asarray(columns(problem.params))
 
 
+@pytest.mark.every
 @every_problem
 def test_product_equals_dense_ggn(problem):
     truth = reference.ggn(problem)
@@ -271,6 +272,7 @@ def test_finite_differences_are_near_the_hessian_whatever_the_size_of_v(
     assert differences(named(name), dtype, scale) <= bound
 
 
+@pytest.mark.slow
 def test_the_error_of_differences_falls_as_it_should_with_epsilon():
     problem = named("mlp_softmax")
     coarse, fine = (

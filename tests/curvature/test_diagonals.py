@@ -293,6 +293,7 @@ def test_random_diagonal_is_unbiased(name):
     assert np.all(estimates >= 0)
 
 
+@pytest.mark.slow
 def test_the_mean_of_probes_varies_as_much_less_as_there_are_probes():
     problem, draws = named("softmax_masses"), 1000
     keys = jax.random.split(jax.random.key(2), draws)
@@ -333,17 +334,14 @@ def test_random_diagonal_of_outputs_that_share_no_parameter_is_exact():
         np.testing.assert_allclose(diagonal, truth, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_signs_do_not_depend_on_microbatches_but_on_the_key():
     problem = named("softmax_soft_targets")
 
     def diagonal(objective):
         return quick_jit(
             lambda key: diagonals.ggn_rademacher(
-                objective,
-                problem.params,
-                problem.batch,
-                key=key,
-                num_probes=2,
+                objective, problem.params, problem.batch, key=key, num_probes=2
             )
         )
 

@@ -26,12 +26,7 @@ TO = {"float32": 1e-6, "bfloat16": 3e-2}
 MATRICES = {
     "ggn": (curvature.ggn, MLP, {}, reference.ggn),
     "hessian": (curvature.hessian, MLP, {}, reference.hessian),
-    "fisher": (
-        curvature.empirical_fisher,
-        MLP,
-        {},
-        reference.empirical_fisher_matrix,
-    ),
+    "fisher": (curvature.empirical_fisher, MLP, {}, reference.empirical_fisher_matrix),
     "structural": (
         curvature.ggn,
         WITH_HIDDEN,
@@ -207,6 +202,7 @@ def test_replaced_residuals_lead_to_the_solution_of_the_exact_system(every):
     )
 
 
+@pytest.mark.slow
 def test_in_bfloat16_replaced_residuals_vanish_and_others_do_not():
     problem, strength = MLP, jnp.float64(0.3)
     rhs, unravel = ravel_pytree(problem.direction)
@@ -259,6 +255,7 @@ def test_an_exact_product_that_is_not_finite_ends_the_run_and_leaves_m_a_number(
     assert np.isfinite(run.model_values).all()
 
 
+@pytest.mark.slow
 def test_hessian_free_trains_with_it():
     rng = np.random.default_rng(5)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), layers(rng, 2, 8, 1))
@@ -289,6 +286,7 @@ def test_hessian_free_trains_with_it():
     }
 
 
+@pytest.mark.slow
 @needs_devices
 def test_many_devices_make_the_update_of_one():
     def update(params, batch, _, axis_name=None):
@@ -314,6 +312,7 @@ def test_many_devices_make_the_update_of_one():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replace_every", [None, 3])
 def test_another_damping_cannot_be_told_from_replaced_residuals(replace_every):
     solver = cg.conjugate_gradient(max_iterations=4, replace_every=replace_every)

@@ -254,6 +254,7 @@ def test_a_case_of_weight_two_is_the_case_twice_in_any_order(name, data):
         np.testing.assert_allclose(two[key], one[key], rtol=0, atol=slack, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["squared", "labels"])
 @given(data=st.data())
 def test_microbatches_change_rounding_only(name, data):
@@ -288,6 +289,7 @@ def estimate():
     return quick_jit(run)
 
 
+@pytest.mark.slow
 @given(draws("softmax"))
 def test_the_mean_over_all_signs_is_the_diagonal_itself(drawn):
     signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1).T

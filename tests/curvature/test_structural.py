@@ -55,12 +55,7 @@ TANH, LOGISTIC, LAYERS = HIDDEN
 
 @pytest.mark.parametrize(
     ("problem", "microbatch_size", "linearize_once"),
-    [
-        (TANH, None, False),
-        (TANH, 2, False),
-        (LOGISTIC, 3, True),
-        (LAYERS, 2, True),
-    ],
+    [(TANH, None, False), (TANH, 2, False), (LOGISTIC, 3, True), (LAYERS, 2, True)],
 )
 def test_structural_damping_adds_mu_times_the_curvature_of_the_hidden_states(
     problem, microbatch_size, linearize_once
@@ -160,6 +155,7 @@ def flops(product, v):
     return quick_jit(product).lower(v).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_structural_damping_costs_at_most_a_twentieth_of_a_product():
     params, pair_fn = deep(np.random.default_rng(0), 5, 10, 64, 10)
     objective = hfjax.Objective(pair_fn, SQUARED, hidden_loss=SQUARED)
@@ -238,6 +234,7 @@ def test_exact_diagonal_contains_structural_damping(problem):
         )
 
 
+@pytest.mark.slow
 def test_random_diagonal_contains_structural_damping():
     problem, mu, draws = LAYERS, 2.0, 2000
     objective = problem.objective(microbatch_size=3)

@@ -130,6 +130,7 @@ def test_bad_data_cost_one_zero_update_and_no_more(what, number):
     assert values[-1] < values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_bad_data_of_one_device_make_a_zero_update_on_all(check_vma):
@@ -178,6 +179,7 @@ def test_a_product_that_breaks_half_way_makes_a_zero_update():
     assert_untouched(PARAMS, after, state)
 
 
+@pytest.mark.slow
 def test_where_f_is_nan_further_out_a_shorter_step_is_taken():
     def bounded(params, x):
         far = jnp.sum(jnp.square(params["b"] - PARAMS["b"])) > 1e-4
@@ -433,6 +435,7 @@ ILL_SCALED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ILL_SCALED)
 def test_an_ill_scaled_parameterisation_is_trained(name):
     scaled = ILL_SCALED[name]
@@ -484,6 +487,7 @@ def test_a_start_where_f_overflows_is_refused_for_ever():
     assert reason(state) is Rejection.NONFINITE_GRADIENT
 
 
+@pytest.mark.slow
 def test_a_healthy_run_makes_no_nan_on_its_way():
     # `jax_debug_nans` looks at what every compiled program returns, so one update as
     # one program, and the same one operation at a time.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 from problems import Problem, layers, mlp, normal, uneven
@@ -276,6 +277,7 @@ def test_a_bad_step_is_not_kept_and_its_solution_does_not_start_the_next_run():
     np.testing.assert_allclose(after.damping, 1.5 * state.damping)
 
 
+@pytest.mark.slow
 def test_uneven_devices_share_one_mean_where_faults_mean_the_means():
     problem = uneven([1.0, 2.0, 0.5, 0.0, 0.0, 0.1])
     weights = problem.batch[2]

@@ -12,6 +12,8 @@ import pytest
 import hfjax
 from hfjax import losses
 
+pytestmark = pytest.mark.every
+
 F32 = jnp.float32
 PARAMS = {"b": jnp.zeros(2, F32), "w": jnp.full((3, 2), 0.1, F32)}
 X, T = jnp.ones((4, 3), F32), jnp.zeros((4, 2), F32)
@@ -98,6 +100,7 @@ def test_a_state_of_something_else_is_named(state, error, words):
         update(state=state)
 
 
+@pytest.mark.slow
 def test_random_numbers_need_nothing_of_the_state():
     estimate = hfjax.diagonals.ggn_rademacher
     random = hfjax.hessian_free(
@@ -232,6 +235,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 def test_any_tree_of_real_floats_is_trained(name):
     def model_fn(params, x):

@@ -33,6 +33,7 @@ def test_levenberg_marquardt_follows_a_scripted_ratio(make, ratio, factor):
     np.testing.assert_allclose(after, 9.0 * factor, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_damping_has_no_floor_but_never_reaches_zero_or_overflows():
     rule = damping.levenberg_marquardt()
     good, bad = (Verdict(jnp.float32(ratio)) for ratio in (1, -1))

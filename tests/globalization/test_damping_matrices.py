@@ -150,6 +150,7 @@ def test_an_update_is_the_dense_step_and_its_ratio_that_of_the_dense_model(
     np.testing.assert_allclose(state.damping, lam * factor, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_schedules_of_damping_structure_and_weight_decay_are_read_at_the_count():
     def schedule(start):
         return lambda count: start / (1.0 + count)
@@ -186,6 +187,7 @@ def elementwise_batch(c, a):
     return {"x": x, "c": ones * jnp.asarray(c)[None], "a": a * ones[:, 0]}, a * t
 
 
+@pytest.mark.slow
 def test_the_step_damped_by_the_diagonal_knows_no_scale_of_parameters_or_of_f():
     objective = hfjax.Objective(elementwise, SQUARED)
     p = normal(np.random.default_rng(3), 6)
@@ -261,6 +263,7 @@ def test_the_preconditioner_is_told_the_diagonal_of_lambda_d(lam):
     )
 
 
+@pytest.mark.slow
 def test_damping_by_the_curvature_shortens_every_step_by_one_plus_lambda():
     w = normal(np.random.default_rng(9), 6)
     whole, _ = step_of(network, w, "curvature", 0.0)

@@ -91,6 +91,7 @@ def test_solutions_for_other_dampings_are_the_lowest_in_the_span(keep, warm, sca
         np.testing.assert_allclose(steps[own], kept[-1], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True])
 def test_slots_that_are_not_used_change_nothing(warm):
     _, numbers, *ours = solved(KEEPS["every"], 4, 9, warm, True)
@@ -211,13 +212,7 @@ SEARCHES = {
         -1,
     ),
     "none": ({0: NAN, 3: NAN}, 1.0, {"max_tries": 4}, [0, 1, 2, 3], 3),
-    "worse_than_before": (
-        {0: 2.0, 1: 1.5, 2: 0.9, 3: 1.0},
-        1.0,
-        {},
-        [0, 1, 2, 3],
-        2,
-    ),
+    "worse_than_before": ({0: 2.0, 1: 1.5, 2: 0.9, 3: 1.0}, 1.0, {}, [0, 1, 2, 3], 2),
     "no_value_before": ({0: 0.5, 1: 0.4, 2: 0.41}, NAN, {}, [0, 1, 2], 1),
     "three_tries": (
         {0: 0.5, 1: 0.6, -1: 0.3, -2: 0.2},
@@ -419,6 +414,7 @@ def COSINE(p, x):  # noqa: N802
     return jnp.sqrt(2 + 2 * jnp.cos(p)) * x + 2.0
 
 
+@pytest.mark.slow
 def test_the_found_damping_stays_within_the_limits_of_its_rule():
     rule = hfjax.damping.searched
     _, state = far_off(rule(init=100.0))
@@ -427,6 +423,7 @@ def test_the_found_damping_stays_within_the_limits_of_its_rule():
     assert state.damping == 50
 
 
+@pytest.mark.slow
 def test_where_curvature_is_negative_the_step_goes_downhill():
     # f = 1 + cos p near its top: the Hessian is −cos p, and λ less than that.
     rule = hfjax.damping.searched(init=1e-3)
@@ -440,10 +437,7 @@ UNTOLD = [
     {"damping": hfjax.damping.levenberg_marquardt()},
     {"solver": cg.conjugate_gradient(keep=iterates.best())},
     {"solver": cg.conjugate_gradient(keep=iterates.guarded())},
-    {
-        "solver": hfjax.krylov.subspace_descent(),
-        "damping": hfjax.damping.constant(0.0),
-    },
+    {"solver": hfjax.krylov.subspace_descent(), "damping": hfjax.damping.constant(0.0)},
     {
         "solver": hfjax.trust_region.steihaug_toint(),
         "damping": hfjax.trust_region.radius(),
@@ -474,6 +468,7 @@ def test_where_other_dampings_cannot_be_told_or_looked_for_it_stops_early(option
     assert chosen_iteration(**options) == chosen_iteration(**options, **early)
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_step_of_the_whole_run_and_early_stop_an_iterate():
     searched = {"damping": hfjax.damping.searched(init=1e-3)}
     chosen, last = chosen_iteration(**searched)
@@ -483,6 +478,7 @@ def test_the_search_takes_the_step_of_the_whole_run_and_early_stop_an_iterate():
     assert chosen < last
 
 
+@pytest.mark.slow
 def test_as_it_comes_the_optimizer_is_the_recipe():
     params, batch = regression("float64")
     objective = hfjax.Objective(mlp, SQUARED)
@@ -591,6 +587,7 @@ def trained(initial_damping, dtype, updates):
     return carry, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fall"), [("float64", 100), ("bfloat16", 5)])
 def test_recipe_trains_from_any_initial_damping(dtype, fall):
     for initial in (1e-3, 1.0, 1e3):
@@ -601,6 +598,7 @@ def test_recipe_trains_from_any_initial_damping(dtype, fall):
         assert np.isfinite(state.damping)
 
 
+@pytest.mark.slow
 def test_recipe_takes_injected_numbers():
     params, batch = regression("float64")
     objective = hfjax.Objective(mlp, SQUARED)
@@ -638,8 +636,7 @@ def test_the_search_for_damping_goes_with_a_warm_start():
     """A run from the last direction is in a loop, of which everything is an array."""
     objective = hfjax.Objective(lambda p, x: x @ p, SQUARED)
     tx = hfjax.hessian_free(
-        objective,
-        solver=cg.conjugate_gradient(warm_start_decay=0.9, max_iterations=3),
+        objective, solver=cg.conjugate_gradient(warm_start_decay=0.9, max_iterations=3)
     )
     params, batch = jnp.zeros((1, 1)), (jnp.ones((2, 1)), jnp.ones((2, 1)))
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, batch=batch), params)

@@ -470,6 +470,7 @@ def test_the_radius_grows_on_the_boundary_only(dtype):
                 np.testing.assert_allclose(other.update(*now), truth, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_follows_the_rule_and_f_never_rises():
     tx = hfjax.hessian_free(
         OBJECTIVE,
@@ -494,12 +495,7 @@ def test_training_follows_the_rule_and_f_never_rises():
     before = np.concatenate([[0.01], radii[:-1]])
     seen = set()
     for now, after, ratio, reason, accepted in zip(
-        before,
-        radii,
-        info.reduction_ratio,
-        info.cg_reason,
-        info.accepted,
-        strict=True,
+        before, radii, info.reduction_ratio, info.cg_reason, info.accepted, strict=True
     ):
         on_boundary = reason == Reason.BOUNDARY
         ratio = ratio if accepted else -np.inf

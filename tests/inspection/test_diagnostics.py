@@ -138,6 +138,7 @@ def network(params, x):
     return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
 
+@pytest.mark.slow
 def test_a_run_of_cg_is_that_of_an_update_with_f_beside_it():
     objective = hfjax.Objective(
         network, hfjax.losses.squared_error(), weight_decay=1e-3

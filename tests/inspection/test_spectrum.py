@@ -26,6 +26,7 @@ def symmetric(values, seed=0):
     return dense, lambda v: unravel(jnp.asarray(dense) @ ravel_pytree(v)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 def test_a_few_eigenvalues_of_a_spread_spectrum_are_those_of_the_matrix(which):
     ends = [-30.0, -12.0, -5.0, 8.0, 20.0, 50.0]
@@ -56,6 +57,7 @@ def test_a_few_eigenvalues_of_a_spread_spectrum_are_those_of_the_matrix(which):
     assert found.residuals.max() > 1e-12  # Ten products are not all of thirteen.
 
 
+@pytest.mark.slow
 def test_all_copies_of_a_multiple_eigenvalue_are_found():
     values = np.array([5.0] * 3 + [1.0] * 10)
     _, matvec = symmetric(values)
@@ -71,6 +73,7 @@ def test_more_eigenvalues_than_there_are_are_refused():
         spectrum.eigenvalues(lambda v: v, LIKE, key=jax.random.key(0), which="top")
 
 
+@pytest.mark.slow
 def test_a_probe_integrates_polynomials_of_degree_2k_minus_1_exactly():
     values = np.linspace(-1, 2, SIZE)
     dense, matvec = symmetric(values)
@@ -88,6 +91,7 @@ def test_a_probe_integrates_polynomials_of_degree_2k_minus_1_exactly():
         assert abs(quadrature - exact) > 1e-6
 
 
+@pytest.mark.slow
 def test_a_density_integrates_to_one_and_has_its_mass_where_eigenvalues_are():
     values = np.array([0.0] * 10 + [4.0] * 3)
     _, matvec = symmetric(values)
@@ -231,6 +235,7 @@ def test_a_run_without_iterations_has_no_ritz_values():
     assert spectrum.ritz_values(run.coefficients).shape == (0,)
 
 
+@pytest.mark.slow
 def test_the_last_run_is_in_the_state():
     objective = hfjax.Objective(
         lambda p, x: jnp.tanh(x @ p), hfjax.losses.squared_error()
@@ -279,6 +284,7 @@ def test_inverse_solves_to_its_tolerance():
     assert 1e-4 < error <= 0.1
 
 
+@pytest.mark.slow
 def test_float32_keeps_its_dtype():
     like = jnp.zeros(6, jnp.float32)
     d = jnp.arange(1.0, 7.0, dtype=jnp.float32)

@@ -87,6 +87,7 @@ def test_nothing_is_found_in_a_correct_setup(name):
     assert verify.check(objective, None, problem.params, problem.batch, grads) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp_squared_error", "integer_labels"])
 def test_nothing_is_found_in_float32(name):
     problem = named(name)
@@ -97,11 +98,13 @@ def test_nothing_is_found_in_float32(name):
         assert check(objective, tx, params, batch) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_with_microbatches_and_an_optimizer():
     objective = PROBLEM.objective(microbatch_size=3)
     assert check(objective, optimizer(objective)) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_a_chain():
     tx = optax.chain(
         hfjax.scale_by_hessian_free(OBJECTIVE), optax.scale_by_learning_rate(0.5)
@@ -109,6 +112,7 @@ def test_nothing_is_found_in_a_chain():
     assert check(tx=tx) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_with_rectifiers_on_their_kinks():
     def relu_net(params, x):
         (w, b), *rest = params
@@ -119,6 +123,7 @@ def test_nothing_is_found_with_rectifiers_on_their_kinks():
     assert check(modelled(relu_net), params=params, batch=(X.at[0].set(0), T)) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_a_model_is_bound_to_float32():
     def step(carry, x):  # One function in all calls, so that it is compiled once.
         h, w = carry
@@ -132,6 +137,7 @@ def test_nothing_is_found_where_a_model_is_bound_to_float32():
     assert check(modelled(bound), params=params, batch=batch) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_with_one_key_for_each_case():
     def noisy(params, inputs):
         x, keys = inputs
@@ -141,6 +147,7 @@ def test_nothing_is_found_with_one_key_for_each_case():
     assert check(modelled(noisy), batch=(inputs, T)) == []
 
 
+@pytest.mark.slow
 def test_masks_that_a_key_draws_otherwise_in_float64_are_no_rounding():
     def dropping_out(params, inputs):
         x, keys = inputs
@@ -156,6 +163,7 @@ def test_masks_that_a_key_draws_otherwise_in_float64_are_no_rounding():
     assert faults == []
 
 
+@pytest.mark.slow
 def test_nothing_is_found_at_an_optimum():
     # Where ∇f is rounding, or zero, and so is f.
     objective = modelled(lambda p, x: x @ p)
@@ -171,6 +179,7 @@ def test_nothing_is_found_at_an_optimum():
 # A gradient of something else.
 
 
+@pytest.mark.slow
 def test_what_was_done_to_the_gradient_is_named():
     g = gradient(OBJECTIVE)
     data = gradient(dataclasses.replace(OBJECTIVE, weight_decay=0.0))
@@ -234,6 +243,7 @@ def test_a_gradient_of_another_shape_is_named():
 # Numbers that are none.
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_named():
     g = gradient(OBJECTIVE)
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), g)
@@ -268,6 +278,7 @@ def test_a_random_model_is_named():
     only(check(dropout, grads=g), "random")
 
 
+@pytest.mark.slow
 def test_batch_normalisation_in_training_mode_is_named():
     def normalised(params, x):
         z = mlp(params, x)
@@ -316,10 +327,12 @@ def test_a_straight_through_estimator_is_named():
     only(check(modelled(rounded)), "not that of its values")
 
 
+@pytest.mark.slow
 def test_a_backward_rule_alone_is_no_fault():
     assert check(modelled(lambda p, x: backward_only(mlp(p, x)))) == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_convex_is_named_unless_it_is_repaired():
     def squashed(z, t):
         return 0.5 * (jnp.tanh(z) - t) ** 2
@@ -332,6 +345,7 @@ def test_a_loss_that_is_not_convex_is_named_unless_it_is_repaired():
         assert check(modelled(mlp, repaired), batch=batch) == []
 
 
+@pytest.mark.slow
 def test_negative_curvature_of_many_outputs_is_found():
     def many(params, x):
         return jnp.tile(mlp(params, x), (1, 40))
@@ -349,6 +363,7 @@ def test_negative_curvature_of_many_outputs_is_found():
 # Rounding.
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_rounding_is_named():
     def cancels(params, x):
         # XLA would cancel it.
@@ -360,6 +375,7 @@ def test_a_gradient_that_is_rounding_is_named():
     only(found, "The gradient in float32", "rounding")
 
 
+@pytest.mark.slow
 def test_an_update_below_the_rounding_of_f_is_named():
     params, batch = single((PROBLEM.params, PROBLEM.batch))
     with jax.enable_x64(False):
@@ -371,16 +387,19 @@ def test_an_update_below_the_rounding_of_f_is_named():
 # The optimizer.
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_named():
     only(check(tx=optax.sgd(0.1)), "not a Hessian-free transformation")
     only(check(tx="hessian_free"), "`tx` is a str")
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_another_objective_is_named():
     other = modelled(lambda p, x: 3 * mlp(p, x))
     only(check(tx=optimizer(other)), "built with another objective")
 
 
+@pytest.mark.slow
 def test_a_rejected_update_is_named_by_its_reason():
     flat = modelled(lambda p, x: 0 * mlp(p, x))
     only(check(flat, optimizer(flat)), "rejects its first update", "ZERO_GRADIENT")
@@ -409,6 +428,7 @@ def test_products_agree_with_finite_differences(name):
     assert min(errors) > 0
 
 
+@pytest.mark.slow
 def test_products_are_in_float64_whatever_the_setting():
     params, batch = single((PROBLEM.params, PROBLEM.batch))
     with jax.enable_x64(False):
@@ -424,6 +444,7 @@ def products(objective, **options):
     )
 
 
+@pytest.mark.slow
 def test_each_wrong_part_shows_in_its_errors():
     model = products(modelled(lambda p, x: wrongly_squared(mlp(p, x))), columns=9)
     assert min(model.jacobian, model.transpose, model.ggn) > 0.3
@@ -438,6 +459,7 @@ def test_each_wrong_part_shows_in_its_errors():
     assert max(loss.jacobian, loss.transpose) < 1e-6
 
 
+@pytest.mark.slow
 def test_networks_that_are_no_toys_are_refused():
     big = jnp.zeros((3, verify.MOST_PARAMETERS))
     f = modelled(lambda p, x: (x @ p)[:, :2])

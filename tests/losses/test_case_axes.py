@@ -187,6 +187,7 @@ def test_shapes_of_a_loss_are_looked_at_once():
     assert traces.count((CASES + 1, 1)) == 1
 
 
+@pytest.mark.slow
 def test_mixing_is_refused_in_microbatches_sums_and_hidden_states():
     for size in (1, 2):
         f = hfjax.Objective(scaled, summed, microbatch_size=size)

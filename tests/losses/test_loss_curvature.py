@@ -75,12 +75,7 @@ def cases(seed=0):
         "masked": (masked, deep, {"labels": labels, "mask": mask}, [4]),
         "gaussian": (gaussian, flat, flat[:, :3], [2]),
         "leaves": (of_leaves, tree, {"p": softmaxed(rng, 3, 2, 4)}, [1, 4]),
-        "poly": (
-            optax.losses.poly_loss_cross_entropy,
-            flat,
-            softmaxed(rng, 3, 6),
-            [6],
-        ),
+        "poly": (optax.losses.poly_loss_cross_entropy, flat, softmaxed(rng, 3, 6), [6]),
         "square_of_a_sum": (
             lambda z, t: (jnp.sum(z - t, axis=-1)) ** 2,
             flat,
@@ -147,6 +142,7 @@ def positive_part(matrix, positive):
     return vectors * np.maximum(values, 0)[:, None] @ np.swapaxes(vectors, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases())
 def test_blocks_hold_every_entry_of_the_dense_hessian(name):
     fn, z, t, sizes = cases()[name]
@@ -225,6 +221,7 @@ def coupled(z, t):
     return distance + 50 * jax.nn.logsumexp(z, axis=-1) + jnp.sum(z**4, axis=-1)
 
 
+@pytest.mark.slow
 def test_large_coupled_losses_have_a_root_by_lanczos_and_say_so():
     rng = np.random.default_rng(0)
     z, t, v = jnp.asarray(rng.standard_normal((3, 2, 120)))
@@ -248,6 +245,7 @@ def test_large_coupled_losses_have_a_root_by_lanczos_and_say_so():
     assert "the loss couples 120 outputs of a case" in sentence
 
 
+@pytest.mark.slow
 def test_lanczos_is_exact_where_there_are_few_eigenvalues_and_of_zero_is_zero():
     d = jnp.asarray([[0.0, 1.0, 4.0, 9.0] * 10, [2.0] * 40])
     v = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40)))
@@ -256,6 +254,7 @@ def test_lanczos_is_exact_where_there_are_few_eigenvalues_and_of_zero_is_zero():
     assert not np.any(_repair._root_by_lanczos(lambda x: d * x, 0 * v))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_read_gives_the_preconditioner_of_its_closed_form():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((12, 3)))

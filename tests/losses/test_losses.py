@@ -110,6 +110,7 @@ def assert_equal_to_dense(loss, z, t, values, curvature):
     np.testing.assert_allclose(square, curvature, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.every
 @every_kind
 @every_loss
 def test_value_hessian_and_factor_equal_dense_numpy(name, kind):
@@ -301,11 +302,7 @@ def test_logistic_curvature_keeps_its_digits_when_saturated():
     np.testing.assert_allclose(np.square(factor), truth, rtol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "winner",
-    [0.0, 0.3],
-    ids=["without_winner", "with_winner"],
-)
+@pytest.mark.parametrize("winner", [0.0, 0.3], ids=["without_winner", "with_winner"])
 def test_softmax_curvature_keeps_its_digits_when_saturated(winner):
     z = jnp.asarray([[30.0, -30.0, 0.0], [-30.0, -31.0, 30.0]], jnp.float32)
     t = jnp.asarray([[1.0, 0.0, 0.0], [0.5, 0.2, 0.3]], jnp.float32)
@@ -339,8 +336,5 @@ def test_logistic_value_and_gradient_keep_their_digits_when_saturated():
 )
 def test_targets_of_another_shape_than_the_outputs_are_refused(name, targets):
     z, t = jnp.zeros((4, 1)), jnp.ones(targets)
-    with (
-        jax.numpy_rank_promotion("allow"),
-        pytest.raises(ValueError, match="shape"),
-    ):
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="shape"):
         jax.eval_shape(build(name).value, z, t)

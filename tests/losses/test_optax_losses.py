@@ -273,6 +273,7 @@ def test_the_closed_form_that_the_page_names_is_the_same_loss(name):
     np.testing.assert_allclose(times * product, truth, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_kl_divergence_of_logits_has_the_curvature_of_softmax():
     rng = np.random.default_rng(7)
     z = jnp.asarray(3 * real(rng, CASES, 4))
@@ -310,6 +311,7 @@ def test_the_closed_form_keeps_curvature_that_differentiating_loses():
     np.testing.assert_allclose(product, 4.14e-8, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_where_the_loss_has_no_curvature_the_empirical_fisher_matrix_goes_further():
     rng = np.random.default_rng(0)
     x = jnp.asarray(real(rng, 40, 3))

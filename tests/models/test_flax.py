@@ -68,6 +68,7 @@ class Network(nnx.Module):
         return self.out(self.dropout(jnp.tanh(self.norm(self.hidden(x)))))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_hands_the_batch_on():
     model = nnx.Sequential(
         nnx.Linear(2, 5, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(5, 1, rngs=nnx.Rngs(1))
@@ -98,6 +99,7 @@ def test_nnx_optimizer_hands_the_batch_on():
     assert read["value_before"] == pytest.approx(float(values[2]))
 
 
+@pytest.mark.slow
 def test_batch_normalisation_trains_on_its_running_statistics():
     model = Network(nnx.Rngs(0))
     model(5 + make_batch()[0])  # Statistics that are not those it starts with.
@@ -122,6 +124,7 @@ def test_batch_normalisation_in_training_mode_is_refused():
         objective.value(nnx.state(model, nnx.Param), make_batch())
 
 
+@pytest.mark.slow
 def test_dropout_draws_by_the_key_of_each_case_and_trains():
     model = Network(nnx.Rngs(0), rate=0.5)
     model.norm.use_running_average = True
@@ -213,6 +216,7 @@ def test_what_is_frozen_is_as_it_was_when_the_function_was_made():
     np.testing.assert_array_equal(model_fn(params, x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_recurrent_layers_of_flax_train(kind):
     # Three steps, the last state read out.
@@ -246,6 +250,7 @@ class LinenNetwork(nn.Module):
         return nn.Dense(1)(nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x)))
 
 
+@pytest.mark.slow
 def test_train_state_hands_both_batches_on():
     module = LinenNetwork()
     # Two programs are compared: in float32 ten iterations tell them apart.
@@ -315,6 +320,7 @@ def test_a_linen_module_is_no_nnx_module():
         flax.nnx_model_fn(LinenNetwork())
 
 
+@pytest.mark.slow
 def test_the_part_of_an_equinox_model_that_is_trained_trains():
     equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(2, 1, 8, 1, jnp.tanh, key=jax.random.key(0))
@@ -357,6 +363,7 @@ class Called(nnx.Module):
         return self.drop(jnp.ones_like(self.linear(x)), rngs=rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("make", [Stack, Called])
 def test_a_case_draws_masks_by_its_own_key(make, raw):

@@ -65,6 +65,7 @@ def true_radius(matrix):
     return np.max(np.abs(np.linalg.eigvals(np.asarray(matrix, np.float64))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(jnp.float32, 2e-6), (jnp.float64, 1e-13), (jnp.bfloat16, 0.02)]
 )
@@ -129,6 +130,7 @@ def test_spectral_radius_leaves_a_nilpotent_matrix_as_it_is():
     np.testing.assert_allclose(stack, np.stack([delay_line, 3 * np.eye(9)]), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_spectral_radius_takes_any_base_and_keeps_its_pattern():
     normal = jax.nn.initializers.normal()
     args = jax.random.key(0), (8, 8), jnp.float32

@@ -113,6 +113,7 @@ def test_bad_sizes_are_refused():
         minibatching.in_turn(jnp.arange(3), 2.0, 0)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_batches_grow_and_compiles_once_a_size():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((24, 3)))

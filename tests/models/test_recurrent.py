@@ -126,6 +126,7 @@ def test_gradients_are_finite_differences_of_the_recurrence(make, chunk):
     assert np.all(np.abs(gradient["initial_hidden"]) > 1e-4)  # h₀ is learned.
 
 
+@pytest.mark.slow
 def test_checkpointed_products_are_the_plain_ones():
     weights, v, batch = make_weights(), make_weights(seed=1), make_batch()
 
@@ -173,6 +174,7 @@ def test_a_case_depends_on_no_other():
     np.testing.assert_allclose(together[1:2], alone, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
 def test_two_hessian_free_updates_lower_the_objective(flavour):
     inputs, targets = (jnp.asarray(array, jnp.float32) for array in make_batch())
@@ -203,6 +205,7 @@ def test_two_hessian_free_updates_lower_the_objective(flavour):
     assert all(jax.tree.leaves(moved))  # h₀ and the biases too.
 
 
+@pytest.mark.slow
 def test_parameters_start_as_their_initializers_draw_them():
     ones, twos = (jax.nn.initializers.constant(value) for value in (1.0, 2.0))
     options = {"hidden_init": ones, "bias_init": twos, "param_dtype": jnp.float16}

@@ -84,6 +84,7 @@ def test_carries_and_outputs_may_be_any_tree_and_xs_none():
         assert_close(got, PLAIN(step, init, None, length=steps))
 
 
+@pytest.mark.slow
 def test_random_keys_and_arrays_without_elements_pass():
     keys = jax.random.split(jax.random.key(0), 7)
 
@@ -106,6 +107,7 @@ def test_each_step_is_run_once_in_order():
     np.testing.assert_array_equal(ys, [0, 1, 12, 123, 1234, 12345, 123456])
 
 
+@pytest.mark.slow
 def test_it_can_be_batched():
     inputs = jnp.stack([make_batch(7)[0], 2 * make_batch(7)[0]])
 
@@ -120,6 +122,7 @@ def test_it_can_be_batched():
     assert_close(got, expected)
 
 
+@pytest.mark.slow
 def test_cases_can_be_sharded():
     batch = make_batch(7, cases=8)
     mesh = jax.make_mesh((4,), ("cases",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -136,6 +139,7 @@ def test_cases_can_be_sharded():
     assert_close(got, quantities(PLAIN, batch))
 
 
+@pytest.mark.slow
 def test_the_linear_map_between_the_products_keeps_few_states():
     """A product's memory falls, from T states by a factor that grows as √T."""
 

@@ -99,13 +99,11 @@ def structural_truths():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "options"),
     [
-        (
-            "shard_map_check_vma",
-            {"microbatch_size": 2, "linearize_once": True},
-        ),
+        ("shard_map_check_vma", {"microbatch_size": 2, "linearize_once": True}),
         ("shard_map", {"microbatch_size": 2}),
         ("vmap", {"microbatch_size": 2, "linearize_once": True}),
     ],
@@ -119,6 +117,7 @@ def test_devices_change_no_curvature_and_no_sign(way, options):
         np.testing.assert_allclose(flat, truth, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_structurally_damped_update_is_the_dense_step_on_devices():
     objective = HIDDEN.objective(axis_name="cases")
     tx = hfjax.hessian_free(
@@ -149,6 +148,7 @@ def test_a_structurally_damped_update_is_the_dense_step_on_devices():
     np.testing.assert_allclose(predicted, model, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_every_device_draws_signs_of_its_own():
     # All cases alike: of one estimate for each of 2,000, the mean is near the truth.
     cases, mix = 2000, np.random.default_rng(3).standard_normal((2, 4))

@@ -73,11 +73,7 @@ ONE_HOT = jnp.eye(3)[:2]
 @pytest.mark.parametrize("dtype", [bool, jnp.uint8, jnp.int32])
 @pytest.mark.parametrize(
     "make",
-    [
-        LOSSES.squared_error,
-        LOSSES.sigmoid_cross_entropy,
-        LOSSES.softmax_cross_entropy,
-    ],
+    [LOSSES.squared_error, LOSSES.sigmoid_cross_entropy, LOSSES.softmax_cross_entropy],
 )
 def test_targets_of_booleans_and_integers_are_those_of_floats(make, dtype):
     loss, targets = make(), ONE_HOT.astype(dtype)

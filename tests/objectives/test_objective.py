@@ -21,6 +21,7 @@ def flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
+@pytest.mark.every
 @every_problem
 def test_value_and_gradient_equal_dense(problem):
     value, gradient = quick_jit(problem.objective().value_and_grad)(

@@ -132,6 +132,7 @@ def test_value_gradient_and_curvature_are_the_weighted_sums():
     )
 
 
+@pytest.mark.slow
 def test_products_in_fewer_digits_hold_to_the_exact_sum():
     f, _, _ = slope_and_boundary()
     product = hfjax.curvature.with_precision("bfloat16")(f, PARAMS, BATCHES)
@@ -147,6 +148,7 @@ def test_products_in_fewer_digits_hold_to_the_exact_sum():
     assert 1e-5 < error < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -181,6 +183,7 @@ def test_preconditioners_of_a_sum_are_those_of_all_its_cases(rule):
         )
 
 
+@pytest.mark.slow
 def test_training_on_a_sum_is_training_on_all_its_cases():
     both, one = of_all_cases()
 
@@ -206,6 +209,7 @@ def test_training_on_a_sum_is_training_on_all_its_cases():
     )
 
 
+@pytest.mark.slow
 def test_sums_of_sums_and_schedules_are_sums():
     one = hfjax.Objective(model_fn, SQUARED_ERROR)
     schedule = optax.piecewise_constant_schedule(1.0, {10: 0.5})
@@ -229,6 +233,7 @@ def test_sums_of_sums_and_schedules_are_sums():
     assert [np.shape(x) for x in jax.tree.leaves(values)] == [(6,), (3,), (6,)]
 
 
+@pytest.mark.slow
 def test_schedules_need_a_count_where_something_is_computed():
     schedule = optax.piecewise_constant_schedule(1.0, {10: 0.5})
     one = hfjax.Objective(model_fn, SQUARED_ERROR, weight_decay=0.1)
@@ -301,6 +306,7 @@ def test_a_batch_that_does_not_fit_is_refused():
         tx.update(PARAMS, state, PARAMS, batch=BATCHES, eval_batch=UNION[:1])
 
 
+@pytest.mark.slow
 def test_a_set_up_is_checked_term_by_term_and_as_a_whole():
     both, one = of_all_cases()
     tx = hfjax.hessian_free(both)

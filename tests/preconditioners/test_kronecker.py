@@ -230,6 +230,7 @@ def test_microbatches_change_no_factor(name, size):
         np.testing.assert_allclose(pair.units, g[k], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [3, 1])
 def test_a_part_of_the_cases_gives_the_preconditioner_of_every_kth(every):
     problem, _ = NETWORKS["softmax"]
@@ -242,6 +243,7 @@ def test_a_part_of_the_cases_gives_the_preconditioner_of_every_kth(every):
     np.testing.assert_array_equal(ours, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["cases second", "cases merged", "a loop"])
 def test_factors_are_the_same_wherever_a_model_has_the_cases(layout):
     # Of layers whose results have the cases' axis behind another, merged with another,
@@ -299,6 +301,7 @@ def test_gradient_and_factors_have_one_pass_forward():
     assert compiled.as_text().count(" tanh(") == 1
 
 
+@pytest.mark.slow
 def test_padding_changes_no_factor_whatever_it_holds():
     problem, _ = NETWORKS["softmax"]
     x, t, weights = problem.batch
@@ -394,6 +397,7 @@ def test_preconditioner_is_the_inverse_of_the_dense_kronecker_products(name, sha
     np.testing.assert_allclose(ours, truth, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_weight_decay_counts_with_damping():
     problem, _ = NETWORKS["softmax"]
     ours = built(
@@ -406,6 +410,7 @@ def test_weight_decay_counts_with_damping():
     np.testing.assert_allclose(ours, truth, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_damping_tree_counts_with_its_mean_for_a_kernel_and_entry_by_entry_else():
     problem, _ = NETWORKS["one_output"]
     tree = jax.tree.map(lambda x: jnp.full_like(x, 0.3), problem.params)
@@ -553,6 +558,7 @@ def test_inverses_are_as_exact_as_their_conditioning_allows_in_float32():
     assert compared > 12
 
 
+@pytest.mark.slow
 def test_pairs_that_are_inverted_together_are_what_they_are_alone():
     # Two of one size, two nearly, one that is not positive, one of nothing, one float32.
     rng = np.random.default_rng(9)
@@ -595,6 +601,7 @@ def deep(depth):
     return Problem("deep", params, model_fn, "squared_error", batch)
 
 
+@pytest.mark.slow
 def test_equal_layers_are_inverted_and_multiplied_in_one_batch():
     rule, counts = preconditioners.kronecker(damping_share=1.0), []
     for depth in (2, 5):
@@ -638,6 +645,7 @@ def test_inverses_without_damping_are_those_on_the_range_of_the_factors():
             np.testing.assert_allclose(matrix @ inverse @ matrix, matrix, atol=0.1)
 
 
+@pytest.mark.slow
 def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
     zero = _blocks.Pair(jnp.zeros((3, 3)), jnp.zeros((2, 2)))
     for damping in (1e3, 1e-12):
@@ -649,6 +657,7 @@ def test_of_a_layer_that_nothing_passes_through_only_damping_is_known():
     np.testing.assert_array_equal(product, np.eye(6))  # Nothing is: leave it be.
 
 
+@pytest.mark.slow
 def test_a_factor_that_is_not_positive_counts_as_the_identity():
     # As rounding may leave one. Of mean eigenvalues 1 and 2, so μ = √(0.02 / 2).
     units = np.array([[3.0, 1.0], [1.0, 1.0]])
@@ -660,6 +669,7 @@ def test_a_factor_that_is_not_positive_counts_as_the_identity():
         np.testing.assert_allclose(found.units, truth, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1e25, 1e25), (1e38, 1e10)])
 def test_factors_whose_product_overflows_leave_an_inverse_that_is_positive(sizes):
     pair = _blocks.Pair(
@@ -672,6 +682,7 @@ def test_factors_whose_product_overflows_leave_an_inverse_that_is_positive(sizes
         assert np.all(np.diagonal(matrix) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 1e12, 1e-12])
 def test_preconditioner_of_a_network_in_float32_is_positive_definite(size):
     # Inputs of one rank, a hidden unit without way out, no case in some features.
@@ -787,6 +798,7 @@ def test_a_build_that_is_not_finite_leaves_the_average():
     np.testing.assert_allclose(told[2][0], linear_inverse(a), rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{"decay": 0.6}, {"interval": 2}])
 def test_others_and_transposed_kernels_are_remembered_too(kept):
     # Twice the same: what went through memory is what was put there.
@@ -815,6 +827,7 @@ def test_others_and_transposed_kernels_are_remembered_too(kept):
         np.testing.assert_allclose(matrix, truth, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_memory_survives_scan_and_donation_as_the_plain_loop_has_it():
     problem, _ = NETWORKS["one_output"]
     objective = problem.objective()
@@ -928,6 +941,7 @@ def rectangular(problem, name):
     return fn
 
 
+@pytest.mark.slow
 @needs_devices
 @pytest.mark.parametrize(
     ("name", "way"),
@@ -950,6 +964,7 @@ def test_devices_have_the_preconditioner_of_one(way, name):
         np.testing.assert_allclose(ravel_pytree(found)[0], truth, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @needs_devices
 def test_updates_on_devices_are_those_of_one():
     way = "shard_map_check_vma"
@@ -988,6 +1003,7 @@ def train(problem, axis, params, batch, _):
     return {"values": told[0], "damping": told[1], "params": carry[0]}
 
 
+@pytest.mark.slow
 def test_fewer_iterations_than_with_a_diagonal_or_none_reach_the_same_model_value():
     rng = np.random.default_rng(2)
     # Inputs of scales from 1 to 300, mixed: no diagonal sees them.

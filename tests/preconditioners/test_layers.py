@@ -77,9 +77,7 @@ def check(model_fn, params, x):
     outputs, rows, derivatives, weights = run(params, x)
     errors = [model.errors(n, d) for n, d in enumerate(derivatives)]
     for ours, theirs in zip(
-        jax.tree.leaves(outputs),
-        jax.tree.leaves(model_fn(params, x[:1])),
-        strict=True,
+        jax.tree.leaves(outputs), jax.tree.leaves(model_fn(params, x[:1])), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
     truth = gradients(model_fn, params, x, weights)
@@ -193,12 +191,7 @@ FOUND = {
         {"w": "b"},
     ),
     "no_bias": (lambda p, x: jnp.sin(x @ p["w"]), {"w": W}, X, {"w": None}),
-    "transposed": (
-        lambda p, x: x @ p["w"].T + p["b"],
-        {"w": U, "b": B},
-        X,
-        {"w": "b"},
-    ),
+    "transposed": (lambda p, x: x @ p["w"].T + p["b"], {"w": U, "b": B}, X, {"w": "b"}),
     "of_sequences": (
         lambda p, x: jnp.tanh(x @ p["w"] + p["b"]),
         DENSE,
@@ -471,10 +464,7 @@ OTHERS = {
         lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T,
         {"w": W, "b": B},
         X,
-        {
-            "w": "it is used transposed, too",
-            "b": "its kernel has no factors",
-        },
+        {"w": "it is used transposed, too", "b": "its kernel has no factors"},
     ),
     "second_bias": (
         lambda p, x: x @ p["w"] + p["b"] + p["c"],
@@ -559,6 +549,7 @@ class LinenNetwork(nn.Module):
         return nn.Dense(2, param_dtype=float)(x[:, -1])
 
 
+@pytest.mark.slow
 def test_layers_of_linen_are_found():
     module = LinenNetwork()
     params = module.init(jax.random.key(0), IMAGE)
@@ -578,6 +569,7 @@ def test_layers_of_linen_are_found():
     }
 
 
+@pytest.mark.slow
 def test_layers_of_nnx_are_found():
     rngs = nnx.Rngs(0)
     module = nnx.Sequential(

@@ -151,6 +151,7 @@ def test_what_stands_beside_factors_is_averaged_and_kept_with_them():
         np.testing.assert_allclose(found, dense_inverse(truth), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_weights_that_are_zero_or_traced_and_sums_of_sums_change_nothing_else():
     data = batches(0)
 
@@ -237,6 +238,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SENTENCES)
 def test_a_sum_says_which_layers_its_terms_share(name):
     models, expected = SENTENCES[name]
@@ -259,6 +261,7 @@ def test_a_sum_says_which_layers_its_terms_share(name):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(step))
 
 
+@pytest.mark.slow
 def test_a_sum_with_a_penalty_is_trained():
     f = the_sum()
     tx = hfjax.hessian_free(f)

@@ -75,6 +75,7 @@ def test_preconditioner_is_the_formula_of_the_dense_approximation(rank):
     np.testing.assert_allclose(ours, truth, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_rank_beyond_the_number_of_parameters_inverts_the_damped_matrix():
     damping = 0.05
     ours = built(NESTED, jnp.float64(damping), rank=SIZE + 7)
@@ -82,6 +83,7 @@ def test_a_rank_beyond_the_number_of_parameters_inverts_the_damped_matrix():
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(SIZE), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_with_the_rank_of_the_matrix_two_iterations_are_enough():
     cases, n = 6, 40  # G has rank 6.
     objective = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
@@ -108,6 +110,7 @@ def test_with_the_rank_of_the_matrix_two_iterations_are_enough():
         np.testing.assert_allclose(found.x, truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_condition_number_is_within_the_bound_of_the_theorem():
     # Twelve large eigenvalues of many sizes, and a slow decay of the rest.
     n, rank, damping = 80, 16, 1e-3
@@ -130,6 +133,7 @@ def test_condition_number_is_within_the_bound_of_the_theorem():
     assert condition < 30 < 1e5 < spectrum[0] / damping
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing():
     options = {"microbatch_size": 3}
     ours = built(NESTED, jnp.float64(0.02), rank=4, objective=options)
@@ -138,6 +142,7 @@ def test_microbatches_change_nothing():
     np.testing.assert_allclose(ours, truth, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_joined_structural_damping_is_in_the_sketch():
     problem = HIDDEN[0]
     objective = with_structural_loss(problem.objective(), 0.7)
@@ -159,6 +164,7 @@ def test_joined_structural_damping_is_in_the_sketch():
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(size), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_with_a_damping_tree_the_whole_of_it_is_inverted():
     flat, unravel = ravel_pytree(NESTED.params)
     damping = jnp.exp(jnp.linspace(-6, 2, flat.size))
@@ -167,6 +173,7 @@ def test_with_a_damping_tree_the_whole_of_it_is_inverted():
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(SIZE), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_damping_tree_with_zeros_leaves_a_positive_matrix():
     flat, unravel = ravel_pytree(NESTED.params)
     plain = Problem(
@@ -178,6 +185,7 @@ def test_a_damping_tree_with_zeros_leaves_a_positive_matrix():
         assert np.linalg.eigvalsh((ours + ours.T) / 2)[0] > 0
 
 
+@pytest.mark.slow
 @needs_devices
 @pytest.mark.parametrize(
     "way", ["shard_map_check_vma", "vmap", "jit_with_explicit_shardings"]
@@ -409,6 +417,7 @@ def trainer(interval):
     return problem, tx, step, traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 2])
 def test_updates_with_it_lower_f_and_are_compiled_once(interval):
     problem, tx, step, traces = trainer(interval)
@@ -433,6 +442,7 @@ def test_updates_with_it_lower_f_and_are_compiled_once(interval):
     assert np.any(second != third)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 2])
 def test_a_batch_that_is_not_finite_is_refused_and_forgotten(interval):
     problem, tx, step, _ = trainer(interval)
@@ -448,6 +458,7 @@ def test_a_batch_that_is_not_finite_is_refused_and_forgotten(interval):
     assert bool(state.info.accepted)
 
 
+@pytest.mark.slow
 def test_a_kept_sketch_is_inverted_with_the_damping_of_the_update():
     rule = preconditioners.nystrom(rank=SIZE, interval=5)
     plain = Problem(

@@ -129,6 +129,7 @@ def test_diagonal_contains_each_entry_of_the_damping_matrix(estimate, structural
     np.testing.assert_allclose(ours, truth, rtol=0.12 if random else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimate", "draws"),
     [
@@ -147,6 +148,7 @@ def test_only_a_random_estimate_depends_on_the_key(estimate, draws):
     assert np.any(one != other) == draws
 
 
+@pytest.mark.slow
 def test_the_key_of_an_update_is_new_in_the_next():
     keys = []
 

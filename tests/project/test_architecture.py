@@ -8,6 +8,8 @@ import pytest
 
 import hfjax
 
+pytestmark = pytest.mark.every
+
 PACKAGES = {
     "_core": [
         "types",

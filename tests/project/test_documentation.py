@@ -12,6 +12,8 @@ import tokenize
 
 import pytest
 
+pytestmark = pytest.mark.every
+
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SITE = runpy.run_path(str(DOCS / "docstrings.py"))

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.every
+
 FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
 SCRIPTS = [path for path in FOLDER.glob("*.py") if path.name != "build.py"]
 

@@ -212,6 +212,7 @@ def test_state_and_updates_keep_shape_and_dtype_under_cond(dtype):
         assert (old.dtype, old.shape) == (new.dtype, new.shape)
 
 
+@pytest.mark.slow
 def test_parameters_in_float16_reach_the_minimum_too():
     # The only dtype that `test_contract.py` does not train in.
     tx, params = MAKE(), PARAMS.astype(jnp.float16)

@@ -15,6 +15,8 @@ from reference import quick_jit
 import hfjax
 from benchmarks.suites import mnist
 
+pytestmark = pytest.mark.every
+
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(pathlib.Path(hfjax.__file__).parent.glob("**/*.py"))
 TEXT = (ROOT / "SECURITY.md").read_text()

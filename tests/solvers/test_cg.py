@@ -49,6 +49,7 @@ def reason(result):
     return Reason(int(result.reason))
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("warm", [False, True])
 @seeds
@@ -591,6 +592,7 @@ def test_f_is_that_of_the_data_asked_for_and_its_best_is_carried_over(data):
         np.testing.assert_allclose(solve_by(solver, a, b)[1], truth[best], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_above_zero_a_run_goes_on_beyond_the_stopping_rule():
     # From a bad start M is above 0 for more iterations than the rule has patience.
     a, b, _, _ = system(0, condition=100.0, n=80)
@@ -666,11 +668,7 @@ def test_the_preconditioner_is_in_the_program_once_and_applied_once_an_iteration
 
     def run(b, x0):
         return cg.solve(
-            lambda v: diagonal * v,
-            b,
-            x0=x0,
-            preconditioner=precondition,
-            stopping=None,
+            lambda v: diagonal * v, b, x0=x0, preconditioner=precondition, stopping=None
         )
 
     b = jnp.ones(N)

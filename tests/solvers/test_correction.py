@@ -250,6 +250,7 @@ def test_of_a_linear_model_there_is_nothing_to_correct(space):
     np.testing.assert_allclose(bending, straight, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_half_the_step_is_half_of_it_and_a_quarter_of_its_correction():
     f, params, batch = bent()
     straight, whole, half = (
@@ -312,6 +313,7 @@ def test_the_ratio_is_of_the_corrected_path_on_the_curvature_data(judged):
     np.testing.assert_allclose(state.info.reduction_ratio, fall / model, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_curved_valley_takes_a_third_of_the_updates():
     f, start, batch = bent()
 
@@ -364,6 +366,7 @@ WAYS = (
 )
 
 
+@pytest.mark.slow
 @needs_devices
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize(
@@ -382,6 +385,7 @@ def test_devices_change_nothing(way, loss, space):
     compare(run(way, of_device, problem), problem)
 
 
+@pytest.mark.slow
 @needs_devices
 def test_parameters_sharded_by_type_change_nothing():
     mesh = jax.make_mesh((4,), ("cases",), axis_types=(AxisType.Explicit,))
@@ -406,6 +410,7 @@ def test_parameters_sharded_by_type_change_nothing():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_outputs_of_fewer_digits_have_the_same_correction_but_for_them(loss):
     rng = np.random.default_rng(2)

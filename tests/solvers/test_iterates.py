@@ -109,17 +109,7 @@ def lowest(values, last):
 
 @pytest.mark.parametrize(
     "script",
-    [
-        "falls",
-        "rises",
-        "valley",
-        "off_grid",
-        "ties",
-        "nan",
-        "inf",
-        "all_nan",
-        "close",
-    ],
+    ["falls", "rises", "valley", "off_grid", "ties", "nan", "inf", "all_nan", "close"],
 )
 def test_best_is_the_lowest_of_the_grid(script):
     i = np.arange(61.0)

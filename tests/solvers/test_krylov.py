@@ -142,6 +142,7 @@ def test_vectors_are_orthogonal_where_rounding_would_undo_them():
         assert np.all((np.abs(np.diag(gram) - 1) < bound) | (np.diag(gram) == 0))
 
 
+@pytest.mark.slow
 def test_trees_give_the_space_of_their_flat_vectors():
     a, b, inverse, direction = system(0)
     f64 = jnp.float64
@@ -230,6 +231,7 @@ def space(a, b, inverse, direction):
 FINE = np.concatenate([[0.0], np.geomspace(1e-9, 1e6, 1501)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.02, 0.1, 1.0])
 @seeds
 def test_f_is_at_most_that_of_the_best_damped_step(seed, strength):
@@ -300,6 +302,7 @@ def test_the_last_step_is_part_of_the_space():
     np.testing.assert_allclose(result.last.direction, solution, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_short_floats_descend_too():
     for seed in (0, 1, 2):
         a, b, inverse, direction = (x.astype(np.float32) for x in system(seed))
@@ -331,6 +334,7 @@ def test_a_product_that_is_not_finite_gives_no_step():
     assert np.all(np.isfinite(result.stats.model_values))
 
 
+@pytest.mark.slow
 def test_one_product_that_is_not_finite_gives_no_step():
     # The last: that all of the matrix but a column is finite is not enough.
     a, b, _, direction = system(0)
@@ -396,6 +400,7 @@ def step(params, state, batch, eval_batch):
     return optax.apply_updates(params, updates), updates, state
 
 
+@pytest.mark.slow
 def test_an_update_beats_every_damped_step_on_its_own_data():
     # f is that of other cases than those which gave gradient and curvature.
     x, t = PROBLEM.batch
@@ -426,6 +431,7 @@ def test_an_update_beats_every_damped_step_on_its_own_data():
     assert value(delta) <= min(candidates) + 1e-10
 
 
+@pytest.mark.slow
 def test_training_lowers_f_in_every_update():
     params, state = PROBLEM.params, TX.init(PROBLEM.params)
     values = []

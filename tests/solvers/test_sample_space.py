@@ -95,6 +95,7 @@ def test_the_step_is_that_of_the_dense_system(problem, space):
     check(found, reference.ggn(problem), -reference.gradient(problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_momentum_keeps_the_step_near_the_last_one(space):
     """(G + λ)δ = −g + λφ, with a gradient of other data, too."""
@@ -107,6 +108,7 @@ def test_momentum_keeps_the_step_near_the_last_one(space):
     check(found, reference.ggn(problem), flat(b), 0.7 * flat(before))
 
 
+@pytest.mark.slow
 def test_an_update_starts_from_the_last_step_and_hands_its_own_on():
     f, params, batch, _ = two_terms()
     solver = sample_space.cholesky(momentum=0.5, corrections=0)
@@ -152,6 +154,7 @@ def two_terms():
     return f, params, batch, residuals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_it_is_where_conjugate_gradients_converge_to(space):
     f, params, batch, _ = two_terms()
@@ -165,6 +168,7 @@ def test_it_is_where_conjugate_gradients_converge_to(space):
     np.testing.assert_allclose(flat(exact), flat(run_out), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_terms_of_a_sum_are_rows_of_one_system(space):
     f, params, batch, residuals = two_terms()
@@ -190,6 +194,7 @@ def test_terms_of_a_sum_are_rows_of_one_system(space):
     np.testing.assert_allclose(flat(found), step, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
     """The λ that is found, of the powers of 4 around, is that of the lowest f."""
@@ -272,6 +277,7 @@ def test_a_model_that_is_not_finite_is_rejected():
     assert np.all(np.isfinite(state.direction))
 
 
+@pytest.mark.slow
 @needs_devices
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize(
@@ -297,6 +303,7 @@ def test_devices_change_nothing(way, space):
     check(found, reference.ggn(PROBLEM), -reference.gradient(PROBLEM))
 
 
+@pytest.mark.slow
 def test_structural_damping_has_rows_of_its_own():
     problem = with_hidden()[0]
     objective, mu = problem.objective(), 0.7
@@ -315,6 +322,7 @@ def test_structural_damping_has_rows_of_its_own():
     np.testing.assert_allclose(flat(found), step, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
     monkeypatch,
 ):

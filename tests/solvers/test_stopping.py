@@ -9,6 +9,8 @@ from reference import quick_jit
 from hfjax import stopping
 from hfjax.solvers.stopping import Progress
 
+pytestmark = pytest.mark.every
+
 RULES = {
     "martens2010": (stopping.martens2010, 5e-4, True),
     "martens_sutskever2012": (stopping.martens_sutskever2012, 1e-4, False),

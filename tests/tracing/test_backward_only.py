@@ -295,6 +295,7 @@ def test_a_loss_needs_backward_rules_alone(positive):
         np.testing.assert_allclose(found, getattr(exact, part)(z, t)(v), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -325,6 +326,7 @@ def test_an_update_is_that_of_the_twin(options):
     np.testing.assert_allclose(update(NESTED), update(jnp.tanh), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_kernels_outside_of_a_backward_rule_keep_their_factors():
     @jax.custom_vjp
     def layer(x, w):
@@ -349,6 +351,7 @@ def test_kernels_outside_of_a_backward_rule_keep_their_factors():
     assert step(params, grads)[1].info.accepted
 
 
+@pytest.mark.slow
 def test_an_ordinary_differential_equation_is_trained_by_odeint():
     # y' = a y from x: at t = 1 it is x exp(a), and G = mean (x exp(a))².
     def model_fn(params, x):
@@ -365,6 +368,7 @@ def test_an_ordinary_differential_equation_is_trained_by_odeint():
     np.testing.assert_allclose(g / 0.2, jnp.mean((x * jnp.exp(0.2)) ** 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_verify_and_diagnostics_see_nothing_wrong_with_a_backward_rule():
     f = objective(NESTED)
     grads = f.value_and_grad(PARAMS, BATCH)[1]
@@ -423,6 +427,7 @@ def test_a_backward_rule_that_cannot_be_differentiated_is_told_with_its_cures(ru
         assert cure in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", OPAQUE)
 @pytest.mark.parametrize(
     "options",
@@ -437,6 +442,7 @@ def test_the_cures_of_a_missing_forward_derivative_work(rule, options):
     assert update(f, **options)[-1].info.accepted
 
 
+@pytest.mark.slow
 def test_verify_has_nothing_against_an_optimizer_that_needs_no_forward_derivative():
     f, solver = objective(OPAQUE["loop"]), hfjax.sample_space.cholesky()
     for whole, batch in (
@@ -450,6 +456,7 @@ def test_verify_has_nothing_against_an_optimizer_that_needs_no_forward_derivativ
     assert hfjax.verify.check(f, tx, PARAMS, BATCH, grads) == [NO_FORWARD]
 
 
+@pytest.mark.slow
 def test_a_loss_whose_backward_rule_cannot_be_differentiated_is_told_with_its_cures():
     opaque = jax.custom_vjp(lambda z, t: jnp.square(z - t))
     opaque.defvjp(

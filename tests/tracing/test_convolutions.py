@@ -157,6 +157,7 @@ WITHIN = {
 """Programs that hold a model's convolutions."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", WITHIN)
 @pytest.mark.parametrize("once", [False, True])
 def test_convolutions_within_other_programs_are_found(within, once):
@@ -175,6 +176,7 @@ def test_convolutions_within_other_programs_are_found(within, once):
     )
 
 
+@pytest.mark.slow
 def test_gradients_and_losses_of_microbatches_have_no_slow_layout():
     params, model_fn, inputs = problem("channels first")
     batch = batch_of(model_fn, params, inputs)
@@ -186,6 +188,7 @@ def test_gradients_and_losses_of_microbatches_have_no_slow_layout():
         assert found <= FAST, (function, found)
 
 
+@pytest.mark.slow
 def test_an_update_has_no_slow_layout():
     params, model_fn, inputs = problem("channels first")
     batch = batch_of(model_fn, params, inputs)

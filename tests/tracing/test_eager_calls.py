@@ -165,6 +165,7 @@ def update(tx, params, state, batch):
     return optax.apply_updates(params, steps), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one optimizer", "one for each", "injected"])
 def test_the_second_update_compiles_nothing(kind):
     def made():
@@ -196,6 +197,7 @@ def test_the_second_update_compiles_nothing(kind):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_calls():
     tx, batch, params = optimizer(), batch_at(1.0), params_at(1.0)
     state = tx.init(params)
@@ -296,6 +298,7 @@ def test_settings_of_jax_are_those_of_the_call():
         compiled.run(lambda x: x / jnp.zeros(()), jnp.zeros(()))
 
 
+@pytest.mark.slow
 def test_inside_of_transformations_nothing_is_compiled_apart():
     def solve(b):
         a = jnp.diag(jnp.array([1.0, 2.0]))

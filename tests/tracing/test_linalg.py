@@ -114,6 +114,7 @@ def batch(cases=5):
     return x, jnp.full((cases, 3), 1 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [None, "clip"])
 def test_an_update_decomposes_the_curvature_of_a_loss_case_by_case(positive):
     loss = hfjax.losses.from_function(poly, positive=positive)
@@ -121,6 +122,7 @@ def test_an_update_decomposes_the_curvature_of_a_loss_case_by_case(positive):
     assert not shared_out(compiled_update(objective, batch()))
 
 
+@pytest.mark.slow
 def test_two_terms_solved_exactly_have_their_roots_inverted_case_by_case():
     term = hfjax.Objective(model_fn, hfjax.losses.softmax_cross_entropy())
     objective = hfjax.objective.weighted_sum([(1.0, term), (2.0, term)])
@@ -128,6 +130,7 @@ def test_two_terms_solved_exactly_have_their_roots_inverted_case_by_case():
     assert not shared_out(compiled_update(objective, (batch(), batch(4)), solver=exact))
 
 
+@pytest.mark.slow
 def test_an_ensemble_that_is_vmapped_decomposes_its_factors_one_by_one():
     objective = hfjax.Objective(model_fn, hfjax.losses.softmax_cross_entropy())
     assert not shared_out(compiled_update(objective, batch(), ensemble=True))
@@ -158,6 +161,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_on_two_threads_no_build_waits_for_another_for_ever():
     # With batches it stopped within some hundred builds in most runs, and for good.
     run = subprocess.run(

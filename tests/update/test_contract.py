@@ -143,11 +143,7 @@ def test_update_on_four_devices_equals_one(check_vma):
         return optax.apply_updates(params, updates), state
 
     sharded = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(P(), P(), P("d")),
-        out_specs=P(),
-        check_vma=check_vma,
+        step, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check_vma
     )
     result, state = quick_jit(sharded)(params, TX.init(params), (x, t, weights))
     assert state.info.accepted
@@ -205,6 +201,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -14,7 +14,7 @@ from reference import quick_jit
 
 import hfjax
 
-pytestmark = needs_devices
+pytestmark = [needs_devices, pytest.mark.slow]
 UPDATES = 10
 
 

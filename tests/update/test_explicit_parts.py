@@ -98,6 +98,7 @@ def test_every_part_takes_arrays_that_are_laid_out_by_type(name, sharded):
     assert jax.tree.map(lambda x: x.sharding.spec, after[1].direction) == layouts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [("model",), ("cases", "model")])
 def test_as_it_comes_it_takes_parameters_that_lie_over_other_axes_than_the_cases(spec):
     here = mesh(AxisType.Explicit, axes=("cases", "model"), shape=(2, 2))

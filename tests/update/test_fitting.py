@@ -342,6 +342,7 @@ def test_a_run_to_look_at_takes_no_radius_and_no_stray_part():
         run(preconditioner="auto")
 
 
+@pytest.mark.slow
 def test_the_default_preconditioner_is_the_kronecker_factors_where_it_is_asked_for():
     def step(**options):
         tx = hfjax.hessian_free(

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from reference import quick_jit
 
 import hfjax
+
+pytestmark = pytest.mark.slow
 
 UPDATES, SETTLED, CASES = 2000, 500, 40
 DECAY = 1e-3

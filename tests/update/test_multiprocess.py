@@ -17,6 +17,8 @@ from jax.sharding import AxisType
 
 from examples import multihost
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 30  # seconds of silence, after which JAX takes a process for lost
 LIMIT = 200  # seconds that a busy machine may take to start and to compile

@@ -106,6 +106,7 @@ def test_a_freezer_after_the_optimizer_takes_frozen_leaves_out_of_the_step(freez
     assert_close(chained["out"], whole_step()["out"])
 
 
+@pytest.mark.slow
 def test_parameters_closed_over_leave_the_reduced_system_a_freezer_the_whole_one():
     # What `docs/faults.md` says in the row of masks: 12 parameters, of which 8 train.
     rng = np.random.default_rng(4)
@@ -194,6 +195,7 @@ def test_injected_learning_rate_is_set_by_hand():
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_injected_constant_damping_is_read_in_every_update():
     @optax.inject_hyperparams
     def make(damping):
@@ -299,6 +301,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_line_search_of_optax_goes_along_the_direction_and_lowers_f(name):
     params, batch = WIDE

@@ -214,12 +214,14 @@ def test_martens2010_is_his_program():
     assert {truth["reason"] for truth in truths} == {Reason.STOPPING_RULE}
 
 
+@pytest.mark.slow
 def test_curvature_guarded_ends_and_starts_where_f_on_the_curvature_batch_says():
     truths = follow(GUARDED, GUARDED_RECIPE, (ALL, BATCH, OTHER), 3, damping=1e-2)
     assert Reason.OBJECTIVE_ROSE in {truth["reason"] for truth in truths}
     assert any(truth["chosen"] < truth["iterations"] for truth in truths)
 
 
+@pytest.mark.slow
 def test_momentum_like_takes_the_last_iterate_of_short_runs():
     rate = optax.linear_schedule(1.0, 0.5, 2)
     decay = optax.linear_schedule(0.5, 0.9, 2)
@@ -244,6 +246,7 @@ def test_momentum_like_takes_the_last_iterate_of_short_runs():
     assert [truth["iterations"] for truth in truths] == [9, 7, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "most"),
     [("curvature_guarded", 250), ("momentum_like", 50), ("martens2010", 250)],
@@ -262,6 +265,7 @@ def test_a_run_that_does_not_stall_ends_at_the_limit(name, most):
     assert Reason(int(state.info.cg_reason)) is Reason.MAX_ITERATIONS
 
 
+@pytest.mark.slow
 def test_iterates_may_be_compared_on_a_part_of_the_other_data():
     # On the first of 20; the line search is on all of them. Every iterate is kept.
     tx = recipes.curvature_guarded(OBJECTIVE, interval=1, evaluated_cases=1)
@@ -307,6 +311,7 @@ def test_f_falls(tx, other):
     assert values[-1] - entropy < 0.5 * (values[0] - entropy)
 
 
+@pytest.mark.slow
 def test_weight_decay_is_turned_off_by_a_schedule():
     schedule = optax.piecewise_constant_schedule(0.3, {4: 0.0})
     scheduled = hfjax.Objective(mlp, OBJECTIVE.loss, weight_decay=schedule)

@@ -139,6 +139,7 @@ def test_f_never_rises_and_ends_below_the_saddle(place, way):
     assert values[-1] >= least - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["damped", "trust_region"])
 def test_at_the_saddle_itself_nothing_moves_and_nothing_breaks(way):
     # The gradient is zero, and HF is a method of gradients.
@@ -156,6 +157,7 @@ def test_at_the_saddle_itself_nothing_moves_and_nothing_breaks(way):
         assert state.damping == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_no_nan_arises_on_the_way():
     with jax.debug_nans(True):
         for way in ("damped", "trust_region", "elliptical_trust_region"):

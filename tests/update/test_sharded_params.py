@@ -119,6 +119,7 @@ def trained_on(here, spec):
     return *train(tx, compiled, params, batch), compiled.as_text()
 
 
+@pytest.mark.slow
 @every_layout
 def test_ten_updates_are_those_of_one_device(kind, sharded):
     params, _, told, _ = trained(kind, sharded)
@@ -138,6 +139,7 @@ def trained_in_a_square(*spec):
     return trained_on(here, PartitionSpec(*spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [("model",), ("cases", "model")])
 def test_vectors_may_lie_over_some_of_the_devices_or_be_cut_both_ways(spec):
     # Two pairs of devices have half of the cases each.
@@ -199,6 +201,7 @@ def test_nothing_is_gathered_where_parameters_are_replicated(kind):
     assert {one.kind for one in sent} == {"all-reduce"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_parameters_are_gathered_by_the_model_alone(kind):
     sent, iteration = read(kind, sharded=True)
@@ -214,6 +217,7 @@ def test_sharded_parameters_are_gathered_by_the_model_alone(kind):
     assert entries(before, "all-gather")[0] <= 4 * SIZE
 
 
+@pytest.mark.slow
 def test_dots_do_not_gather_leaves_that_are_cut_both_ways():
     # As `jnp.vdot` would, which ravels; the model gathers each leaf, or what units hold.
     text = trained_in_a_square("cases", "model")[-1]

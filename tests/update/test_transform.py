@@ -24,10 +24,7 @@ SIZES = (3, 4, 2)
 def make_params(dtype=jnp.float64, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(SIZES) - 1)
     return [
-        {
-            "w": jax.random.normal(key, shape, dtype),
-            "b": jnp.full(shape[1], 0.1, dtype),
-        }
+        {"w": jax.random.normal(key, shape, dtype), "b": jnp.full(shape[1], 0.1, dtype)}
         for key, shape in zip(keys, itertools.pairwise(SIZES), strict=True)
     ]
 
@@ -122,6 +119,7 @@ def test_one_update_is_the_dense_damped_gauss_newton_step(preconditioner):
     np.testing.assert_allclose(state.info.update_norm, np.linalg.norm(expected))
 
 
+@pytest.mark.slow
 def test_exact_preconditioner_reaches_conjugate_gradients_and_saves_all_but_one():
     params, batch = make_params(), make_batch()
     _, _, damped = dense_step(params, batch, 0.5)
@@ -160,6 +158,7 @@ def test_preconditioner_is_built_on_the_data_asked_for(data):
     assert cases == [12 if data == "batch" else 40]
 
 
+@pytest.mark.slow
 def test_gradient_of_a_larger_batch_is_what_the_step_descends():
     params, batch, larger = make_params(), make_batch(), make_batch(40, seed=5)
     grads = gradient_of(params, larger)
@@ -219,6 +218,7 @@ def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model):
         np.testing.assert_allclose(change, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_iterate_and_step_size_are_chosen_on_the_evaluation_batch():
     params, batch = make_params(), make_batch()
     x, t = batch
@@ -248,8 +248,7 @@ def nan_product_objective():
 
     odd.defjvp(lambda z, dz: (z[0], dz[0] * jnp.nan))
     return hfjax.Objective(
-        lambda params, x: odd(model_fn(params, x)),
-        hfjax.losses.sigmoid_cross_entropy(),
+        lambda params, x: odd(model_fn(params, x)), hfjax.losses.sigmoid_cross_entropy()
     )
 
 
@@ -278,10 +277,7 @@ FAULTS = {
         lambda p, b: (OBJECTIVE, poisoned_batch(), OBJECTIVE.value_and_grad(p, b)[1]),
         Rejection.NONFINITE_PRODUCT,
     ),
-    "uphill": (
-        lambda p, b: (OBJECTIVE, b, uphill(p, b)),
-        Rejection.NO_DECREASE,
-    ),
+    "uphill": (lambda p, b: (OBJECTIVE, b, uphill(p, b)), Rejection.NO_DECREASE),
 }
 
 
@@ -318,6 +314,7 @@ def test_rejection_leaves_parameters_bit_identical_and_says_why(fault):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
 
 
+@pytest.mark.slow
 def test_value_that_is_nan_at_every_candidate_is_rejected():
     # f is finite at θ alone: the model refuses any other parameters.
     home = make_params()
@@ -339,6 +336,7 @@ def test_value_that_is_nan_at_every_candidate_is_rejected():
     assert state.damping == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_damping_far_too_high_comes_down_by_itself():
     # λ = 1e15 in float32: a step moves no parameter and f cannot show its gain.
     params, batch = make_params(jnp.float32), make_batch(dtype=jnp.float32)
@@ -416,6 +414,7 @@ def test_direction_alone_is_the_negative_of_the_step():
         np.testing.assert_allclose(one, -other, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_exclusive_or_is_learnt_to_high_precision_with_two_cg_iterations():
     x = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     t = jnp.array([[0.0], [1.0], [1.0], [0.0]])
