@@ -183,17 +183,21 @@ if nnx is not None:
             param_dtype: jax.typing.DTypeLike = jnp.float32,
             rngs: nnx.Rngs,
         ) -> None:
-            def param(init: Initializer, *shape: int) -> Any:
+            def param(init: Initializer, *shape: int) -> nnx.Param[Any]:
                 return nnx.Param(init(rngs.params(), shape, param_dtype))
 
             self.activation = activation
             self.chunk: Chunk = chunk
-            self.input_kernel = param(input_init, features, units)
-            self.recurrent_kernel = param(recurrent_init, units, units)
-            self.output_kernel = param(output_init, units, outputs)
-            self.initial_hidden = param(hidden_init, units)
-            self.hidden_bias = param(bias_init, units) if use_bias else None
-            self.output_bias = param(bias_init, outputs) if use_bias else None
+            self.input_kernel: nnx.Param[Any] = param(input_init, features, units)
+            self.recurrent_kernel: nnx.Param[Any] = param(recurrent_init, units, units)
+            self.output_kernel: nnx.Param[Any] = param(output_init, units, outputs)
+            self.initial_hidden: nnx.Param[Any] = param(hidden_init, units)
+            self.hidden_bias: nnx.Param[Any] | None = (
+                param(bias_init, units) if use_bias else None
+            )
+            self.output_bias: nnx.Param[Any] | None = (
+                param(bias_init, outputs) if use_bias else None
+            )
 
         def __call__(self, inputs: jax.Array, *, return_hidden: bool = False) -> Any:
             """Return outputs; with `return_hidden`, a pair of these and the hidden states."""
