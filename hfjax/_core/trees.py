@@ -223,15 +223,18 @@ def maxima(tree: Tree) -> list[jax.Array]:
 
 def magnitude(tree: Tree) -> jax.Array:
     """Return a power of two near max |x|: NaN or inf if an entry is, 1 for zeros."""
-    # Scaling by a power of two is exact, and squares then neither overflow nor underflow.
     size = largest(tree)
-    limits = jnp.finfo(size.dtype)
     # Its reciprocal must also be finite and normal, in the dtype of every leaf.
     widest = [jnp.finfo(wide(leaf.dtype)).maxexp for leaf in jax.tree.leaves(tree)]
-    most = 2.0 ** (min(widest, default=limits.maxexp) - 2)
-    within = jnp.clip(jnp.where(size == 0, 1, size), 1 / most, most)
+    return power_of_two(size, min(widest, default=jnp.finfo(size.dtype).maxexp) - 2)
+
+
+def power_of_two(size: jax.Array, most: int) -> jax.Array:
+    """Return the power of two nearest to a size, between 2^−most and 2^most; 1 for 0."""
+    # Scaling by a power of two is exact, and squares then neither overflow nor underflow.
+    within = jnp.clip(jnp.where(size == 0, 1, size), 2.0**-most, 2.0**most)
     # A mantissa of no bits rounds to the nearest power of two.
-    power = jax.lax.reduce_precision(within, limits.nexp, 0)
+    power = jax.lax.reduce_precision(within, jnp.finfo(size.dtype).nexp, 0)
     return jnp.where(jnp.isfinite(size), power, size)
 
 

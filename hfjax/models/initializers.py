@@ -18,7 +18,7 @@ from hfjax._core import options, trees
 from hfjax._core.arguments import as_key, check_function, describe
 from hfjax._core.types import Number
 
-Shape: TypeAlias = tuple[int, ...]
+_Shape: TypeAlias = tuple[int, ...]
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 """`(key, shape, dtype=float32) -> array`, as in `jax.nn.initializers`."""
@@ -68,7 +68,9 @@ def sparse(
     options.check_range("tanh_sides", tanh_sides, low=0, high=2)
     deviation = scale * 0.5**tanh_sides
 
-    def init(key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    def init(
+        key: jax.Array, shape: _Shape, dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         _check(shape, dtype)
         key = as_key("key", key)
         if len(shape) < 2:
@@ -132,7 +134,9 @@ def spectral_radius(
     draw = sparse() if base is None else base
     check_function("base", draw, "(key, shape, dtype) -> array")
 
-    def init(key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    def init(
+        key: jax.Array, shape: _Shape, dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         _check(shape, dtype)  # But not the key, which `base` may not need.
         if len(shape) < 2 or shape[-1] != shape[-2]:
             msg = (

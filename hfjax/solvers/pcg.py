@@ -185,8 +185,7 @@ def _step(problem: Problem, state: State) -> State:
     """Do one iteration: the core of algorithm 2, with M at each iterate."""
     # P⁻¹ is applied here, at the start, and not to the new residual at the end. So it is
     # in the program only once, and never applied to the residual that ends the run.
-    y, p_size = _preconditioned(problem, state)
-    ry = trees.dot(state.r, y)
+    y, ry, p_size = _preconditioned(problem, state)
     beta = problem.residuals.beta(ry, state.ry, y, state.memory)
     beta = jnp.where(state.i == 0, 0, beta)
     p = trees.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
@@ -247,15 +246,20 @@ def _step(problem: Problem, state: State) -> State:
     )
 
 
-def _preconditioned(problem: Problem, state: State) -> tuple[Tree, jax.Array]:
-    """Return P⁻¹r in units of the size of the first one, and that size."""
+def _preconditioned(
+    problem: Problem, state: State
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """Return y = P⁻¹r and rᵀy in units in which the first rᵀy is near 1, and the unit."""
     if problem.precondition is None:
-        return state.r, state.p_size
-    y = problem.precondition(state.r)
-    size = trees.magnitude(y).astype(state.p_size.dtype)
-    first = jnp.where(jnp.isfinite(size), size, 1)
-    size = jnp.where(state.i == 0, first, state.p_size)
-    return trees.scale(1 / size, y), size
+        return state.r, trees.dot(state.r, state.r), state.p_size
+    y = trees.scale(1 / state.p_size, problem.precondition(state.r))
+    ry = trees.dot(state.r, y)
+    # The sum that an iteration needs anyway gives the unit. max |y| would be one more, and
+    # on sharded parameters one more exchange between devices.
+    size, most = jnp.abs(ry), jnp.finfo(ry.dtype).maxexp - 2
+    unit = trees.power_of_two(jnp.where(jnp.isfinite(size), size, 1), most)
+    unit = jnp.where(state.i == 0, unit, 1)
+    return trees.scale(1 / unit, y), ry / unit, state.p_size * unit
 
 
 def _line(
