@@ -9,17 +9,20 @@ others each time, and prints how to repeat a failure.
 import atexit
 import gc
 import os
+import sys
 import tempfile
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Half of what compiling costs (see `reference`); workers of xdist inherit them.
-QUICK_FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):
-    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
-if os.environ.setdefault("XLA_FLAGS", QUICK_FLAGS) == QUICK_FLAGS:
+# `make test` does not optimise programs, which halves what compiling costs; `make test-all`
+# does, as users do. Workers of xdist inherit the flags.
+FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+QUICK_FLAGS = f"--xla_backend_optimization_level=0 {FLAGS}".strip()
+is_full = any(word.startswith("--hypothesis-profile") for word in sys.argv)
+chosen = FLAGS if is_full else QUICK_FLAGS
+if os.environ.setdefault("XLA_FLAGS", chosen) in {FLAGS, QUICK_FLAGS}:
     # Else a user's own flags may set the devices.
     jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
