@@ -73,10 +73,11 @@ class State(NamedTuple):
     i: jax.Array
     x: Tree
     r: Tree
+    rr: jax.Array  # rᵀr, for the stopping rules; without P it is the next rᵀP⁻¹r, too.
     # Those of the last iteration: the direction, and rᵀP⁻¹r.
     p: Tree
     ry: jax.Array
-    # The size of the first P⁻¹r. P⁻¹ is divided by it, which changes no iterate, so that
+    # A power of two near the first rᵀP⁻¹r. P⁻¹ is divided by it, which changes no iterate, so that
     # rᵀP⁻¹r stays in the range of floats.
     p_size: jax.Array
     model_values: jax.Array
@@ -160,7 +161,8 @@ def _start(problem: Problem, x0: Tree | None) -> State:
     one, zero = jnp.ones_like(problem.rhs_norm), jnp.zeros_like(problem.rhs_norm)
     i = jnp.zeros((), jnp.int32)
     model_values = jnp.full(problem.max_iterations + 1, model)
-    reason = _judge(problem, i, r, model_values)
+    rr = trees.dot(r, r)
+    reason = _judge(problem, i, rr, model_values)
     finite = jnp.isfinite(model) & jnp.isfinite(problem.rhs_norm)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
     model_values = jnp.where(jnp.isnan(model_values), jnp.inf, model_values)
@@ -168,6 +170,7 @@ def _start(problem: Problem, x0: Tree | None) -> State:
         i=i,
         x=x,
         r=r,
+        rr=rr,
         p=sharding.zeros_like(b),
         ry=one,
         p_size=one,
@@ -183,11 +186,9 @@ def _start(problem: Problem, x0: Tree | None) -> State:
 
 def _step(problem: Problem, state: State) -> State:
     """Do one iteration: the core of algorithm 2, with M at each iterate."""
-    # P⁻¹ is applied here, at the start, and not to the new residual at the end. So it is
-    # in the program only once, and never applied to the residual that ends the run.
+    # P⁻¹ is applied first: it is in the program once. At the start p = 0, whatever β is.
     y, ry, p_size = _preconditioned(problem, state)
     beta = problem.residuals.beta(ry, state.ry, y, state.memory)
-    beta = jnp.where(state.i == 0, 0, beta)
     p = trees.axpy(beta, state.p, jax.tree.map(jnp.negative, y))
     product = problem.matvec(p)
     curvature = trees.dot(p, product)
@@ -205,9 +206,8 @@ def _step(problem: Problem, state: State) -> State:
 
     # With α = 0 instead of `select`, 0 · ∞ would make x NaN.
     x = trees.select(moves, beyond, state.x)
-    # M falls by α slope − ½α² pᵀAp. In float32 the error of the sum stays below 1e-6 |M|
-    # for condition numbers up to 1e8 (`python -m benchmarks precision`). α² is not formed,
-    # because it may overflow or underflow.
+    # In float32 the error of the sum stays below 1e-6 |M| for condition numbers up to 1e8
+    # (`python -m benchmarks precision`). α² is not formed: it may leave the floats.
     gain = jnp.where(moves, alpha * (slope - 0.5 * (alpha * curvature)), 0)
     found = Residual(
         r=trees.axpy(alpha, product, state.r),
@@ -215,14 +215,15 @@ def _step(problem: Problem, state: State) -> State:
         fresh=jnp.zeros((), bool),
     )
     r, model, fresh = problem.residuals.after(i, moves, x, found)
-    # A replacement that is not finite ends the run, with M from the recurrence.
+    # If a replacement is not finite, the run ends with M from the recurrence.
     finite &= ~fresh | jnp.isfinite(model)
     model = jnp.where(finite, model, found.model)
 
     later = jnp.arange(problem.max_iterations + 1, dtype=i.dtype) >= i
     model_values = jnp.where(later, model, state.model_values)
     # Later lines overwrite earlier ones: of several reasons, the last one here wins.
-    reason = _judge(problem, i, r, model_values)
+    rr = trees.dot(r, r)
+    reason = _judge(problem, i, rr, model_values)
     reason = jnp.where(line.positive, reason, Reason.NONPOSITIVE_CURVATURE)
     reason = jnp.where(leaves, Reason.BOUNDARY, reason)
     reason = jnp.where(finite, reason, Reason.NONFINITE)
@@ -233,6 +234,7 @@ def _step(problem: Problem, state: State) -> State:
         i=i,
         x=x,
         r=r,
+        rr=rr,
         p=p,
         ry=ry,
         p_size=p_size,
@@ -251,7 +253,7 @@ def _preconditioned(
 ) -> tuple[Tree, jax.Array, jax.Array]:
     """Return y = P⁻¹r and rᵀy in units in which the first rᵀy is near 1, and the unit."""
     if problem.precondition is None:
-        return state.r, trees.dot(state.r, state.r), state.p_size
+        return state.r, state.rr, state.p_size
     y = trees.scale(1 / state.p_size, problem.precondition(state.r))
     ry = trees.dot(state.r, y)
     # The sum that an iteration needs anyway gives the unit. max |y| would be one more, and
@@ -326,10 +328,10 @@ def _recorded(state: State, alpha: jax.Array, beta: jax.Array) -> jax.Array:
 
 
 def _judge(
-    problem: Problem, i: jax.Array, r: Tree, model_values: jax.Array
+    problem: Problem, i: jax.Array, rr: jax.Array, model_values: jax.Array
 ) -> jax.Array:
     """Return why to stop after iteration i, or RUNNING."""
-    norm = jnp.sqrt(trees.dot(r, r))
+    norm = jnp.sqrt(rr)
     met = jnp.zeros((), bool)
     if problem.stopping is not None:
         progress = Progress(i, model_values, norm, problem.rhs_norm)
