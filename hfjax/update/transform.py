@@ -262,19 +262,9 @@ def _update(
     eval_batch: Batch | None,
 ) -> tuple[Params, HessianFreeState]:
     """Perform one update: algorithm 3, line by line."""
-    solver, rule, dtype = parts.fit.solver, parts.damping, trees.scalar_dtype(params)
-    scalar = rule.current(jnp.asarray(state.damping, dtype), state.count)
-    point = Point(
-        objective=parts.objective.at(state.count),
-        params=params,
-        gradient=grads,
-        batch=batch,
-        eval_batch=batch if eval_batch is None else eval_batch,
-        scalar=scalar.astype(dtype),
-        count=state.count,
-        key=key_of(parts.seed, state.count),
-        memory=state.preconditioner,
-    )
+    eval_batch = batch if eval_batch is None else eval_batch
+    point = _point(parts, grads, state, params, batch, eval_batch)
+    solver, rule = parts.fit.solver, parts.damping
 
     # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
@@ -290,6 +280,30 @@ def _update(
     stays = (judged.rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(scalar)
     scalar = jnp.where(stays, point.scalar, scalar)
     return _taken(trial, judged), _next(solver, trial, judged, scalar)
+
+
+def _point(
+    parts: _Parts,
+    grads: Params,
+    state: HessianFreeState,
+    params: Params,
+    batch: Batch,
+    eval_batch: Batch,
+) -> Point:
+    """Collect what the update starts from."""
+    dtype = trees.scalar_dtype(params)
+    scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
+    return Point(
+        objective=parts.objective.at(state.count),
+        params=params,
+        gradient=grads,
+        batch=batch,
+        eval_batch=eval_batch,
+        scalar=scalar.astype(dtype),
+        count=state.count,
+        key=key_of(parts.seed, state.count),
+        memory=state.preconditioner,
+    )
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:
