@@ -5,8 +5,9 @@
 A fault is another operator, comparison, constant or name (`min` for `max`), or two
 arguments that change places. The same seed draws the same faults. Each is tried in a copy
 of the repository, against the doctests of its module, the tests of its package, and those
-of the whole update; a run without faults first shows that these pass, and how long they
-take. A fault that no test notices is one to write a test for, or changes nothing.
+of the whole update, the quick tests before those that are marked slow; a run without faults
+first shows that these pass, and how long they take. A fault that no test notices is one to
+write a test for, or changes nothing.
 """
 
 import argparse
@@ -29,6 +30,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = {"_core": "core", "_tracing": "tracing", "flax": "models/test_flax.py"}
 """Tests of packages whose tests are not in the folder of the same name."""
 UPDATE = ["tests/update/test_transform.py", "tests/update/test_contract.py"]
+TIERS = "not slow", "slow"
+NOTHING_TO_RUN = 5
 PATIENCE = 3, 60
 """A fault may take so many times what the tests do without one, and so many seconds."""
 
@@ -185,7 +188,17 @@ def tests_of(file):
 
 def tried(folder, tests, processes, limit=None):
     """Run tests until one fails; return `passed`, `killed` or `timed out`, and words."""
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", *tests]
+    end = time.monotonic() + limit if limit else None
+    for tier in TIERS:
+        left = end and end - time.monotonic()
+        outcome, output = run(folder, [*tests, "-m", tier], processes, left)
+        if outcome != "passed":
+            break
+    return outcome, output
+
+
+def run(folder, arguments, processes, limit):
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", *arguments]
     if processes > 1:
         command += ["-n", str(processes), "--dist", "loadfile"]
     process = subprocess.Popen(
@@ -211,7 +224,8 @@ def tried(folder, tests, processes, limit=None):
         if process.poll() is None:  # With the processes that tests have started.
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    return "killed" if process.returncode else "passed", output
+    passed = process.returncode in {0, NOTHING_TO_RUN}
+    return "passed" if passed else "killed", output
 
 
 def limit(folder, file, processes):
