@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from benchmarks import compare
 from benchmarks.cli import Parser
-from benchmarks.micro import costs, precision, preconditioners, product
+from benchmarks.micro import constants, costs, precision, preconditioners, product
 
 _COMMANDS = {
     "compare": compare,
@@ -13,6 +13,7 @@ _COMMANDS = {
     "costs": costs,
     "preconditioners": preconditioners,
     "precision": precision,
+    "constants": constants,
 }
 
 

@@ -68,21 +68,21 @@ class Optimizer(NamedTuple):
 def default(problem: Problem, params: Any, seed: int) -> Racer:
     """Build `hfjax.hessian_free` with its defaults."""
     tx = hfjax.hessian_free(problem.objective, **problem.options)
-    return _ours(tx, problem, params, seed, everything(problem.parts))
+    return ours(tx, problem, params, seed, everything(problem.parts))
 
 
 def cg(problem: Problem, params: Any, seed: int) -> Racer:
     """Build it with conjugate gradients, whatever the problem."""
     solver = hfjax.cg.conjugate_gradient()
     tx = hfjax.hessian_free(problem.objective, solver=solver)
-    return _ours(tx, problem, params, seed, everything(problem.parts))
+    return ours(tx, problem, params, seed, everything(problem.parts))
 
 
 def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
     """Build it with steps that are solved for exactly, with momentum."""
     solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
     tx = hfjax.hessian_free(problem.objective, solver=solver)
-    return _ours(tx, problem, params, seed, everything(problem.parts))
+    return ours(tx, problem, params, seed, everything(problem.parts))
 
 
 def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:
@@ -93,7 +93,7 @@ def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:
 def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
     """Build Martens' program."""
     tx = hfjax.recipes.martens2010(problem.objective, initial_damping=problem.damping)
-    return _ours(tx, problem, params, seed, everything(problem.parts))
+    return ours(tx, problem, params, seed, everything(problem.parts))
 
 
 def curvature_guarded(problem: Problem, params: Any, seed: int) -> Racer:
@@ -101,13 +101,13 @@ def curvature_guarded(problem: Problem, params: Any, seed: int) -> Racer:
     tx = hfjax.recipes.curvature_guarded(
         problem.objective, initial_damping=problem.damping
     )
-    return _ours(tx, problem, params, seed, guarded(max(2, problem.parts)))
+    return ours(tx, problem, params, seed, guarded(max(2, problem.parts)))
 
 
 def momentum_like(problem: Problem, params: Any, seed: int) -> Racer:
     """Build their third recipe, on a quarter of each part for everything."""
     tx = hfjax.recipes.momentum_like(problem.objective, initial_damping=problem.damping)
-    return _ours(tx, problem, params, seed, alone(4 * problem.parts))
+    return ours(tx, problem, params, seed, alone(4 * problem.parts))
 
 
 def sutskever2011(
@@ -136,7 +136,7 @@ def sutskever2011(
         ),
     )
     hand = everything(1) if problem.parts == 1 else guarded(problem.parts)
-    return _ours(tx, problem, params, seed, hand)
+    return ours(tx, problem, params, seed, hand)
 
 
 def without_structural_damping(problem: Problem, params: Any, seed: int) -> Racer:
@@ -194,7 +194,7 @@ def lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
     return Racer(init, lambda carry: compiled(carry, data), taken)
 
 
-def _ours(
+def ours(
     tx: optax.GradientTransformationExtraArgs,
     problem: Problem,
     params: Any,

@@ -1,5 +1,6 @@
 """The small benchmarks: what they measure, what they leave, and how they fail."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,7 +10,16 @@ import pytest
 import hfjax
 from benchmarks.__main__ import main
 from benchmarks.harness.history import write_json
-from benchmarks.micro import cost_problems, costs, preconditioners, product, shares
+from benchmarks.harness.race import Carry, Racer
+from benchmarks.micro import (
+    constants,
+    cost_problems,
+    costs,
+    preconditioners,
+    product,
+    shares,
+)
+from benchmarks.suites import images
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +153,36 @@ def test_preconditioners_are_compared(problem, tmp_path, monkeypatch, capsys):
     assert "mean iterations" in capsys.readouterr().out
 
 
+def test_constants_are_compared_by_units_of_work(tmp_path, monkeypatch, capsys):
+    # Four iterations an update: 10 units. The values after each are 9, 4, 5, 1.
+    values = iter([9.0, 4.0, 5.0, 1.0])
+    racer = Racer(
+        lambda params: Carry(params, None, 0),
+        lambda carry: carry,
+        None,
+        lambda _: {"cg_iterations": 4},
+    )
+    summary = images.PROBLEMS["curves1000"].build("")
+    measured = dataclasses.replace(
+        summary, measurer=lambda *_: lambda *_: (0.0, next(values))
+    )
+    kind = images.PROBLEMS["curves1000"]._replace(build=lambda _: measured)
+    monkeypatch.setitem(images.PROBLEMS, "curves1000", kind)
+    monkeypatch.setattr(constants, "ours", lambda *_: racer)
+    words = ("--problem", "curves1000", "--units", "25,10,40", "--only", "window=8")
+    found = command(tmp_path / "constants.json", "constants", *words)
+    row = {"problem": "curves1000", "change": "window=8", "lowest": [[9.0, 4.0, 1.0]]}
+    assert found["rows"] == [row]
+    assert "25 units" in capsys.readouterr().out
+
+
+def test_every_change_of_a_constant_is_a_set_up():
+    objective = hfjax.Objective(lambda params, x: x, hfjax.losses.squared_error())
+    for changes in constants.CHANGES.values():
+        for options in changes.values():
+            hfjax.hessian_free(objective, **options)
+
+
 def test_m_in_float32_is_held_against_float64(tmp_path, capsys):
     words = ("precision", "--size", "60", "--iterations", "20")
     found = command(tmp_path / "precision.json", *words)
@@ -155,12 +195,18 @@ def test_m_in_float32_is_held_against_float64(tmp_path, capsys):
     assert "more than 10, got 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["product", "costs", "preconditioners", "precision"])
+COMMANDS = ["product", "costs", "preconditioners", "precision", "constants"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_bad_option_or_file_is_one_line_and_status_2(name, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for words in (["--cases", "0"], ["--out", str(tmp_path / "file" / "x.json")]):
-        if name == "precision" and words[0] == "--cases":
-            words = ["--size", "0"]
+        if words[0] == "--cases":
+            words = [
+                {"precision": "--size", "constants": "--units"}.get(name, words[0]),
+                "0",
+            ]
         try:
             status = main([name, *words])
         except SystemExit as stop:

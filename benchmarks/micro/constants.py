@@ -1,0 +1,123 @@
+"""What the constants of the defaults are worth: each changed alone, by units of work.
+
+    python -m benchmarks constants --suite images --problem curves2000 --seeds 0,1
+    python -m benchmarks constants --suite equations --problem poisson2d --units 100,400
+
+A unit is a product with the curvature: an update counts its iterations of conjugate
+gradients, and six for all the rest. An exact update counts as one. So other work on the
+machine does not matter. `docs/defaults.md` cites what comes out.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import cli
+from benchmarks.harness import machine
+from benchmarks.harness.history import write_json
+from benchmarks.optimizers import MOMENTUM, ours
+from benchmarks.suites import equations, images
+from benchmarks.suites.problem import Problem, everything
+from hfjax import cg, damping, hessian_free, preconditioners, sample_space, stopping
+
+SUITES = {"images": images.SUITE, "equations": equations.SUITE}
+UPDATE = {"images": 6, "equations": 1}
+"""Units of an update besides its iterations."""
+
+
+def _marginal(**options: Any) -> dict[str, Any]:
+    return {"solver": cg.conjugate_gradient(stopping=stopping.marginal(**options))}
+
+
+def _kronecker(**options: Any) -> dict[str, Any]:
+    return {"preconditioner": preconditioners.kronecker(**options)}
+
+
+def _exact(momentum: float | None, corrections: int) -> dict[str, Any]:
+    return {"solver": sample_space.cholesky(momentum=momentum, corrections=corrections)}
+
+
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "images": {
+        "defaults": {},
+        "levenberg_marquardt()": {"damping": damping.levenberg_marquardt()},
+        "damping_share=1/3": _kronecker(damping_share=1 / 3),
+        "damping_share=1": _kronecker(damping_share=1.0),
+        "interval=3": _kronecker(interval=3),
+        "kronecker(cases=500)": _kronecker(cases=500),
+        "searched(cases=500)": {"damping": damping.searched(cases=500)},
+        "cost=12": _marginal(cost=12.0),
+        "window=1": _marginal(window=1),
+        "window=8": _marginal(window=8),
+    },
+    "equations": {
+        f"corrections={count}": _exact(MOMENTUM, count) for count in (0, 4, 8, 16, 32)
+    }
+    | {"corrections=16, momentum=None": _exact(None, 16)},
+}
+"""Options of `hessian_free` in each run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add = parser.add_argument
+    add("--suite", choices=tuple(SUITES), default="images")
+    add("--problem", help="one or more of the suite's; default: the suite's")
+    add("--units", type=lambda word: cli.listed(cli.count, word), default=(300, 600))
+    add("--seeds", type=lambda word: cli.listed(cli.seed, word), default=(0,))
+    add("--only", help="part of the name of the changes to try; default: all")
+    add("--out", default="runs/constants.json", help="a JSON file")
+    add("--data-dir", default="data", help="of mnist.npz; default: data")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train with each change; print and write down what was reached."""
+    suite, rows = SUITES[args.suite], []
+    table = Table(title=f"lowest value, seeds {args.seeds}", box=SIMPLE_HEAD)
+    for name in ("problem", "change", *(f"{n} units" for n in sorted(args.units))):
+        table.add_column(name)
+    changes = {n: c for n, c in CHANGES[args.suite].items() if (args.only or "") in n}
+    try:
+        path, names = cli.output_file(args.out), suite.named(args.problem)
+        with jax.enable_x64(suite.float64):
+            for name, change in itertools.product(names, changes):
+                problem = suite.problems[name].build(args.data_dir)
+                reached = [
+                    list(lowest(problem, changes[change], seed, args))
+                    for seed in args.seeds
+                ]
+                rows.append({"problem": name, "change": change, "lowest": reached})
+                cells = (
+                    "; ".join(f"{x:.2g}" for x in c) for c in zip(*reached, strict=True)
+                )
+                table.add_row(name, change, *cells)
+    except (OSError, ValueError) as error:
+        return cli.refuse("constants", error)
+    write_json(path, {"arguments": vars(args), **machine.describe(), "rows": rows})
+    Console().print(table)
+    return 0
+
+
+def lowest(
+    problem: Problem, options: dict[str, Any], seed: int, args: argparse.Namespace
+) -> Iterator[float]:
+    """Train, and yield the lowest value after each number of units."""
+    params = jax.jit(problem.start)(jax.random.key(seed))
+    measure = problem.measurer(params, seed)
+    tx = hessian_free(problem.objective, **{**problem.options, **options})
+    racer = ours(tx, problem, params, seed, everything(problem.parts))
+    carry, spent, updates, best = racer.init(params), 0.0, 0, float("inf")
+    for units in sorted(args.units):
+        while spent < units:
+            carry = racer.step(carry)
+            updates += 1
+            iterations = racer.read(carry)["cg_iterations"]
+            spent += UPDATE[args.suite] + (iterations if args.suite == "images" else 0)
+            best = min(best, measure(carry.params, updates)[1])
+        yield best
