@@ -4,10 +4,10 @@
 
 A fault is another operator, comparison, constant or name (`min` for `max`), or two
 arguments that change places. The same seed draws the same faults. Each is tried in a copy
-of the repository, against the doctests of its module, the tests of its package, and those
-of the whole update, the quick tests before those that are marked slow; a run without faults
-first shows that these pass, and how long they take. A fault that no test notices is one to
-write a test for, or changes nothing.
+of the repository, against the doctests of its module and the quick tests of its package,
+and with `--thorough` against the slow ones and those of the whole update, too; a run without
+faults first shows that these pass, and how long they take. A fault that no test notices is
+one to write a test for, or changes nothing.
 """
 
 import argparse
@@ -30,7 +30,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = {"_core": "core", "_tracing": "tracing", "flax": "models/test_flax.py"}
 """Tests of packages whose tests are not in the folder of the same name."""
 UPDATE = ["tests/update/test_transform.py", "tests/update/test_contract.py"]
-TIERS = "not slow", "slow"
 NOTHING_TO_RUN = 5
 PATIENCE = 3, 60
 """A fault may take so many times what the tests do without one, and so many seconds."""
@@ -180,18 +179,21 @@ def drawn(seed, count, found):
     return sorted(rng.choice(faults) for faults in chosen)
 
 
-def tests_of(file):
-    package = package_of(file)
-    own = "tests/" + FOLDERS.get(package, package)
-    return [*UPDATE, own] if package == "update" else [own, *UPDATE]
+def tests_of(file, whole, *, thorough):
+    """Return the arguments of each run of tests, the shortest first."""
+    own = "tests/" + FOLDERS.get(package_of(file), package_of(file))
+    runs = [[whole, own, "-m", "not slow"]]
+    return [*runs, [own, "-m", "slow"], [*UPDATE, "-m", "not slow"]][
+        : 3 if thorough else 1
+    ]
 
 
-def tried(folder, tests, processes, limit=None):
+def tried(folder, runs, processes, limit=None):
     """Run tests until one fails; return `passed`, `killed` or `timed out`, and words."""
     end = time.monotonic() + limit if limit else None
-    for tier in TIERS:
+    for arguments in runs:
         left = end and end - time.monotonic()
-        outcome, output = run(folder, [*tests, "-m", tier], processes, left)
+        outcome, output = run(folder, arguments, processes, left)
         if outcome != "passed":
             break
     return outcome, output
@@ -228,28 +230,28 @@ def run(folder, arguments, processes, limit):
     return "passed" if passed else "killed", output
 
 
-def limit(folder, file, processes):
+def limit(folder, file, processes, *, thorough):
     """Return how long tests may take with a fault in a file, from those without one."""
     package, begun = package_of(file), time.monotonic()
     whole = file if package == "flax" else f"hfjax/{package}"
-    outcome, output = tried(folder, [whole, *tests_of(file)], processes)
+    outcome, output = tried(folder, tests_of(file, whole, thorough=thorough), processes)
     if outcome != "passed":
         msg = f"without a fault, tests of {package} fail:\n{output}"
         raise SystemExit(msg)
     return PATIENCE[0] * (time.monotonic() - begun) + PATIENCE[1]
 
 
-def report(folder, faults, processes):
+def report(folder, faults, processes, *, thorough=False):
     """Yield the lines of the report, as faults are tried."""
     limits, told = {}, {"killed": [], "timed out": [], "survived": []}
     for fault in faults:
         package, path = package_of(fault.file), folder / fault.file
         text = path.read_text()
         if package not in limits:
-            limits[package] = limit(folder, fault.file, processes)
+            limits[package] = limit(folder, fault.file, processes, thorough=thorough)
             yield f"{package}: its tests pass; limit {limits[package]:.0f} s"
         path.write_text(fault.applied(text))
-        tests = [fault.file, *tests_of(fault.file)]
+        tests = tests_of(fault.file, fault.file, thorough=thorough)
         outcome, _ = tried(folder, tests, processes, limits[package])
         path.write_text(text)
         outcome = "survived" if outcome == "passed" else outcome
@@ -265,6 +267,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=40, help="how many")
     parser.add_argument("--package", help="the only one to have faults: solvers, say")
+    parser.add_argument("--thorough", action="store_true", help="run more tests")
     parser.add_argument("--list", action="store_true", help="show faults, try none")
     parser.add_argument("--processes", type=int, default=1, help="that run the tests")
     parser.add_argument("--out", type=pathlib.Path, help="a file for the report, too")
@@ -279,7 +282,7 @@ def main():
         for name in ("hfjax", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        for line in report(folder, faults, args.processes):
+        for line in report(folder, faults, args.processes, thorough=args.thorough):
             print(line, flush=True)
             told.append(line + "\n")
             if args.out:

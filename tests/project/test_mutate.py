@@ -79,4 +79,4 @@ def test_a_fault_is_killed_by_a_test_that_fails_or_does_not_end(
 ):
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {test}\n")
     limit = 3 if outcome == "timed out" else 60
-    assert mutate.tried(tmp_path, ["test_it.py"], 1, limit)[0] == outcome
+    assert mutate.tried(tmp_path, [["test_it.py"]], 1, limit)[0] == outcome
