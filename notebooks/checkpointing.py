@@ -19,8 +19,8 @@
 # the newest, and ends with the same numbers, bit for bit.
 #
 # Everything that the next update needs is in two trees: the parameters, and the state
-# of the optimizer (λ, the warm start, the number of updates, and a key if anything is
-# random). Batches are a function of the number of updates, so their order is kept too.
+# of the optimizer (λ, the warm start, the number of updates). Batches and random numbers
+# are functions of the number of updates, so their order is kept too.
 
 # %%
 import hashlib
@@ -148,8 +148,6 @@ def digest(run):
     """Hash every bit of parameters and state."""
     bits = hashlib.sha256()
     for leaf in jax.tree.leaves(run):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
         bits.update(jax.device_get(leaf).tobytes())
     return bits.hexdigest()
 

@@ -7,8 +7,8 @@
 | `ggn_exact` | G | 1 for each output of an example |
 
 Each includes `weight_decay`. All are means over examples of squares of per-example
-quantities, not squares of a mean. (ERRATA: M&S (2012) have sums; a mean is on the scale
-of G and λ.) With structural damping, an update passes an objective whose loss includes
+quantities, not squares of a mean. (M&S (2012) have sums; a mean is on the scale of G
+and λ.) With structural damping, an update passes an objective whose loss includes
 μ times the distance of the hidden states. The diagonals of G then include its
 curvature, but that of the Fisher matrix does not, because the distance has no gradient.
 
@@ -32,7 +32,7 @@ from hfjax._tracing import compiled
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.curvature import _case_gradients
-from hfjax.curvature.probes import probes
+from hfjax.curvature.probes import keys_of, probes
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.plain import Objective, check_objective, terms_of
 from hfjax.objectives.terms import Term, total
@@ -193,10 +193,7 @@ def _summed(
 
     def compute(params: Params, batch: Batch, key: jax.Array | None) -> Params:
         terms = terms_of(objective, batch)
-        keys = [
-            key if key is None or term.weight is None else jax.random.fold_in(key, k)
-            for k, term in enumerate(terms)
-        ]
+        keys = [None] * len(terms) if key is None else keys_of(terms, key)
         pairs = zip(terms, keys, strict=True)
         return total(terms, [of_term(term, params, own) for term, own in pairs])
 

@@ -5,6 +5,7 @@ Jᵢ. So one backward pass gives an unbiased estimate of an example's part of G.
 and Kronecker factors are estimated in this way.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from hfjax._core.types import Tree
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.means import Means
+from hfjax.objectives.terms import Term
 
 
 class Probes(NamedTuple):
@@ -58,3 +60,11 @@ def probes(means: Means, cases: Cases, key: jax.Array) -> Probes:
     # As plain arrays, they can be split into microbatches with the rest of the data, and
     # `signs` can count up from them.
     return Probes(jax.random.key_data(keys), jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]
+
+
+def keys_of(terms: Sequence[Term], key: jax.Array) -> list[jax.Array]:
+    """Return a key for each term of a weighted sum, or for a plain objective."""
+    return [
+        key if term.weight is None else jax.random.fold_in(key, k)
+        for k, term in enumerate(terms)
+    ]

@@ -17,7 +17,7 @@ from hfjax._core import sharding, trees
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.curvature import diagonals
-from hfjax.curvature.probes import probes
+from hfjax.curvature.probes import keys_of, probes
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
@@ -130,7 +130,7 @@ def estimate(
     Weight decay is left out.
     """
     terms = terms_of(objective, batch)
-    keys, dtype = _keys(key, len(terms)), trees.scalar_dtype(params)
+    keys, dtype = keys_of(terms, key), trees.scalar_dtype(params)
     found = []
     for term, part, own_key in zip(terms, model.parts, keys, strict=True):
         c = None if term.weight is None else jnp.asarray(term.weight, dtype)
@@ -177,10 +177,6 @@ def _total(found: list[tuple[jax.Array | None, jax.Array]]) -> jax.Array:
 
 def _sum(*arrays: jax.Array) -> jax.Array:
     return sum(arrays[1:], arrays[0])
-
-
-def _keys(key: jax.Array, count: int) -> list[jax.Array]:
-    return [key] if count == 1 else [jax.random.fold_in(key, k) for k in range(count)]
 
 
 def _estimate(
