@@ -80,6 +80,6 @@ def test_every_test_that_the_table_of_faults_names_exists():
 def test_every_fault_that_is_tested_is_in_the_table():
     page = (ROOT / "docs" / "faults.md").read_text()
     folder = ROOT / "tests" / "faults"
-    for name in ("test_numbers.py", "test_wrong_arguments.py"):
+    for name in ("test_numbers.py", "test_arguments.py"):
         tests = re.findall(r"def (test_\w+)\(", (folder / name).read_text())
         assert not [test for test in tests if f"`{test}`" not in page]
