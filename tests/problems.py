@@ -95,6 +95,12 @@ def normal(rng, *shape, scale=1.0):
     return jnp.asarray(scale * rng.standard_normal(shape))
 
 
+def symmetric(rng, eigenvalues):
+    """Return a dense matrix with these eigenvalues."""
+    q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))
+    return (q * eigenvalues) @ q.T
+
+
 def two_heads(params, x):
     hidden = jnp.tanh(mlp(params["trunk"], x["image"]) * x["gain"][:, None])
     return {"left": hidden @ params["left"], "right": hidden @ params["right"]}

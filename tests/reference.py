@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
@@ -31,6 +32,24 @@ if jax.__version_info__ < (0, 11):  # Else XLA has no other way to write a kerne
 def quick_jit(fn, **options):
     """Compile without optimising: a test runs its program once."""
     return jax.jit(fn, compiler_options=QUICK, **options)
+
+
+def flat(tree: Any) -> np.ndarray:
+    """Return all entries of a tree as one vector."""
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def matrix_of(linear_map, like: Any):
+    """Return the matrix of a linear map on trees like this one, from unit vectors."""
+    vector, unravel = ravel_pytree(like)
+    column = jax.vmap(lambda e: ravel_pytree(linear_map(unravel(e)))[0], out_axes=1)
+    return column(jnp.eye(vector.size, dtype=vector.dtype))
+
+
+def assert_close(tree: Any, truth: Any, rtol: float = 1e-7, atol: float = 0.0):
+    """Compare the leaves of two trees, as `np.testing.assert_allclose` does."""
+    for leaf, right in zip(jax.tree.leaves(tree), jax.tree.leaves(truth), strict=True):
+        np.testing.assert_allclose(leaf, right, rtol=rtol, atol=atol)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import quick_jit
+from reference import assert_close, quick_jit
 
 import hfjax
 from hfjax import cg, krylov, spectrum, trust_region
@@ -66,8 +66,7 @@ def test_the_inverse_is_differentiated_by_b_lambda_and_what_the_product_holds(
             for f in (by_trees, densely)
         )
         found, truth = ((x[0] + x[0].T, *x[1:]) for x in (found, truth))
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+    assert_close(found, truth, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -9,31 +9,22 @@ import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 from problems import every_problem, mlp, named, normal
-from reference import quick_jit
+from reference import flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax import curvature
 from hfjax.curvature import ggn
 
 
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
 @functools.cache
 def ggn_matrix(problem):
     """Return the matrix of hfjax's product, column by column."""
-    objective = problem.objective()
 
     @quick_jit
-    def columns(params):
-        parameters, unravel = ravel_pytree(params)
-        product = ggn(objective, params, problem.batch)
-        return jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0], out_axes=1)(
-            jnp.eye(parameters.size)
-        )
+    def matrix(params):
+        return matrix_of(ggn(problem.objective(), params, problem.batch), params)
 
-    return np.asarray(columns(problem.params))
+    return np.asarray(matrix(problem.params))
 
 
 @pytest.mark.every
@@ -50,10 +41,8 @@ def test_ggn_is_symmetric_and_positive_semidefinite(problem):
     matrix = ggn_matrix(problem)
     size = np.max(np.abs(matrix))
     np.testing.assert_allclose(matrix, matrix.T, rtol=1e-9, atol=1e-14)
-    assert (
-        np.min(np.linalg.eigvalsh(matrix))
-        >= problem.weight_decay - 1e-13 - 1e-13 * size
-    )
+    least = problem.weight_decay - 1e-13 - 1e-13 * size
+    assert np.min(np.linalg.eigvalsh(matrix)) >= least
 
 
 def test_product_of_a_frozen_layer_is_weight_decay_alone():
@@ -114,14 +103,17 @@ def test_ggn_of_a_wrapped_loss_uses_its_second_derivative(loss):
     np.testing.assert_allclose(product, truth, rtol=1e-10)
 
 
+def in_dtype(problem, dtype):
+    arrays = (problem.params, problem.batch, problem.direction)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), arrays)
+
+
 @pytest.mark.parametrize("vector", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_product_keeps_the_dtype_of_the_vector(dtype, microbatch_size, vector):
     problem = named("mlp_softmax")
-    params, batch = jax.tree.map(
-        lambda leaf: leaf.astype(dtype), (problem.params, problem.batch)
-    )
+    params, batch, _ = in_dtype(problem, dtype)
     objective = problem.objective(microbatch_size=microbatch_size)
     v = jax.tree.map(lambda leaf: leaf.astype(vector), problem.direction)
     shapes = jax.eval_shape(lambda v: ggn(objective, params, batch)(v), v)
@@ -133,10 +125,7 @@ def test_product_keeps_the_dtype_of_the_vector(dtype, microbatch_size, vector):
 )
 def test_product_in_short_floats_is_near_the_truth(dtype, tolerance):
     problem = named("mlp_softmax")
-    params, batch, v = jax.tree.map(
-        lambda leaf: leaf.astype(dtype),
-        (problem.params, problem.batch, problem.direction),
-    )
+    params, batch, v = in_dtype(problem, dtype)
     objective = problem.objective()
     product = quick_jit(lambda params, v: ggn(objective, params, batch)(v))(params, v)
     truth = reference.ggn(problem) @ flat(problem.direction)
@@ -212,14 +201,6 @@ def test_product_is_linear_and_the_same_when_jitted():
     np.testing.assert_allclose(jitted, eager, rtol=1e-12)
 
 
-def columns(product, params):
-    """Return a product's matrix, column by column."""
-    parameters, unravel = ravel_pytree(params)
-    return jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0], out_axes=1)(
-        jnp.eye(parameters.size)
-    )
-
-
 @every_problem
 def test_hessian_and_empirical_fisher_equal_dense(problem):
     objective = problem.objective()
@@ -227,7 +208,7 @@ def test_hessian_and_empirical_fisher_equal_dense(problem):
     @quick_jit
     def matrices(params, batch):
         return {
-            make.__name__: columns(make(objective, params, batch), params)
+            make.__name__: matrix_of(make(objective, params, batch), params)
             for make in (curvature.hessian, curvature.empirical_fisher)
         }
 
@@ -244,10 +225,7 @@ def test_hessian_and_empirical_fisher_equal_dense(problem):
 
 def differences(problem, dtype, scale, **options):
     """Return the error of a product by finite differences, relative to the truth."""
-    params, batch, v = jax.tree.map(
-        lambda leaf: leaf.astype(dtype),
-        (problem.params, problem.batch, problem.direction),
-    )
+    params, batch, v = in_dtype(problem, dtype)
     objective = problem.objective()
     make = functools.partial(curvature.finite_difference_hessian, objective, **options)
     v = jax.tree.map(lambda leaf: (scale * leaf).astype(dtype), v)

@@ -5,14 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import reference
+import training
 from jax.flatten_util import ravel_pytree
 from mapped import PROBLEM, needs_devices
 from mapped import by_shard_map as mapped
 from problems import HIDDEN, layers, mlp, named, normal
-from reference import quick_jit
+from reference import assert_close, flat, quick_jit
 
 import hfjax
 from hfjax import cg, curvature
@@ -49,11 +49,11 @@ def test_a_product_is_the_matrix_to_its_rounding_and_no_closer(name, precision):
 
     nearly, exact = products(problem.direction)
     assert {x.dtype for x in jax.tree.leaves(nearly)} == {jnp.dtype("float64")}
-    truth = matrix(problem) @ ravel_pytree(problem.direction)[0]
+    truth = matrix(problem) @ flat(problem.direction)
     scale = np.linalg.norm(truth)
-    error = np.linalg.norm(ravel_pytree(nearly)[0] - truth) / scale
+    error = np.linalg.norm(flat(nearly) - truth) / scale
     assert FROM[precision] < error < TO[precision]
-    np.testing.assert_allclose(ravel_pytree(exact)[0], truth, atol=1e-12 * scale)
+    np.testing.assert_allclose(flat(exact), truth, atol=1e-12 * scale)
 
 
 def deep(params, x):
@@ -185,8 +185,7 @@ def test_of_exact_products_a_run_stays_algorithm_2(every):
 def test_without_replacement_nothing_is_exact_and_nothing_else_changes():
     ours = solve(Approximate(times(WRONG), unknown))
     plain = solve(times(WRONG))
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
 @pytest.mark.parametrize("every", [5, 20])
@@ -233,16 +232,16 @@ def test_what_stands_for_a_damped_product_is_exact_in_both_parts():
     make = curvature.with_precision("bfloat16")
     product = make(problem.objective(), problem.params, problem.batch)
     both = damped(product, jnp.float64(0.5), product)
-    truth = 1.5 * reference.ggn(problem) @ ravel_pytree(problem.direction)[0]
-    found = ravel_pytree(quick_jit(both.exact)(problem.direction))[0]
+    truth = 1.5 * reference.ggn(problem) @ flat(problem.direction)
+    found = flat(quick_jit(both.exact)(problem.direction))
     np.testing.assert_allclose(found, truth, atol=1e-12 * np.linalg.norm(truth))
 
 
 def test_the_exact_of_a_precision_may_be_another():
     make = curvature.with_precision("bfloat16", exact="float32")
     product = make(MLP.objective(), MLP.params, MLP.batch)
-    truth = reference.ggn(MLP) @ ravel_pytree(MLP.direction)[0]
-    exact = ravel_pytree(quick_jit(product.exact)(MLP.direction))[0]
+    truth = reference.ggn(MLP) @ flat(MLP.direction)
+    exact = flat(quick_jit(product.exact)(MLP.direction))
     error = np.linalg.norm(exact - truth) / np.linalg.norm(truth)
     assert FROM["float32"] < error < TO["float32"]
 
@@ -268,22 +267,10 @@ def test_hessian_free_trains_with_it():
         solver=cg.conjugate_gradient(replace_every=10, warm_start_decay=None),
         preconditioner=None,
     )
-
-    @quick_jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            value, grads = objective.value_and_grad(params, batch)
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return (optax.apply_updates(params, updates), state), value
-
-        return jax.lax.scan(step, (params, tx.init(params)), length=20)
-
-    (params, state), values = train(params)
-    assert values[-1] < 0.01 * values[0]
-    assert {x.dtype.name for x in jax.tree.leaves((params, state.direction))} == {
-        "float32"
-    }
+    (params, state), (info, _) = training.trained(objective, tx, params, batch, 20)
+    assert info.value_before[-1] < 0.01 * info.value_before[0]
+    leaves = jax.tree.leaves((params, state.direction))
+    assert {x.dtype.name for x in leaves} == {"float32"}
 
 
 @pytest.mark.slow
@@ -308,8 +295,7 @@ def test_many_devices_make_the_update_of_one():
     many = mapped(functools.partial(update, axis_name=names), check_vma=True)
     one = quick_jit(update)(PROBLEM.params, PROBLEM.batch, PROBLEM.direction)
     assert np.any(jax.tree.leaves(one)[0])
-    for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    assert_close(many, one, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

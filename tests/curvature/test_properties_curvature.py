@@ -14,7 +14,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from reference import quick_jit
+from reference import matrix_of, quick_jit
 from strategies import arrays, eighths, like
 
 import hfjax
@@ -113,14 +113,6 @@ def library(name, microbatch_size=None):
             microbatch_size=microbatch_size,
         )
         batch = (inputs, targets, weights)
-        flat, unravel = ravel_pytree(params)
-
-        def matrix(matvec):
-            def column(v):
-                return ravel_pytree(matvec(unravel(v)))[0]
-
-            return jax.vmap(column, out_axes=1)(jnp.eye(flat.size))
-
         product = curvature.ggn(objective, params, batch)
         trees = {
             "gradient": objective.value_and_grad(params, batch)[1],
@@ -129,9 +121,11 @@ def library(name, microbatch_size=None):
             "product": product(v),
         }
         matrices = {
-            "ggn": matrix(product),
-            "hessian": matrix(curvature.hessian(objective, params, batch)),
-            "fisher": matrix(curvature.empirical_fisher(objective, params, batch)),
+            "ggn": matrix_of(product, params),
+            "hessian": matrix_of(curvature.hessian(objective, params, batch), params),
+            "fisher": matrix_of(
+                curvature.empirical_fisher(objective, params, batch), params
+            ),
         }
         value = {"value": objective.value(params, batch)}
         return value | matrices | {k: ravel_pytree(x)[0] for k, x in trees.items()}

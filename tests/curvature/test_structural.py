@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.flatten_util import ravel_pytree
 from problems import HIDDEN, every_hidden_problem, layers, normal
-from reference import quick_jit
+from reference import flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax import curvature, diagonals
@@ -18,17 +17,6 @@ from hfjax.objectives.plain import terms_of
 
 TRUTHS = {"ggn": reference.ggn, "hessian": reference.hessian}
 SQUARED = hfjax.losses.squared_error()
-
-
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
-def matrix_of(product, params):
-    """Return a product's matrix, row by row."""
-    parameters, unravel = ravel_pytree(params)
-    rows = jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0])
-    return rows(jnp.eye(parameters.size))
 
 
 @functools.cache

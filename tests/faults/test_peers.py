@@ -15,7 +15,7 @@ import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 from problems import Problem, layers, mlp, normal, uneven
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 
@@ -28,10 +28,6 @@ PROBLEM = Problem(
     (normal(RNG, 9, 3), jnp.eye(3)[jnp.arange(9) % 3], jnp.linspace(0.5, 2, 9)),
     weight_decay=0.05,
 )
-
-
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
 
 
 def assert_is(found, right, fault):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from problems import layers, mlp, normal
 from reference import model, quick_jit
 
@@ -37,10 +38,8 @@ def solved(keep, limit, most, warm, scaled):
     def joined(tree):
         return jnp.concatenate([tree["a"][:, 0], tree["b"]])
 
-    matrix, inverse = (
-        jnp.asarray(B + DAMPING * np.eye(N)),
-        jnp.asarray(np.linalg.inv(P)),
-    )
+    matrix = jnp.asarray(B + DAMPING * np.eye(N))
+    inverse = jnp.asarray(np.linalg.inv(P))
     b = split(jnp.asarray(RHS))
     run = cg.solve(
         lambda v: split(matrix @ joined(v)),
@@ -115,8 +114,6 @@ def test_steps_that_are_rounding_spoil_nothing(warm):
 
 
 LAMBDA, FACTOR = 0.5, 4.0
-
-
 LOW, HIGH = -4, 8
 SCALE = 1e-3
 """Of what f falls, so that M knows of it at every λ here."""
@@ -152,7 +149,7 @@ def searched(entries, value, noise, tolerance, max_tries):
     return rule.choose(run, value_fn, Before(value, noise, jnp.float64(LAMBDA)))
 
 
-def scripted(table, value, *, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=8):
+def scripted(table, *, value=1.0, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=8):
     """Return the choice, and the powers that were asked for."""
     ASKED.clear()
     entries = jnp.asarray([table.get(p, jnp.nan) for p in range(LOW, HIGH + 1)])
@@ -164,71 +161,40 @@ def scripted(table, value, *, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=
 
 NAN, INF = np.nan, np.inf
 SEARCHES = {
-    "up": ({0: 0.9, 1: 0.5, 2: 0.3, 3: 0.4}, 1.0, {}, [0, 1, 2, 3], 2),
-    "down": (
-        {0: 0.5, 1: 0.6, -1: 0.3, -2: 0.2, -3: 0.25},
-        1.0,
-        {},
-        [0, 1, -1, -2, -3],
-        -2,
-    ),
-    "here": ({0: 0.5, 1: 0.6, -1: 0.6}, 1.0, {}, [0, 1, -1], 0),
-    "equal": (dict.fromkeys(range(6), 0.5), 1.0, {"max_tries": 5}, [0, 1, 2, 3, 4], 4),
-    "hardly_higher": ({0: 0.5, 1: 0.504, 2: 0.506}, 1.0, {}, [0, 1, 2], 1),
-    "higher_step_by_step": (  # Of the lowest, not of the last.
-        {0: 0.5, 1: 0.503, 2: 0.5045, 3: 0.506},
-        1.0,
-        {},
-        [0, 1, 2, 3],
-        2,
-    ),
+    "up": ({0: 0.9, 1: 0.5, 2: 0.3, 3: 0.4}, [0, 1, 2, 3], 2, {}),
+    "down": ({0: 0.5, 1: 0.6, -1: 0.3, -2: 0.2, -3: 0.25}, [0, 1, -1, -2, -3], -2, {}),
+    "here": ({0: 0.5, 1: 0.6, -1: 0.6}, [0, 1, -1], 0, {}),
+    "equal": (dict.fromkeys(range(6), 0.5), [0, 1, 2, 3, 4], 4, {"max_tries": 5}),
+    "hardly_higher": ({0: 0.5, 1: 0.504, 2: 0.506}, [0, 1, 2], 1, {}),
+    # Of the lowest, not of the last.
+    "higher_each": ({0: 0.5, 1: 0.503, 2: 0.5045, 3: 0.506}, [0, 1, 2, 3], 2, {}),
     "no_tolerance": (
         {0: 0.5, 1: 0.504, -1: 0.4951, -2: 0.6},
-        1.0,
+        [0, 1, -1, -2],
+        -1,
         {"tolerance": 0.0},
-        [0, 1, -1, -2],
-        -1,
     ),
-    "hardly_lower": ({0: 0.5, 1: 0.6, -1: 0.4951}, 1.0, {}, [0, 1, -1], 0),
-    "lower_enough": (
-        {0: 0.5, 1: 0.6, -1: 0.4949, -2: 0.493},
-        1.0,
-        {},
-        [0, 1, -1, -2],
-        -1,
-    ),
-    "no_number": (
-        {0: NAN, 1: INF, 2: -INF, 3: 0.7, 4: 0.8},
-        1.0,
-        {},
-        [0, 1, 2, 3, 4],
-        3,
-    ),
-    "no_number_above": (
-        {0: 0.5, 1: NAN, -1: 0.4, -2: NAN},
-        1.0,
-        {},
-        [0, 1, -1, -2],
-        -1,
-    ),
-    "none": ({0: NAN, 3: NAN}, 1.0, {"max_tries": 4}, [0, 1, 2, 3], 3),
-    "worse_than_before": ({0: 2.0, 1: 1.5, 2: 0.9, 3: 1.0}, 1.0, {}, [0, 1, 2, 3], 2),
-    "no_value_before": ({0: 0.5, 1: 0.4, 2: 0.41}, NAN, {}, [0, 1, 2], 1),
+    "hardly_lower": ({0: 0.5, 1: 0.6, -1: 0.4951}, [0, 1, -1], 0, {}),
+    "lower_enough": ({0: 0.5, 1: 0.6, -1: 0.4949, -2: 0.493}, [0, 1, -1, -2], -1, {}),
+    "no_number": ({0: NAN, 1: INF, 2: -INF, 3: 0.7, 4: 0.8}, [0, 1, 2, 3, 4], 3, {}),
+    "no_number_above": ({0: 0.5, 1: NAN, -1: 0.4, -2: NAN}, [0, 1, -1, -2], -1, {}),
+    "none": ({0: NAN, 3: NAN}, [0, 1, 2, 3], 3, {"max_tries": 4}),
+    "worse_than_before": ({0: 2.0, 1: 1.5, 2: 0.9, 3: 1.0}, [0, 1, 2, 3], 2, {}),
+    "no_value_before": ({0: 0.5, 1: 0.4, 2: 0.41}, [0, 1, 2], 1, {"value": NAN}),
     "three_tries": (
         {0: 0.5, 1: 0.6, -1: 0.3, -2: 0.2},
-        1.0,
-        {"max_tries": 3},
         [0, 1, -1],
         -1,
+        {"max_tries": 3},
     ),
-    "one_try": ({0: 0.5, 1: 0.1}, 1.0, {"max_tries": 1}, [0], 0),
+    "one_try": ({0: 0.5, 1: 0.1}, [0], 0, {"max_tries": 1}),
 }
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search_asks_and_chooses(name):
-    table, value, options, asked, power = SEARCHES[name]
-    choice, ours = scripted(table, value, **options)
+    table, asked, power, options = SEARCHES[name]
+    choice, ours = scripted(table, **options)
     assert sorted(ours) == sorted(asked)
     strength = LAMBDA * FACTOR**power
     np.testing.assert_allclose(choice.damping, strength, rtol=1e-12)
@@ -248,20 +214,20 @@ def test_search_asks_and_chooses(name):
 def test_a_gain_that_may_be_rounding_tells_nothing_of_damping(noise):
     # 0.1 of gain, the same for all: the higher λ, unless it may be rounding.
     table = dict.fromkeys(range(-4, 9), 0.9)
-    choice, _ = scripted(table, 1.0, noise=noise, max_tries=4)
+    choice, _ = scripted(table, noise=noise, max_tries=4)
     expected = LAMBDA * FACTOR ** (0 if noise else 3)
     np.testing.assert_allclose(choice.damping, expected, rtol=1e-12)
     lower = {0: 0.9, 1: 0.95, -1: 0.75, -2: 0.8}
-    choice, _ = scripted(lower, 1.0, noise=noise)
+    choice, _ = scripted(lower, noise=noise)
     np.testing.assert_allclose(choice.damping, LAMBDA * FACTOR ** -(not noise))
 
 
 def test_a_fall_that_the_model_knows_nothing_of_is_not_believed():
     # At 4³ λ = 32 M falls by 1 / 33 or so: of a fall of 0.5, ten times that is less.
     table = {0: 0.7, 1: 0.65, 2: 0.6, 3: 0.5, 4: 0.4}
-    believed, asked = scripted(table, 1.0)
+    believed, asked = scripted(table)
     assert max(asked) > 3
-    doubted, asked = scripted(table, 1.0, scale=1.0)
+    doubted, asked = scripted(table, scale=1.0)
     assert max(asked) == 3
     assert doubted.damping < believed.damping
     np.testing.assert_allclose(doubted.damping, LAMBDA * FACTOR**2, rtol=1e-12)
@@ -320,14 +286,7 @@ def updated(init=0.8, data=None, **options):
     )
     batch = (jnp.asarray(X), jnp.asarray(T))
     data = (jnp.asarray(EVAL_X), jnp.asarray(EVAL_T)) if data is None else data
-    params = jnp.zeros((4, 1))
-
-    @quick_jit
-    def update(params):
-        _, grads = OBJECTIVE.value_and_grad(params, batch)
-        return tx.update(grads, tx.init(params), params, batch=batch, eval_batch=data)
-
-    return update(params)
+    return training.one_update(OBJECTIVE, tx, jnp.zeros((4, 1)), batch, eval_batch=data)
 
 
 def dense_search(init, rows=slice(None), factor=4.0, tolerance=0.01, tries=8):
@@ -406,8 +365,7 @@ def far_off(damping, curvature=hfjax.curvature.ggn):
         ),
     )
     params, batch = jnp.array(0.1), (jnp.ones((1, 1)), jnp.full((1, 1), 2.0))
-    _, grads = objective.value_and_grad(params, batch)
-    return tx.update(grads, tx.init(params), params, batch=batch)
+    return training.one_update(objective, tx, params, batch)
 
 
 def COSINE(p, x):  # noqa: N802
@@ -449,16 +407,13 @@ def chosen_iteration(**options):
     """Say which iterate an update takes, and the next λ; f rises after the first."""
     parts = {"solver": SOLVER, "preconditioner": None} | options
     tx = hfjax.hessian_free(OBJECTIVE, line_search=None, **parts)
-    batch, params = (jnp.asarray(X), jnp.asarray(T)), jnp.zeros((4, 1))
+    batch = (jnp.asarray(X), jnp.asarray(T))
     # Data of which the first iterate already goes too far.
     data = (jnp.asarray(X), 0.3 * jnp.asarray(T))
-
-    @quick_jit
-    def update(params):
-        _, grads = OBJECTIVE.value_and_grad(params, batch)
-        return tx.update(grads, tx.init(params), params, batch=batch, eval_batch=data)
-
-    info = update(params)[1].info
+    _, state = training.one_update(
+        OBJECTIVE, tx, jnp.zeros((4, 1)), batch, eval_batch=data
+    )
+    info = state.info
     return int(info.chosen_iteration), int(info.cg_iterations)
 
 
@@ -482,17 +437,11 @@ def test_the_search_takes_the_step_of_the_whole_run_and_early_stop_an_iterate():
 def test_as_it_comes_the_optimizer_is_the_recipe():
     params, batch = regression("float64")
     objective = hfjax.Objective(mlp, SQUARED)
-    value, grads = objective.value_and_grad(params, batch)
-
-    def update(tx):
-        step = quick_jit(lambda g, p: tx.update(g, tx.init(p), p, batch=batch))
-        return step(grads, params)
-
-    ours = update(hfjax.hessian_free(objective))
-    recipe = update(hfjax.recipes.kronecker_factored(objective))
+    both = hfjax.hessian_free(objective), hfjax.recipes.kronecker_factored(objective)
+    ours, recipe = (training.one_update(objective, tx, params, batch) for tx in both)
     chex.assert_trees_all_equal(ours, recipe)
     after = objective.value(optax.apply_updates(params, ours[0]), batch)
-    assert after < value / 2
+    assert after < objective.value(params, batch) / 2
 
 
 @pytest.mark.parametrize(
@@ -576,15 +525,8 @@ def trained(initial_damping, dtype, updates):
     params, batch = regression(dtype)
     objective = hfjax.Objective(mlp, SQUARED)
     tx = hfjax.recipes.kronecker_factored(objective, initial_damping=initial_damping)
-
-    def step(carry, _):
-        params, state = carry
-        value, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return (optax.apply_updates(params, updates), state), value
-
-    carry, values = jax.lax.scan(step, (params, tx.init(params)), None, length=updates)
-    return carry, values
+    carry, (info, _) = training.train(objective, tx, params, batch, updates)
+    return carry, info.value_before
 
 
 @pytest.mark.slow
@@ -606,9 +548,7 @@ def test_recipe_takes_injected_numbers():
     tx = optax.inject_hyperparams(
         lambda initial_damping: make(initial_damping=initial_damping)
     )(initial_damping=3.0)
-    _, grads = objective.value_and_grad(params, batch)
-    update = quick_jit(tx.update)
-    updates, state = update(grads, tx.init(params), params, batch=batch)
+    updates, state = training.one_update(objective, tx, params, batch)
     after = objective.value(optax.apply_updates(params, updates), batch)
     _, values = trained(jnp.float32(3.0), "float64", 25)
     np.testing.assert_allclose(after, values[1], rtol=1e-6)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.flatten_util import ravel_pytree
-from problems import named
-from reference import quick_jit
+import training
+from problems import named, symmetric
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import trust_region
@@ -53,16 +53,11 @@ def solve_to_each_iteration(a, b, radius, inverse, norm):
     return jax.vmap(to)(jnp.arange(1, N + 1))
 
 
-def spd(rng, eigenvalues):
-    q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))
-    return (q * eigenvalues) @ q.T
-
-
 def system(seed, eigenvalues=np.geomspace(0.05, 1, N)):
     """Return A, b and P."""
     rng = np.random.default_rng(seed)
-    a = spd(rng, np.asarray(eigenvalues))
-    return a, rng.standard_normal(N), spd(rng, np.geomspace(0.5, 4, N))
+    a = symmetric(rng, np.asarray(eigenvalues))
+    return a, rng.standard_normal(N), symmetric(rng, np.geomspace(0.5, 4, N))
 
 
 def length(x, p):
@@ -350,7 +345,7 @@ def test_trees_of_mixed_dtypes_keep_them():
             "b": [(x[4:5].astype(f64), x[5:])],
         }
 
-    def flat(t):
+    def joined(t):
         parts = [t["a"].ravel(), *t["b"][0]]
         return jnp.concatenate([part.astype(f64) for part in parts])
 
@@ -358,16 +353,16 @@ def test_trees_of_mixed_dtypes_keep_them():
     radius = 0.5 * length(np.linalg.solve(a, b), p)
     result = quick_jit(
         lambda b: trust_region.solve(
-            lambda v: tree(a @ flat(v)),
+            lambda v: tree(a @ joined(v)),
             b,
             radius,
-            preconditioner=lambda r: tree(inverse @ flat(r)),
-            norm=lambda v: tree(p @ flat(v)),
+            preconditioner=lambda r: tree(inverse @ joined(r)),
+            norm=lambda v: tree(p @ joined(v)),
             max_iterations=N,
         )
     )(tree(b))
     iterates, _ = steihaug(a, b, radius, inverse, p, N)
-    np.testing.assert_allclose(flat(result.x), iterates[-1], atol=1e-4)
+    np.testing.assert_allclose(joined(result.x), iterates[-1], atol=1e-4)
     assert [leaf.dtype for leaf in jax.tree.leaves(result.x)] == [f32, f64, f64]
     assert result.on_boundary
 
@@ -424,11 +419,10 @@ def test_an_update_is_steihaugs_step_on_the_dense_gauss_newton_matrix(elliptical
     for fraction in (0.02, 0.2, 0.4):
         radius = fraction * whole
         iterates, _ = steihaug(a, -g, radius, np.linalg.inv(p), q, 30)
-        updates, after = update(
-            PROBLEM.params, state._replace(damping=jnp.asarray(radius))
-        )
+        state = state._replace(damping=jnp.asarray(radius))
+        updates, after = update(PROBLEM.params, state)
         assert after.info.accepted
-        step = ravel_pytree(updates)[0]
+        step = flat(updates)
         np.testing.assert_allclose(step, iterates[-1], rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(length(step, q), radius, rtol=1e-9)
         assert Reason(int(after.info.cg_reason)) is Reason.BOUNDARY
@@ -436,11 +430,9 @@ def test_an_update_is_steihaugs_step_on_the_dense_gauss_newton_matrix(elliptical
             after.info.predicted_change, reference.model(a, -g, step), rtol=1e-8
         )
         # The next run starts from 0, and what is carried over does not matter.
-        again, _ = update(
-            PROBLEM.params,
-            state._replace(damping=jnp.asarray(radius), direction=PROBLEM.params),
-        )
-        np.testing.assert_array_equal(ravel_pytree(again)[0], step)
+        carried = state._replace(direction=PROBLEM.params)
+        again, _ = update(PROBLEM.params, carried)
+        np.testing.assert_array_equal(flat(again), step)
 
 
 def rule(radius, ratio, on_boundary, shrink=2 / 3, grow=3 / 2, maximum=1e18):
@@ -477,17 +469,8 @@ def test_training_follows_the_rule_and_f_never_rises():
         solver=trust_region.steihaug_toint(),
         damping=trust_region.radius(init=0.01),
     )
-
-    def step(carry, _):
-        params, state = carry
-        grads = OBJECTIVE.value_and_grad(params, PROBLEM.batch)[1]
-        updates, state = tx.update(grads, state, params, batch=PROBLEM.batch)
-        params = jax.tree.map(jnp.add, params, updates)
-        return (params, state), (state.info, state.damping)
-
-    start = (PROBLEM.params, tx.init(PROBLEM.params))
-    _, (info, radii) = quick_jit(lambda carry: jax.lax.scan(step, carry, length=40))(
-        start
+    _, (info, radii) = training.trained(
+        OBJECTIVE, tx, PROBLEM.params, PROBLEM.batch, 40
     )
     assert np.all(np.isfinite(info.value_after))
     assert np.all(info.value_after <= info.value_before)
@@ -521,9 +504,7 @@ def test_a_step_chosen_inside_the_region_does_not_let_it_grow():
         preconditioner=None,
         curvature=lambda objective, params, batch: lambda v: d * v,
     )
-    params = jnp.zeros(2)
-    grads = objective.value_and_grad(params, batch)[1]
-    _, state = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    _, state = training.one_update(objective, tx, jnp.zeros(2), batch)
     assert state.info.accepted
     assert Reason(int(state.info.cg_reason)) is Reason.BOUNDARY
     assert state.info.chosen_iteration == 1

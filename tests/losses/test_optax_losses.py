@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from reference import flat as ravel
 from reference import quick_jit
 
 import hfjax
@@ -223,10 +224,6 @@ def test_value_and_product_in_an_objective_are_the_dense_truth(name):
         positive = np.maximum(eigenvalues, 0)
         assert np.min(eigenvalues[WEIGHTS > 0]) < -1e-3
         assert_true("clip", np.einsum("iak,ik,ibk->iab", vectors, positive, vectors))
-
-
-def ravel(tree):
-    return np.asarray(ravel_pytree(tree)[0])
 
 
 @functools.cache

@@ -1,12 +1,15 @@
 """In loops of Flax, nnx and linen, and of Equinox: each trains."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import quick_jit
+import training
+from reference import assert_close, quick_jit
 
 import hfjax
 
@@ -39,19 +42,12 @@ def optimizer_of(objective, init=0.1):
 def train(objective, params, batches):
     """Return f on each batch before its update, and the last parameters."""
     tx = optimizer_of(objective)
-    state = tx.init(params)
-
-    @quick_jit
-    def step(params, state, batch):
-        value, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state, value
-
-    values = []
+    step = quick_jit(functools.partial(training.train_step, objective, tx))
+    state, values = tx.init(params), []
     for batch in batches:
-        params, state, value = step(params, state, batch)
+        params, state = step(params, state, batch)
         assert state.info.accepted
-        values.append(value)
+        values.append(state.info.value_before)
     return values, params
 
 
@@ -86,8 +82,7 @@ def test_nnx_optimizer_hands_the_batch_on():
         return value
 
     params = nnx.state(model, nnx.Param)
-    _, grads = objective.value_and_grad(params, batch)
-    updates, _ = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    updates, _ = training.one_update(objective, tx, params, batch)
     expected = objective.value(optax.apply_updates(params, updates), batch)
     # These change the model, and `params` with it, in place.
     values = [step(model, optimizer) for _ in range(3)]
@@ -283,14 +278,11 @@ def test_train_state_hands_both_batches_on():
         return state.apply_gradients(grads=grads, batch=batch, eval_batch=other)
 
     new = step(state, grads)
-    updates, _ = quick_jit(tx.update)(
-        grads, state.opt_state, state.params, batch=batch, eval_batch=other
+    updates, _ = training.one_update(
+        objective, tx, state.params, batch, grads=grads, eval_batch=other
     )
     expected = optax.apply_updates(state.params, updates)
-    for one, two in zip(
-        jax.tree.leaves(new.params), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(one, two, rtol=1e-6)
+    assert_close(new.params, expected, rtol=1e-6)
     assert objective.value(new.params, batch) < value
     assert new.tx is tx
     assert new.step == 1

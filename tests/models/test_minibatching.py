@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+import training
 from reference import quick_jit
 
 import hfjax
@@ -130,9 +130,7 @@ def test_training_goes_on_as_batches_grow_and_compiles_once_a_size():
     @functools.partial(quick_jit, static_argnums=2)
     def step(params, state, size):
         batch = minibatching.in_turn(data, size, state.count)
-        grads = objective.value_and_grad(params, batch)[1]
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
+        return training.train_step(objective, tx, params, state, batch)
 
     size = minibatching.growing(6, 24, interval=4)
     params = jnp.zeros((3, 2))

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 from mapped import DEVICES, PROBLEM, axis_name, by_shard_map, mesh, needs_devices, run
 from problems import quantities, with_hidden
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import curvature, diagonals
@@ -39,12 +38,10 @@ def test_devices_change_nothing(way, microbatch_size):
         axis_name=axis_name(way), microbatch_size=microbatch_size
     )
     result = run(way, functools.partial(quantities, objective))
-    v, _ = ravel_pytree(PROBLEM.direction)
-    truth = reference.quantities(PROBLEM, np.asarray(v))
+    truth = reference.quantities(PROBLEM, flat(PROBLEM.direction))
     for name, leaf in result.items():
-        flat, _ = ravel_pytree(leaf)
         np.testing.assert_allclose(
-            flat, truth[name], rtol=1e-12, atol=1e-16, err_msg=name
+            flat(leaf), truth[name], rtol=1e-12, atol=1e-16, err_msg=name
         )
 
 
@@ -86,7 +83,7 @@ def structural_quantities(objective, params, batch, v):
 
 @functools.cache
 def structural_truths():
-    v, structural = ravel_pytree(HIDDEN.direction)[0], MU * reference.structural(HIDDEN)
+    v, structural = flat(HIDDEN.direction), MU * reference.structural(HIDDEN)
     alone = HIDDEN.objective()
     one_device = quick_jit(functools.partial(structural_quantities, alone))
     random = one_device(HIDDEN.params, HIDDEN.batch, HIDDEN.direction)["random"]
@@ -95,7 +92,7 @@ def structural_truths():
         "hessian": (reference.hessian(HIDDEN) + structural) @ v,
         "empirical_fisher": reference.empirical_fisher_matrix(HIDDEN) @ v,
         "exact": np.diag(reference.ggn(HIDDEN) + structural),
-        "random": ravel_pytree(random)[0],  # The same signs, whatever the devices.
+        "random": flat(random),  # The same signs, whatever the devices.
     }
 
 
@@ -113,8 +110,8 @@ def test_devices_change_no_curvature_and_no_sign(way, options):
     compute = functools.partial(structural_quantities, objective)
     result = run(way, compute, HIDDEN)
     for name, truth in structural_truths().items():
-        flat, _ = ravel_pytree(result[name])
-        np.testing.assert_allclose(flat, truth, rtol=1e-12, atol=1e-14, err_msg=name)
+        found = flat(result[name])
+        np.testing.assert_allclose(found, truth, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
 @pytest.mark.slow
@@ -142,8 +139,7 @@ def test_a_structurally_damped_update_is_the_dense_step_on_devices():
     b, gradient = reference.ggn(HIDDEN), reference.gradient(HIDDEN)
     damped = b + 0.4 * np.diag(np.diag(b)) + MU * reference.structural(HIDDEN)
     step = -np.linalg.solve(damped, gradient)
-    flat, _ = ravel_pytree(updates)
-    np.testing.assert_allclose(flat, step, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(flat(updates), step, rtol=1e-7, atol=1e-9)
     model = gradient @ step + 0.5 * step @ b @ step
     np.testing.assert_allclose(predicted, model, rtol=1e-7)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import quick_jit
+import training
+from jax.flatten_util import ravel_pytree
+from reference import assert_close, flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax.objectives.objective import weighted_sum
@@ -92,44 +94,36 @@ def slope_and_boundary():
 
 
 def dense(product):
-    zero, unravel = jax.flatten_util.ravel_pytree(PARAMS)
-    columns = jax.vmap(lambda e: jax.flatten_util.ravel_pytree(product(unravel(e)))[0])
-    return quick_jit(columns)(jnp.eye(zero.size, dtype=jnp.float64))
+    return quick_jit(lambda: matrix_of(product, PARAMS))()
 
 
 def test_value_gradient_and_curvature_are_the_weighted_sums():
     f, truth, residuals = slope_and_boundary()
-    flat, unravel = jax.flatten_util.ravel_pytree(PARAMS)
+    theta, unravel = ravel_pytree(PARAMS)
     value, gradient = quick_jit(f.value_and_grad)(PARAMS, BATCHES)
     np.testing.assert_allclose(value, truth(PARAMS), rtol=1e-12)
     np.testing.assert_allclose(f.value(PARAMS, BATCHES), value, rtol=1e-12)
     expected = quick_jit(jax.grad(truth))(PARAMS)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), gradient, expected
-    )
+    assert_close(gradient, expected, rtol=1e-10)
 
-    j = quick_jit(jax.jacobian(lambda p: residuals(unravel(p))))(flat)
-    decay = 0.7 * 0.1 * np.eye(flat.size)
+    j = quick_jit(jax.jacobian(lambda p: residuals(unravel(p))))(theta)
+    decay = 0.7 * 0.1 * np.eye(theta.size)
     np.testing.assert_allclose(
         dense(hfjax.curvature.ggn(f, PARAMS, BATCHES)), j.T @ j + decay, atol=1e-10
     )
     np.testing.assert_allclose(
         dense(hfjax.curvature.hessian(f, PARAMS, BATCHES)),
-        quick_jit(jax.hessian(lambda p: truth(unravel(p))))(flat),
+        quick_jit(jax.hessian(lambda p: truth(unravel(p))))(theta),
         atol=1e-10,
     )
-    d, _ = jax.flatten_util.ravel_pytree(
-        quick_jit(lambda: hfjax.diagonals.ggn_exact(f, PARAMS, BATCHES))()
-    )
-    np.testing.assert_allclose(d, np.diag(j.T @ j + decay), atol=1e-10)
+    d = quick_jit(lambda: hfjax.diagonals.ggn_exact(f, PARAMS, BATCHES))()
+    np.testing.assert_allclose(flat(d), np.diag(j.T @ j + decay), atol=1e-10)
     key = jax.random.key(3)
     signs = quick_jit(
         lambda: hfjax.diagonals.ggn_rademacher(f, PARAMS, BATCHES, key=key)
     )()
     # One output a case: the signs square away.
-    np.testing.assert_allclose(
-        jax.flatten_util.ravel_pytree(signs)[0], np.diag(j.T @ j + decay), atol=1e-10
-    )
+    np.testing.assert_allclose(flat(signs), np.diag(j.T @ j + decay), atol=1e-10)
 
 
 @pytest.mark.slow
@@ -138,11 +132,9 @@ def test_products_in_fewer_digits_hold_to_the_exact_sum():
     product = hfjax.curvature.with_precision("bfloat16")(f, PARAMS, BATCHES)
     exact = hfjax.curvature.ggn(f, PARAMS, BATCHES)
     v = jax.tree.map(jnp.ones_like, PARAMS)
-    nearly, truth = (
-        jax.flatten_util.ravel_pytree(quick_jit(p)(v))[0]
-        for p in (product.product, exact)
+    nearly, truth, held = (
+        flat(quick_jit(p)(v)) for p in (product.product, exact, product.exact)
     )
-    held = jax.flatten_util.ravel_pytree(quick_jit(product.exact)(v))[0]
     np.testing.assert_allclose(held, truth, rtol=1e-10)
     error = np.linalg.norm(nearly - truth) / np.linalg.norm(truth)
     assert 1e-5 < error < 0.1
@@ -174,13 +166,7 @@ def test_preconditioners_of_a_sum_are_those_of_all_its_cases(rule):
         found = inverse(objective, batch, 0.3, r)
         # Of a P of which the scale does not matter.
         scale = expected["v"][0, 0] / found["v"][0, 0]
-        jax.tree.map(
-            lambda x, y, scale=scale: np.testing.assert_allclose(
-                scale * x, y, rtol=1e-6
-            ),
-            found,
-            expected,
-        )
+        assert_close(optax.tree.scale(scale, found), expected, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -189,24 +175,12 @@ def test_training_on_a_sum_is_training_on_all_its_cases():
 
     def train(objective, batch):
         tx = hfjax.hessian_free(objective)
-
-        @quick_jit
-        def step(params, state):
-            _, grads = objective.value_and_grad(params, batch)
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return optax.apply_updates(params, updates), state
-
-        params, state = PARAMS, tx.init(PARAMS)
-        for _ in range(2):
-            params, state = step(params, state)
-        return params, state
+        return training.trained(objective, tx, PARAMS, batch, 2)[0]
 
     (found, state), (expected, other) = train(both, BATCHES), train(one, UNION)
     assert state.info.accepted
     np.testing.assert_allclose(state.damping, other.damping, rtol=1e-6)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected
-    )
+    assert_close(found, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -223,12 +197,8 @@ def test_sums_of_sums_and_schedules_are_sums():
     v = jax.tree.map(jnp.ones_like, PARAMS)
     product = hfjax.curvature.ggn(f.at(0), PARAMS, batch)(v)
     of_first, of_second = (hfjax.curvature.ggn(one, PARAMS, own)(v) for own in BATCHES)
-    jax.tree.map(
-        lambda x, y, z: np.testing.assert_allclose(x, 4 * y + 6 * z, rtol=1e-10),
-        product,
-        of_first,
-        of_second,
-    )
+    expected = jax.tree.map(lambda y, z: 4 * y + 6 * z, of_first, of_second)
+    assert_close(product, expected, rtol=1e-10)
     values = f.at(0).case_values(PARAMS, batch)
     assert [np.shape(x) for x in jax.tree.leaves(values)] == [(6,), (3,), (6,)]
 
@@ -245,10 +215,8 @@ def test_schedules_need_a_count_where_something_is_computed():
     # By sizes alone, before the count is read, an update takes the exact solver.
     tx = hfjax.hessian_free(f, solver="auto")
     _, grads = f.at(0).value_and_grad(PARAMS, BATCHES)
-    update = quick_jit(
-        lambda grads: tx.update(grads, tx.init(PARAMS), PARAMS, batch=BATCHES)
-    )
-    assert update(grads)[1].info.accepted
+    _, state = training.one_update(f, tx, PARAMS, BATCHES, grads=grads)
+    assert state.info.accepted
 
 
 def test_what_belongs_to_a_part_the_sum_does_not_have():

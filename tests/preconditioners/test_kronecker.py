@@ -1,5 +1,6 @@
 """Kronecker factors and what they precondition, against dense matrices in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from jax.flatten_util import ravel_pytree
 from mapped import WEIGHTS, axis_name, needs_devices, run
 from problems import Problem, normal, soft_targets
-from reference import quick_jit
+from reference import assert_close, flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax import preconditioners
@@ -24,10 +26,17 @@ KEY = jax.random.key(3)
 SQUARED = hfjax.losses.squared_error()
 
 
-def drawn_for(objective, batch):
+def signs_of(problem, outputs):
     """Return the random signs of every case."""
-    (term,) = terms_of(objective, batch)
-    return probes.probes(term.means, term.cases, KEY)
+    (term,) = terms_of(problem.objective(), problem.batch)
+    drawn = probes.probes(term.means, term.cases, KEY)
+    return jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, outputs)
+
+
+def combined(problem, outputs):
+    """Return S s of every case."""
+    factor = problem.objective().loss.factor(outputs, problem.batch[1])
+    return factor(signs_of(problem, outputs))
 
 
 def factors_of(objective, params, batch, model):
@@ -85,6 +94,12 @@ def recurrent_inputs(params, x):
     }
 
 
+def flat_network(name, loss, targets):
+    units = targets.shape[1]
+    batch = (FLAT, targets, WEIGHED)
+    return Problem(name, flat_params(units), flat_model, loss, batch)
+
+
 def flat_params(units):
     return {
         "w": normal(RNG, 3, 4),
@@ -104,62 +119,36 @@ CASES = len(WEIGHTS)
 FLAT = normal(RNG, CASES, 3)
 SEQUENCE = normal(RNG, CASES, 4, 2)
 WEIGHED = jnp.asarray(WEIGHTS)
+READ_OUT = (SEQUENCE, jnp.full((CASES, 1), 0.3), WEIGHED)
 NETWORKS = {
-    "one_output": (
-        Problem(
-            "one_output",
-            flat_params(1),
-            flat_model,
-            "squared_error",
-            (FLAT, normal(RNG, CASES, 1), WEIGHED),
-        ),
-        flat_inputs,
-    ),
-    "softmax": (
-        Problem(
-            "softmax",
-            flat_params(3),
-            flat_model,
-            "softmax_cross_entropy",
-            (FLAT, soft_targets(RNG, CASES, 3), WEIGHED),
-        ),
-        flat_inputs,
-    ),
-    "recurrent": (
-        Problem(
-            "recurrent",
-            CELL,
-            recurrent,
-            "sigmoid_cross_entropy",
-            (SEQUENCE, jnp.full((CASES, 1), 0.3), WEIGHED),
-        ),
-        recurrent_inputs,
-    ),
+    problem.name: problem
+    for problem in (
+        flat_network("one_output", "squared_error", normal(RNG, CASES, 1)),
+        flat_network("softmax", "softmax_cross_entropy", soft_targets(RNG, CASES, 3)),
+        Problem("recurrent", CELL, recurrent, "sigmoid_cross_entropy", READ_OUT),
+    )
 }
+INPUTS = {flat_model: flat_inputs, recurrent: recurrent_inputs}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 @functools.cache
 def dense_factors(name):
     """Return Ā and Ḡ of each kernel, by `jax.grad` and sums over cases in NumPy."""
-    problem, inputs_fn = NETWORKS[name]
-    objective = problem.objective()
-    x, t, weights = problem.batch
-    inputs = inputs_fn(problem.params, np.asarray(x))
+    problem = NETWORKS[name]
+    x, _, weights = problem.batch
+    inputs = INPUTS[problem.model_fn](problem.params, np.asarray(x))
     share = np.asarray(weights) / np.sum(weights)
     outputs = problem.model_fn(problem.params, x)
-    drawn = drawn_for(objective, problem.batch)
     units = {k: problem.params[k].shape[0 if k == "v" else 1] for k in inputs}
 
     def added(k):
         steps = inputs[k].shape[1]
         return jnp.zeros((CASES, steps, units[k]) if steps > 1 else (CASES, units[k]))
 
-    signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, outputs)
-    combined = objective.loss.factor(outputs, t)(signs)
     start = {k: added(k) for k in inputs}
     model_fn = functools.partial(problem.model_fn, problem.params, x)
-    (errors,) = jax.vjp(model_fn, start)[1](combined)
+    (errors,) = jax.vjp(model_fn, start)[1](combined(problem, outputs))
 
     def gram(rows):
         return np.einsum("i,itm,itn->mn", share, rows, rows)
@@ -187,9 +176,9 @@ def factors(problem, batch=None, **options):
     }
 
 
-@pytest.mark.parametrize("name", ["one_output", "softmax", "recurrent"])
+@every_network
 def test_factors_are_those_of_each_case_written_out(name):
-    problem, _ = NETWORKS[name]
+    problem = NETWORKS[name]
     a, g = dense_factors(name)
     ours = factors(problem)
     assert ours.keys() == a.keys()
@@ -223,7 +212,7 @@ def test_mean_of_many_signs_is_the_loss_hessian():
     ("name", "size"), [("one_output", 1), ("softmax", 5), ("recurrent", 5)]
 )
 def test_microbatches_change_no_factor(name, size):
-    problem, _ = NETWORKS[name]
+    problem = NETWORKS[name]
     a, g = dense_factors(name)
     for k, pair in factors(problem, microbatch_size=size).items():
         np.testing.assert_allclose(pair.inputs, a[k], rtol=1e-10, atol=1e-14)
@@ -233,13 +222,11 @@ def test_microbatches_change_no_factor(name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [3, 1])
 def test_a_part_of_the_cases_gives_the_preconditioner_of_every_kth(every):
-    problem, _ = NETWORKS["softmax"]
-    cases = CASES // every
-    arguments = (problem.objective(), problem.params)
-    damping = jnp.float64(0.3)
-    part = jax.tree.map(lambda leaf: leaf[::every], problem.batch)
-    ours = built(*arguments, problem.batch, damping, cases=cases)
-    truth = built(*arguments, part, damping, cases=None)
+    problem = NETWORKS["softmax"]
+    batch = jax.tree.map(lambda leaf: leaf[::every], problem.batch)
+    ours = built(problem, jnp.float64(0.3), cases=CASES // every)
+    part = dataclasses.replace(problem, batch=batch)
+    truth = built(part, jnp.float64(0.3), cases=None)
     np.testing.assert_array_equal(ours, truth)
 
 
@@ -261,11 +248,8 @@ def test_factors_are_the_same_wherever_a_model_has_the_cases(layout):
 
         return jax.lax.scan(step, None, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    params = {
-        "w": CELL["w"],
-        "b": CELL["b"],
-        "v": normal(np.random.default_rng(1), 3, 2),
-    }
+    last = normal(np.random.default_rng(1), 3, 2)
+    params = {"w": CELL["w"], "b": CELL["b"], "v": last}
     batch = (SEQUENCE, jnp.zeros((CASES, 4, 2)), WEIGHED)
     problem = Problem(layout, params, model_fn, "squared_error", batch)
     rows = np.concatenate([SEQUENCE, np.ones((CASES, 4, 1))], axis=2)
@@ -273,9 +257,7 @@ def test_factors_are_the_same_wherever_a_model_has_the_cases(layout):
     found = factors(problem)
     truth = np.einsum("i,itm,itn->mn", share, rows, rows) / 4
     np.testing.assert_allclose(found["w"].inputs, truth, rtol=1e-10)
-    (term,) = terms_of(problem.objective(), batch)
-    drawn = probes.probes(term.means, term.cases, KEY)
-    signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, batch[1])
+    signs = signs_of(problem, batch[1])
     # Of half the squared error S is the identity.
     truth = np.einsum("i,itm,itn->mn", share, signs, signs)
     np.testing.assert_allclose(found["v"].units, truth, rtol=1e-10)
@@ -303,14 +285,10 @@ def test_gradient_and_factors_have_one_pass_forward():
 
 @pytest.mark.slow
 def test_padding_changes_no_factor_whatever_it_holds():
-    problem, _ = NETWORKS["softmax"]
-    x, t, weights = problem.batch
-    padding = jnp.zeros(3)
-    longer = (
-        jnp.concatenate([x, 1e6 * x[:3]]),
-        jnp.concatenate([t, t[:3]]),
-        jnp.concatenate([weights, padding]),
-    )
+    problem = NETWORKS["softmax"]
+    x, t, _ = problem.batch
+    padding = (1e6 * x[:3], t[:3], jnp.zeros(3))
+    longer = tuple(map(jnp.concatenate, zip(problem.batch, padding, strict=True)))
     a, g = dense_factors("softmax")
     for k, pair in factors(problem, batch=longer).items():
         np.testing.assert_allclose(pair.inputs, a[k], rtol=1e-10)
@@ -331,31 +309,22 @@ def dense_inverse(a, g, damping, *, transposed=False):
     return np.linalg.inv(np.kron(*blocks))
 
 
-def matrix_of(apply, tree):
-    """Return the matrix of a linear map on trees, by unit vectors."""
-    flat, unravel = ravel_pytree(tree)
-    columns = jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])
-    return np.asarray(columns(jnp.eye(flat.size, dtype=flat.dtype))).T
-
-
-def built(objective, params, batch, damping, **options):
+def built(problem, damping, **options):
     """Return P⁻¹, dense, in the order of `ravel_pytree`."""
     rule = preconditioners.kronecker(**options)
 
     @quick_jit
     def matrix(params, batch, damping):
-        apply = rule.build(objective, params, batch, damping, KEY)
-        flat, unravel = ravel_pytree(params)
-        columns = jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])
-        return columns(jnp.eye(flat.size, dtype=flat.dtype)).T
+        apply = rule.build(problem.objective(), params, batch, damping, KEY)
+        return matrix_of(apply, params)
 
-    return np.asarray(matrix(params, batch, damping))
+    return np.asarray(matrix(problem.params, problem.batch, damping))
 
 
 @functools.cache
 def dense_preconditioner(name, damping, share, decay=0.0):
     """Return P⁻¹ of a network, dense: factors, and d + λ."""
-    problem, _ = NETWORKS[name]
+    problem = NETWORKS[name]
     a, g = dense_factors(name)
     params, damping = problem.params, damping + decay
     flat, unravel = ravel_pytree(params)
@@ -367,16 +336,12 @@ def dense_preconditioner(name, damping, share, decay=0.0):
         index = np.concatenate([place[k], place["b"]]) if k == "w" else place[k]
         truth[np.ix_(index, index)] = block
     if "gain" in params:
-        x, t, weights = problem.batch
+        x, _, weights = problem.batch
         jacobian = jax.jacobian(
             lambda gain: problem.model_fn({**params, "gain": gain}, x)
         )(params["gain"])
-        objective = problem.objective()
-        drawn = drawn_for(objective, problem.batch)
-        outputs = problem.model_fn(params, x)
-        signs = jax.vmap(drawn.signs, (0, None, 0))(drawn.data, 0, outputs)
-        combined = objective.loss.factor(outputs, t)(signs)
-        rows = np.einsum("imk,im->ik", jacobian, combined)
+        back = combined(problem, problem.model_fn(params, x))
+        rows = np.einsum("imk,im->ik", jacobian, back)
         d = np.asarray(weights) @ rows**2 / np.sum(weights)
         truth[place["gain"], place["gain"]] = 1 / (d + damping)
     return truth
@@ -385,43 +350,30 @@ def dense_preconditioner(name, damping, share, decay=0.0):
 @every_network
 @pytest.mark.parametrize("share", [1.0, 0.1])
 def test_preconditioner_is_the_inverse_of_the_dense_kronecker_products(name, share):
-    problem, _ = NETWORKS[name]
-    ours = built(
-        problem.objective(),
-        problem.params,
-        problem.batch,
-        jnp.float64(0.3),
-        damping_share=share,
-    )
+    ours = built(NETWORKS[name], jnp.float64(0.3), damping_share=share)
     truth = dense_preconditioner(name, 0.3, share)
     np.testing.assert_allclose(ours, truth, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.slow
 def test_weight_decay_counts_with_damping():
-    problem, _ = NETWORKS["softmax"]
-    ours = built(
-        problem.objective(weight_decay=0.2),
-        problem.params,
-        problem.batch,
-        jnp.float64(0.1),
-    )
+    decayed = dataclasses.replace(NETWORKS["softmax"], weight_decay=0.2)
+    ours = built(decayed, jnp.float64(0.1))
     truth = dense_preconditioner("softmax", 0.1, 0.1, decay=0.2)
     np.testing.assert_allclose(ours, truth, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.slow
 def test_a_damping_tree_counts_with_its_mean_for_a_kernel_and_entry_by_entry_else():
-    problem, _ = NETWORKS["one_output"]
+    problem = NETWORKS["one_output"]
     tree = jax.tree.map(lambda x: jnp.full_like(x, 0.3), problem.params)
     tree["w"] = jnp.linspace(0.1, 0.5, 12).reshape(3, 4)
-    args = (problem.objective(), problem.params, problem.batch)
     truth = dense_preconditioner("one_output", 0.3, 0.1)
-    np.testing.assert_allclose(built(*args, tree), truth, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(built(problem, tree), truth, rtol=1e-8, atol=1e-10)
     tree["gain"] = jnp.full(1, 0.7)
     other = dense_preconditioner("one_output", 0.7, 0.1)
     # Gains are where `ravel_pytree` has them: after the bias.
-    np.testing.assert_allclose(built(*args, tree)[4, 4], other[4, 4], rtol=1e-10)
+    np.testing.assert_allclose(built(problem, tree)[4, 4], other[4, 4], rtol=1e-10)
 
 
 def test_one_iteration_solves_what_the_product_is_exact_of():
@@ -697,9 +649,7 @@ def test_preconditioner_of_a_network_in_float32_is_positive_definite(size):
     def matrices(dampings):
         def one(damping):
             apply = rule.build(objective, params, batch, damping, KEY)
-            flat, unravel = ravel_pytree(params)
-            columns = jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])
-            return columns(jnp.eye(flat.size, dtype=flat.dtype)).T
+            return matrix_of(apply, params)
 
         return jax.vmap(one)(dampings)
 
@@ -730,27 +680,19 @@ def inputs_factor(batch):
 
 def course(rule, batches, counts=None):
     """Build with one batch after another; return the memories, and P⁻¹ dense."""
-    build = quick_jit(
-        lambda batch, memory, count: (
-            lambda apply, memory: (matrix_in_jit(apply, LINEAR_PARAMS), memory)
-        )(
-            *rule.build(
-                LINEAR, LINEAR_PARAMS, batch, jnp.float64(0.3), KEY, memory, count
-            )
-        )
-    )
+
+    @quick_jit
+    def build(batch, memory, count):
+        given = (LINEAR, LINEAR_PARAMS, batch, jnp.float64(0.3), KEY)
+        apply, memory = rule.build(*given, memory, count)
+        return matrix_of(apply, LINEAR_PARAMS), memory
+
     memory, told = rule.init(LINEAR_PARAMS), []
     for k, batch in enumerate(batches):
         count = jnp.int32(k if counts is None else counts[k])
         matrix, memory = build(batch, memory, count)
         told.append((np.asarray(matrix), memory))
     return told
-
-
-def matrix_in_jit(apply, tree):
-    flat, unravel = ravel_pytree(tree)
-    columns = jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])
-    return columns(jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
 def linear_inverse(a, damping=0.3):
@@ -802,24 +744,17 @@ def test_a_build_that_is_not_finite_leaves_the_average():
 @pytest.mark.parametrize("kept", [{"decay": 0.6}, {"interval": 2}])
 def test_others_and_transposed_kernels_are_remembered_too(kept):
     # Twice the same: what went through memory is what was put there.
-    problem, _ = NETWORKS["softmax"]
+    problem = NETWORKS["softmax"]
     rule = preconditioners.kronecker(**kept)
     objective = problem.objective()
 
     @quick_jit
     def twice(params, batch):
+        given = (objective, params, batch, jnp.float64(0.3), KEY)
         memory, matrices = rule.init(params), []
         for count in range(2):
-            apply, memory = rule.build(
-                objective,
-                params,
-                batch,
-                jnp.float64(0.3),
-                KEY,
-                memory,
-                jnp.int32(count),
-            )
-            matrices.append(matrix_in_jit(apply, params))
+            apply, memory = rule.build(*given, memory, jnp.int32(count))
+            matrices.append(matrix_of(apply, params))
         return matrices
 
     truth = dense_preconditioner("softmax", 0.3, 0.1)
@@ -829,7 +764,7 @@ def test_others_and_transposed_kernels_are_remembered_too(kept):
 
 @pytest.mark.slow
 def test_memory_survives_scan_and_donation_as_the_plain_loop_has_it():
-    problem, _ = NETWORKS["one_output"]
+    problem = NETWORKS["one_output"]
     objective = problem.objective()
     tx = hfjax.hessian_free(
         objective,
@@ -838,39 +773,25 @@ def test_memory_survives_scan_and_donation_as_the_plain_loop_has_it():
         solver=hfjax.cg.conjugate_gradient(max_iterations=4),
     )
 
-    def step(carry, _=None):
-        params, state = carry
-        _, grads = objective.value_and_grad(params, problem.batch)
-        updates, state = tx.update(grads, state, params, batch=problem.batch)
-        return (optax.apply_updates(params, updates), state), None
+    def step(carry):
+        return training.train_step(objective, tx, *carry, problem.batch)
 
     # A copy, to be given away.
     start = jax.tree.map(jnp.array, problem.params)
-    donating = quick_jit(lambda carry: step(carry)[0], donate_argnums=0)
+    donating = quick_jit(step, donate_argnums=0)
     carry = (start, tx.init(start))
     for _ in range(3):
         carry = donating(carry)
-    scanned, _ = quick_jit(lambda carry: jax.lax.scan(step, carry, None, length=3))(
-        (problem.params, tx.init(problem.params))
-    )
+    scanned, _ = training.trained(objective, tx, problem.params, problem.batch, 3)
     room = optax.tree.get(carry[1], "kronecker_factors")
     shapes = [[x.shape for x in leaf] for leaf in room]
     # b, gain, v (one unit, four inputs), w: a row more on either side for a bias.
-    assert shapes == [
-        [(4,)],
-        [(1,)],
-        [(1, 4), (2, 2), (5, 5)],
-        [(3, 4), (4, 4), (5, 5)],
-    ]
-    for one, two in zip(
-        jax.tree.leaves((carry[0], room)),
-        jax.tree.leaves((scanned[0], optax.tree.get(scanned[1], "kronecker_factors"))),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
-    assert objective.value(carry[0], problem.batch) < objective.value(
-        problem.params, problem.batch
-    )
+    kernels = [[(1, 4), (2, 2), (5, 5)], [(3, 4), (4, 4), (5, 5)]]
+    assert shapes == [[(4,)], [(1,)], *kernels]
+    truth = (scanned[0], optax.tree.get(scanned[1], "kronecker_factors"))
+    assert_close((carry[0], room), truth, rtol=1e-9, atol=1e-12)
+    before = objective.value(problem.params, problem.batch)
+    assert objective.value(carry[0], problem.batch) < before
 
 
 def test_only_who_remembers_has_room():
@@ -922,20 +843,11 @@ def rectangular(problem, name):
     def fn(params, batch, direction):
         objective = problem.objective(axis_name=axis_name(name), microbatch_size=2)
         rule = preconditioners.kronecker(decay=0.5, interval=2)
+        given = (objective, params, batch, jnp.float64(0.3), KEY)
         memory = rule.init(params)
         for count in range(2):
-            apply, memory = rule.build(
-                objective,
-                params,
-                batch,
-                jnp.float64(0.3),
-                KEY,
-                memory,
-                jnp.int32(count),
-            )
-        plain = preconditioners.kronecker().build(
-            objective, params, batch, jnp.float64(0.3), KEY
-        )
+            apply, memory = rule.build(*given, memory, jnp.int32(count))
+        plain = preconditioners.kronecker().build(*given)
         return apply(direction), plain(direction)
 
     return fn
@@ -956,32 +868,27 @@ def rectangular(problem, name):
 )
 def test_devices_have_the_preconditioner_of_one(way, name):
     # Uneven weights, a device with padding only, microbatches that do not divide.
-    problem, _ = NETWORKS[name]
+    problem = NETWORKS[name]
+    truth = dense_preconditioner(name, 0.3, 0.1) @ flat(problem.direction)
     for found in run(way, rectangular(problem, way), problem):
-        truth = (
-            dense_preconditioner(name, 0.3, 0.1) @ ravel_pytree(problem.direction)[0]
-        )
-        np.testing.assert_allclose(ravel_pytree(found)[0], truth, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(flat(found), truth, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.slow
 @needs_devices
 def test_updates_on_devices_are_those_of_one():
     way = "shard_map_check_vma"
-    problem, _ = NETWORKS["recurrent"]
+    problem = NETWORKS["recurrent"]
     ours = run(way, functools.partial(train, problem, axis_name(way)), problem)
     alone = train_alone()
     np.testing.assert_allclose(ours["values"], alone["values"], rtol=1e-9)
     np.testing.assert_allclose(ours["damping"], alone["damping"], rtol=1e-9)
-    for one, two in zip(
-        jax.tree.leaves(ours["params"]), jax.tree.leaves(alone["params"]), strict=True
-    ):
-        np.testing.assert_allclose(one, two, rtol=1e-7, atol=1e-9)
+    assert_close(ours["params"], alone["params"], rtol=1e-7, atol=1e-9)
 
 
 @functools.cache
 def train_alone():
-    problem, _ = NETWORKS["recurrent"]
+    problem = NETWORKS["recurrent"]
     fn = functools.partial(train, problem, None)
     return quick_jit(fn)(problem.params, problem.batch, problem.direction)
 
@@ -991,16 +898,8 @@ def train(problem, axis, params, batch, _):
     tx = hfjax.recipes.kronecker_factored(
         objective, max_iterations=6, decay=0.9, interval=2
     )
-
-    def step(carry, _):
-        params, state = carry
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        carry = (optax.apply_updates(params, updates), state)
-        return carry, (state.info.value_after, state.damping)
-
-    carry, told = jax.lax.scan(step, (params, tx.init(params)), None, length=3)
-    return {"values": told[0], "damping": told[1], "params": carry[0]}
+    (params, _), (info, dampings) = training.train(objective, tx, params, batch, 3)
+    return {"values": info.value_after, "damping": dampings, "params": params}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import normal
-from reference import quick_jit
+from reference import assert_close, quick_jit
 
 import hfjax
 from hfjax.preconditioners import _layers
@@ -76,10 +76,7 @@ def check(model_fn, params, x):
 
     outputs, rows, derivatives, weights = run(params, x)
     errors = [model.errors(n, d) for n, d in enumerate(derivatives)]
-    for ours, theirs in zip(
-        jax.tree.leaves(outputs), jax.tree.leaves(model_fn(params, x[:1])), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert_close(outputs, model_fn(params, x[:1]), rtol=1e-12, atol=1e-14)
     truth = gradients(model_fn, params, x, weights)
     leaves = jax.tree.leaves(params)
     for layer in model.layers:
@@ -598,9 +595,8 @@ def test_layers_are_told_by_their_paths():
         lambda p, x: scanned(p, x)[1] * p["gain"], hfjax.losses.squared_error()
     )
     params = {**CELL, "gain": normal(RNG, 2)}
-    lines = hfjax.preconditioners.layers(
-        objective, params, (SEQUENCE, jnp.zeros((3, 5, 2)))
-    )
+    given = (objective, params, (SEQUENCE, jnp.zeros((3, 5, 2))))
+    lines = hfjax.preconditioners.layers(*given)
     assert lines == {
         "['b']": "bias of ['w']",
         "['gain']": "diagonal: `mul` uses it",
@@ -608,7 +604,5 @@ def test_layers_are_told_by_their_paths():
         "['u']": "factors of 3 inputs and 3 units, at 5 positions",
         "['w']": "factors of 4 + 1 inputs and 3 units, at 5 positions",
     }
-    lines = hfjax.preconditioners.layers(
-        objective, params, (SEQUENCE, jnp.zeros((3, 5, 2))), max_size=3
-    )
+    lines = hfjax.preconditioners.layers(*given, max_size=3)
     assert lines["['w']"] == "diagonal: a side is longer than 3"

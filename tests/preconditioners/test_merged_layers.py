@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from jax.flatten_util import ravel_pytree
 from problems import normal
-from reference import quick_jit
+from reference import matrix_of, quick_jit
 
 import hfjax
 from hfjax.objectives.objective import weighted_sum
@@ -100,26 +101,20 @@ def dense_inverse(blocks):
     return truth
 
 
-def matrix(apply):
-    flat, unravel = ravel_pytree(PARAMS)
-    columns = jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])
-    return columns(jnp.eye(flat.size, dtype=flat.dtype)).T
-
-
 def rule(**options):
     return hfjax.preconditioners.kronecker(damping_share=SHARE, cases=None, **options)
 
 
 @functools.cache
 def built(size=None):
-    f = the_sum(microbatch_size=size)
-    return np.asarray(
-        quick_jit(
-            lambda: matrix(
-                rule().build(f, PARAMS, batches(0), jnp.float64(DAMPING), KEY)
-            )
-        )()
-    )
+    return np.asarray(quick_jit(lambda: dense(the_sum(microbatch_size=size)))())
+
+
+def dense(f, data=None):
+    """Return P⁻¹ as the library has it, in the order of `ravel_pytree`."""
+    data = batches(0) if data is None else data
+    apply = rule().build(f, PARAMS, data, jnp.float64(DAMPING), KEY)
+    return matrix_of(apply, PARAMS)
 
 
 @pytest.mark.parametrize("size", [None, 2])
@@ -137,7 +132,7 @@ def test_what_stands_beside_factors_is_averaged_and_kept_with_them():
     def run(memory, data, count):
         build = (f, PARAMS, data, jnp.float64(DAMPING), KEY, memory, count)
         invert, memory = kept.build(*build)
-        return matrix(invert), memory
+        return matrix_of(invert, PARAMS), memory
 
     memory = kept.init(PARAMS)
     first, second = (dense_blocks(batches(seed)) for seed in (0, 1))
@@ -154,16 +149,12 @@ def test_what_stands_beside_factors_is_averaged_and_kept_with_them():
 @pytest.mark.slow
 def test_weights_that_are_zero_or_traced_and_sums_of_sums_change_nothing_else():
     data = batches(0)
-
-    def of(f, data):
-        return matrix(rule().build(f, PARAMS, data, jnp.float64(DAMPING), KEY))
-
     truth = dense_inverse(dense_blocks(data))
-    traced = quick_jit(lambda weights: of(the_sum(weights), data))
+    traced = quick_jit(lambda weights: dense(the_sum(weights)))
     np.testing.assert_allclose(traced(WEIGHTS), truth, rtol=1e-8, atol=1e-10)
     # No part of G: v's block is damped alone, and u's and w's are the second term's.
     none = np.asarray(traced((0.0, 2.0, 0.0)))
-    alone = quick_jit(lambda: of(hfjax.Objective(without_bias, SQUARED), data[1]))()
+    alone = quick_jit(lambda: dense(hfjax.Objective(without_bias, SQUARED), data[1]))()
     at = np.asarray(ravel_pytree(PARAMS)[1](jnp.arange(24.0))["u"], int).ravel()
     assert np.all(np.linalg.eigvalsh(none) > 0)
     ratio = none[np.ix_(at, at)][0, 0] / np.asarray(alone)[np.ix_(at, at)][0, 0]
@@ -174,7 +165,7 @@ def test_weights_that_are_zero_or_traced_and_sums_of_sums_change_nothing_else():
         [(1.0, one(without_bias, SQUARED)), (schedule, one(penalty, SQUARED))]
     )
     nested = weighted_sum([(0.7, one(with_bias, SQUARED)), (2.0, inner)]).at(0)
-    found = quick_jit(lambda: of(nested, (data[0], data[1:])))()
+    found = quick_jit(lambda: dense(nested, (data[0], data[1:])))()
     expected = dense_inverse(dense_blocks(data, (0.7, 2.0, 0.0)))
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
@@ -265,17 +256,7 @@ def test_a_sum_says_which_layers_its_terms_share(name):
 def test_a_sum_with_a_penalty_is_trained():
     f = the_sum()
     tx = hfjax.hessian_free(f)
-    data = batches(0)
-
-    @quick_jit
-    def step(params, state):
-        value, grads = f.value_and_grad(params, data)
-        updates, state = tx.update(grads, state, params, batch=data)
-        return optax.apply_updates(params, updates), state, value
-
-    params, state, values = PARAMS, tx.init(PARAMS), []
-    for _ in range(4):
-        params, state, value = step(params, state)
-        values.append(float(value))
+    _, (info, _) = training.trained(f, tx, PARAMS, batches(0), 4)
+    values = info.value_before.tolist()
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.5 * values[0]

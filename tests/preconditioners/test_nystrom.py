@@ -1,18 +1,19 @@
 """A random sketch of G and its inverse, against dense matrices in float64."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import reference
+import training
 from jax.flatten_util import ravel_pytree
 from mapped import PROBLEM as SPREAD
 from mapped import axis_name, needs_devices, run
 from problems import HIDDEN, Problem, mlp, named, normal, soft_targets
-from reference import quick_jit
+from reference import flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax import preconditioners
@@ -22,7 +23,8 @@ from hfjax.preconditioners import _nystrom
 RNG = np.random.default_rng(8)
 KEY = jax.random.key(3)
 NESTED = named("nested")  # Of every structure, a scalar among its leaves; weights.
-SIZE = ravel_pytree(NESTED.params)[0].size
+SIZE, UNRAVEL = flat(NESTED.params).size, ravel_pytree(NESTED.params)[1]
+UNDECAYED = dataclasses.replace(NESTED, weight_decay=0.0)
 
 
 def built(problem, damping, **options):
@@ -34,12 +36,9 @@ def built(problem, damping, **options):
     @quick_jit
     def matrix(params, batch, damping):
         apply = rule.build(objective, params, batch, damping, KEY)
-        flat, unravel = ravel_pytree(params)
-        return jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])(
-            jnp.eye(flat.size)
-        )
+        return matrix_of(apply, params)
 
-    return np.asarray(matrix(problem.params, problem.batch, damping)).T
+    return np.asarray(matrix(problem.params, problem.batch, damping))
 
 
 def dense_sketch(matrix, params, rank):
@@ -59,10 +58,9 @@ def dense_inverse(matrix, params, rank, damping):
     return u * inner @ u.T + np.eye(len(u)) - u @ u.T
 
 
+@functools.cache
 def data_matrix(problem):
-    return reference.ggn(problem) - problem.weight_decay * np.eye(
-        ravel_pytree(problem.params)[0].size
-    )
+    return reference.ggn(dataclasses.replace(problem, weight_decay=0.0))
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -146,41 +144,32 @@ def test_microbatches_change_nothing():
 def test_joined_structural_damping_is_in_the_sketch():
     problem = HIDDEN[0]
     objective = with_structural_loss(problem.objective(), 0.7)
-    size = ravel_pytree(problem.params)[0].size
+    size = flat(problem.params).size
     rule = preconditioners.nystrom(rank=size)
 
     @quick_jit
     def matrix(params, batch):
         apply = rule.build(objective, params, batch, jnp.float64(0.1), KEY)
-        flat, unravel = ravel_pytree(params)
-        return jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])(
-            jnp.eye(flat.size)
-        )
+        return matrix_of(apply, params)
 
     truth = reference.ggn(problem) + 0.7 * reference.structural(problem)
-    ratio = np.asarray(matrix(problem.params, problem.batch)) @ (
-        truth + 0.1 * np.eye(size)
-    )
+    ours = np.asarray(matrix(problem.params, problem.batch))
+    ratio = ours @ (truth + 0.1 * np.eye(size))
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(size), atol=1e-7)
 
 
 @pytest.mark.slow
 def test_with_a_damping_tree_the_whole_of_it_is_inverted():
-    flat, unravel = ravel_pytree(NESTED.params)
-    damping = jnp.exp(jnp.linspace(-6, 2, flat.size))
-    ours = built(NESTED, unravel(damping), rank=SIZE)
+    damping = jnp.exp(jnp.linspace(-6, 2, SIZE))
+    ours = built(NESTED, UNRAVEL(damping), rank=SIZE)
     ratio = ours @ (reference.ggn(NESTED) + np.diag(damping))
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(SIZE), atol=1e-7)
 
 
 @pytest.mark.slow
 def test_a_damping_tree_with_zeros_leaves_a_positive_matrix():
-    flat, unravel = ravel_pytree(NESTED.params)
-    plain = Problem(
-        NESTED.name, NESTED.params, NESTED.model_fn, NESTED.loss, NESTED.batch
-    )
-    for entries in (jnp.arange(flat.size) % 2.0, jnp.zeros(flat.size)):
-        ours = built(plain, unravel(entries), rank=3)
+    for entries in (jnp.arange(SIZE) % 2.0, jnp.zeros(SIZE)):
+        ours = built(UNDECAYED, UNRAVEL(entries), rank=3)
         np.testing.assert_allclose(ours, ours.T, atol=1e-6 * np.max(ours))
         assert np.linalg.eigvalsh((ours + ours.T) / 2)[0] > 0
 
@@ -197,11 +186,10 @@ def test_however_the_cases_are_spread_the_preconditioner_is_the_same(way):
     def precondition(params, batch, v):
         return rule.build(objective, params, batch, jnp.float64(0.02), KEY)(v)
 
-    ours = ravel_pytree(jax.device_get(run(way, precondition)))[0]
-    inverse = dense_inverse(
-        data_matrix(SPREAD), SPREAD.params, 4, 0.02 + SPREAD.weight_decay
-    )
-    truth = inverse @ ravel_pytree(SPREAD.direction)[0]
+    ours = flat(jax.device_get(run(way, precondition)))
+    damping = 0.02 + SPREAD.weight_decay
+    inverse = dense_inverse(data_matrix(SPREAD), SPREAD.params, 4, damping)
+    truth = inverse @ flat(SPREAD.direction)
     np.testing.assert_allclose(ours, truth, rtol=1e-6, atol=1e-8)
 
 
@@ -407,13 +395,7 @@ def trainer(interval):
     )
     rule = preconditioners.nystrom(rank=10, interval=interval)
     tx = hfjax.hessian_free(objective, preconditioner=rule)
-
-    @quick_jit
-    def step(params, state, batch):
-        value, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state, value
-
+    step = quick_jit(functools.partial(training.train_step, objective, tx))
     return problem, tx, step, traces
 
 
@@ -425,8 +407,8 @@ def test_updates_with_it_lower_f_and_are_compiled_once(interval):
     types = jax.tree.map(jax.typeof, state)
     values, sketches, traced = [], [], []
     for _ in range(4):
-        params, state, value = step(params, state, problem.batch)
-        values.append(float(value))
+        params, state = step(params, state, problem.batch)
+        values.append(float(state.info.value_before))
         sketches.append(state.preconditioner)
         traced.append(len(traces))
     assert traced[0] == traced[-1]
@@ -448,36 +430,30 @@ def test_a_batch_that_is_not_finite_is_refused_and_forgotten(interval):
     problem, tx, step, _ = trainer(interval)
     params, state = problem.params, tx.init(problem.params)
     broken = (problem.batch[0].at[3, 1].set(jnp.nan), problem.batch[1])
-    after, state, _ = step(params, state, broken)
+    after, state = step(params, state, broken)
     jax.tree.map(np.testing.assert_array_equal, after, params)
     assert not bool(state.info.accepted)
     arrays = jax.tree.leaves(state)
     assert all(np.all(np.isfinite(np.asarray(x, np.float64))) for x in arrays)
     for _ in range(2):
-        after, state, _ = step(after, state, problem.batch)
+        after, state = step(after, state, problem.batch)
     assert bool(state.info.accepted)
 
 
 @pytest.mark.slow
 def test_a_kept_sketch_is_inverted_with_the_damping_of_the_update():
     rule = preconditioners.nystrom(rank=SIZE, interval=5)
-    plain = Problem(
-        NESTED.name, NESTED.params, NESTED.model_fn, NESTED.loss, NESTED.batch
-    )
-    objective, unravel = plain.objective(), ravel_pytree(NESTED.params)[1]
-    shape = jnp.linspace(0.5, 2, SIZE)
+    objective, shape = UNDECAYED.objective(), jnp.linspace(0.5, 2, SIZE)
 
     @quick_jit
     def dense(damping, memory, count):
-        given = (objective, NESTED.params, NESTED.batch, unravel(damping), KEY)
+        given = (objective, NESTED.params, NESTED.batch, UNRAVEL(damping), KEY)
         apply, memory = rule.build(*given, memory, count)
-        return jax.vmap(lambda e: ravel_pytree(apply(unravel(e)))[0])(
-            jnp.eye(SIZE)
-        ), memory
+        return matrix_of(apply, NESTED.params), memory
 
     _, memory = dense(3.0 * shape, rule.init(NESTED.params), jnp.int32(0))
     ours, _ = dense(0.1 * shape, memory, jnp.int32(1))
-    ratio = np.asarray(ours) @ (reference.ggn(plain) + 0.1 * np.diag(shape))
+    ratio = np.asarray(ours) @ (reference.ggn(UNDECAYED) + 0.1 * np.diag(shape))
     np.testing.assert_allclose(ratio / ratio[0, 0], np.eye(SIZE), atol=1e-7)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import quick_jit
+import training
+from reference import assert_close, quick_jit
 
 import hfjax
 from hfjax.curvature import Curvature, ggn, hessian
@@ -107,29 +108,14 @@ def test_it_converges_on_the_functions_that_optax_tries(name):
     target = TARGETS[name]
     objective = target.objective
     tx = hfjax.hessian_free(objective, curvature=target.curvature)
-
-    @quick_jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            _, grads = objective.value_and_grad(params, BATCH)
-            updates, state = tx.update(grads, state, params, batch=BATCH)
-            return (optax.apply_updates(params, updates), state), state.info
-
-        (params, _), info = jax.lax.scan(
-            step, (params, tx.init(params)), length=target.updates
-        )
-        return params, info
-
     elsewhere = jax.tree.map(lambda leaf: jnp.cos(3 * leaf) + 0.3, target.start)
     for params in (target.start, elsewhere):
         value = objective.value(params, BATCH)
         np.testing.assert_allclose(value, target.value_fn(params), rtol=1e-5)
-    params, info = train(target.start)
-    for leaf, truth in zip(
-        jax.tree.leaves(params), jax.tree.leaves(target.minimum), strict=True
-    ):
-        np.testing.assert_allclose(leaf, truth, atol=1e-6)
+    (params, _), (info, _) = training.trained(
+        objective, tx, target.start, BATCH, target.updates
+    )
+    assert_close(params, target.minimum, atol=1e-6)
     assert np.all(info.value_after <= info.value_before)
 
 
@@ -144,10 +130,13 @@ OPTIONS = {
 MAKE = functools.partial(hfjax.hessian_free, PARABOLA.objective, **OPTIONS)
 
 
+def updated(tx):
+    return training.one_update(PARABOLA.objective, tx, PARAMS, BATCH, grads=GRADS)
+
+
 @functools.cache
 def reference_update():
-    tx = MAKE(learning_rate=0.7, damping=hfjax.damping.constant(0.5))
-    return quick_jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)
+    return updated(MAKE(learning_rate=0.7, damping=hfjax.damping.constant(0.5)))
 
 
 def assert_equal(tree, truth):
@@ -172,9 +161,7 @@ def test_injected_hyperparameters_change_neither_updates_nor_state():
         damping = hfjax.damping.constant(damping)
         return MAKE(learning_rate=learning_rate, damping=damping)
 
-    tx = make(0.7, 0.5)
-    update = quick_jit(tx.update)
-    updates, state = update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)
+    updates, state = updated(make(0.7, 0.5))
     assert_equal((updates, state.inner_state), reference_update())
 
 
@@ -182,10 +169,7 @@ def test_schedules_that_are_constant_are_the_numbers():
     constant = optax.constant_schedule
     damping = hfjax.damping.constant(constant(0.5))
     tx = MAKE(learning_rate=constant(0.7), damping=damping)
-    update = quick_jit(tx.update)
-    assert_equal(
-        update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH), reference_update()
-    )
+    assert_equal(updated(tx), reference_update())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -217,16 +201,10 @@ def test_parameters_in_float16_reach_the_minimum_too():
     # The only dtype that `test_contract.py` does not train in.
     tx, params = MAKE(), PARAMS.astype(jnp.float16)
     batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), BATCH)
-
-    @quick_jit
-    def step(params, state):
-        grads = PARABOLA.objective.value_and_grad(params, batch)[1]
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
+    step = quick_jit(functools.partial(training.train_step, PARABOLA.objective, tx))
     state = tx.init(params)
     for _ in range(10):
-        params, state = step(params, state)
+        params, state = step(params, state, batch)
     assert step._cache_size() == 1
     assert params.dtype == jnp.float16
     eps = float(jnp.finfo(jnp.float16).eps)

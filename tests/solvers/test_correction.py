@@ -1,32 +1,29 @@
 """What an exact step misses as residuals bend: that of a dense iteration in NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import PROBLEM, axis_name, needs_devices, run
 from problems import build
-from reference import quick_jit
+from reference import assert_close, flat, quick_jit
+from test_sample_space import exact_system
 
 import hfjax
 from hfjax import damping, sample_space
-from hfjax.curvature.jacobian import jacobian
 from hfjax.objectives.objective import weighted_sum
-from hfjax.objectives.terms import decay_of
 from hfjax.solvers import _correction
 
 SPACES = ("samples", "parameters")
 SQUARED_ERROR = hfjax.losses.squared_error()
 LAMBDA = 0.1
 VALLEY = 1.0  # λ with which f falls in the valley even without corrections.
-
-
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
 
 
 def update(objective, params, batch, **options):
@@ -45,36 +42,13 @@ def update(objective, params, batch, **options):
     state = tx.init(params)
     if before is not None:
         state = state._replace(direction=before)
-    steps, state = updated(objective, tx, state, params, batch=batch)
+    steps, state = training.one_update(objective, tx, params, batch, state=state)
     return steps, state.info
-
-
-def updated(objective, tx, state, params, **batches):
-    """Do one update, compiled."""
-
-    @quick_jit
-    def update(state, params, batches):
-        _, grads = objective.value_and_grad(params, batches["batch"])
-        return tx.update(grads, state, params, **batches)
-
-    return update(state, params, batches)
 
 
 def corrections_of(objective, params, batch, solver, strength):
     """Return the step and the correction, as the solver has them."""
-    decay = decay_of(objective.weight_decay)
-    decay = jnp.zeros(()) if decay is None else decay
-    _, grads = objective.value_and_grad(params, batch)
-    system = hfjax.cg.System(
-        matvec=None,
-        b=jax.tree.map(jnp.negative, grads),
-        scalar=jnp.float64(strength),
-        count=jnp.zeros((), jnp.int32),
-        value=None,
-        batch_value=None,
-        value_and_grad=None,
-        jacobian=lambda: (jacobian(objective, params, batch), decay),
-    )
+    system = exact_system(objective, params, batch, strength)
     last = solver.solve(system, None).last
     return last.direction, last.correction
 
@@ -263,15 +237,13 @@ def test_half_the_step_is_half_of_it_and_a_quarter_of_its_correction():
 @pytest.mark.parametrize("searches", [False, True])
 def test_the_model_is_of_the_step_and_f_of_its_corrected_end(searches):
     f, params, batch = bent()
-    options = {}
+    rule = damping.constant(VALLEY)
     if searches:
         # Both of them find λ itself the best.
-        options = {"damping": hfjax.damping.searched(init=VALLEY, max_tries=1)}
-    else:
-        options = {"damping": damping.constant(VALLEY)}
+        rule = damping.searched(init=VALLEY, max_tries=1)
     solver = sample_space.cholesky()
-    tx = hfjax.hessian_free(f, solver=solver, line_search=None, **options)
-    found, state = updated(f, tx, tx.init(params), params, batch=batch)
+    tx = hfjax.hessian_free(f, solver=solver, line_search=None, damping=rule)
+    found, state = training.one_update(f, tx, params, batch)
     r, j = of_valley(params)
     step = np.linalg.solve(j.T @ j + VALLEY * np.eye(2), -j.T @ r)
     model = 0.5 * np.sum((r + j @ step) ** 2) - 0.5 * np.sum(r**2)
@@ -299,9 +271,7 @@ def test_the_ratio_is_of_the_corrected_path_on_the_curvature_data(judged):
         solver=sample_space.cholesky(),
         line_search=None,
     )
-    found, state = updated(
-        f, tx, tx.init(params), params, batch=batch, eval_batch=other
-    )
+    found, state = training.one_update(f, tx, params, batch, eval_batch=other)
     r, j = of_valley(params)
     step = np.linalg.solve(j.T @ j + VALLEY * np.eye(2), -j.T @ r)
     correction = 4 * (np.asarray(found) - step / 2)
@@ -320,16 +290,10 @@ def test_a_curved_valley_takes_a_third_of_the_updates():
     def updates(corrections):
         solver = sample_space.cholesky(corrections=corrections)
         tx = hfjax.hessian_free(f, solver=solver)
-
-        @quick_jit
-        def step(params, state):
-            _, grads = f.value_and_grad(params, batch)
-            steps, state = tx.update(grads, state, params, batch=batch)
-            return params + steps, state
-
+        step = quick_jit(functools.partial(training.train_step, f, tx))
         params, state = start, tx.init(start)
         for number in range(1, 100):
-            params, state = step(params, state)
+            params, state = step(params, state, batch)
             if np.allclose(params, 1, atol=1e-6):
                 return number
         return None
@@ -405,9 +369,7 @@ def test_parameters_sharded_by_type_change_nothing():
     there = quick_jit(solve)(spread, jax.device_put(batch, divided))
     assert np.linalg.norm(flat(here[1])) > 1e-3 * np.linalg.norm(flat(here[0]))
     for one, two in zip(there, here, strict=True):
-        np.testing.assert_allclose(
-            np.concatenate([np.ravel(leaf) for leaf in one]), flat(two), rtol=1e-9
-        )
+        assert_close(one, two, rtol=1e-9)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import optax
 import pytest
 import reference
 from jax.flatten_util import ravel_pytree
-from problems import named
-from reference import quick_jit
+from problems import named, symmetric
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import krylov
@@ -20,16 +20,11 @@ N, K = 10, 5
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
 
-def spd(rng, eigenvalues):
-    q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))
-    return (q * eigenvalues) @ q.T
-
-
 def system(seed, eigenvalues=np.geomspace(0.02, 1, N)):
     """Return A, b, P⁻¹ and a direction."""
     rng = np.random.default_rng(seed)
-    a, b = spd(rng, np.asarray(eigenvalues)), rng.standard_normal(N)
-    return a, b, spd(rng, np.geomspace(0.5, 4, N)), rng.standard_normal(N)
+    a, b = symmetric(rng, np.asarray(eigenvalues)), rng.standard_normal(N)
+    return a, b, symmetric(rng, np.geomspace(0.5, 4, N)), rng.standard_normal(N)
 
 
 @functools.partial(quick_jit, static_argnames="dimension")
@@ -151,20 +146,20 @@ def test_trees_give_the_space_of_their_flat_vectors():
         x = jnp.asarray(x)
         return {"a": x[:4].reshape(2, 2), "b": [(x[4:5], x[5:].astype(f64))]}
 
-    def flat(t):
+    def joined(t):
         return jnp.concatenate([t["a"].ravel(), *t["b"][0]])
 
     built = quick_jit(
         lambda b, direction: krylov.basis(
-            lambda v: tree(a @ flat(v)),
+            lambda v: tree(a @ joined(v)),
             b,
             K,
-            preconditioner=lambda r: tree(inverse @ flat(r)),
+            preconditioner=lambda r: tree(inverse @ joined(r)),
             direction=direction,
         )
     )(tree(b), tree(direction))
     truth = basis(a, b, inverse, direction)
-    vectors = jax.vmap(flat)(built.vectors)
+    vectors = jax.vmap(joined)(built.vectors)
     np.testing.assert_allclose(vectors, truth.vectors, atol=1e-12)
     np.testing.assert_allclose(built.matrix, truth.matrix, atol=1e-12)
 
@@ -413,7 +408,7 @@ def test_an_update_beats_every_damped_step_on_its_own_data():
     b = -reference.gradient(on_part) - 0.02 * np.asarray(theta)
     fisher = reference.empirical_fisher(on_part) + 0.02
     v = powers(a, b, np.diag(fisher**-0.75), 5)
-    delta = np.asarray(ravel_pytree(updates)[0])
+    delta = flat(updates)
     assert state.info.accepted
     assert outside(delta, v) < 1e-8
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import training
 from jax.flatten_util import ravel_pytree
 from mapped import PROBLEM, axis_name, needs_devices, run
 from problems import build, with_hidden
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import damping, sample_space
@@ -26,10 +27,6 @@ PLAIN = {"backtracking": None, "line_search": None}
 SQUARED_ERROR = hfjax.losses.squared_error()
 
 
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
 def step_of(objective, params, batch, solver, *, before=None, grads=None, **options):
     """Return what an update with a constant λ adds to the parameters, and its state."""
     options = {"damping": damping.constant(LAMBDA)} | PLAIN | options
@@ -37,17 +34,15 @@ def step_of(objective, params, batch, solver, *, before=None, grads=None, **opti
     state = tx.init(params)
     if before is not None:
         state = state._replace(direction=before)
-    if grads is None:
-        _, grads = objective.value_and_grad(params, batch)
-    return tx.update(grads, state, params, batch=batch)
+    return training.one_update(objective, tx, params, batch, grads=grads, state=state)
 
 
-def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAMBDA):
-    """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
+def exact_system(objective, params, batch, damping, b=None):
+    """Return what a solver that asks for the Jacobian is given; −∇f is b."""
     _, grads = objective.value_and_grad(params, batch)
     decay = decay_of(objective.weight_decay)
     decay = jnp.zeros(()) if decay is None else decay
-    system = hfjax.cg.System(
+    return hfjax.cg.System(
         matvec=None,
         b=jax.tree.map(jnp.negative, grads) if b is None else b,
         scalar=jnp.float64(damping),
@@ -57,6 +52,11 @@ def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAM
         value_and_grad=None,
         jacobian=lambda: (jacobian(objective, params, batch), decay),
     )
+
+
+def solved(objective, params, batch, solver, *, before=None, b=None, damping=LAMBDA):
+    """Return what the solver makes of a subproblem: −∇f on the right, if not `b`."""
+    system = exact_system(objective, params, batch, damping, b)
     x0 = None if before is None else solver.start(before, system.count)
     run = solver.solve(system, x0)
     other = run.at_damping(jnp.float64(OTHER))
@@ -159,7 +159,7 @@ def two_terms():
 def test_it_is_where_conjugate_gradients_converge_to(space):
     f, params, batch, _ = two_terms()
     exact, run_out = (
-        quick_jit(functools.partial(step_of, f, solver=solver))(params, batch)[0]
+        step_of(f, params, batch, solver)[0]
         for solver in (
             sample_space.cholesky(space=space, corrections=0),
             hfjax.cg.conjugate_gradient(stopping=None, max_iterations=400),
@@ -172,21 +172,11 @@ def test_it_is_where_conjugate_gradients_converge_to(space):
 @pytest.mark.parametrize("space", SPACES)
 def test_terms_of_a_sum_are_rows_of_one_system(space):
     f, params, batch, residuals = two_terms()
-    found, _ = quick_jit(
-        functools.partial(
-            step_of, f, solver=sample_space.cholesky(space=space, corrections=0)
-        )
-    )(params, batch)
+    solver = sample_space.cholesky(space=space, corrections=0)
+    found, _ = step_of(f, params, batch, solver)
     theta, unravel = ravel_pytree(params)
-    r, j = (
-        np.asarray(x)
-        for x in quick_jit(
-            lambda p: (
-                residuals(unravel(p)),
-                jax.jacfwd(lambda p: residuals(unravel(p)))(p),
-            )
-        )(theta)
-    )
+    r = np.asarray(residuals(params))
+    j = quick_jit(jax.jacfwd(lambda p: residuals(unravel(p))))(theta)
     step = np.linalg.lstsq(
         np.concatenate([j, np.sqrt(LAMBDA) * np.eye(len(theta))]),
         np.concatenate([-r, np.zeros(len(theta))]),
@@ -199,15 +189,14 @@ def test_terms_of_a_sum_are_rows_of_one_system(space):
 def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
     """The λ that is found, of the powers of 4 around, is that of the lowest f."""
     f, params, batch, residuals = two_terms()
-    found, state = quick_jit(
-        functools.partial(
-            step_of,
-            f,
-            solver=sample_space.cholesky(space=space, corrections=0),
-            damping=hfjax.damping.searched(init=100.0, tolerance=0.0),
-            backtracking="auto",
-        )
-    )(params, batch)
+    found, state = step_of(
+        f,
+        params,
+        batch,
+        sample_space.cholesky(space=space, corrections=0),
+        damping=hfjax.damping.searched(init=100.0, tolerance=0.0),
+        backtracking="auto",
+    )
     theta, unravel = ravel_pytree(params)
     r, j = residuals(params), jax.jacfwd(lambda p: residuals(unravel(p)))(theta)
 
@@ -232,14 +221,9 @@ def test_without_damping_a_singular_system_has_a_finite_step(space, dtype):
     x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]] * 2 + [[0.0, 1.0, 0.0, 1.0]], dtype)
     batch = (x, jnp.asarray([1.0, 1.0, 2.0], dtype))
     objective = hfjax.Objective(lambda p, x: x @ p, SQUARED_ERROR)
-    found, state = quick_jit(
-        functools.partial(
-            step_of,
-            objective,
-            solver=sample_space.cholesky(space=space),
-            damping=damping.constant(0.0),
-        )
-    )(jnp.zeros(4, dtype), batch)
+    solver, undamped = sample_space.cholesky(space=space), damping.constant(0.0)
+    params = jnp.zeros(4, dtype)
+    found, state = step_of(objective, params, batch, solver, damping=undamped)
     assert state.info.accepted
     residual = x @ found - batch[1]
     np.testing.assert_allclose(residual, 0, atol=100 * np.sqrt(jnp.finfo(dtype).eps))
@@ -251,14 +235,11 @@ def test_without_damping_a_singular_system_has_a_finite_step(space, dtype):
 def test_hardly_any_damping_leaves_the_digits(space, damping):
     """Of a loss that is no square: the shortest of the undamped steps."""
     (problem,) = (p for p in PROBLEMS if p.name == "softmax_soft_targets")
-    found, _, _ = quick_jit(
-        functools.partial(
-            solved,
-            problem.objective(),
-            solver=sample_space.cholesky(space=space),
-            damping=damping,
-        )
-    )(problem.params, problem.batch)
+    solver = sample_space.cholesky(space=space)
+    solve = functools.partial(
+        solved, problem.objective(), solver=solver, damping=damping
+    )
+    found, _, _ = quick_jit(solve)(problem.params, problem.batch)
     matrix, gradient = reference.ggn(problem), reference.gradient(problem)
     step = np.linalg.pinv(matrix, rcond=1e-9, hermitian=True) @ -gradient
     error = np.linalg.norm(flat(found) - step) / np.linalg.norm(step)
@@ -268,10 +249,8 @@ def test_hardly_any_damping_leaves_the_digits(space, damping):
 def test_a_model_that_is_not_finite_is_rejected():
     objective = hfjax.Objective(lambda p, x: x * jnp.log(p[None]), SQUARED_ERROR)
     batch = (jnp.ones((3, 1)), jnp.ones((3, 1)))
-    params = jnp.zeros(1)
-    found, state = quick_jit(
-        functools.partial(step_of, objective, solver=sample_space.cholesky())
-    )(params, batch, grads=jnp.ones(1))
+    solver, grads = sample_space.cholesky(), jnp.ones(1)
+    found, state = step_of(objective, jnp.zeros(1), batch, solver, grads=grads)
     assert not state.info.accepted
     np.testing.assert_array_equal(found, 0)
     assert np.all(np.isfinite(state.direction))
@@ -308,14 +287,13 @@ def test_structural_damping_has_rows_of_its_own():
     problem = with_hidden()[0]
     objective, mu = problem.objective(), 0.7
     strong = 3.0  # So that f falls along the whole step.
-    found, _ = quick_jit(
-        functools.partial(
-            step_of,
-            objective,
-            solver=sample_space.cholesky(space="samples", corrections=0),
-            damping=damping.constant(strong, structural=mu, tied=False),
-        )
-    )(problem.params, problem.batch)
+    found, _ = step_of(
+        objective,
+        problem.params,
+        problem.batch,
+        sample_space.cholesky(space="samples", corrections=0),
+        damping=damping.constant(strong, structural=mu, tied=False),
+    )
     matrix = reference.ggn(problem) + mu * reference.structural(problem)
     matrix += strong * np.eye(len(matrix))
     step = np.linalg.solve(matrix, -reference.gradient(problem))
@@ -331,10 +309,7 @@ def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
 
     def iterations(**options):
         tx = hfjax.hessian_free(objective, solver="auto", **options)
-        _, grads = objective.value_and_grad(problem.params, problem.batch)
-        _, state = quick_jit(tx.update)(
-            grads, tx.init(problem.params), problem.params, batch=problem.batch
-        )
+        _, state = training.one_update(objective, tx, problem.params, problem.batch)
         return int(state.info.cg_iterations), hfjax.cg.Reason(int(state.info.cg_reason))
 
     assert iterations() == (1, hfjax.cg.Reason.RESIDUAL_ZERO)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 from mapped import mesh, needs_devices
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import curvature, losses
@@ -137,10 +138,6 @@ def objective(activation, loss=None, **options):
     )
 
 
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
 def product(f, make=curvature.ggn, v=V, **options):
     return flat(
         quick_jit(lambda params, v: make(f, params, BATCH, **options)(v))(PARAMS, v)
@@ -222,9 +219,9 @@ def test_products_keep_the_dtypes_of_the_parameters(width, make):
         for f in (objective(NESTED), objective(jnp.tanh))
     )
     assert all(x.dtype == width for x in jax.tree.leaves(found))
-    error = np.linalg.norm(flat(found).astype(F64) - flat(exact).astype(F64))
+    found, exact = flat(found).astype(F64), flat(exact).astype(F64)
     eps = float(jnp.finfo(width).eps)
-    assert error < 20 * eps * np.linalg.norm(flat(exact).astype(F64))
+    assert np.linalg.norm(found - exact) < 20 * eps * np.linalg.norm(exact)
 
 
 def test_the_residuals_of_a_backward_rule_are_computed_outside_of_the_product():
@@ -295,6 +292,10 @@ def test_a_loss_needs_backward_rules_alone(positive):
         np.testing.assert_allclose(found, getattr(exact, part)(z, t)(v), rtol=1e-9)
 
 
+def first_update(f, **options):
+    return training.one_update(f, hfjax.hessian_free(f, **options), PARAMS, BATCH)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -315,11 +316,7 @@ def test_a_loss_needs_backward_rules_alone(positive):
 def test_an_update_is_that_of_the_twin(options):
     def update(activation):
         # The kernel is no factor's: neither has the twin any.
-        f = objective(activation)
-        tx = hfjax.hessian_free(f, **options)
-        grads = f.value_and_grad(PARAMS, BATCH)[1]
-        step = quick_jit(lambda p, g: tx.update(g, tx.init(p), p, batch=BATCH))
-        updates, state = step(PARAMS, grads)
+        updates, state = first_update(objective(activation), **options)
         assert state.info.accepted
         return flat(updates)
 
@@ -345,10 +342,8 @@ def test_kernels_outside_of_a_backward_rule_keep_their_factors():
     assert found["['first']"].startswith("factors")
     assert found["['last']"].startswith("factors")
     assert "custom_vjp_call" in found["['fused']"]
-    tx = hfjax.hessian_free(f)
-    grads = f.value_and_grad(params, BATCH)[1]
-    step = quick_jit(lambda p, g: tx.update(g, tx.init(p), p, batch=BATCH))
-    assert step(params, grads)[1].info.accepted
+    _, state = training.one_update(f, hfjax.hessian_free(f), params, BATCH)
+    assert state.info.accepted
 
 
 @pytest.mark.slow
@@ -376,17 +371,15 @@ def test_verify_and_diagnostics_see_nothing_wrong_with_a_backward_rule():
     key = jax.random.key(0)
     errors = hfjax.verify.products(f, PARAMS, BATCH[:2], key=key, columns=4)
     assert max(errors) < 1e-6
-    found, exact = (
-        quick_jit(
-            lambda p, f=f: (
-                hfjax.diagnostics.cg_run(
-                    f, p, BATCH, damping=1.0, max_iterations=3
-                ).model_values
-            )
-        )(PARAMS)
-        for f in (f, objective(jnp.tanh))
-    )
-    np.testing.assert_allclose(found, exact, rtol=1e-9)
+
+    def model_values(f):
+        run = functools.partial(
+            hfjax.diagnostics.cg_run, f, damping=1.0, max_iterations=3
+        )
+        return quick_jit(run)(PARAMS, BATCH).model_values
+
+    exact = model_values(objective(jnp.tanh))
+    np.testing.assert_allclose(model_values(f), exact, rtol=1e-9)
 
 
 def test_a_reparameterization_needs_backward_rules_alone():
@@ -408,20 +401,13 @@ def notes_of(error):
     ]
 
 
-def update(f, **options):
-    tx = hfjax.hessian_free(f, **options)
-    grads = f.value_and_grad(PARAMS, BATCH)[1]
-    step = quick_jit(lambda p, g: tx.update(g, tx.init(p), p, batch=BATCH))
-    return tx, grads, step(PARAMS, grads)[1]
-
-
 @pytest.mark.parametrize("rule", OPAQUE)
 def test_a_backward_rule_that_cannot_be_differentiated_is_told_with_its_cures(rule):
     f = objective(OPAQUE[rule])
     with pytest.raises(
         ValueError, match=r"differentiation does not|not support JVP"
     ) as failed:
-        update(f)
+        first_update(f)
     (note,) = notes_of(failed.value)
     for cure in ("sample_space.cholesky", "finite_difference_hessian", "DirectAdjoint"):
         assert cure in note
@@ -439,7 +425,7 @@ def test_a_backward_rule_that_cannot_be_differentiated_is_told_with_its_cures(ru
 )
 def test_the_cures_of_a_missing_forward_derivative_work(rule, options):
     f = objective(OPAQUE[rule])
-    assert update(f, **options)[-1].info.accepted
+    assert first_update(f, **options)[1].info.accepted
 
 
 @pytest.mark.slow
@@ -465,14 +451,14 @@ def test_a_loss_whose_backward_rule_cannot_be_differentiated_is_told_with_its_cu
     )
     f = objective(jnp.tanh, opaque)
     with pytest.raises(ValueError, match="not support JVP") as failed:
-        update(f)
+        first_update(f)
     (note,) = notes_of(failed.value)
     assert note == NO_SECOND
     cures = {
         "curvature": curvature.finite_difference_hessian,
         "preconditioner": hfjax.preconditioners.diagonal(),
     }
-    assert update(f, **cures)[-1].info.rejection == hfjax.Rejection.NONE
+    assert first_update(f, **cures)[1].info.rejection == hfjax.Rejection.NONE
 
 
 @pytest.mark.parametrize("path", ["gradient", "update", "diagonal", "cholesky"])

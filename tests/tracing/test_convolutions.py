@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax._tracing.convolutions import for_loops
@@ -110,10 +110,9 @@ def test_a_product_with_convolutions_equals_dense_truth(kind):
 
     products = jax.jit(in_a_loop(ggn, objective_of(model_fn)))
     found = products(jnp.array(1), v, params, batch)
-    truth = dense(model_fn, params, inputs) @ ravel_pytree(v)[0]
-    np.testing.assert_allclose(
-        ravel_pytree(found)[0], truth, rtol=1e-11, atol=1e-12 * np.max(np.abs(truth))
-    )
+    truth = dense(model_fn, params, inputs) @ flat(v)
+    atol = 1e-12 * np.max(np.abs(truth))
+    np.testing.assert_allclose(flat(found), truth, rtol=1e-11, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["channels last", "channels first", "strides"])
@@ -169,11 +168,10 @@ def test_convolutions_within_other_programs_are_found(within, once):
     products = jax.jit(in_a_loop(ggn, objective))
     compiled = products.lower(jnp.array(1), v, params, batch).compile()
     assert set(re.findall(r"dim_labels=([\w>-]+)", compiled.as_text())) <= FAST
-    truth = dense(plain, params, inputs) @ ravel_pytree(v)[0]
-    found = ravel_pytree(compiled(jnp.array(1), v, params, batch))[0]
-    np.testing.assert_allclose(
-        found, truth, rtol=1e-11, atol=1e-13 * np.max(np.abs(truth))
-    )
+    truth = dense(plain, params, inputs) @ flat(v)
+    found = flat(compiled(jnp.array(1), v, params, batch))
+    atol = 1e-13 * np.max(np.abs(truth))
+    np.testing.assert_allclose(found, truth, rtol=1e-11, atol=atol)
 
 
 @pytest.mark.slow
@@ -246,12 +244,10 @@ def test_a_product_with_convolutions_can_be_transformed():
             jax.tree.map(lambda x: x[1] / 2, jax.vmap(product)(twice)),
         )
 
-    truth = dense(model_fn, params, inputs) @ ravel_pytree(v)[0]
+    truth = dense(model_fn, params, inputs) @ flat(v)
+    atol = 1e-13 * np.max(np.abs(truth))
     for found in products(v, params, batch):
-        found = ravel_pytree(found)[0]
-        np.testing.assert_allclose(
-            found, truth, rtol=1e-11, atol=1e-13 * np.max(np.abs(truth))
-        )
+        np.testing.assert_allclose(flat(found), truth, rtol=1e-11, atol=atol)
 
 
 def test_derivatives_by_the_parameters_pass_through_a_product():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import quick_jit
+import training
+from reference import assert_close, quick_jit
 
 import hfjax
 
@@ -39,12 +40,7 @@ def make_batch(dtype=jnp.float32):
     )
 
 
-def train_step(tx, params, state, batch, **extra):
-    _, grads = OBJECTIVE.value_and_grad(params, batch)
-    updates, state = tx.update(grads, state, params, batch=batch, **extra)
-    return optax.apply_updates(params, updates), state
-
-
+train_step = functools.partial(training.train_step, OBJECTIVE)
 jitted = functools.cache(lambda tx: quick_jit(functools.partial(train_step, tx)))
 
 
@@ -62,6 +58,10 @@ def test_model_is_traced_six_times_and_never_again():
     assert first == 6
 
 
+def kind(leaf):
+    return leaf.dtype, leaf.shape, leaf.weak_type
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_second_call_does_not_recompile_and_dtypes_never_change(dtype):
     params, batch = make_params(dtype), make_batch(dtype)
@@ -70,13 +70,9 @@ def test_second_call_does_not_recompile_and_dtypes_never_change(dtype):
     new_params, after = step(params, before, batch)
     step(*step(new_params, after, batch), batch)
     assert step._cache_size() == 1
-    for old, new in zip(
-        jax.tree.leaves((params, before)),
-        jax.tree.leaves((new_params, after)),
-        strict=True,
-    ):
-        assert (old.dtype, old.shape) == (new.dtype, new.shape)
-        assert old.weak_type == new.weak_type
+    assert jax.tree.map(kind, (params, before)) == jax.tree.map(
+        kind, (new_params, after)
+    )
     assert after.info.accepted
     assert after.info.value_after < after.info.value_before
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -97,8 +93,7 @@ def test_unknown_extra_arguments_are_ignored():
     grads, state = gradients(params, batch), TX.init(params)
     plain, _ = jitted_update()(grads, state, params, batch=batch)
     extra, _ = jitted_update()(grads, state, params, batch=batch, value=jnp.ones(()))
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(extra), strict=True):
-        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, plain, extra)
 
 
 def test_state_is_made_from_shapes_alone():
@@ -137,20 +132,16 @@ def test_update_on_four_devices_equals_one(check_vma):
     mesh = jax.make_mesh((4,), ("d",), (jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec  # noqa: N806
 
-    def step(params, state, batch):
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
     sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check_vma
+        functools.partial(training.train_step, objective, tx),
+        mesh=mesh,
+        in_specs=(P(), P(), P("d")),
+        out_specs=P(),
+        check_vma=check_vma,
     )
     result, state = quick_jit(sharded)(params, TX.init(params), (x, t, weights))
     assert state.info.accepted
-    for one, other in zip(
-        jax.tree.leaves(result), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-9)
+    assert_close(result, expected, rtol=1e-9)
 
 
 def hidden_model_fn(params, x):
@@ -230,13 +221,9 @@ def test_every_configuration_keeps_the_contract(name, dtype):
     last_params, _, last = step(new_params, after)
     assert step._cache_size() == 1
     assert jax.tree.structure(before) == jax.tree.structure(last)
-    for old, new in zip(
-        jax.tree.leaves((params, before)),
-        jax.tree.leaves((last_params, last)),
-        strict=True,
-    ):
-        assert (old.dtype, old.shape) == (new.dtype, new.shape)
-        assert old.weak_type == new.weak_type
+    assert jax.tree.map(kind, (params, before)) == jax.tree.map(
+        kind, (last_params, last)
+    )
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
         assert (old.dtype, old.shape) == (new.dtype, new.shape)
     assert after.info.accepted
@@ -263,10 +250,7 @@ def test_a_step_in_a_region_is_the_same_without_jit():
     grads, state = gradients(params, batch), tx.init(params)
     eager = tx.update(grads, state, params, batch=batch)
     compiled = quick_jit(tx.update)(grads, state, params, batch=batch)
-    for one, other in zip(
-        jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_close(eager, compiled, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["shard_map", "vmap"])
@@ -283,10 +267,10 @@ def test_two_devices_find_the_step_of_one(name, way):
     batch = (x[order], t[order], jnp.array([1.0] * 10 + [0.0] * 2))
 
     def step(batch):
-        state = tx.init(params)
-        grads = objective.value_and_grad(params, batch)[1]
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state.info.accepted
+        after, state = training.train_step(
+            objective, tx, params, tx.init(params), batch
+        )
+        return after, state.info.accepted
 
     if way == "vmap":
         folded = jax.tree.map(lambda leaf: leaf.reshape(2, 6, *leaf.shape[1:]), batch)
@@ -308,10 +292,7 @@ def test_two_devices_find_the_step_of_one(name, way):
             )
         )(batch)
         assert accepted
-    for one, other in zip(
-        jax.tree.leaves(result), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-7)
+    assert_close(result, expected, rtol=1e-7)
 
 
 @functools.cache

@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.flatten_util import ravel_pytree
+import training
 from mapped import DEVICES, PROBLEM, axis_name, by_shard_map, needs_devices, run
 from problems import Problem, mlp, normal
-from reference import quick_jit
+from reference import assert_close, flat, quick_jit
 
 import hfjax
 
@@ -39,22 +38,16 @@ def train(objective, params, batch, direction):
         preconditioner=hfjax.preconditioners.diagonal(),
     )
 
-    def step(carry, _):
-        params, state = carry
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        told = (state.info.value_after, state.info.cg_iterations, state.damping)
-        return (optax.apply_updates(params, updates), state), told
-
-    start = (params, tx.init(params))
-    (params, _), told = jax.lax.scan(step, start, None, length=UPDATES)
+    (params, _), (info, dampings) = training.train(
+        objective, tx, params, batch, UPDATES
+    )
     return {
         "cg": solved.x,
         "models": solved.model_values,
         "params": params,
-        "values": told[0],
-        "iterations": told[1],
-        "damping": told[2],
+        "values": info.value_after,
+        "iterations": info.cg_iterations,
+        "damping": dampings,
     }
 
 
@@ -99,7 +92,7 @@ def test_ten_updates_on_devices_are_those_of_one(way, microbatch_size, dtype):
     assert len(set(np.asarray(truth["iterations"]).tolist())) > 1
     rtol = {"float64": 1e-12, "float32": 1e-5}[dtype]
     for name in ("values", "damping", "models", "cg", "params"):
-        found, right = (ravel_pytree(tree[name])[0] for tree in (result, truth))
+        found, right = (flat(tree[name]) for tree in (result, truth))
         scale = np.max(np.abs(right))
         np.testing.assert_allclose(found, right, rtol=rtol, atol=rtol * scale)
 
@@ -151,10 +144,7 @@ def test_no_device_decides_by_its_own_cases():
     for leaf in mapped:
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
     np.testing.assert_allclose(size, together[2], rtol=1e-12)
-    for found, right in zip(
-        jax.tree.leaves(updates), jax.tree.leaves(together[0]), strict=True
-    ):
-        np.testing.assert_allclose(found, right, rtol=1e-7, atol=1e-8)
+    assert_close(updates, together[0], rtol=1e-7, atol=1e-8)
 
 
 def solve_local(fn, *args):

@@ -4,8 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
+import training
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import mesh, needs_devices
 from test_sharded_params import PROBLEM, whole
@@ -85,14 +85,8 @@ def test_every_part_takes_arrays_that_are_laid_out_by_type(name, sharded):
         )
     make = given if callable(given) else functools.partial(hfjax.hessian_free, **given)
     tx = make(objective)
-    state = tx.init(params)
-
-    def step(params, state):
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    after = jax.eval_shape(step, params, state)
+    step = functools.partial(training.train_step, objective, tx)
+    after = jax.eval_shape(step, params, tx.init(params), batch)
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
     assert jax.tree.map(lambda x: x.sharding.spec, after[0]) == layouts
     assert jax.tree.map(lambda x: x.sharding.spec, after[1].direction) == layouts
@@ -111,13 +105,8 @@ def test_as_it_comes_it_takes_parameters_that_lie_over_other_axes_than_the_cases
     cases = NamedSharding(here, PartitionSpec("cases"))
     batch, objective = jax.device_put(PROBLEM.batch, cases), PROBLEM.objective()
     tx = hfjax.hessian_free(objective)
-
-    def step(params, state):
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    after, _ = jax.eval_shape(step, params, tx.init(params))
+    step = functools.partial(training.train_step, objective, tx)
+    after, _ = jax.eval_shape(step, params, tx.init(params), batch)
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
     assert jax.tree.map(lambda x: x.sharding.spec, after) == layouts
     found = hfjax.preconditioners.layers(objective, params, batch)

@@ -4,14 +4,13 @@ Each combination is either refused with its cure, or its update is that of the d
 matrix: the problem is a linear least-squares one, whose hidden states are its outputs.
 """
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import quick_jit
+import training
 
 import hfjax
 from hfjax import backtracking, cg, curvature, damping, iterates, preconditioners
@@ -177,17 +176,11 @@ def solution(solver, rule):
     return np.linalg.solve(a, B)
 
 
-@functools.cache
-def gradients():
-    return OBJECTIVE.value_and_grad(PARAMS, BATCH)[1]
-
-
 @pytest.mark.parametrize("names", covering(), ids="-".join)
 def test_the_admitted_combinations_take_the_step_of_the_dense_matrix(names):
     solver, rule, choice, _ = names
     tx = make(*names)
-    step = quick_jit(lambda grads, state: tx.update(grads, state, PARAMS, batch=BATCH))
-    updates, state = step(gradients(), tx.init(PARAMS))
+    updates, state = training.one_update(OBJECTIVE, tx, PARAMS, BATCH)
     came = np.concatenate([np.ravel(updates["b"]), np.ravel(updates["w"])])
     assert state.info.accepted
     np.testing.assert_allclose(state.info.value_after, value(came), rtol=1e-10)
@@ -348,9 +341,7 @@ def test_the_default_preconditioner_is_the_kronecker_factors_where_it_is_asked_f
         tx = hfjax.hessian_free(
             OBJECTIVE, solver=cg.conjugate_gradient(max_iterations=2), **options
         )
-        return quick_jit(
-            lambda grads: tx.update(grads, tx.init(PARAMS), PARAMS, batch=BATCH)[0]
-        )(gradients())
+        return training.one_update(OBJECTIVE, tx, PARAMS, BATCH)[0]
 
     given = step(preconditioner=preconditioners.kronecker())
     for options in ({}, {"preconditioner": "auto"}):

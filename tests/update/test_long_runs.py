@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+import training
 from reference import quick_jit
 
 import hfjax
@@ -76,14 +76,7 @@ def compiled(weight_decay, dtype, model_fn=network, damping=hfjax.damping.search
         model_fn, hfjax.losses.squared_error(), weight_decay=weight_decay
     )
     tx = hfjax.hessian_free(objective, damping=damping)
-
-    @quick_jit
-    def train_step(params, state, batch):
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    return tx, train_step
+    return tx, quick_jit(functools.partial(training.train_step, objective, tx))
 
 
 class Run(NamedTuple):

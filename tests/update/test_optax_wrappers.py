@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 import reference
-from jax.flatten_util import ravel_pytree
+import training
 from optax import contrib
 from problems import Problem
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 
@@ -33,13 +33,12 @@ BATCH = (normal(2, 10, 3), normal(3, 10, 2))
 GRADS = OBJECTIVE.value_and_grad(PARAMS, BATCH)[1]
 FROZEN = {"hidden": True, "out": False}
 
-SMALL = functools.partial(
-    hfjax.hessian_free,
-    OBJECTIVE,
-    damping=hfjax.damping.levenberg_marquardt(),
-    preconditioner=None,
-    solver=hfjax.cg.conjugate_gradient(max_iterations=3),
-)
+PARTS = {
+    "damping": hfjax.damping.levenberg_marquardt(),
+    "preconditioner": None,
+    "solver": hfjax.cg.conjugate_gradient(max_iterations=3),
+}
+SMALL = functools.partial(hfjax.hessian_free, OBJECTIVE, **PARTS)
 
 
 @functools.cache
@@ -52,9 +51,7 @@ def whole_step():
     return small_update()(GRADS, SMALL().init(PARAMS), PARAMS, batch=BATCH)[0]
 
 
-def assert_close(tree, truth):
-    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(truth), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8)
+assert_close = functools.partial(reference.assert_close, rtol=1e-5, atol=1e-8)
 
 
 def times(factor, tree):
@@ -128,9 +125,7 @@ def test_parameters_closed_over_leave_the_reduced_system_a_freezer_the_whole_one
             line_search=None,
         )
         tx = optax.chain(hf, after)
-        grads = objective.value_and_grad(params, batch)[1]
-        updates, _ = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
-        return ravel_pytree(updates)[0]
+        return flat(training.one_update(objective, tx, params, batch)[0])
 
     whole = step(model_fn, params, FREEZERS["freeze"])
     truth = np.where(np.arange(12) < 4, 0, np.linalg.solve(a, -gradient))
@@ -154,10 +149,9 @@ def test_damping_and_every_field_can_be_read_and_set_by_name_inside_a_chain():
     high = optax.tree.set(state, damping=jnp.float32(1e4))
     updates, _ = small_update()(GRADS, high[0], PARAMS, batch=BATCH)
     # (G + λI) δ = −∇f, with λ far above G.
-    steepest, _ = ravel_pytree(times(-1e-4, GRADS))
-    np.testing.assert_allclose(
-        ravel_pytree(updates)[0], steepest, atol=1e-2 * np.max(np.abs(steepest))
-    )
+    steepest = flat(times(-1e-4, GRADS))
+    size = np.max(np.abs(steepest))
+    np.testing.assert_allclose(flat(updates), steepest, atol=1e-2 * size)
 
 
 # Hyperparameters.
@@ -167,9 +161,7 @@ INJECTED = functools.partial(
         hfjax.hessian_free, static_args=("curvature",), hyperparam_dtype=jnp.float32
     ),
     OBJECTIVE,
-    damping=hfjax.damping.levenberg_marquardt(),
-    preconditioner=None,
-    solver=hfjax.cg.conjugate_gradient(max_iterations=3),
+    **PARTS,
 )
 
 
@@ -278,7 +270,7 @@ def test_multi_steps_forwards_the_batch_and_solves_for_the_mean_gradient():
     state = tx.init(PARAMS)
     first, state = update(times(1.5, GRADS), state, PARAMS, batch=BATCH)
     second, state = update(times(0.5, GRADS), state, PARAMS, batch=BATCH)
-    np.testing.assert_array_equal(ravel_pytree(first)[0], 0)
+    np.testing.assert_array_equal(flat(first), 0)
     assert_close(second, whole_step())
     assert hfjax.diagnostics.scalars(state)["count"] == 1
 

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+import training
 from jax.flatten_util import ravel_pytree
 from problems import layers, mlp
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from hfjax import recipes
@@ -110,8 +111,7 @@ def ends(recipe, models, values, first):
 
 def expected(recipe, params, direction, damping, grads_data, batch, other):
     """Do one update in NumPy."""
-    theta = np.asarray(ravel_pytree(params)[0])
-    direction = np.asarray(ravel_pytree(direction)[0])
+    theta, direction = flat(params), flat(direction)
     a = dense(theta, batch).ggn + damping * np.eye(len(theta))
     b = -dense(theta, grads_data).gradient
     data = batch if recipe.preconditioner_data == "batch" else other
@@ -186,13 +186,10 @@ def follow(tx, recipe, data, updates, damping):
         assert info.cg_iterations == truth["iterations"]
         assert Reason(int(info.cg_reason)) is truth["reason"]
         assert info.chosen_iteration == truth["chosen"]
-        flat = ravel_pytree(step)[0]
         # Tens of iterations amplify rounding.
-        scale = np.max(np.abs(truth["update"]))
-        np.testing.assert_allclose(flat, truth["update"], atol=1e-5 * scale)
-        flat = ravel_pytree(state.direction)[0]
-        scale = np.max(np.abs(truth["direction"]))
-        np.testing.assert_allclose(flat, truth["direction"], atol=1e-5 * scale)
+        for ours, name in ((step, "update"), (state.direction, "direction")):
+            scale = np.max(np.abs(truth[name]))
+            np.testing.assert_allclose(flat(ours), truth[name], atol=1e-5 * scale)
         np.testing.assert_allclose(state.damping, truth["damping"], rtol=1e-6)
         np.testing.assert_allclose(info.reduction_ratio, truth["ratio"], rtol=1e-4)
         np.testing.assert_allclose(info.value_after, truth["value_after"], rtol=1e-5)
@@ -258,9 +255,7 @@ def test_a_run_that_does_not_stall_ends_at_the_limit(name, most):
     )
     tx = getattr(recipes, name)(objective, initial_damping=1e-12)
     batch = (jnp.diag(jnp.geomspace(1e20, 1.0, 300)), jnp.ones((300, 1)))
-    params = jnp.zeros((300, 1))
-    grads = objective.value_and_grad(params, batch)[1]
-    _, state = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    _, state = training.one_update(objective, tx, jnp.zeros((300, 1)), batch)
     assert state.info.cg_iterations == most
     assert Reason(int(state.info.cg_reason)) is Reason.MAX_ITERATIONS
 
@@ -285,7 +280,7 @@ def test_iterates_may_be_compared_on_a_part_of_the_other_data():
             assert truth["chosen"] != expected(early, *args, thin)["chosen"]
         assert state.info.cg_iterations == truth["iterations"]
         assert state.info.chosen_iteration == truth["chosen"]
-        before, after = theta, theta + np.asarray(ravel_pytree(updates)[0])
+        before, after = theta, theta + flat(updates)
         assert state.info.accepted
         np.testing.assert_allclose(
             [state.info.value_before, state.info.value_after],
@@ -330,9 +325,7 @@ def test_weight_decay_is_turned_off_by_a_schedule():
         inverse = np.diag((here.fisher + 0.5) ** -0.75)
         n = int(after.info.cg_iterations)
         iterates, _ = reference.pcg(a, -here.gradient, None, inverse, n)
-        np.testing.assert_allclose(
-            ravel_pytree(updates)[0], iterates[-1], rtol=1e-5, atol=1e-9
-        )
+        np.testing.assert_allclose(flat(updates), iterates[-1], rtol=1e-5, atol=1e-9)
         truth = value(np.asarray(THETA), ALL)
         truth += 0.5 * (decay - DECAY) * np.sum(np.square(THETA))
         np.testing.assert_allclose(after.info.value_before, truth, rtol=1e-12)

@@ -11,13 +11,12 @@ import collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.flatten_util import ravel_pytree
+import training
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import DEVICES, mesh, needs_devices
 from problems import Problem, layers, mlp, normal
-from reference import quick_jit
+from reference import flat, quick_jit
 
 import hfjax
 from benchmarks.micro.programs import loops
@@ -63,13 +62,7 @@ TX_OPTIONS = {
 
 def step_of(objective):
     tx = hfjax.hessian_free(objective, **TX_OPTIONS)
-
-    def step(params, state, batch):
-        _, grads = objective.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    return tx, step
+    return tx, functools.partial(training.train_step, objective, tx)
 
 
 def train(tx, step, params, batch):
@@ -84,7 +77,7 @@ def train(tx, step, params, batch):
 def on_one_device():
     tx, step = step_of(PROBLEM.objective())
     params, _, told = train(tx, quick_jit(step), PROBLEM.params, PROBLEM.batch)
-    return ravel_pytree(params)[0], told
+    return flat(params), told
 
 
 LAYOUTS = [
