@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from problems import symmetric
 from reference import quick_jit
 
 from hfjax import cg, iterates, stopping
@@ -32,16 +33,11 @@ def solve(a, b, x0=None, inverse=None, *, max_iterations=N, stopping=None, **opt
     )
 
 
-def spd(rng, eigenvalues):
-    q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))
-    return (q * eigenvalues) @ q.T
-
-
 def system(seed, condition=20.0, n=N):
     """Return A, b, x₀ and P⁻¹, positive definite and far from diagonal."""
     rng = np.random.default_rng(seed)
-    a = spd(rng, np.geomspace(1 / condition, 1, n))
-    inverse = spd(rng, np.geomspace(0.5, 2, n))
+    a = symmetric(rng, np.geomspace(1 / condition, 1, n))
+    inverse = symmetric(rng, np.geomspace(0.5, 2, n))
     return a, rng.standard_normal(n), rng.standard_normal(n), inverse
 
 
@@ -93,7 +89,7 @@ def test_model_is_that_of_the_iterate_and_falls(seed, dtype, tolerance):
 @seeds
 def test_as_many_steps_as_there_are_distinct_eigenvalues(seed):
     rng = np.random.default_rng(seed)
-    a = spd(rng, np.array([0.5, 0.5, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0]))
+    a = symmetric(rng, np.array([0.5, 0.5, 2.0, 2.0, 2.0, 7.0, 7.0, 7.0]))
     b = rng.standard_normal(N)
     solution = np.linalg.solve(a, b)
     result = solve(a, b)
@@ -170,7 +166,7 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient(scale):
 
 def test_negative_curvature_later_keeps_the_iterate():
     rng = np.random.default_rng(2)
-    a = spd(rng, np.array([-0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]))
+    a = symmetric(rng, np.array([-0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]))
     b = rng.standard_normal(N)
     truth, values = reference.pcg(a, b, iterations=N)
     # With an indefinite A the textbook's M rises where pᵀA p turns negative.
@@ -445,6 +441,7 @@ def test_the_last_or_the_chosen_iterate_is_carried_over():
     result, chosen = solve(a, b), jnp.ones(N)
     for options, carried in (
         ({"warm_start_decay": 0.95}, result.x),
+        ({"warm_start_decay": lambda count: 0.5 + 0.1 * count}, result.x),
         ({"warm_start_decay": 0.95, "warm_start_from": "chosen"}, chosen),
         ({"warm_start_from": "chosen"}, chosen),
         ({}, chosen),  # The last is not asked for.
@@ -453,22 +450,24 @@ def test_the_last_or_the_chosen_iterate_is_carried_over():
         np.testing.assert_array_equal(carry(cg.as_run(result), chosen), carried)
 
 
-@functools.partial(quick_jit, static_argnames="max_iterations")
-def solve_by_solver(a, b, x0, inverse, *, max_iterations):
-    solver = cg.conjugate_gradient(
-        max_iterations=max_iterations, stopping=None, keep=EVERY
-    )
+TWICE = cg.conjugate_gradient(max_iterations=2, stopping=None, keep=EVERY)
+
+
+@functools.partial(quick_jit, static_argnames="solver")
+def solve_by(solver, a, b, x0=None, inverse=None, count=0):
+    """Let a solver solve; f is Σx on the evaluation data, −Σx on the batch."""
     given = cg.System(
         matvec=lambda v: a @ v,
         b=b,
         scalar=jnp.zeros(()),
-        count=jnp.int32(0),
-        value=lambda x: x[0],
-        batch_value=lambda x: x[0],
-        value_and_grad=jax.value_and_grad(lambda x: x[0]),
-        preconditioner=lambda: lambda r: inverse @ r,
+        count=count,
+        value=jnp.sum,
+        batch_value=lambda x: -jnp.sum(x),
+        value_and_grad=jax.value_and_grad(jnp.sum),
+        preconditioner=lambda: None if inverse is None else lambda r: inverse @ r,
     )
-    return solver.solve(given, x0)._replace(at_damping=None)
+    run = solver.solve(given, x0)._replace(at_damping=None)
+    return run, solver.carry(run, jnp.zeros_like(b))
 
 
 def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():
@@ -476,7 +475,7 @@ def test_a_warm_start_that_stays_above_zero_is_run_again_from_zero():
     cold, cold_values = reference.pcg(a, b, None, inverse, iterations=2)
     _, values = reference.pcg(a, b, 30 * x0, inverse, iterations=2)
     assert values[-1] > 0
-    result = solve_by_solver(a, b, 30 * x0, inverse, max_iterations=2)
+    result, _ = solve_by(TWICE, a, b, 30 * x0, inverse)
     np.testing.assert_allclose(result.last.direction, cold[-1], rtol=1e-10)
     values = result.stats.model_values
     np.testing.assert_allclose(values, cold_values, rtol=1e-10, atol=1e-15)
@@ -489,7 +488,7 @@ def test_a_warm_start_that_falls_below_zero_is_not_run_again():
         warm, values = reference.pcg(a, b, start, inverse, iterations=2)
         assert (values[0] > 0) == above
         assert values[-1] < 0
-        result = solve_by_solver(a, b, start, inverse, max_iterations=2)
+        result, _ = solve_by(TWICE, a, b, start, inverse)
         np.testing.assert_allclose(result.last.direction, warm[-1], rtol=1e-9)
         np.testing.assert_allclose(result.stats.model_values, values, rtol=1e-9)
 
@@ -497,13 +496,13 @@ def test_a_warm_start_that_falls_below_zero_is_not_run_again():
 def test_a_cold_start_is_textbook():
     a, b, _, inverse = system(0)
     cold, _ = reference.pcg(a, b, None, inverse, iterations=2)
-    result = solve_by_solver(a, b, None, inverse, max_iterations=2)
+    result, _ = solve_by(TWICE, a, b, None, inverse)
     np.testing.assert_allclose(result.last.direction, cold[-1], rtol=1e-10)
 
 
 def test_a_nonfinite_product_is_not_run_again():
     a, b, x0, inverse = system(0)
-    result = solve_by_solver(np.nan * a, b, x0, inverse, max_iterations=2)
+    result, _ = solve_by(TWICE, np.nan * a, b, x0, inverse)
     np.testing.assert_array_equal(result.last.direction, x0)
     assert reason(result.stats) == Reason.NONFINITE
 
@@ -532,22 +531,6 @@ def test_a_start_in_another_dtype_leaves_the_solution_that_of_b():
         result = cg.solve(lambda v: 2 * v, b, x0=jnp.ones(N, dtype), max_iterations=2)
         assert result.x.dtype == jnp.float32
         np.testing.assert_allclose(result.x, 0.5)
-
-
-@functools.partial(quick_jit, static_argnames="solver")
-def solve_by(solver, a, b, x0=None, count=0):
-    """Let a solver solve; f is Σx on the evaluation data, −Σx on the batch."""
-    given = cg.System(
-        matvec=lambda v: a @ v,
-        b=b,
-        scalar=jnp.zeros(()),
-        count=count,
-        value=jnp.sum,
-        batch_value=lambda x: -jnp.sum(x),
-        value_and_grad=jax.value_and_grad(jnp.sum),
-    )
-    run = solver.solve(given, x0)._replace(at_damping=None)
-    return run, solver.carry(run, jnp.zeros_like(b))
 
 
 def test_the_limit_is_read_in_every_update():

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
+import training
 from jax.flatten_util import ravel_pytree
-from reference import quick_jit
+from reference import assert_close, flat, quick_jit
 
 import hfjax
 from hfjax import Rejection
-from hfjax.globalization.backtracking import Before, Chosen
-from hfjax.solvers.cg import Run, Step, System
-from hfjax.update._judge import Trial, _reduction
-from hfjax.update.system import Assembled, Point
+from hfjax.globalization.backtracking import Chosen
+from hfjax.solvers.cg import Step
 
 SIZES = (3, 4, 2)
 
@@ -49,20 +49,20 @@ OBJECTIVE = hfjax.Objective(
 
 def dense_step(params, batch, damping, weight_decay=1e-3):
     """−(G + λI)⁻¹ g, from Jacobians and the closed form of L″."""
-    flat, unravel = ravel_pytree(params)
+    theta, unravel = ravel_pytree(params)
     x, t = batch
 
-    def outputs(flat):
-        return model_fn(unravel(flat), x)
+    def outputs(theta):
+        return model_fn(unravel(theta), x)
 
-    z = np.asarray(outputs(flat))
-    jacobian = np.asarray(jax.jacfwd(outputs)(flat))
+    z = np.asarray(outputs(theta))
+    jacobian = np.asarray(jax.jacfwd(outputs)(theta))
     p = 1 / (1 + np.exp(-z))
     cases = len(z)
     gradient = np.einsum("cop,co->p", jacobian, p - np.asarray(t)) / cases
-    gradient += weight_decay * np.asarray(flat)
+    gradient += weight_decay * np.asarray(theta)
     ggn = np.einsum("cop,co,coq->pq", jacobian, p * (1 - p), jacobian) / cases
-    ggn += (weight_decay + damping) * np.eye(len(flat))
+    ggn += (weight_decay + damping) * np.eye(len(theta))
     return -np.linalg.solve(ggn, gradient), gradient, ggn
 
 
@@ -103,9 +103,7 @@ def test_one_update_is_the_dense_damped_gauss_newton_step(preconditioner):
     tx = plain(preconditioner=preconditioner)
     updates, state = one_update(tx, params, batch)
     expected, gradient, ggn = dense_step(params, batch, 0.5)
-    np.testing.assert_allclose(
-        ravel_pytree(updates)[0], expected, rtol=1e-8, atol=1e-10
-    )
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-8, atol=1e-10)
     assert state.info.accepted
     undamped = ggn - 0.5 * np.eye(len(gradient))
     model = gradient @ expected + 0.5 * expected @ undamped @ expected
@@ -166,56 +164,45 @@ def test_gradient_of_a_larger_batch_is_what_the_step_descends():
     _, _, ggn = dense_step(params, batch, 0.5)
     _, gradient, _ = dense_step(params, larger, 0.5)
     expected = -np.linalg.solve(ggn, gradient)
-    np.testing.assert_allclose(
-        ravel_pytree(updates)[0], expected, rtol=1e-8, atol=1e-10
-    )
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("data", ["batch", "eval_batch"])
 @pytest.mark.parametrize("step", ["chosen", "last", "taken"])
 @pytest.mark.parametrize("model", ["undamped", "damped"])
-def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model):
-    # f(x) = ½xᵀx along with λ = 0.5, g = −1: A = 1.5 I. The last iterate is the
-    # fourth, the second was chosen, 0.3 of it taken.
-    chosen, last, damping, alpha = (
-        jnp.array([0.2, 0.2]),
-        jnp.array([0.4, 0.6]),
-        0.5,
-        0.3,
+def test_reduction_ratio_is_of_the_step_and_model_asked_for(step, model, data):
+    # The last iterate is the fourth, the second is chosen, 0.3 of it taken.
+    params, batch, larger = make_params(), make_batch(), make_batch(40, seed=5)
+
+    def second(run, evaluate, before):
+        direction = jax.tree.map(lambda leaf: leaf[1], run.iterates.iterates)
+        there = Step(direction, run.stats.model_values[2], jnp.int32(2))
+        return Chosen(there, evaluate(direction), evaluate(run.last.direction))
+
+    ratio = hfjax.damping.ReductionRatio(model, step, data)
+    tx = plain(
+        learning_rate=0.3,
+        damping=hfjax.damping.levenberg_marquardt(init=0.5, ratio=ratio),
+        preconditioner=None,
+        solver=hfjax.cg.conjugate_gradient(
+            max_iterations=4, stopping=None, keep=hfjax.iterates.every(1)
+        ),
+        backtracking=hfjax.backtracking.Backtracking(second),
     )
-
-    def value_fn(x):
-        return 0.5 * jnp.dot(x, x) + 10.0
-
-    def damped_model(x):
-        return 0.75 * jnp.dot(x, x) - jnp.sum(x)
-
-    def penalty(x):
-        return 0.5 * damping * jnp.dot(x, x)
-
-    zero, data, other = jnp.zeros(2), object(), object()
-    point = Point(None, None, None, data, other, jnp.float64(damping), None, None)
-    system = System(
-        None, jnp.ones(2), point.scalar, None, value_fn, lambda x: 2 * value_fn(x), None
-    )
-    at = Assembled(point, system, None, penalty, None)
-    run = Run(Step(last, damped_model(last), jnp.int32(4)), None)
-    step_chosen = Step(chosen, damped_model(chosen), jnp.int32(2))
-    before = Before(value_fn(zero), jnp.float64(0), point.scalar)
-    choice = Chosen(step_chosen, value_fn(chosen), value_fn(last))
-    search = hfjax.linesearch.StepSize(
-        jnp.float64(alpha), value_fn(alpha * chosen), jnp.bool(True)
-    )
-    trial = Trial(at, run, before, choice, None, -jnp.sum(chosen), search)
-    for of in ("batch", "eval_batch"):
-        ratio = hfjax.damping.ReductionRatio(model, step, of)
-        change, predicted = _reduction(trial, ratio, penalty(chosen))
-        judged = {"chosen": chosen, "last": last, "taken": alpha * chosen}[step]
-        expected = damped_model(judged)
-        expected -= 0.25 * jnp.dot(judged, judged) if model == "undamped" else 0
-        np.testing.assert_allclose(predicted, expected, rtol=1e-12)
-        factor = 2 if of == "batch" else 1
-        expected = factor * (value_fn(judged) - value_fn(zero))
-        np.testing.assert_allclose(change, expected, rtol=1e-12)
+    updates, state = one_update(tx, params, batch, eval_batch=larger)
+    _, gradient, damped = dense_step(params, batch, 0.5)
+    iterates, _ = reference.pcg(damped, -gradient, iterations=4)
+    np.testing.assert_allclose(flat(updates), 0.3 * iterates[2], rtol=1e-8, atol=1e-10)
+    judged = {"chosen": iterates[2], "last": iterates[4], "taken": 0.3 * iterates[2]}
+    judged = judged[step]
+    curved = damped if model == "damped" else damped - 0.5 * np.eye(len(damped))
+    predicted = gradient @ judged + 0.5 * judged @ curved @ judged
+    np.testing.assert_allclose(state.info.predicted_change, predicted, rtol=1e-7)
+    cases = batch if data == "batch" else larger
+    after = jax.tree.map(jnp.add, params, ravel_pytree(params)[1](judged))
+    change = OBJECTIVE.value(after, cases) - OBJECTIVE.value(params, cases)
+    ours = state.info.reduction_ratio
+    np.testing.assert_allclose(ours, change / predicted, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -300,11 +287,8 @@ def test_rejection_leaves_parameters_bit_identical_and_says_why(fault):
         updates, after = jitted(tx)(grads, state, params, batch=batch)
     assert Rejection(int(after.info.rejection)) is reason
     assert not after.info.accepted
-    for old, new in zip(
-        jax.tree.leaves(params),
-        jax.tree.leaves(optax.apply_updates(params, updates)),
-        strict=True,
-    ):
+    after_it = optax.apply_updates(params, updates)
+    for old, new in zip(*map(jax.tree.leaves, (params, after_it)), strict=True):
         assert old.tobytes() == new.tobytes()
     assert is_zero(after.direction)
     if reason is Rejection.ZERO_GRADIENT:
@@ -342,30 +326,11 @@ def test_damping_far_too_high_comes_down_by_itself():
     params, batch = make_params(jnp.float32), make_batch(dtype=jnp.float32)
     rule = hfjax.damping.levenberg_marquardt(init=1e15)
     tx = hfjax.hessian_free(OBJECTIVE, damping=rule)
-
-    def step(carry, _):
-        params, state = carry
-        value, grads = OBJECTIVE.value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return (optax.apply_updates(params, updates), state), (value, state.damping)
-
-    _, (values, dampings) = quick_jit(
-        lambda carry: jax.lax.scan(step, carry, length=120)
-    )((params, tx.init(params)))
+    _, (info, dampings) = training.trained(OBJECTIVE, tx, params, batch, 120)
+    values = info.value_before
     assert dampings[-1] < 10
     assert values[-1] < 0.99 * values[0]
     assert np.all(np.diff(values) <= 0)
-
-
-def test_warm_start_is_the_decayed_last_solution():
-    start, _, carry, *_ = hfjax.cg.conjugate_gradient(
-        warm_start_decay=lambda count: 0.5 + 0.1 * count
-    )
-    run = Run(Step({"x": jnp.ones(2)}, None, None), None)
-    carried = carry(run, {"x": jnp.zeros(2)})
-    np.testing.assert_allclose(start(carried, jnp.int32(2))["x"], [0.7, 0.7])
-    chosen = hfjax.cg.conjugate_gradient(warm_start_from="chosen")
-    np.testing.assert_array_equal(chosen.carry(run, {"x": jnp.zeros(2)})["x"], 0)
 
 
 def test_second_update_starts_from_the_first_ones_solution():
@@ -388,8 +353,7 @@ def test_second_update_starts_from_the_first_ones_solution():
     jax.effects_barrier()
     assert is_zero(starts[0])
     (x0,) = starts[1]  # All leaves are small: one vector.
-    direction, _ = ravel_pytree(state.direction)
-    np.testing.assert_allclose(x0, 0.95 * direction, rtol=1e-12)
+    np.testing.assert_allclose(x0, 0.95 * flat(state.direction), rtol=1e-12)
 
 
 def test_blanking_info_leaves_the_next_update_bit_identical():
@@ -400,8 +364,7 @@ def test_blanking_info_leaves_the_next_update_bit_identical():
     blank = state._replace(info=tx.init(params).info)
     ours = update(grads, state, params, batch=batch)
     theirs = update(grads, blank, params, batch=batch)
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_direction_alone_is_the_negative_of_the_step():
@@ -410,8 +373,7 @@ def test_direction_alone_is_the_negative_of_the_step():
     alone, _ = one_update(tx, params, batch)
     step, state = one_update(DEFAULT, params, batch)
     assert state.info.step_size == 1
-    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(step), strict=True):
-        np.testing.assert_allclose(one, -other, rtol=1e-12)
+    assert_close(alone, jax.tree.map(jnp.negative, step), rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -429,16 +391,8 @@ def test_exclusive_or_is_learnt_to_high_precision_with_two_cg_iterations():
     tx = hfjax.hessian_free(
         objective, solver=hfjax.cg.conjugate_gradient(max_iterations=2)
     )
-
-    def step(carry, _):
-        params, state = carry
-        _, grads = objective.value_and_grad(params, (x, t))
-        updates, state = tx.update(grads, state, params, batch=(x, t))
-        return (optax.apply_updates(params, updates), state), state.info.value_after
-
-    _, values = quick_jit(lambda carry: jax.lax.scan(step, carry, length=120))(
-        (params, tx.init(params))
-    )
+    _, (info, _) = training.trained(objective, tx, params, (x, t), 120)
+    values = info.value_after
     assert values[-1] < 1e-5
     # Until residuals are less than the rounding of outputs that are near 1.
     told = values[:-1] > jnp.finfo(values.dtype).eps ** 2
@@ -488,14 +442,10 @@ def test_a_product_that_is_not_finite_raises_the_damping(radius):
     rule = hfjax.preconditioners.custom(
         lambda *_: lambda r: optax.tree.scale(np.nan, r)
     )
-    options = (
-        {
-            "damping": hfjax.trust_region.radius(1.0),
-            "solver": hfjax.trust_region.steihaug_toint(),
-        }
-        if radius
-        else {"damping": hfjax.damping.levenberg_marquardt(1.0)}
-    )
+    options = {"damping": hfjax.damping.levenberg_marquardt(1.0)}
+    if radius:
+        solver = hfjax.trust_region.steihaug_toint()
+        options = {"damping": hfjax.trust_region.radius(1.0), "solver": solver}
     tx = hfjax.hessian_free(OBJECTIVE, preconditioner=rule, **options)
     updates, state = one_update(tx, params, batch)
     assert state.info.rejection == hfjax.Rejection.NONFINITE_PRODUCT
