@@ -66,7 +66,7 @@ def products(
     the network (few units, about 4 time steps) and parameters of moderate size: in a
     linear or a saturated network wrong derivatives may agree, and rounding may hide an
     L″ near 0. Errors are expected for parameters behind `jax.lax.stop_gradient`, and
-    for a non-convex loss that is repaired (`positive=`).
+    for a non-convex loss whose L″ is repaired (`positive=`) or replaced (`gaussian`).
 
     Args:
       objective: provides the model, the loss and the weight decay.

@@ -6,6 +6,10 @@ have both in closed form. For any other callable they are derived by automatic
 differentiation, and an L″ that is not positive semi-definite can be repaired.
 """
 
+from hfjax.losses.likelihoods import gaussian as gaussian
+from hfjax.losses.likelihoods import gaussian_kl_divergence as gaussian_kl_divergence
+from hfjax.losses.likelihoods import ordinal as ordinal
+from hfjax.losses.likelihoods import poisson as poisson
 from hfjax.losses.matching import Loss as Loss
 from hfjax.losses.matching import from_function as from_function
 from hfjax.losses.matching import sigmoid_cross_entropy as sigmoid_cross_entropy

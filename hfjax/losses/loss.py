@@ -37,7 +37,8 @@ class Loss:
       value: `(outputs, targets) -> [cases]`, the loss of each example.
       hessian: `(outputs, targets) -> (v -> L″ v)`, where `v` is like the outputs. It is
         called once and the product many times, so compute in advance what does not depend
-        on `v`.
+        on `v`. If L″ is indefinite, this may be a positive matrix that takes its place in
+        G, as in `gaussian`.
       factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`.
       predict: outputs to predictions, the link function (identity, logistic, softmax).
       targets: which targets the loss is meant for; `None` if any will do.

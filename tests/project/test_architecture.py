@@ -21,7 +21,15 @@ PACKAGES = {
         "refusal",
     ],
     "_tracing": ["programs", "linearize", "compiled", "linalg", "convolutions"],
-    "losses": ["_coupling", "_outer", "_repair", "_case_axes", "loss", "matching"],
+    "losses": [
+        "_coupling",
+        "_outer",
+        "_repair",
+        "_case_axes",
+        "loss",
+        "matching",
+        "likelihoods",
+    ],
     "models": ["scan", "initializers", "minibatching", "recurrent"],
     "objectives": ["cases", "means", "terms", "plain", "objective"],
     "curvature": [
