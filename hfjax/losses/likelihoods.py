@@ -11,7 +11,8 @@ constraint: logarithms of variances and rates, and logits.
 | `ordinal` | K − 1 logits | labels 0, …, K − 1 that have an order |
 | `gaussian_kl_divergence` | `(mean, log_variance)` | none, or those of the prior |
 
-L″ is diagonal in all of them, and positive.
+L″ is diagonal in all of them, and positive. `hfjax.losses.tree` combines them with one
+another, and with any other loss.
 """
 
 import math
@@ -93,7 +94,8 @@ def gaussian_kl_divergence() -> Loss:
 
     The outputs are `(mean, log_variance)`, that is, (μ, s). The targets are those of the
     prior, (m, r), or `None` for the standard normal distribution N(0, I). This is the
-    second half of the loss of a variational autoencoder. L is convex in (μ, s), with
+    second half of the loss of a variational autoencoder; `hfjax.losses.tree` combines it
+    with the first. L is convex in (μ, s), with
 
         L″ = diag(e⁻ʳ, ½ e^(s − r)),    S = diag(e⁻ʳᐟ², √½ e^((s − r) / 2)).
 

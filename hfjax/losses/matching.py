@@ -4,7 +4,7 @@ A `Loss` compares a model's outputs `z` with targets `t`. The Gauss-Newton matri
 its Hessian `L″` with respect to `z`; diagonal and preconditioner estimates need a factor
 `S` with `S Sᵀ = L″`. The four losses below have both in closed form; they are listed in
 Martens & Sutskever (2012), table 2. `gaussian`, `poisson`, `ordinal` and
-`gaussian_kl_divergence` have closed forms, too.
+`gaussian_kl_divergence` have closed forms, too, and `tree` combines losses.
 `from_function` wraps any other callable, such as Optax's losses; `docs/losses.md` says how
 well suited each of those is.
 

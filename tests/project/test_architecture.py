@@ -29,6 +29,7 @@ PACKAGES = {
         "loss",
         "matching",
         "likelihoods",
+        "combined",
     ],
     "models": ["scan", "initializers", "minibatching", "recurrent"],
     "objectives": ["cases", "means", "terms", "plain", "objective"],
