@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hfjax._core import sharding, trees
 from hfjax._core.types import Params
-from hfjax.preconditioners._layers import Layer
+from hfjax._tracing.layers import Layer
 from hfjax.preconditioners._merged_layers import Merged
 
 

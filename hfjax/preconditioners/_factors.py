@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from hfjax._core import sharding, trees
 from hfjax._core.types import Batch, Params, Tree
+from hfjax._tracing import layers
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.curvature import diagonals
 from hfjax.curvature.probes import keys_of, probes
@@ -22,7 +23,6 @@ from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
 from hfjax.objectives.terms import Term
-from hfjax.preconditioners import _layers
 from hfjax.preconditioners._blocks import Blocks, Pair, may_be_kernel
 from hfjax.preconditioners._layer_pass import layer_pass
 from hfjax.preconditioners._merged_layers import Merged, Part
@@ -30,7 +30,7 @@ from hfjax.preconditioners._merged_layers import Merged, Part
 
 def read(
     objective: Objective, params: Params, batch: Batch, max_size: int
-) -> list[_layers.Model]:
+) -> list[layers.Model]:
     """Find the layers in the model of each term, except those that are too large."""
     terms = terms_of(objective, batch)
     leaves = list(enumerate(jax.tree.leaves(params)))
@@ -38,19 +38,19 @@ def read(
     if any(sharding.lies_elsewhere(params, cases) for cases in data):
         why = "its type, or another's, lies over an axis that the cases do not"
         others = {n: why for n, _ in leaves}
-        return [_layers.Model((), (), others, frozenset(), None, None)] * len(terms)
+        return [layers.Model((), (), others, frozenset(), None, None)] * len(terms)
     unfit = {
         n: f"a side is longer than {max_size}"
         for n, leaf in leaves
         if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
     } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
-    def of_term(term: Term, cases: Cases) -> _layers.Model:
+    def of_term(term: Term, cases: Cases) -> layers.Model:
         # Prepare the parameters as `factors` does. Otherwise the program would contain the
         # operations that gather them, or mark them as varying over devices.
         local = term.means.local(sharding.gathered(params, cases))
         inputs = sharding.first_case(term.cases.inputs)
-        return _layers.read(term.outputs, local, inputs, unfit)
+        return layers.read(term.outputs, local, inputs, unfit)
 
     return [of_term(term, cases) for term, cases in zip(terms, data, strict=True)]
 
@@ -68,7 +68,7 @@ def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
 
 @noting_no_reverse()
 def factors(
-    term: Term, params: Params, model: _layers.Model, *, key: jax.Array
+    term: Term, params: Params, model: layers.Model, *, key: jax.Array
 ) -> list[Pair]:
     """Compute Ā and Ḡ of each layer that `read` found in a term, in float32 or wider.
 
@@ -98,13 +98,13 @@ def factors(
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
-        def of_use(n: int, layer: _layers.Layer) -> Pair:
+        def of_use(n: int, layer: layers.Layer) -> Pair:
             x = rows[n]
             if layer.bias is not None:
                 x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
             return Pair(gram(x), gram(seen.errors(n, derivatives[n])))
 
-        def of_layer(layer: _layers.Layer) -> Pair:
+        def of_layer(layer: layers.Layer) -> Pair:
             return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
 
         return [of_layer(layer) for layer in model.layers]
@@ -137,7 +137,7 @@ def estimate(
         found.append((c, *_estimate(term, params, part, key=own_key)))
     leaves = jax.tree.leaves(params)
 
-    def pair(place: int, layer: _layers.Layer) -> Pair:
+    def pair(place: int, layer: layers.Layer) -> Pair:
         own = [(c, pairs[place]) for c, pairs, _ in found if place in pairs]
         return _pair(layer, own)
 
@@ -152,7 +152,7 @@ def estimate(
     )
 
 
-def _pair(layer: _layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
+def _pair(layer: layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pair:
     """Combine the factors that terms have for a layer, each with its cₖ."""
 
     def with_bias(inputs: jax.Array) -> jax.Array:

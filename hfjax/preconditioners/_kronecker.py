@@ -14,12 +14,12 @@ import numpy as np
 from hfjax._core import options, sharding, trees
 from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
 from hfjax._tracing import linalg
+from hfjax._tracing.layers import Layer
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import subsample
 from hfjax.preconditioners import _remembered
 from hfjax.preconditioners._blocks import Blocks, Pair, pack, unpack, zeros_for
 from hfjax.preconditioners._factors import estimate, read
-from hfjax.preconditioners._layers import Layer
 from hfjax.preconditioners._merged_layers import Merged, merged
 
 _LARGE = 2**16

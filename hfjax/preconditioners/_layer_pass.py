@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from hfjax._core import sharding
 from hfjax._core.types import Params, Tree
+from hfjax._tracing import layers
+from hfjax._tracing.interpret import Use
+from hfjax._tracing.layers import Model
 from hfjax.objectives.cases import Cases
-from hfjax.preconditioners import _layers
-from hfjax.preconditioners._interpret import Use
-from hfjax.preconditioners._layers import Model
 
 Added = list[jax.Array]
 """Zeros to add to the output of each use of a kernel."""
@@ -44,7 +44,7 @@ def layer_pass(
 ) -> LayerPass:
     """Prepare a pass over `cases` through a model that was read on one example."""
     if sharding.shards_of_cases(cases.inputs) == 1:
-        whole = _layers.read(model_fn, params, cases.inputs, model.others)
+        whole = layers.read(model_fn, params, cases.inputs, model.others)
         axes = _axes_of_cases(model, whole, len(cases.weights))
         if axes is not None:
             return _at_once(whole, axes, params, cases)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from hfjax.preconditioners._layers import Layer, Model
+from hfjax._tracing.layers import Layer, Model
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ from problems import normal
 from reference import quick_jit
 
 import hfjax
-from hfjax.preconditioners import _layers
+from hfjax._tracing import layers
 
 RNG = np.random.default_rng(7)
 REAL, OTHER = normal(RNG, 5, 3), normal(RNG, 5, 3)
@@ -53,7 +53,7 @@ def test_diagonals_of_real_weights_and_complex_data_are_dense_ones(name, size):
 def test_a_real_kernel_is_used_by_real_and_imaginary_parts(name):
     """Σ over positions of x gᵀ is the gradient: rows and errors are real, and right."""
     model_fn, x = MODELS[name]
-    model = _layers.read(model_fn, PARAMS, x[:1], {})
+    model = layers.read(model_fn, PARAMS, x[:1], {})
     names = sorted(PARAMS)
     assert "w" in [names[layer.kernel] for layer in model.layers]
 

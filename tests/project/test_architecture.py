@@ -20,7 +20,16 @@ PACKAGES = {
         "arguments",
         "refusal",
     ],
-    "_tracing": ["programs", "linearize", "compiled", "linalg", "convolutions"],
+    "_tracing": [
+        "programs",
+        "linearize",
+        "compiled",
+        "linalg",
+        "convolutions",
+        "interpret",
+        "_layer_reader",
+        "layers",
+    ],
     "losses": [
         "_coupling",
         "_outer",
@@ -44,9 +53,6 @@ PACKAGES = {
         "diagonals",
     ],
     "preconditioners": [
-        "_interpret",
-        "_layer_reader",
-        "_layers",
         "_layer_pass",
         "_remembered",
         "_merged_layers",

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core.types import Params, Tree
-from hfjax.preconditioners._interpret import Run, Use, as_rows
-from hfjax.preconditioners._layer_reader import Reader
+from hfjax._tracing.interpret import Run, Use, as_rows
+from hfjax._tracing._layer_reader import Reader
 
 
 class Layer(NamedTuple):

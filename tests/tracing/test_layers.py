@@ -11,7 +11,7 @@ from problems import normal
 from reference import assert_close, quick_jit
 
 import hfjax
-from hfjax.preconditioners import _layers
+from hfjax._tracing import layers
 
 nnx = pytest.importorskip("flax.nnx")
 to_nnx = pytest.importorskip("hfjax.flax")
@@ -25,7 +25,7 @@ def allow_rank_promotion():
 
 
 def read(model_fn, params, x, spoiled=None):
-    return _layers.read(model_fn, params, x[:1], spoiled or {})
+    return layers.read(model_fn, params, x[:1], spoiled or {})
 
 
 def names(params):

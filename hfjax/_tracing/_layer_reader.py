@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from hfjax._tracing import programs
-from hfjax.preconditioners._interpret import Path, Use
+from hfjax._tracing.interpret import Path, Use
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
 _RESHAPES = frozenset({"reshape", "squeeze"})
