@@ -140,10 +140,12 @@ def contracted(
     right: jax.Array,
     axes: tuple[tuple[int, ...], tuple[int, ...]],
     precision: jax.lax.PrecisionLike = None,
+    batch: tuple[int, ...] = (),
 ) -> jax.Array:
     """Sum products over pairs of axes, sharded or not; other axes keep their layout.
 
-    `axes` holds the axes of `left` and of `right`; see `jax.lax.dot_general`.
+    `axes` holds the axes of `left` and of `right`, and `batch` those that are batch axes of
+    both; see `jax.lax.dot_general`.
     """
     # With explicit axes the caller must state the layout of the result of a product that
     # sums over a sharded axis.
@@ -151,11 +153,13 @@ def contracted(
     for x, summed in zip((left, right), axes, strict=True):
         sharding = _typed(x)
         spec = [None] * x.ndim if sharding is None else sharding.spec
-        kept += [part for axis, part in enumerate(spec) if axis not in summed]
+        kept += [] if kept else [spec[axis] for axis in batch]
+        gone = {*summed, *batch}
+        kept += [part for axis, part in enumerate(spec) if axis not in gone]
         mesh = mesh if sharding is None else sharding.mesh
     out = None if mesh is None else NamedSharding(mesh, PartitionSpec(*kept))
     return jax.lax.dot_general(
-        left, right, (axes, ((), ())), precision=precision, out_sharding=out
+        left, right, (axes, (batch, batch)), precision=precision, out_sharding=out
     )
 
 

@@ -1,13 +1,15 @@
 """Finds how a program uses parameters: products with kernels, and sums with biases.
 
 A matrix product or a convolution is a use of a kernel if one operand is a parameter,
-which may be transposed or cast, but not computed with. Its bias is a parameter with one
-axis that is added to the result. Programs inside the program (`jit`, `checkpoint`,
-`scan`) are read too.
+which may be reshaped, transposed or cast, but not computed with. Its bias is a parameter
+that is added to the result, with an entry for each unit. Programs inside the program
+(`jit`, `checkpoint`, `scan`) are read too, and so are parameters that a `scan` takes step
+by step.
 """
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,30 +17,39 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from hfjax._tracing import programs
+from hfjax._tracing._axes import (
+    Kinds,
+    Layout,
+    Piece,
+    broadcast,
+    met,
+    reshaped,
+    whole,
+)
 from hfjax._tracing.interpret import Path, Use
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
-_RESHAPES = frozenset({"reshape", "squeeze"})
+_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 _SUMS = frozenset({"add", "add_any"})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """A value that is a parameter; in `axes`, its own axes, `None` for a new one."""
+    """A value that is a parameter, with its layout and the pieces that loops run over."""
 
     number: int
-    axes: tuple[int | None, ...]
+    layout: Layout
+    looped: Layout = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
     """A value that is the output of layers, plus possibly other terms.
 
-    `uses` are those of these layers that have a single axis of units, by number, each
-    with the place of that axis in the value.
+    `uses` are those of these layers, by number, each with the layout of the value.
     """
 
-    uses: tuple[tuple[int, int], ...]
+    uses: tuple[tuple[int, Layout], ...]
 
 
 _Mark = _Parameter | _Sum | None
@@ -69,7 +80,7 @@ class Reader:
     def read(self, jaxpr: Jaxpr) -> None:
         """Read a program whose first inputs are the parameters."""
         marks: dict[Any, _Mark] = {
-            jaxpr.invars[n]: _Parameter(n, tuple(range(len(shape))))
+            jaxpr.invars[n]: _Parameter(n, whole(shape))
             for n, shape in enumerate(self.shapes)
         }
         self._program(jaxpr, marks, (), ())
@@ -106,29 +117,46 @@ class Reader:
     def _equation(
         self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
     ) -> list[_Mark]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
         inner = programs.inner(equation)
         if inner is not None:
             if name != "scan":
                 marks: dict[Any, _Mark] = dict(zip(inner.invars, found, strict=True))
                 return self._program(inner, marks, path, loops)
-            count, _ = programs.consts_and_carry(equation)
-            self._spoil(found[count:], "a `scan` takes it as carry or step by step")
-            # The output of a layer outside is used in every step: more than once.
-            consts = zip(inner.invars[:count], found[:count], strict=True)
-            marks = {atom: x for atom, x in consts if isinstance(x, _Parameter)}
-            results = self._program(inner, marks, path, (*loops, params["length"]))
-            self._spoil(results, "a `scan` returns it")
-            return [None for _ in results]
+            return self._scan(equation, inner, found, path, loops)
         if name in ("dot_general", "conv_general_dilated"):
             result = self._product(equation, found, path, loops)
         elif name in _SUMS:
-            result = self._sum(found)
+            result = self._sum(found, equation.outvars[0].aval.shape)
         else:
             result = found[0] and _relabelled(equation, found[0])
         if result is None:
             self._spoil(found, f"`{name}` uses it")
         return [result, *[None for _ in equation.outvars[1:]]]
+
+    def _scan(
+        self,
+        equation: Any,
+        inner: Jaxpr,
+        found: list[_Mark],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Mark]:
+        constant, carried = programs.consts_and_carry(equation)
+        self._spoil(found[constant : constant + carried], "a `scan` carries it")
+        marks: dict[Any, _Mark] = {}
+        for n, (atom, mark) in enumerate(zip(inner.invars, found, strict=True)):
+            # The output of a layer outside is used in every step: more than once.
+            if not isinstance(mark, _Parameter) or constant <= n < constant + carried:
+                continue
+            stepped = n >= constant
+            layout = mark.layout[1:] if stepped else mark.layout
+            looped = (*mark.looped, mark.layout[0] if stepped else ())
+            marks[atom] = _Parameter(mark.number, layout, looped)
+        length = equation.params["length"]
+        results = self._program(inner, marks, path, (*loops, length))
+        self._spoil(results, "a `scan` returns it")
+        return [None for _ in results]
 
     def _product(
         self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
@@ -137,33 +165,39 @@ class Reader:
         if len(marks) != 1:
             return None
         ((side, mark),) = marks
-        rank = len(self.shapes[mark.number])
-        axes = tuple(axis for axis in mark.axes if axis is not None)
-        # Each axis of the kernel must be there, and no other.
-        if rank < 2 or not len(axes) == len(mark.axes) == rank:
+        shape = equation.invars[side].aval.shape
+        # An axis of another kind would repeat the kernel.
+        other = any(n > 1 and not x for n, x in zip(shape, mark.layout, strict=True))
+        if other or len(self.shapes[mark.number]) < 2:
             return None
-        kinds = _product_axes(equation, side, axes)
-        if kinds is None:
+        is_dot = equation.primitive.name == "dot_general"
+        sort = _of_dot if is_dot else _of_convolution
+        layouts = sort(equation, side, mark)
+        if layouts is None:
             return None
+        taken, added = layouts
+        ahead = {piece for pieces in mark.looped for piece in pieces}
+        before, after = ({x for pieces in its for x in pieces} for its in layouts)
+        blocks = ahead | (before & after)
+        kinds = (blocks, before - blocks, after - blocks)
         out = equation.outvars[0].aval
-        summed, inputs, units = kinds
         self.uses.append(
             Use(
                 path=path,
                 kernel=mark.number,
                 operand=1 - side,
-                input_axes=inputs,
-                kernel_axes=axes,
-                output_axes=units,
-                inputs_last=summed == {rank - 1},
+                kinds=Kinds(*(tuple(sorted(pieces)) for pieces in kinds)),
+                taken=taken,
+                added=added,
+                looped=mark.looped,
                 shape=tuple(out.shape),
                 loops=loops,
                 dtype=out.dtype,
             )
         )
-        return _Sum(((len(self.uses) - 1, units[0]),) if len(units) == 1 else ())
+        return _Sum(((len(self.uses) - 1, added),))
 
-    def _sum(self, found: list[_Mark]) -> _Mark:
+    def _sum(self, found: list[_Mark], shape: tuple[int, ...]) -> _Mark:
         """Assign a parameter to the first use that it fits and that has no bias."""
         sums = [mark for mark in found if isinstance(mark, _Sum)]
         biases = [mark for mark in found if isinstance(mark, _Parameter)]
@@ -173,88 +207,101 @@ class Reader:
         if not sums:
             return None
         (bias,) = biases
-        shape = self.shapes[bias.number]
-        for n, axis in uses:
-            use = self.uses[n]
-            (units,) = use.output_axes
-            length = use.shape[units]
-            # The axis of the bias must be that of the units, not one of equal length.
-            here = length <= 1 or bias.axes[axis] == 0
-            # A real bias is added to the real part alone, but a complex product also uses
-            # the kernel for imaginary parts. So it gets no bias.
-            fits = shape == (length,) and here and not use.is_complex
-            if fits and n not in self.biases:
+        for n, layout in uses:
+            if n not in self.biases and self._fits(bias, n, layout, shape):
                 self.biases[n] = bias.number
                 return _Sum(uses)
         self._spoil(biases, "it is added to no product that lacks a bias")
         return _Sum(uses)
 
+    def _fits(
+        self, bias: _Parameter, number: int, layout: Layout, shape: tuple[int, ...]
+    ) -> bool:
+        """Return whether a parameter has an entry for each unit of a use, in order."""
+        use = self.uses[number]
+        # A real bias is added to the real part alone, but a complex product also uses the
+        # kernel for imaginary parts. So it gets no bias.
+        if use.is_complex or not self.shapes[bias.number]:
+            return False
+        lengths = tuple(math.prod(x.size for x in own) or 1 for own in use.looped)
+        meeting = met(
+            (*use.looped, *layout), (*bias.looped, *bias.layout), (*lengths, *shape)
+        )
+        if meeting is None:
+            return False
+        return sorted(meeting, key=meeting.__getitem__) == [
+            *use.kinds.blocks,
+            *use.kinds.units,
+        ]
 
-def _product_axes(
-    equation: Any, side: int, kernel_axes: tuple[int, ...]
-) -> tuple[set[int], tuple[int, ...], tuple[int, ...]] | None:
-    """Sort the axes of a product with a kernel; return `None` if it is not a layer.
 
-    Returns the kernel's axes that are summed over, the axes of the inputs that they
-    meet, and the axes of the result that index units, the last two in the order of the
-    kernel's.
-    """
-    numbers = equation.params["dimension_numbers"]
-    last = len(kernel_axes) - 1
-    if equation.primitive.name == "conv_general_dilated":
-        units = kernel_axes[numbers.rhs_spec[0]]
-        groups = ("feature_group_count", "batch_group_count")
-        grouped = any(equation.params[name] != 1 for name in groups)
-        if side != 1 or units != last or grouped:
-            return None
-        return set(range(last)), (), (numbers.out_spec[1],)
-    contracted, batched = numbers
-    if any(batched):  # A separate kernel for each index.
-        return None
-    of_kernel = [kernel_axes[n] for n in contracted[side]]
-    pairs = dict(zip(of_kernel, contracted[1 - side], strict=True))
-    summed = set(pairs)
-    if summed not in (set(range(last)), {last}):
-        return None
-    # The result has the free axes of the left operand first, then those of the right.
-    free = [n for n in range(len(kernel_axes)) if n not in contracted[side]]
+def _of_dot(equation: Any, side: int, mark: _Parameter) -> tuple[Layout, Layout] | None:
+    """Return the layouts of the inputs and of the result of a product."""
+    contracted, batched = equation.params["dimension_numbers"]
+    other = 1 - side
+    taken: list[tuple[Piece, ...]] = [() for _ in equation.invars[other].aval.shape]
+    for its in (contracted, batched):
+        for axis, its_axis in zip(its[side], its[other], strict=True):
+            taken[its_axis] = mark.layout[axis]
+    # The result has the batch axes first, then the free axes of the left operand, and
+    # then those of the right.
+    fixed = {*contracted[side], *batched[side]}
+    free = [x for axis, x in enumerate(mark.layout) if axis not in fixed]
     rank = len(equation.outvars[0].aval.shape)
-    first = 0 if side == 0 else rank - len(free)
-    places = {kernel_axes[n]: first + place for place, n in enumerate(free)}
-    inputs = tuple(pairs[axis] for axis in sorted(pairs))
-    return summed, inputs, tuple(places[axis] for axis in sorted(places))
+    batch = [mark.layout[axis] for axis in batched[side]]
+    others: list[tuple[Piece, ...]] = [()] * (rank - len(batch) - len(free))
+    rest = [*free, *others] if side == 0 else [*others, *free]
+    return tuple(taken), (*batch, *rest)
 
 
-def _relabelled(equation: Any, mark: _Mark) -> _Mark:
+def _of_convolution(
+    equation: Any, side: int, mark: _Parameter
+) -> tuple[Layout, Layout] | None:
+    """Return the layouts of the patches and of the result of a convolution.
+
+    The channels of a patch are its channels of the input, and of each its entries.
+    """
+    params = equation.params
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if side != 1 or params["batch_group_count"] != 1:
+        return None
+    shape = equation.invars[1].aval.shape
+    units, channels, *spatial = numbers.rhs_spec
+    length = shape[units]
+    split = reshaped((mark.layout[units],), (length,), (groups, length // groups))
+    if split is None:
+        return None
+    rank = len(equation.outvars[0].aval.shape)
+    place = numbers.out_spec[1]
+    patches = [*split[0], *mark.layout[channels]]
+    patches += [piece for axis in spatial for piece in mark.layout[axis]]
+
+    def layout(pieces: list[Piece]) -> Layout:
+        return tuple(tuple(pieces) if axis == place else () for axis in range(rank))
+
+    return layout(patches), layout([*split[0], *split[1]])
+
+
+def _relabelled(equation: Any, mark: _Parameter | _Sum) -> _Mark:
     """Return the mark of a value that is only laid out anew or cast, else `None`."""
     name, params = equation.primitive.name, equation.params
     if name in _SAME:
         dtype = equation.outvars[0].aval.dtype
         return mark if jnp.issubdtype(dtype, jnp.inexact) else None
-    if name == "transpose":
-        order = tuple(params["permutation"])
-        if isinstance(mark, _Sum):
-            return _Sum(tuple((use, order.index(axis)) for use, axis in mark.uses))
-        if isinstance(mark, _Parameter):
-            return _Parameter(mark.number, tuple(mark.axes[n] for n in order))
-    if not isinstance(mark, _Parameter):
-        return None
-    axes = mark.axes
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    if name == "broadcast_in_dim":
-        to: list[int | None] = [None] * len(after)
-        places = params["broadcast_dimensions"]
-        if tuple(before) != tuple(after[place] for place in places):
-            return None  # An entry is repeated along an axis.
-        for axis, place in zip(axes, places, strict=True):
-            to[place] = axis
-        return _Parameter(mark.number, tuple(to))
-    if name in _RESHAPES:
-        # Only axes of length one may come or go.
-        long = [(n, axis) for n, axis in zip(before, axes, strict=True) if n != 1]
-        if [n for n, _ in long] != [n for n in after if n != 1]:
-            return None
-        rest = iter(axis for _, axis in long)
-        to = [None if n == 1 else next(rest) for n in after]
-        return _Parameter(mark.number, tuple(to))
-    return None
+
+    def moved(layout: Layout) -> Layout | None:
+        if name == "transpose":
+            return tuple(layout[n] for n in params["permutation"])
+        if name in _RESHAPES:
+            return reshaped(layout, before, after)
+        if name == "broadcast_in_dim" and isinstance(mark, _Parameter):
+            return broadcast(layout, before, after, params["broadcast_dimensions"])
+        return None
+
+    if isinstance(mark, _Parameter):
+        layout = moved(mark.layout)
+        return None if layout is None else dataclasses.replace(mark, layout=layout)
+    layouts = [(use, moved(layout)) for use, layout in mark.uses]
+    known = tuple((use, layout) for use, layout in layouts if layout is not None)
+    return _Sum(known) if known else None

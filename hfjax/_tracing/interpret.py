@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr
 
 from hfjax._core import trees
 from hfjax._tracing import programs
+from hfjax._tracing._axes import Kinds, Layout
 
 Path: TypeAlias = tuple[int, ...]
 """The number of an equation in its program, after those of the equations around it."""
@@ -31,36 +32,38 @@ class Use(NamedTuple):
       path: where the equation is.
       kernel: the number of the parameter.
       operand: which of the two operands is the input.
-      input_axes: its axes that are summed over, in the order of the kernel's axes;
-        empty for a convolution, which sums over patches.
-      kernel_axes: the axes of the parameter, in the order that they have in the
-        equation.
-      output_axes: the axes of the result that index units, in the order of the
-        kernel's.
-      inputs_last: whether the kernel's last axis indexes inputs, and its others units.
+      kinds: what each piece of the kernel's axes is here.
+      taken: the layout of what `Run` takes out of the program, without loops.
+      added: the layout of the result.
+      looped: for each loop around the equation, the pieces that it runs over.
       shape: the shape of the result.
-      loops: the lengths of the loops around the equation, from the outermost.
+      loops: the lengths of the loops, from the outermost.
       dtype: the dtype of the result.
     """
 
     path: Path
     kernel: int
     operand: int
-    input_axes: tuple[int, ...]
-    kernel_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    inputs_last: bool
+    kinds: Kinds
+    taken: Layout
+    added: Layout
+    looped: Layout
     shape: tuple[int, ...]
     loops: tuple[int, ...]
     dtype: Any
 
     @property
+    def lead(self) -> dict[int, int]:
+        """The lengths of the axes of loops and result that are positions, by number."""
+        lengths = enumerate((*self.loops, *self.shape))
+        layout = (*self.looped, *self.added)
+        return {axis: length for axis, length in lengths if not layout[axis]}
+
+    @property
     def positions(self) -> int:
-        """How often an example uses the kernel here, in time and space."""
+        """How often an example uses each block of the kernel here, in time and space."""
         # A complex product uses a real kernel twice, for real and for imaginary inputs.
-        units = math.prod(self.shape[axis] for axis in self.output_axes)
-        parts = 2 if self.is_complex else 1
-        return parts * math.prod((*self.loops, *self.shape)) // max(units, 1)
+        return (2 if self.is_complex else 1) * math.prod(self.lead.values())
 
     @property
     def is_complex(self) -> bool:
@@ -76,7 +79,7 @@ class Run(NamedTuple):
     def program(
         self, program: ClosedJaxpr, args: Sequence[Any], added: Arrays, path: Path = ()
     ) -> tuple[list[Any], Arrays]:
-        """Return the outputs, and the inputs of each use as rows.
+        """Return the outputs, and the inputs of each use in the layout `Use.taken`.
 
         `added` is for the uses in this program, and `path` that of its equation.
         """
@@ -112,7 +115,8 @@ class Run(NamedTuple):
             return self.program(params["jaxpr"], operands, added, path)
         ((number, extra),) = added.items()
         (result,) = programs.run(equation, operands)
-        return [result + extra], {number: _rows(equation, self.uses[number], operands)}
+        taken = _inputs(equation, self.uses[number], operands)
+        return [result + extra], {number: taken}
 
     def _scan(
         self, equation: Any, operands: list[Any], inside: Arrays, path: Path
@@ -140,24 +144,16 @@ class Run(NamedTuple):
         return [*carry, *stacked], taken
 
 
-def as_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Move some axes to the end, and reshape to `[positions, …]`."""
-    rest = [axis for axis in range(x.ndim) if axis not in axes]
-    sizes = [math.prod(x.shape[axis] for axis in some) for some in (rest, axes)]
-    return x.transpose(*rest, *axes).reshape(sizes)
-
-
-def _rows(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
-    """Return what an equation multiplies by its kernel, `[positions, inputs]`."""
+def _inputs(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
+    """Return what an equation multiplies by its kernel, in the layout `use.taken`."""
     params, inputs = equation.params, operands[use.operand]
-    if use.input_axes:
-        return as_rows(inputs, use.input_axes)
+    if equation.primitive.name == "dot_general":
+        return inputs
     numbers = params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
-    spatial = tuple(kernel[n] for n in numbers.rhs_spec[2:])
-    patches = jax.lax.conv_general_dilated_patches(
+    return jax.lax.conv_general_dilated_patches(
         inputs,
-        filter_shape=spatial,
+        filter_shape=tuple(kernel[n] for n in numbers.rhs_spec[2:]),
         window_strides=params["window_strides"],
         padding=params["padding"],
         lhs_dilation=params["lhs_dilation"],
@@ -165,10 +161,3 @@ def _rows(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
         dimension_numbers=numbers,
         precision=trees.EXACT,  # JAX takes patches by a convolution with zeros and ones.
     )
-    rows = jnp.moveaxis(patches, numbers.out_spec[1], -1)
-    # JAX puts the channels of a patch first. Put each axis where the kernel has it.
-    channels = kernel[numbers.rhs_spec[1]]
-    rows = rows.reshape(-1, channels, *spatial)
-    order = [use.kernel_axes[n] for n in numbers.rhs_spec[1:]]
-    axes = [1 + order.index(axis) for axis in range(len(order))]
-    return rows.transpose(0, *axes).reshape(len(rows), -1)

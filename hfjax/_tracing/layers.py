@@ -10,7 +10,6 @@ A parameter belongs to a layer only if nothing else uses it.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core.types import Params, Tree
-from hfjax._tracing.interpret import Run, Use, as_rows
+from hfjax._tracing._axes import Sides, laid_out
 from hfjax._tracing._layer_reader import Reader
+from hfjax._tracing.interpret import Run, Use
 
 
 class Layer(NamedTuple):
@@ -28,18 +28,29 @@ class Layer(NamedTuple):
     Attributes:
       kernel: the number of the parameter.
       bias: the number of the parameter that is added in each use, or `None`.
-      inputs: the number of inputs.
-      units: the number of units.
-      inputs_last: as in `Use`.
+      sides: which of its axes are blocks, inputs and units.
       uses: the indices of its uses in `Model.uses`.
     """
 
     kernel: int
     bias: int | None
-    inputs: int
-    units: int
-    inputs_last: bool
+    sides: Sides
     uses: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, each with factors of its own."""
+        return self.sides.length(self.sides.blocks)
+
+    @property
+    def inputs(self) -> int:
+        """The number of inputs of a block."""
+        return self.sides.length(self.sides.inputs)
+
+    @property
+    def units(self) -> int:
+        """The number of units of a block."""
+        return self.sides.length(self.sides.units)
 
     @property
     def rows(self) -> int:
@@ -47,7 +58,7 @@ class Layer(NamedTuple):
         return self.inputs + (self.bias is not None)
 
     def positions(self, uses: Sequence[Use]) -> int:
-        """Count how often an example uses the kernel, given all uses of the model."""
+        """Count how often an example uses a block, given all uses of the model."""
         return sum(uses[n].positions for n in self.uses)
 
 
@@ -81,27 +92,26 @@ class Model:
         """Run the model, adding arrays like `zeros` to the outputs of its uses.
 
         Returns the outputs of the model, and the inputs of each use, `[positions,
-        inputs]`.
+        inputs]` or `[blocks, positions, inputs]`.
         """
         args = jax.tree.leaves((params, inputs))
         run = Run(self.uses)
         outputs, taken = run.program(self._program, args, dict(enumerate(added)), ())
-        rows = [taken[n].reshape(-1, taken[n].shape[-1]) for n in range(len(added))]
-        # A complex product uses a real kernel twice, for real and for imaginary inputs.
-        rows = [
-            jnp.concatenate([x.real, x.imag]) if use.is_complex else x
-            for x, use in zip(rows, self.uses, strict=True)
-        ]
+        rows = []
+        for number, use in enumerate(self.uses):
+            x = laid_out(taken[number], use.looped + use.taken, use.kinds)
+            # A complex product uses a real kernel twice, for real and for imaginary inputs.
+            complex_ = use.is_complex
+            rows.append(jnp.concatenate([x.real, x.imag], -2) if complex_ else x)
         return self._structure.unflatten(outputs), rows
 
     def errors(self, number: int, derivative: jax.Array) -> jax.Array:
-        """Lay out the derivative by what is added to a use, `[positions, units]`."""
+        """Lay out the derivative by what is added to a use, with units for inputs."""
         use = self.uses[number]
-        axes = [len(use.loops) + axis for axis in use.output_axes]
-        rows = as_rows(derivative, axes)
+        rows = laid_out(derivative, use.looped + use.added, use.kinds)
         if use.is_complex:
             # JAX's derivative by x + iy is ∂/∂x − i ∂/∂y.
-            rows = jnp.concatenate([rows.real, -rows.imag])
+            rows = jnp.concatenate([rows.real, -rows.imag], -2)
         return rows
 
 
@@ -110,17 +120,19 @@ def read(
     params: Params,
     inputs: Tree,
     spoiled: Mapping[int, str],
+    unfit: Callable[[Layer], str | None] = lambda layer: None,
 ) -> Model:
     """Trace a model, and find its layers.
 
     `inputs` (or their shapes) usually have a leading axis of one. `spoiled` says why
-    some parameters, by number, must not be part of a layer.
+    some parameters, by number, must not be part of a layer, and `unfit` why a layer must
+    not be one, or `None`.
     """
     program, shapes = jax.make_jaxpr(model_fn, return_shape=True)(params, inputs)
     leaves = jax.tree.leaves(params)
     reader = Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
     reader.read(program.jaxpr)
-    uses, layers, others = _sorted(reader)
+    uses, layers, others = _sorted(reader, unfit)
     known = {n for layer in layers for n in (layer.kernel, layer.bias)}
     unread = frozenset(range(len(leaves))) - known - others.keys()
     others |= dict.fromkeys(unread, "the model does not read it")
@@ -128,19 +140,25 @@ def read(
     return Model(uses, layers, others, unread, program, structure)
 
 
-def _sorted(found: Reader) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
+def _sorted(
+    found: Reader, unfit: Callable[[Layer], str | None]
+) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int, str]]:
     """Group the uses of each kernel, with its bias if that has no other use.
 
     Also returns why each other parameter that is read is not part of a layer.
     """
     others = dict(found.others)
     # A kernel used as both W and Wᵀ has no Kronecker factors: its inputs are also units.
+    sides = [use.kinds.sides() for use in found.uses]
     used: dict[int, list[int]] = {}
     for n, use in enumerate(found.uses):
         used.setdefault(use.kernel, []).append(n)
     for kernel, numbers in used.items():
-        if len({found.uses[n].inputs_last for n in numbers}) > 1:
+        if len({sides[n] for n in numbers}) > 1:
             others.setdefault(kernel, "it is used transposed, too")
+        why = unfit(Layer(kernel, None, sides[numbers[0]], ()))
+        if why is not None:
+            others.setdefault(kernel, why)
     kernels_of: dict[int, set[int]] = {}
     for n, bias in found.biases.items():
         kernels_of.setdefault(bias, set()).add(found.uses[n].kernel)
@@ -159,11 +177,7 @@ def _sorted(found: Reader) -> tuple[tuple[Use, ...], tuple[Layer, ...], dict[int
         if kernel in others:
             continue
         bias = None if bias in others else bias
-        first = found.uses[numbers[0]]
-        *rest, last = found.shapes[kernel]
-        sizes = (math.prod(rest), last)
-        inputs, units = sizes[::-1] if first.inputs_last else sizes
         at = tuple(range(len(uses), len(uses) + len(numbers)))
         uses += [found.uses[n] for n in numbers]
-        layers.append(Layer(kernel, bias, inputs, units, first.inputs_last, at))
+        layers.append(Layer(kernel, bias, sides[numbers[0]], at))
     return tuple(uses), tuple(layers), others

@@ -1,8 +1,8 @@
 """The blocks of P or P⁻¹, and how the optimizer state stores them.
 
 The state is created before any model is known. So it has space for a diagonal of every
-parameter, and for two matrices of every parameter that may be a kernel. Both have a row
-more than that side of the kernel, since a bias may belong to either side.
+parameter, and for the matrices of every parameter that may be a kernel: as many numbers
+as the largest of the usual ways to sort its axes into blocks, inputs and units needs.
 """
 
 import math
@@ -18,7 +18,7 @@ from hfjax.preconditioners._merged_layers import Merged
 
 
 class Pair(NamedTuple):
-    """Two matrices of a layer, or their inverses.
+    """Two matrices of a layer, or their inverses, or a stack of each for its blocks.
 
     Attributes:
       inputs: Ā, a row for each input, and one more if there is a bias.
@@ -50,10 +50,8 @@ def zeros_for(params: Params, max_size: int) -> tuple:
     def of_leaf(leaf: jax.Array) -> tuple[jax.Array, ...]:
         dtype = trees.wide(leaf.dtype)
         diagonal = sharding.zeros_like(leaf.astype(dtype))
-        if not may_be_kernel(leaf.shape, max_size):
-            return (diagonal,)
-        sides = (math.prod(leaf.shape[:-1]), leaf.shape[-1])
-        return (diagonal, *(jnp.zeros((n + 1, n + 1), dtype) for n in sides))
+        space = capacity(leaf.shape, max_size)
+        return (diagonal, jnp.zeros(space, dtype)) if space else (diagonal,)
 
     return tuple(of_leaf(leaf) for leaf in jax.tree.leaves(params))
 
@@ -62,11 +60,9 @@ def pack(blocks: Blocks, model: Merged, space: tuple) -> tuple:
     """Write blocks into the space that a state has for them."""
     packed = [list(entries) for entries in space]
     for layer, pair in zip(model.layers, blocks.pairs, strict=True):
-        own = packed[layer.kernel]
-        for place, matrix in zip(_places(layer), pair, strict=True):
-            # Any row for a bias that does not exist stays 0.
-            slot, size = own[place], len(matrix)
-            own[place] = slot.at[:size, :size].set(matrix.astype(slot.dtype))
+        slot = packed[layer.kernel][1]
+        numbers = jnp.concatenate([x.astype(slot.dtype).ravel() for x in pair])
+        packed[layer.kernel][1] = slot.at[: numbers.size].set(numbers)
     for n, entries in (blocks.diagonals | blocks.beside).items():
         packed[n][0] = entries
     return tuple(tuple(entries) for entries in packed)
@@ -76,9 +72,12 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
     """Read the blocks from a state."""
 
     def pair(layer: Layer) -> Pair:
-        inputs, units = (packed[layer.kernel][place] for place in _places(layer))
-        n, m = layer.rows, layer.units
-        return Pair(inputs[:n, :n], units[:m, :m])
+        blocks = (layer.blocks,) if layer.sides.blocks else ()
+        shapes = [(*blocks, n, n) for n in (layer.rows, layer.units)]
+        sizes = list(map(math.prod, shapes))
+        own = packed[layer.kernel][1][: sum(sizes)]
+        parts = own[: sizes[0]], own[sizes[0] :]
+        return Pair(*(x.reshape(n) for x, n in zip(parts, shapes, strict=True)))
 
     return Blocks(
         [pair(layer) for layer in model.layers],
@@ -87,12 +86,21 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
     )
 
 
-def _places(layer: Layer) -> tuple[int, int]:
-    # In a state, 0 is the diagonal, 1 the matrix of the kernel's leading axes and 2 that
-    # of its last axis. The inputs are usually the leading ones.
-    return (2, 1) if layer.inputs_last else (1, 2)
+def needed(layer: Layer) -> int:
+    """Return how many numbers the matrices of a layer have, with a bias or without."""
+    return layer.blocks * ((layer.inputs + 1) ** 2 + layer.units**2)
 
 
-def may_be_kernel(shape: tuple[int, ...], max_size: int) -> bool:
-    """Return whether the shape of a parameter allows Kronecker factors."""
-    return len(shape) >= 2 and max(math.prod(shape[:-1]), shape[-1]) <= max_size
+def capacity(shape: tuple[int, ...], max_size: int) -> int:
+    """Return how many numbers a state has for a parameter's matrices; 0 for no kernel."""
+    if len(shape) < 2:
+        return 0
+    # The last or the first axis alone on one side, in each of which a bias may be; or the
+    # first for blocks, and the same of the rest.
+    found = [0]
+    for blocks, rest in ((1, shape), (shape[0], shape[1:])):
+        for alone, others in ((rest[-1], rest[:-1]), (rest[0], rest[1:])):
+            sides = (alone, math.prod(others))
+            if max(sides) <= max_size and 0 not in shape:
+                found.append(blocks * sum((n + 1) ** 2 for n in sides))
+    return max(found)

@@ -6,7 +6,8 @@ the output of the layer. With
 
     Ā = Σᵢₜ wᵢ xᵢₜ xᵢₜᵀ / (positions Σᵢ wᵢ),      Ḡ = Σᵢₜ wᵢ gᵢₜ gᵢₜᵀ / Σᵢ wᵢ,
 
-the block of G that belongs to the kernel is about Ḡ ⊗ Ā. In expectation this is exact
+the block of G that belongs to the kernel is about Ḡ ⊗ Ā. A kernel that is one for each
+expert, or for each layer of a stack, has such a pair for each. In expectation this is exact
 if inputs and derivatives are independent, and positions are independent of each other.
 """
 
@@ -23,15 +24,23 @@ from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
 from hfjax.objectives.terms import Term
-from hfjax.preconditioners._blocks import Blocks, Pair, may_be_kernel
+from hfjax.preconditioners._blocks import Blocks, Pair, capacity, needed
 from hfjax.preconditioners._layer_pass import layer_pass
 from hfjax.preconditioners._merged_layers import Merged, Part
 
 
 def read(
-    objective: Objective, params: Params, batch: Batch, max_size: int
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    max_size: int,
+    *,
+    stored: bool = False,
 ) -> list[layers.Model]:
-    """Find the layers in the model of each term, except those that are too large."""
+    """Find the layers in the model of each term, except those that are too large.
+
+    `stored` says whether their matrices must fit into the space of a state.
+    """
     terms = terms_of(objective, batch)
     leaves = list(enumerate(jax.tree.leaves(params)))
     data = [sharding.alike(term.cases) for term in terms]
@@ -39,18 +48,22 @@ def read(
         why = "its type, or another's, lies over an axis that the cases do not"
         others = {n: why for n, _ in leaves}
         return [layers.Model((), (), others, frozenset(), None, None)] * len(terms)
-    unfit = {
-        n: f"a side is longer than {max_size}"
-        for n, leaf in leaves
-        if jnp.ndim(leaf) >= 2 and not may_be_kernel(jnp.shape(leaf), max_size)
-    } | {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
+    unfit = {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
+
+    def fits(layer: layers.Layer) -> str | None:
+        if max(layer.inputs, layer.units) > max_size:
+            return f"a side is longer than {max_size}"
+        shape = jnp.shape(leaves[layer.kernel][1])
+        if stored and needed(layer) > capacity(shape, max_size):
+            return "the state has no space for its factors"
+        return None
 
     def of_term(term: Term, cases: Cases) -> layers.Model:
         # Prepare the parameters as `factors` does. Otherwise the program would contain the
         # operations that gather them, or mark them as varying over devices.
         local = term.means.local(sharding.gathered(params, cases))
         inputs = sharding.first_case(term.cases.inputs)
-        return layers.read(term.outputs, local, inputs, unfit)
+        return layers.read(term.outputs, local, inputs, unfit, fits)
 
     return [of_term(term, cases) for term, cases in zip(terms, data, strict=True)]
 
@@ -89,8 +102,10 @@ def factors(
             # With √w on both sides the operands are equal. If a device drops digits, it
             # drops them from both alike, and the matrix stays positive semi-definite.
             rows = rows.astype(trees.wide(rows.dtype))
-            rows *= root.astype(rows.dtype)[:, None, None]
-            return sharding.contracted(rows, rows, ((0, 1), (0, 1)))
+            rows *= root.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+            summed = (0, rows.ndim - 2)
+            blocks = (1,) if rows.ndim == 4 else ()
+            return sharding.contracted(rows, rows, (summed, summed), batch=blocks)
 
         # g is the derivative by zeros that are added to the outputs of the layers.
         outputs, transpose, rows = jax.vjp(seen.forward, seen.added, has_aux=True)
@@ -157,7 +172,8 @@ def _pair(layer: layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pa
 
     def with_bias(inputs: jax.Array) -> jax.Array:
         # A term that does not add the bias has inputs of 0 for it, not of 1.
-        return jnp.pad(inputs, (0, layer.rows - len(inputs)))
+        missing = (0, layer.rows - inputs.shape[-1])
+        return jnp.pad(inputs, [(0, 0)] * (inputs.ndim - 2) + [missing] * 2)
 
     whole = _total([(c, jnp.ones(())) for c, _ in found])
     inputs = _total([(c, with_bias(pair.inputs)) for c, pair in found])

@@ -4,6 +4,7 @@ Matrices of similar size are inverted together, and layers of equal shape multip
 together. So a compiled program grows with the number of sizes, not of layers.
 """
 
+import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +67,9 @@ class Rule(NamedTuple):
         """Build r ↦ P⁻¹r and the new memory; `damping` includes the weight decay."""
         if self.cases is not None:
             batch = subsample(objective, batch, self.cases)
-        model = merged(read(objective, params, batch, self.max_size))
+        model = merged(
+            read(objective, params, batch, self.max_size, stored=bool(memory))
+        )
 
         def fresh(memory: dict[str, tuple]) -> tuple[Blocks, dict[str, tuple]]:
             blocks = estimate(objective, params, batch, model, key=key)
@@ -110,7 +113,8 @@ def inverted(
         # of λD over the kernel, plus the mean of the diagonals that other terms have.
         level, own = jnp.mean(dampings[layer.kernel]), (layer.kernel, layer.bias)
         beside = [x for n, x in blocks.beside.items() if n in own]
-        means = [jnp.sum(x / (layer.rows * layer.units)) for x in beside]
+        entries = layer.blocks * layer.rows * layer.units
+        means = [jnp.sum(x / entries) for x in beside]
         if means:
             level += sum(means[1:], means[0]).astype(level.dtype)
         return jnp.asarray(share * level)
@@ -141,19 +145,49 @@ def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
 
 def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
     """Invert pairs of one dtype."""
-    matrices = [matrix for pair in pairs for matrix in pair]
-    dtype, lengths = matrices[0].dtype, np.array([len(matrix) for matrix in matrices])
-    groups = _nearly_equal(lengths.tolist())
-    # Scalars are computed for all matrices at once, which keeps the program small, and
-    # are then brought into the order in which the groups list the matrices.
+    matrices, dtype = (
+        [matrix for pair in pairs for matrix in pair],
+        pairs[0].units.dtype,
+    )
+    # Scalars are computed for all matrices at once, which keeps the program small. The
+    # layer's number `owner` and its damping are repeated for the blocks of a layer.
+    counts = [len(x) if x.ndim == 3 else 1 for x, _ in pairs]
+    owner = np.repeat(np.arange(len(pairs)), counts)
+    lengths = np.array([[x.shape[-1] for x in pair] for pair in pairs])[owner]
+    groups = _nearly_equal([matrix.shape[-1] for matrix in matrices])
     stacks = [_stack([matrices[n] for n in group]) for group in groups]
-    order = np.concatenate(groups)
+    # In this order, the groups list the matrices, of which each block has two.
+    order = np.concatenate(
+        [2 * np.nonzero(owner == n // 2)[0] + n % 2 for group in groups for n in group]
+    )
     traces = jnp.concatenate([_traces(stack) for stack in stacks])
-    sizes = traces[np.argsort(order)] / lengths.astype(dtype)
-    sizes, lengths = sizes.reshape(-1, 2), lengths.reshape(-1, 2)
+    sizes = traces[np.argsort(order)].reshape(-1, 2) / lengths.astype(dtype)
+    damping = jnp.stack([dampings[n] for n in owner.tolist()]).astype(dtype)
+    ordered = _damped(sizes, lengths, damping).reshape(4, -1)[:, order]
+    found, at = {}, 0
+    for group, stack in zip(groups, stacks, strict=True):
+        own = ordered[:, at : at + len(stack)]
+        at += len(stack)
+        if len(stack) == 1:
+            inverses = _positive_inverse(stack[0], *own[:, 0])[None]
+        else:
+            inverses = jax.vmap(_positive_inverse)(stack, *own)
+        parts = _parts(inverses, [counts[n // 2] for n in group])
+        for n, part in zip(group, parts, strict=True):
+            length = matrices[n].shape[-1]
+            found[n] = part[:, :length, :length].reshape(matrices[n].shape)
+    return [Pair(found[2 * n], found[2 * n + 1]) for n in range(len(pairs))]
+
+
+def _damped(sizes: jax.Array, lengths: np.ndarray, damping: jax.Array) -> jax.Array:
+    """Return `shrink`, `mu`, `grow` and `instead` of `_positive_inverse`.
+
+    `sizes` are the mean eigenvalues of Ā and Ḡ for each block, and `lengths` their lengths;
+    both are `[blocks, 2]`, and each result has this shape.
+    """
+    dtype = sizes.dtype
     # With scale = ag and μ² = λ / ag, P = ag (Ḡ/g + μI) ⊗ (Ā/a + μI). If nothing passes
     # through a layer, ag = 0 and only λ is known: then P ≈ λI, with a scale of 1e-6 λ.
-    damping = jnp.stack(dampings).astype(dtype)
     scale = jnp.maximum(sizes[:, 0] * sizes[:, 1], 1e-6 * damping)
     scale = jnp.minimum(scale, 1e-3 * jnp.finfo(dtype).max)
     nothing = ~(scale > 0)
@@ -162,24 +196,13 @@ def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]
     rounding = 10 * jnp.finfo(dtype).eps * lengths.max(axis=1)
     mu = jnp.maximum(jnp.sqrt(damping / scale), rounding.astype(dtype))
     # If λ = 0 as well, nothing is known: P = I, whatever the matrices are.
-    numbers = [  # `shrink`, `mu`, `grow` and `instead` of `_positive_inverse`.
+    numbers = [
         jnp.where(nothing[:, None], 0, 1 / jnp.where(sizes > 0, sizes, 1)),
         jnp.stack([jnp.where(nothing, 1, mu)] * 2, axis=1),
         jnp.stack([jnp.ones_like(scale), 1 / scale], axis=1),
         jnp.stack([jnp.where(nothing, 1, 1 / (1 + mu))] * 2, axis=1),
     ]
-    ordered = jnp.stack(numbers).reshape(len(numbers), -1)[:, order]
-    found, at = {}, 0
-    for group, stack in zip(groups, stacks, strict=True):
-        if len(group) == 1:
-            results = [_positive_inverse(stack, *ordered[:, at])]
-        else:
-            own = ordered[:, at : at + len(group)]
-            results = jax.vmap(_positive_inverse)(stack, *own)
-        for n, result in zip(group, results, strict=True):
-            found[n] = result[: len(matrices[n]), : len(matrices[n])]
-        at += len(group)
-    return [Pair(found[2 * n], found[2 * n + 1]) for n in range(len(pairs))]
+    return jnp.stack(numbers)
 
 
 def _positive_inverse(
@@ -220,13 +243,23 @@ def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _stack(matrices: Sequence[jax.Array]) -> jax.Array:
-    """Stack matrices, padded with zeros to the size of the first, the longest."""
-    if len(matrices) == 1:
-        return matrices[0]
+def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Stack matrices and stacks of them, padded with zeros to the length of the first."""
     # The padding becomes I/μ in the inverse, separate from the rest, and is cut off again.
-    size = len(matrices[0])
-    return jnp.stack([jnp.pad(x, (0, size - len(x))) for x in matrices])
+    stacks = [x if x.ndim == 3 else x[None] for x in arrays]
+    if len(stacks) == 1:
+        return stacks[0]
+    size = arrays[0].shape[-1]
+    missing = [(0, size - x.shape[-1]) for x in arrays]
+    padded = zip(stacks, missing, strict=True)
+    return jnp.concatenate([jnp.pad(x, [(0, 0), end, end]) for x, end in padded])
+
+
+def _parts(stack: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
+    """Divide a stack into parts with so many matrices."""
+    ends = np.cumsum(counts).tolist()
+    pairs = itertools.pairwise([0, *ends])
+    return [stack[start:end] for start, end in pairs] if len(counts) > 1 else [stack]
 
 
 def product(blocks: Blocks, model: Merged) -> Preconditioner:
@@ -236,25 +269,24 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
     for members in _alike([_batch_of(n, pair) for n, pair in enumerate(blocks.pairs)]):
         pairs = [blocks.pairs[n] for n in members]
         alone = len(pairs) == 1
-        pair = pairs[0] if alone else jax.tree.map(lambda *xs: jnp.stack(xs), *pairs)
+        pair = pairs[0] if alone else Pair(*map(_stack, zip(*pairs, strict=True)))
         groups.append((members, pair))
-
-    def sandwich(pair: Pair, matrix: jax.Array) -> jax.Array:
-        # (Ḡ ⊗ Ā)⁻¹ r is Ā⁻¹ R Ḡ⁻¹, with r laid out as R, `[inputs, units]`.
-        left = jnp.matmul(pair.inputs, matrix, precision=trees.EXACT)
-        return jnp.matmul(left, pair.units, precision=trees.EXACT)
 
     def apply(r: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(r)
-        for members, pair in groups:
-            layers = [model.layers[n] for n in members]
-            matrices = [_matrix(x, leaves, pair.inputs.dtype) for x in layers]
-            if len(layers) == 1:
-                found = [sandwich(pair, matrices[0])]
-            else:
-                found = jax.vmap(sandwich)(pair, jnp.stack(matrices))
-            for layer, matrix in zip(layers, found, strict=True):
-                _put(layer, matrix, leaves)
+        for members, (inputs, units) in groups:
+            own = [model.layers[n] for n in members]
+            matrices = [_matrix(layer, leaves, inputs.dtype) for layer in own]
+            joined = matrices[0]
+            if len(own) > 1:
+                stacks = [x.reshape(-1, *x.shape[-2:]) for x in matrices]
+                joined = jnp.concatenate(stacks)
+            # (Ḡ ⊗ Ā)⁻¹ r is Ā⁻¹ R Ḡ⁻¹, with r laid out as R, `[inputs, units]`.
+            left = jnp.matmul(inputs, joined, precision=trees.EXACT)
+            found = jnp.matmul(left, units, precision=trees.EXACT)
+            parts = _parts(found, [layer.blocks for layer in own])
+            for layer, matrix, part in zip(own, matrices, parts, strict=True):
+                _put(layer, part.reshape(matrix.shape), leaves)
         for n, entries in blocks.diagonals.items():
             scaled = leaves[n].astype(entries.dtype) * entries
             leaves[n] = scaled.astype(leaves[n].dtype)
@@ -266,29 +298,29 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
 def _batch_of(n: int, pair: Pair) -> Hashable:
     """Return a key that is equal for layers to be multiplied together."""
     alone = n if max(pair.inputs.size, pair.units.size) > _LARGE else None
-    return (pair.inputs.shape, pair.units.shape, pair.inputs.dtype, alone)
+    return (pair.inputs.shape[-1], pair.units.shape[-1], pair.inputs.dtype, alone)
 
 
 def _matrix(layer: Layer, leaves: list[jax.Array], dtype: Any) -> jax.Array:
-    """Return a layer's kernel and bias as one matrix, `[inputs, units]`."""
-    kernel = leaves[layer.kernel]
-    flat = sharding.replicated(kernel).astype(dtype).reshape(-1, kernel.shape[-1])
-    matrix = flat.T if layer.inputs_last else flat
+    """Return a layer's kernel and bias as `[inputs, units]`, or one such for each block."""
+    kernel = sharding.replicated(leaves[layer.kernel]).astype(dtype)
+    matrix = layer.sides.matrices(kernel)
     if layer.bias is None:
         return matrix
     bias = sharding.replicated(leaves[layer.bias]).astype(dtype)
-    return jnp.concatenate([matrix, bias[None]])
+    row = bias.reshape(*matrix.shape[:-2], 1, matrix.shape[-1])
+    return jnp.concatenate([matrix, row], axis=-2)
 
 
 def _put(layer: Layer, matrix: jax.Array, leaves: list[jax.Array]) -> None:
     """Write a matrix back to a layer's kernel and bias."""
     if layer.bias is not None:
         old = leaves[layer.bias]
-        leaves[layer.bias] = sharding.like(matrix[-1].astype(old.dtype), old)
-        matrix = matrix[:-1]
+        row = matrix[..., -1, :].reshape(old.shape).astype(old.dtype)
+        leaves[layer.bias] = sharding.like(row, old)
+        matrix = matrix[..., :-1, :]
     old = leaves[layer.kernel]
-    matrix = matrix.T if layer.inputs_last else matrix
-    shaped = matrix.reshape(old.shape).astype(old.dtype)
+    shaped = layer.sides.kernel(matrix, old.shape).astype(old.dtype)
     leaves[layer.kernel] = sharding.like(shaped, old)
 
 

@@ -29,9 +29,9 @@ class LayerPass(NamedTuple):
     Attributes:
       added: the zeros to differentiate by.
       forward: `added -> (outputs, inputs of each use)`, with inputs `[cases, positions,
-        inputs]`.
-      errors: `(number of a use, derivative by what is added) -> rows`, with rows
-        `[cases, positions, units]`.
+        inputs]`, or `[cases, blocks, positions, inputs]`.
+      errors: `(number of a use, derivative by what is added) -> rows`, likewise with units
+        for inputs.
     """
 
     added: Added
@@ -71,14 +71,14 @@ def _by_case(model: Model, params: Params, cases: Cases) -> LayerPass:
 
 def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> LayerPass:
     def rows_of_cases(number: int, rows: jax.Array) -> jax.Array:
-        """Lay out `[positions of all cases, …]` as `[cases, positions, …]`."""
-        # `as_rows` has joined the loops and the free axes of the output into positions.
-        use = whole.uses[number]
-        free = [axis for axis in range(len(use.shape)) if axis not in use.output_axes]
-        lead = (*use.loops, *(use.shape[axis] for axis in free))
-        place = len(use.loops) + free.index(axes[number])
-        rows = rows.reshape(*lead, rows.shape[-1])
-        return jnp.moveaxis(rows, place, 0).reshape(lead[place], -1, rows.shape[-1])
+        """Lay out `[…, positions of all cases, …]` as `[cases, …, positions, …]`."""
+        # `laid_out` has joined the loops and the other axes of the output into positions.
+        use, (*blocks, _, last) = whole.uses[number], rows.shape
+        lead = use.lead
+        place = list(lead).index(len(use.loops) + axes[number])
+        rows = rows.reshape(*blocks, *lead.values(), last)
+        rows = jnp.moveaxis(rows, len(blocks) + place, 0)
+        return rows.reshape(len(rows), *blocks, -1, last)
 
     def forward(added: Added) -> tuple[Tree, list[jax.Array]]:
         outputs, rows = whole.evaluate(params, cases.inputs, added)
@@ -118,7 +118,7 @@ def _axes_of_cases(model: Model, whole: Model, count: int) -> list[int] | None:
             return None
         pairs = enumerate(zip(one.shape, many.shape, strict=True))
         longer = [axis for axis, (before, after) in pairs if before != after]
-        if len(longer) != 1 or longer[0] in one.output_axes:
+        if len(longer) != 1 or one.added[longer[0]]:
             return None
         (axis,) = longer
         if (one.shape[axis], many.shape[axis]) != (1, count):

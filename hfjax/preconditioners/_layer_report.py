@@ -16,16 +16,19 @@ def layers(
     """Report what `kronecker` finds in a model: what each parameter gets, and why.
 
     Layers need no registration: the program of `model_fn` is traced. A parameter with
-    two or more axes is a kernel if it is used only in products `x @ w` or `x @ w.T`, in
-    an `einsum` over all its axes but the last (or over the last alone), or in
-    convolutions whose outputs are its last axis. This may be at any depth of `jit` and
-    `checkpoint`, and in a `scan` that closes over the parameter. A parameter with one
-    axis that is added to each of these products is the bias.
+    two or more axes is a kernel if it is used only in products: `x @ w`, `x @ w.T`, an
+    `einsum`, or a convolution, at any depth of `jit`, `checkpoint` and `scan`. The axes
+    that the product sums over are inputs and the others units, in any order and number;
+    it may be reshaped and transposed before. A parameter that is added to the result with
+    an entry for each unit is the bias.
 
-    In Flax, this covers Dense, Conv without groups, and most recurrent cells. It does
-    not cover parameters that a scan takes layer by layer, kernels that are concatenated
-    first (`OptimizedLSTMCell` of Linen), or the projections of attention to several
-    heads.
+    Axes that inputs and result have as well number blocks, each with factors of its own:
+    experts, groups of a convolution, the layers that a `scan` takes step by step.
+
+    In Flax, this covers Dense, DenseGeneral, Einsum, attention, convolutions, most recurrent
+    cells, and `nn.scan` and `nn.vmap` of them. It does not cover embeddings, kernels that
+    are concatenated first (`OptimizedLSTMCell` of Linen) or computed from others (weight
+    normalisation), or scales and biases that are not a layer's.
 
     In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā
     is the mean over the terms that have the layer, weighted by cₖ, and Ḡ the sum of cₖ
@@ -83,8 +86,10 @@ def layers(
             f"; term {k} ({why}) adds the mean of its diagonal to the damping"
             for k, why in model.beside.get(layer.kernel, {}).items()
         ]
+        blocks = f"{layer.blocks} blocks with " if layer.blocks > 1 else ""
         lines[layer.kernel] = (
-            f"factors of {inputs} inputs and {units}{often}{nearly}{''.join(beside)}"
+            f"{blocks}factors of {inputs} inputs and {units}{often}{nearly}"
+            f"{''.join(beside)}"
         )
         if layer.bias is not None:
             lines[layer.bias] = f"bias of {paths[layer.kernel]}"

@@ -68,7 +68,7 @@ def merged(models: Sequence[Model]) -> Merged:
     others = {
         kernel: "it is used transposed in another term"
         for kernel, found in uses.items()
-        if len({layer.inputs_last for layer in found}) > 1
+        if len({layer.sides for layer in found}) > 1
     }
     uses = {kernel: found for kernel, found in uses.items() if kernel not in others}
     others |= _no_biases(models, others.keys())

@@ -67,7 +67,7 @@ def test_a_real_kernel_is_used_by_real_and_imaginary_parts(name):
     truth = jax.grad(total)(PARAMS)
     for layer in model.layers:
         found = sum(rows[n].T @ model.errors(n, derivatives[n]) for n in layer.uses)
-        found = found.T if layer.inputs_last else found
+        found = layer.sides.kernel(found, PARAMS[names[layer.kernel]].shape)
         np.testing.assert_allclose(found, truth[names[layer.kernel]], atol=1e-12)
         assert found.dtype == jnp.float64
         positions = sum(len(rows[n]) for n in layer.uses)

@@ -709,9 +709,9 @@ def test_factors_are_averaged_over_builds():
         kept = min(0.6, 1 - 1 / k)
         a = kept * a + (1 - kept) * inputs_factor(batch)
         np.testing.assert_allclose(matrix, linear_inverse(a), rtol=1e-8)
-        _, inputs, units = memory["kronecker_factors"][1]  # Of "w", after "b".
-        np.testing.assert_allclose(inputs, a, rtol=1e-12)
-        np.testing.assert_allclose(units, np.diag([1.0, 0.0]), rtol=1e-12)
+        _, numbers = memory["kronecker_factors"][1]  # Of "w", after "b".
+        np.testing.assert_allclose(numbers[:17], [*a.ravel(), 1.0], rtol=1e-12)
+        np.testing.assert_array_equal(numbers[17:], 0)
 
 
 def test_between_builds_the_last_inverses_are_used_and_nothing_is_built():

@@ -26,6 +26,7 @@ PACKAGES = {
         "compiled",
         "linalg",
         "convolutions",
+        "_axes",
         "interpret",
         "_layer_reader",
         "layers",

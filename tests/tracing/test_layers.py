@@ -81,21 +81,24 @@ def check(model_fn, params, x):
     leaves = jax.tree.leaves(params)
     for layer in model.layers:
         kernel = leaves[layer.kernel]
-        total = sum(np.asarray(rows[n]).T @ np.asarray(errors[n]) for n in layer.uses)
-        assert total.shape == (layer.inputs, layer.units)
-        total = total.T if layer.inputs_last else total
+        total = sum(
+            np.asarray(rows[n]).swapaxes(-1, -2) @ np.asarray(errors[n])
+            for n in layer.uses
+        )
+        assert total.shape[-2:] == (layer.inputs, layer.units)
+        assert total.size == layer.blocks * layer.inputs * layer.units
+        total = layer.sides.kernel(total, kernel.shape)
         # The gradient of a parameter that is cast is rounded to its dtype.
         rtol = max(1e-9, float(jnp.finfo(kernel.dtype).eps))
-        np.testing.assert_allclose(
-            total.reshape(kernel.shape), truth[layer.kernel], rtol=rtol, atol=1e-12
-        )
+        np.testing.assert_allclose(total, truth[layer.kernel], rtol=rtol, atol=1e-12)
         assert np.any(truth[layer.kernel])
-        positions = sum(len(rows[n]) for n in layer.uses)
+        positions = sum(rows[n].shape[-2] for n in layer.uses)
         assert layer.positions(model.uses) == positions
         if layer.bias is not None:
-            of_bias = sum(np.asarray(errors[n]).sum(axis=0) for n in layer.uses)
+            of_bias = sum(np.asarray(errors[n]).sum(axis=-2) for n in layer.uses)
+            expected = truth[layer.bias]
             np.testing.assert_allclose(
-                of_bias, truth[layer.bias], rtol=1e-9, atol=1e-12
+                of_bias.reshape(expected.shape), expected, rtol=1e-9, atol=1e-12
             )
     return model
 
@@ -173,6 +176,26 @@ def kernel_in_another_order(params, x):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def stacked(params, x):
+    def layer(h, wb):
+        return jnp.tanh(h @ wb["w"] + wb["b"]), None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def stacked_experts(params, x):
+    """A stack of layers, each with a kernel for each of five experts, used twice."""
+
+    def layer(h, wb):
+        def step(h, _):
+            z = jnp.einsum("nej,ejk->nek", h, wb["w"]) + wb["b"]
+            return jnp.tanh(z), None
+
+        return jax.lax.scan(step, h, None, length=2)[0], None
+
+    return jax.lax.scan(layer, x, params)[0]
 
 
 DENSE = {"w": W, "b": B}
@@ -260,6 +283,116 @@ FOUND = {
         IMAGE,
         {"k": None},
     ),
+    "grouped": (
+        functools.partial(convolved, feature_group_count=2),
+        {"k": normal(RNG, 3, 2, 1, 4), "b": normal(RNG, 4)},
+        IMAGE,
+        {"k": "b"},
+    ),
+    "depthwise": (
+        functools.partial(convolved, feature_group_count=2),
+        {"k": normal(RNG, 3, 2, 1, 2)},
+        IMAGE,
+        {"k": None},
+    ),
+    "units_first_in_a_convolution": (
+        lambda p, x: (
+            jax.lax.conv_general_dilated(jnp.moveaxis(x, 3, 1), p["k"], (1, 1), "VALID")
+            + p["b"]
+        ),
+        {"k": normal(RNG, 3, 2, 2, 2), "b": normal(RNG, 3, 1, 1)},
+        IMAGE,
+        {"k": "b"},
+    ),
+    "heads": (
+        lambda p, x: jnp.einsum("ntd,dhk->nthk", x, p["w"]) + p["b"],
+        {"w": normal(RNG, 4, 2, 3), "b": normal(RNG, 2, 3)},
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "heads_first": (
+        lambda p, x: jnp.einsum("ntd,hdk->nhtk", x, p["w"]) + p["b"],
+        {"w": normal(RNG, 2, 4, 3), "b": normal(RNG, 2, 1, 3)},
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "heads_joined": (
+        lambda p, x: x @ p["w"].reshape(4, 6) + p["b"].reshape(6),
+        {"w": normal(RNG, 4, 2, 3), "b": normal(RNG, 2, 3)},
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "heads_split_from_a_matrix": (
+        lambda p, x: jnp.einsum("ntd,dhk->nthk", x, p["w"].reshape(4, 2, 3)),
+        {"w": normal(RNG, 4, 6)},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "output_of_heads": (
+        lambda p, x: (
+            jnp.einsum("ntd,dhk->nthk", x, p["w"]).reshape(len(x), 5, 6)
+            @ p["o"].reshape(6, 3)
+            + p["b"]
+        ),
+        {"w": normal(RNG, 4, 2, 3), "o": normal(RNG, 2, 3, 3), "b": B},
+        SEQUENCE,
+        {"w": None, "o": "b"},
+    ),
+    "inputs_in_the_middle": (
+        lambda p, x: jnp.einsum("nj,ajk->nak", x, p["w"]),
+        {"w": normal(RNG, 2, 4, 3)},
+        X,
+        {"w": None},
+    ),
+    "basis_functions_last": (  # As networks of Kolmogorov and Arnold are stored.
+        lambda p, x: jnp.einsum("nig,oig->no", jnp.sin(x), p["w"]),
+        {"w": normal(RNG, 3, 5, 4)},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "experts": (
+        lambda p, x: jnp.tanh(jnp.einsum("nej,ejk->nek", x, p["w"]) + p["b"]),
+        {"w": normal(RNG, 5, 4, 3), "b": normal(RNG, 5, 3)},
+        SEQUENCE,
+        {"w": "b"},
+    ),
+    "experts_in_the_middle": (
+        lambda p, x: jnp.einsum("nej,jek->nek", x, p["w"]),
+        {"w": normal(RNG, 4, 5, 3)},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "ensemble": (
+        lambda p, x: jax.vmap(lambda w, b, v: jnp.tanh(x @ w + b) @ v, out_axes=1)(
+            p["w"], p["b"], p["v"]
+        ),
+        {"w": normal(RNG, 2, 4, 3), "b": normal(RNG, 2, 3), "v": normal(RNG, 2, 3, 2)},
+        X,
+        {"w": "b", "v": None},
+    ),
+    "stacked": (
+        stacked,
+        {"w": normal(RNG, 3, 4, 4), "b": normal(RNG, 3, 4)},
+        X,
+        {"w": "b"},
+    ),
+    "stacked_and_checkpointed": (
+        lambda p, x: jax.lax.scan(
+            jax.checkpoint(lambda h, wb: (jnp.tanh(h @ wb[0].T + wb[1]), h)),
+            x,
+            (p["w"], p["b"]),
+            reverse=True,
+        )[0],
+        {"w": normal(RNG, 3, 4, 4), "b": normal(RNG, 3, 4)},
+        X,
+        {"w": "b"},
+    ),
+    "stacked_experts_over_time": (
+        stacked_experts,
+        {"w": normal(RNG, 2, 5, 4, 4), "b": normal(RNG, 2, 5, 4)},
+        SEQUENCE,
+        {"w": "b"},
+    ),
     "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
     "kernel_in_another_order": (
         kernel_in_another_order,
@@ -334,10 +467,6 @@ def while_loop(params, x):
     return jax.lax.while_loop(lambda carry: carry[0] < 2, body, (0, x))[1]
 
 
-def stacked(params, x):
-    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
-
-
 def carried(params, x):
     def step(carry, _):
         w, h = carry
@@ -350,17 +479,6 @@ def normalised(params, x):
     y = x @ params["w"]
     y = (y - y.mean(-1, keepdims=True)) / y.std(-1, keepdims=True)
     return y * params["scale"] + params["shift"]
-
-
-def grouped(params, x):
-    return jax.lax.conv_general_dilated(
-        x,
-        params["w"],
-        (1, 1),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=2,
-    )
 
 
 OTHERS = {
@@ -382,23 +500,11 @@ OTHERS = {
         X,
         {"scale": "`mul` uses it", "shift": "`add` uses it"},
     ),
-    "stacked": (
-        stacked,
-        {"w": normal(RNG, 2, 4, 4)},
-        X,
-        {"w": "a `scan` takes it as carry or step by step"},
-    ),
     "carried": (
         carried,
         {"w": SQUARE},
         X,
-        {"w": "a `scan` takes it as carry or step by step"},
-    ),
-    "grouped": (
-        grouped,
-        {"w": normal(RNG, 2, 2, 1, 4)},
-        IMAGE,
-        {"w": "`conv_general_dilated` uses it"},
+        {"w": "a `scan` carries it"},
     ),
     "cond": (
         lambda p, x: jax.lax.cond(
@@ -426,12 +532,6 @@ OTHERS = {
         {"w": W},
         X,
         {"w": "`slice` uses it"},
-    ),
-    "heads": (  # A sum over the middle axis of three.
-        lambda p, x: jnp.einsum("nj,ajk->nak", x, p["w"]),
-        {"w": normal(RNG, 2, 4, 3)},
-        X,
-        {"w": "`dot_general` uses it"},
     ),
     "two_parameters": (
         lambda p, x: x @ (p["w"] @ p["v"]),

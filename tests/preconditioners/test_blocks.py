@@ -1,0 +1,209 @@
+"""A kernel of blocks, or with axes in any order, has the factors of its plain twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import normal
+from reference import quick_jit
+
+import hfjax
+from hfjax._tracing import programs
+from hfjax.preconditioners import _factors
+
+RNG = np.random.default_rng(2)
+SEQUENCE, IMAGE = normal(RNG, 6, 5, 4), normal(RNG, 6, 5, 4, 2)
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(autouse=True)
+def allow_rank_promotion():
+    """Biases are added as users add them."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def layer(h, p):
+    return jnp.tanh(h @ p["w"] + p["b"])
+
+
+def scanned(params, x):
+    body = jax.checkpoint(lambda h, p: (layer(h, p), None))
+    return jax.lax.scan(body, x, params)[0]
+
+
+def each(tree):
+    """Return the blocks of a tree as separate trees."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [structure.unflatten(block) for block in zip(*leaves, strict=True)]
+
+
+def unrolled(params, x):
+    for p in params:
+        x = layer(x, p)
+    return x
+
+
+def convolved(params, x, order="HWIO", **options):
+    numbers = ("NHWC", order, "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x, params["k"], (1, 1), "SAME", dimension_numbers=numbers, **options
+    )
+    return y + params["b"]
+
+
+def halves(params, x):
+    own = [convolved(p, x[..., n : n + 1]) for n, p in enumerate(params)]
+    return jnp.concatenate(own, axis=-1)
+
+
+# A model, its parameters and inputs; the same model with plain kernels, and how the
+# parameters become its own.
+TWINS = {
+    "stack": (
+        scanned,
+        {"w": normal(RNG, 3, 4, 4), "b": normal(RNG, 3, 4)},
+        SEQUENCE,
+        unrolled,
+        each,
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("nej,ejk->nek", x, p["w"]) + p["b"],
+        {"w": normal(RNG, 5, 4, 3), "b": normal(RNG, 5, 3)},
+        SEQUENCE,
+        lambda ps, x: jnp.stack(
+            [x[:, n] @ p["w"] + p["b"] for n, p in enumerate(ps)], axis=1
+        ),
+        each,
+    ),
+    "groups": (
+        lambda p, x: convolved(p, x, feature_group_count=2),
+        {"k": normal(RNG, 3, 2, 1, 4), "b": normal(RNG, 4)},
+        IMAGE,
+        halves,
+        lambda p: [
+            {"k": p["k"][..., half], "b": p["b"][half]}
+            for half in (slice(0, 2), slice(2, 4))
+        ],
+    ),
+    "heads": (
+        lambda p, x: jnp.einsum("ntd,hdk->nhtk", x, p["w"]) + p["b"],
+        {"w": normal(RNG, 2, 4, 3), "b": normal(RNG, 2, 1, 3)},
+        SEQUENCE,
+        lambda p, x: jnp.moveaxis((x @ p["w"] + p["b"]).reshape(-1, 5, 2, 3), 2, 1),
+        lambda p: {"w": jnp.moveaxis(p["w"], 0, 1).reshape(4, 6), "b": p["b"].ravel()},
+    ),
+    "units_first": (
+        lambda p, x: convolved(p, x, "OIHW"),
+        {"k": normal(RNG, 3, 2, 3, 2), "b": normal(RNG, 3)},
+        IMAGE,
+        convolved,
+        lambda p: {"k": p["k"].transpose(2, 3, 1, 0), "b": p["b"]},
+    ),
+    "basis_functions_last": (
+        lambda p, x: jnp.einsum("nig,oig->no", x, p["w"]),
+        {"w": normal(RNG, 3, 5, 4)},
+        SEQUENCE,
+        lambda p, x: x.reshape(len(x), -1) @ p["w"],
+        lambda p: {"w": p["w"].reshape(3, -1).T},
+    ),
+}
+
+
+def objective_of(model_fn):
+    return hfjax.Objective(model_fn, hfjax.losses.squared_error())
+
+
+def batch_of(model_fn, params, x):
+    shape = jax.eval_shape(model_fn, params, x).shape
+    rng = np.random.default_rng(3)
+    return x, normal(rng, *shape), jnp.asarray(rng.uniform(0.5, 2.0, len(x)))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_blocks_are_preconditioned_as_separate_kernels_are(name):
+    model_fn, params, x, twin, split = TWINS[name]
+    batch = batch_of(model_fn, params, x)
+    # A tree of λ, so that blocks would differ if each were damped by its own.
+    r = jax.tree.map(lambda p: normal(np.random.default_rng(p.size), *p.shape), params)
+
+    def solved(model_fn, params, r):
+        """Solve by factors that are built, and by those that a state remembers."""
+        known = (objective_of(model_fn), params, batch, jnp.float64(0.3), KEY)
+        first = hfjax.preconditioners.kronecker().build(*known)(r)
+        if name == "groups":  # For which a state has no space.
+            return (first,)
+        rule = hfjax.preconditioners.kronecker(interval=2)
+        memory = rule.init(params)
+        for count in range(2):
+            apply, memory = rule.build(*known, memory, jnp.int32(count))
+        return first, apply(r)
+
+    ours = quick_jit(lambda: solved(model_fn, params, r))()
+    theirs = quick_jit(lambda: solved(twin, split(params), split(r)))()
+    for one, other in zip(map(split, ours), theirs, strict=True):
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        for x, y in pairs:
+            np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-12)
+
+
+def test_a_kernel_that_a_state_has_no_space_for_has_the_diagonal_and_says_so():
+    model_fn, params, x = TWINS["groups"][:3]
+    objective, batch = objective_of(model_fn), batch_of(model_fn, params, x)
+    (kept,) = _factors.read(objective, params, batch, 8192, stored=True)
+    assert kept.others[1] == "the state has no space for its factors"
+    (built,) = _factors.read(objective, params, batch, 8192)
+    assert not built.others
+
+
+@pytest.mark.slow
+def test_a_scanned_model_and_its_unrolled_twin_take_the_same_steps():
+    model_fn, params, x, twin, split = TWINS["stack"]
+    batch = batch_of(model_fn, params, x)
+
+    def trained(model_fn, params):
+        objective = objective_of(model_fn)
+        tx = hfjax.hessian_free(objective)
+
+        @jax.jit
+        def step(params, state):
+            _, grads = objective.value_and_grad(params, batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+        return params
+
+    ours, theirs = split(trained(model_fn, params)), trained(twin, split(params))
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_program_does_not_grow_with_the_depth_of_a_stack():
+    def length(depth):
+        params = {"w": jnp.ones((depth, 4, 4)), "b": jnp.ones((depth, 4))}
+        batch = (SEQUENCE, SEQUENCE)
+        objective = objective_of(scanned)
+
+        def solve(params, r):
+            rule = hfjax.preconditioners.kronecker()
+            return rule.build(objective, params, batch, jnp.float64(0.3), KEY)(r)
+
+        program = jax.make_jaxpr(solve)(params, params)
+        return sum(1 for _ in programs.equations_of(program))
+
+    assert length(12) == length(2)
+
+
+def test_blocks_are_told():
+    params = {"w": jnp.ones((5, 4, 3)), "b": jnp.ones((5, 3))}
+    model_fn = TWINS["experts"][0]
+    batch = (SEQUENCE, jnp.zeros((6, 5, 3)))
+    found = hfjax.preconditioners.layers(objective_of(model_fn), params, batch)
+    assert found == {
+        "['b']": "bias of ['w']",
+        "['w']": "5 blocks with factors of 4 + 1 inputs and 3 units",
+    }
