@@ -1,7 +1,7 @@
 """Finds how a program uses parameters: products with kernels, and sums with biases.
 
-A matrix product or a convolution is a use of a kernel if one operand is a parameter,
-which may be reshaped, transposed or cast, but not computed with. Its bias is a parameter
+A matrix product, a convolution or a lookup of rows is a use of a kernel if one operand is a
+parameter, which may be reshaped, transposed or cast, but not computed with. Its bias is a parameter
 that is added to the result, with an entry for each unit. Programs inside the program
 (`jit`, `checkpoint`, `scan`) are read too, and so are parameters that a `scan` takes step
 by step.
@@ -124,7 +124,7 @@ class Reader:
                 marks: dict[Any, _Mark] = dict(zip(inner.invars, found, strict=True))
                 return self._program(inner, marks, path, loops)
             return self._scan(equation, inner, found, path, loops)
-        if name in ("dot_general", "conv_general_dilated"):
+        if name in _SORT:
             result = self._product(equation, found, path, loops)
         elif name in _SUMS:
             result = self._sum(found, equation.outvars[0].aval.shape)
@@ -170,16 +170,19 @@ class Reader:
         other = any(n > 1 and not x for n, x in zip(shape, mark.layout, strict=True))
         if other or len(self.shapes[mark.number]) < 2:
             return None
-        is_dot = equation.primitive.name == "dot_general"
-        sort = _of_dot if is_dot else _of_convolution
-        layouts = sort(equation, side, mark)
+        name = equation.primitive.name
+        layouts = _SORT[name](equation, side, mark)
         if layouts is None:
             return None
         taken, added = layouts
-        ahead = {piece for pieces in mark.looped for piece in pieces}
-        before, after = ({x for pieces in its for x in pieces} for its in layouts)
-        blocks = ahead | (before & after)
-        kinds = (blocks, before - blocks, after - blocks)
+        looped, own, before, after = (
+            {piece for pieces in layout for piece in pieces}
+            for layout in (mark.looped, mark.layout, taken, added)
+        )
+        blocks = looped | (before & after)
+        # The indices of a lookup have no axis for its inputs.
+        inputs = own - after if name == "gather" else before
+        kinds = (blocks, inputs - blocks, after - blocks)
         out = equation.outvars[0].aval
         self.uses.append(
             Use(
@@ -193,6 +196,7 @@ class Reader:
                 shape=tuple(out.shape),
                 loops=loops,
                 dtype=out.dtype,
+                is_lookup=name == "gather",
             )
         )
         return _Sum(((len(self.uses) - 1, added),))
@@ -221,7 +225,8 @@ class Reader:
         use = self.uses[number]
         # A real bias is added to the real part alone, but a complex product also uses the
         # kernel for imaginary parts. So it gets no bias.
-        if use.is_complex or not self.shapes[bias.number]:
+        # The inputs of a lookup have a diagonal factor, which a 1 would not fit.
+        if use.is_complex or use.is_lookup or not self.shapes[bias.number]:
             return False
         lengths = tuple(math.prod(x.size for x in own) or 1 for own in use.looped)
         meeting = met(
@@ -280,6 +285,35 @@ def _of_convolution(
         return tuple(tuple(pieces) if axis == place else () for axis in range(rank))
 
     return layout(patches), layout([*split[0], *split[1]])
+
+
+def _of_lookup(
+    equation: Any, side: int, mark: _Parameter
+) -> tuple[Layout, Layout] | None:
+    """Return the layouts of the indices and of the result of a lookup of whole rows."""
+    numbers, sizes = (equation.params[k] for k in ("dimension_numbers", "slice_sizes"))
+    shape = equation.invars[0].aval.shape
+    if side != 0 or len(numbers.start_index_map) != 1 or any(mark.looped):
+        return None
+    (axis,) = numbers.start_index_map
+    whole_rows = all(
+        n == m or k == axis for k, (n, m) in enumerate(zip(sizes, shape, strict=True))
+    )
+    if numbers.collapsed_slice_dims != (axis,) or not whole_rows:
+        return None
+    added: list[tuple[Piece, ...]] = [() for _ in equation.outvars[0].aval.shape]
+    rest = [pieces for k, pieces in enumerate(mark.layout) if k != axis]
+    for place, pieces in zip(numbers.offset_dims, rest, strict=True):
+        added[place] = pieces
+    return tuple(() for _ in equation.invars[1].aval.shape), tuple(added)
+
+
+_SORT = {
+    "dot_general": _of_dot,
+    "conv_general_dilated": _of_convolution,
+    "gather": _of_lookup,
+}
+"""What sorts the axes of a product, by the primitive that computes it."""
 
 
 def _relabelled(equation: Any, mark: _Parameter | _Sum) -> _Mark:

@@ -39,6 +39,8 @@ class Use(NamedTuple):
       shape: the shape of the result.
       loops: the lengths of the loops, from the outermost.
       dtype: the dtype of the result.
+      is_lookup: whether rows of the kernel are looked up, as a product with rows of the
+        identity would do. What is taken are the indices, -1 for one out of range.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Use(NamedTuple):
     shape: tuple[int, ...]
     loops: tuple[int, ...]
     dtype: Any
+    is_lookup: bool = False
 
     @property
     def lead(self) -> dict[int, int]:
@@ -149,6 +152,12 @@ def _inputs(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
     params, inputs = equation.params, operands[use.operand]
     if equation.primitive.name == "dot_general":
         return inputs
+    if use.is_lookup:
+        (axis,) = params["dimension_numbers"].start_index_map
+        count = equation.invars[0].aval.shape[axis]
+        if params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            return jnp.clip(inputs, 0, count - 1)
+        return jnp.where((inputs >= 0) & (inputs < count), inputs, -1)
     numbers = params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
     return jax.lax.conv_general_dilated_patches(

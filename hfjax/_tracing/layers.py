@@ -30,12 +30,14 @@ class Layer(NamedTuple):
       bias: the number of the parameter that is added in each use, or `None`.
       sides: which of its axes are blocks, inputs and units.
       uses: the indices of its uses in `Model.uses`.
+      is_lookup: as in `Use`; Ā is diagonal.
     """
 
     kernel: int
     bias: int | None
     sides: Sides
     uses: tuple[int, ...]
+    is_lookup: bool = False
 
     @property
     def blocks(self) -> int:
@@ -92,7 +94,7 @@ class Model:
         """Run the model, adding arrays like `zeros` to the outputs of its uses.
 
         Returns the outputs of the model, and the inputs of each use, `[positions,
-        inputs]` or `[blocks, positions, inputs]`.
+        inputs]` or `[blocks, positions, inputs]`; of a lookup the indices, `[positions, 1]`.
         """
         args = jax.tree.leaves((params, inputs))
         run = Run(self.uses)
@@ -150,13 +152,18 @@ def _sorted(
     others = dict(found.others)
     # A kernel used as both W and Wᵀ has no Kronecker factors: its inputs are also units.
     sides = [use.kinds.sides() for use in found.uses]
+
+    def layer_of(kernel: int, numbers: Sequence[int]) -> Layer:
+        first = numbers[0]
+        return Layer(kernel, None, sides[first], (), found.uses[first].is_lookup)
+
     used: dict[int, list[int]] = {}
     for n, use in enumerate(found.uses):
         used.setdefault(use.kernel, []).append(n)
     for kernel, numbers in used.items():
-        if len({sides[n] for n in numbers}) > 1:
-            others.setdefault(kernel, "it is used transposed, too")
-        why = unfit(Layer(kernel, None, sides[numbers[0]], ()))
+        if len({(sides[n], found.uses[n].is_lookup) for n in numbers}) > 1:
+            others.setdefault(kernel, "it is used in two ways")
+        why = unfit(layer_of(kernel, numbers))
         if why is not None:
             others.setdefault(kernel, why)
     kernels_of: dict[int, set[int]] = {}
@@ -179,5 +186,5 @@ def _sorted(
         bias = None if bias in others else bias
         at = tuple(range(len(uses), len(uses) + len(numbers)))
         uses += [found.uses[n] for n in numbers]
-        layers.append(Layer(kernel, bias, sides[numbers[0]], at))
+        layers.append(layer_of(kernel, numbers)._replace(bias=bias, uses=at))
     return tuple(uses), tuple(layers), others

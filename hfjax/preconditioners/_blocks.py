@@ -21,7 +21,8 @@ class Pair(NamedTuple):
     """Two matrices of a layer, or their inverses, or a stack of each for its blocks.
 
     Attributes:
-      inputs: Ā, a row for each input, and one more if there is a bias.
+      inputs: Ā, a row for each input, and one more if there is a bias; of an embedding,
+        the diagonal of Ā.
       units: Ḡ, a row for each unit.
     """
 
@@ -73,7 +74,8 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
 
     def pair(layer: Layer) -> Pair:
         blocks = (layer.blocks,) if layer.sides.blocks else ()
-        shapes = [(*blocks, n, n) for n in (layer.rows, layer.units)]
+        of_inputs = (layer.rows,) * (1 if layer.is_lookup else 2)
+        shapes = [(*blocks, *of_inputs), (*blocks, layer.units, layer.units)]
         sizes = list(map(math.prod, shapes))
         own = packed[layer.kernel][1][: sum(sizes)]
         parts = own[: sizes[0]], own[sizes[0] :]
@@ -88,7 +90,8 @@ def unpack(packed: tuple, model: Merged) -> Blocks:
 
 def needed(layer: Layer) -> int:
     """Return how many numbers the matrices of a layer have, with a bias or without."""
-    return layer.blocks * ((layer.inputs + 1) ** 2 + layer.units**2)
+    of_inputs = layer.inputs if layer.is_lookup else (layer.inputs + 1) ** 2
+    return layer.blocks * (of_inputs + layer.units**2)
 
 
 def capacity(shape: tuple[int, ...], max_size: int) -> int:
@@ -97,8 +100,12 @@ def capacity(shape: tuple[int, ...], max_size: int) -> int:
         return 0
     # The last or the first axis alone on one side, in each of which a bias may be; or the
     # first for blocks, and the same of the rest.
+    # A diagonal for the first, that of an embedding, takes less than these.
     found = [0]
-    for blocks, rest in ((1, shape), (shape[0], shape[1:])):
+    if max_size >= math.prod(shape[1:]):
+        found.append(shape[0] + math.prod(shape[1:]) ** 2)
+    stacks = [(shape[0], shape[1:])] if len(shape) > 2 else []
+    for blocks, rest in ((1, shape), *stacks):
         for alone, others in ((rest[-1], rest[:-1]), (rest[0], rest[1:])):
             sides = (alone, math.prod(others))
             if max(sides) <= max_size and 0 not in shape:

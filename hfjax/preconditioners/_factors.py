@@ -51,7 +51,7 @@ def read(
     unfit = {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
     def fits(layer: layers.Layer) -> str | None:
-        if max(layer.inputs, layer.units) > max_size:
+        if max(0 if layer.is_lookup else layer.inputs, layer.units) > max_size:
             return f"a side is longer than {max_size}"
         shape = jnp.shape(leaves[layer.kernel][1])
         if stored and needed(layer) > capacity(shape, max_size):
@@ -113,8 +113,22 @@ def factors(
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
+        def counts(indices: jax.Array, length: int) -> jax.Array:
+            """Sum the weights of the examples by index; -1 is out of range."""
+            # Gathering the indices of a sharded batch moves one number for a lookup.
+            weights, indices = map(sharding.replicated, (cases.weights, indices))
+            weights = weights.astype(trees.wide(weights.dtype))
+            each = jnp.broadcast_to(weights[:, None, None], indices.shape)
+            places = jnp.where(indices < 0, length, indices)
+            # Under `shard_map` the zeros must vary over devices, as the examples do.
+            zeros = jnp.zeros(length, each.dtype) + 0 * jnp.sum(weights)
+            return zeros.at[places].add(each, mode="drop")
+
         def of_use(n: int, layer: layers.Layer) -> Pair:
             x = rows[n]
+            if layer.is_lookup:
+                inputs = counts(x, layer.inputs)
+                return Pair(inputs, gram(seen.errors(n, derivatives[n])))
             if layer.bias is not None:
                 x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
             return Pair(gram(x), gram(seen.errors(n, derivatives[n])))
@@ -172,6 +186,8 @@ def _pair(layer: layers.Layer, found: list[tuple[jax.Array | None, Pair]]) -> Pa
 
     def with_bias(inputs: jax.Array) -> jax.Array:
         # A term that does not add the bias has inputs of 0 for it, not of 1.
+        if layer.is_lookup:
+            return inputs
         missing = (0, layer.rows - inputs.shape[-1])
         return jnp.pad(inputs, [(0, 0)] * (inputs.ndim - 2) + [missing] * 2)
 

@@ -23,11 +23,12 @@ def layers(
     an entry for each unit is the bias.
 
     Axes that inputs and result have as well number blocks, each with factors of its own:
-    experts, groups of a convolution, the layers that a `scan` takes step by step.
+    experts, groups of a convolution, the layers that a `scan` takes step by step. An
+    embedding, whose rows are looked up, has a diagonal Ā, which may be of any length.
 
-    In Flax, this covers Dense, DenseGeneral, Einsum, attention, convolutions, most recurrent
-    cells, and `nn.scan` and `nn.vmap` of them. It does not cover embeddings, kernels that
-    are concatenated first (`OptimizedLSTMCell` of Linen) or computed from others (weight
+    In Flax, this covers Dense, DenseGeneral, Einsum, Embed, attention, convolutions, most
+    recurrent cells, and `nn.scan` and `nn.vmap` of them. It does not cover embeddings that
+    are used as a kernel too, kernels that are concatenated first (`OptimizedLSTMCell` of Linen) or computed from others (weight
     normalisation), or scales and biases that are not a layer's.
 
     In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā

@@ -66,9 +66,9 @@ def merged(models: Sequence[Model]) -> Merged:
         for layer in model.layers:
             uses.setdefault(layer.kernel, []).append(layer)
     others = {
-        kernel: "it is used transposed in another term"
+        kernel: "it is used in another way in another term"
         for kernel, found in uses.items()
-        if len({layer.sides for layer in found}) > 1
+        if len({(layer.sides, layer.is_lookup) for layer in found}) > 1
     }
     uses = {kernel: found for kernel, found in uses.items() if kernel not in others}
     others |= _no_biases(models, others.keys())

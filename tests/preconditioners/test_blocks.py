@@ -1,11 +1,14 @@
 """A kernel of blocks, or with axes in any order, has the factors of its plain twin."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import normal
+from mapped import axis_name, needs_devices, run
+from problems import Problem, normal
 from reference import quick_jit
 
 import hfjax
@@ -58,6 +61,11 @@ def halves(params, x):
     return jnp.concatenate(own, axis=-1)
 
 
+def tokens(x):
+    """Return indices from 0 to 4 of 7, so that two are never looked up."""
+    return jnp.clip(2 + 2 * x[..., 0], 0, 4).astype(int)
+
+
 # A model, its parameters and inputs; the same model with plain kernels, and how the
 # parameters become its own.
 TWINS = {
@@ -100,6 +108,15 @@ TWINS = {
         IMAGE,
         convolved,
         lambda p: {"k": p["k"].transpose(2, 3, 1, 0), "b": p["b"]},
+    ),
+    "embedding": (
+        lambda p, x: jnp.tanh(p["w"][tokens(x)] @ p["v"]),
+        {"w": normal(RNG, 7, 3), "v": normal(RNG, 3, 2)},
+        SEQUENCE,
+        lambda p, x: jnp.tanh(
+            jax.nn.one_hot(tokens(x), 7, dtype=float) @ p["w"] @ p["v"]
+        ),
+        lambda p: p,
     ),
     "basis_functions_last": (
         lambda p, x: jnp.einsum("nig,oig->no", x, p["w"]),
@@ -198,6 +215,13 @@ def test_a_program_does_not_grow_with_the_depth_of_a_stack():
     assert length(12) == length(2)
 
 
+def test_a_long_embedding_has_factors_though_no_other_side_may_be_so_long():
+    model_fn, params, x = TWINS["embedding"][:3]
+    batch, f = batch_of(model_fn, params, x), objective_of(model_fn)
+    found = hfjax.preconditioners.layers(f, params, batch, max_size=3)
+    assert found["['w']"] == "factors of 7 inputs and 3 units, at 5 positions"
+
+
 def test_blocks_are_told():
     params = {"w": jnp.ones((5, 4, 3)), "b": jnp.ones((5, 3))}
     model_fn = TWINS["experts"][0]
@@ -207,3 +231,35 @@ def test_blocks_are_told():
         "['b']": "bias of ['w']",
         "['w']": "5 blocks with factors of 4 + 1 inputs and 3 units",
     }
+
+
+@pytest.mark.slow
+@needs_devices
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("experts", "shard_map_check_vma"),
+        ("experts", "jit_with_explicit_shardings"),
+        ("stack", "vmap"),
+        ("stack", "jit_with_explicit_shardings"),
+        ("embedding", "shard_map_check_vma"),
+        ("embedding", "jit_with_shardings"),  # JAX looks up no rows on explicit axes.
+    ],
+)
+def test_devices_have_the_preconditioner_of_one(name, way):
+    model_fn, params, x = TWINS[name][:3]
+    x = jnp.concatenate([x, 0.5 * x])  # Twelve cases.
+    problem = Problem(
+        name, params, model_fn, "squared_error", batch_of(model_fn, params, x)
+    )
+
+    def solved(axis, params, batch, r):
+        f = problem.objective(axis_name=axis, microbatch_size=2)
+        rule = hfjax.preconditioners.kronecker()
+        return rule.build(f, params, batch, jnp.float64(0.3), KEY)(r)
+
+    ours = run(way, functools.partial(solved, axis_name(way)), problem)
+    alone = quick_jit(functools.partial(solved, None))
+    theirs = alone(problem.params, problem.batch, problem.direction)
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)

@@ -19,7 +19,7 @@ from hfjax import preconditioners
 from hfjax.curvature import probes
 from hfjax.curvature.structural import with_structural_loss
 from hfjax.objectives.plain import terms_of
-from hfjax.preconditioners import _blocks, _factors, _kronecker
+from hfjax.preconditioners import _blocks, _factors, _inverses
 
 RNG = np.random.default_rng(5)
 KEY = jax.random.key(3)
@@ -296,7 +296,7 @@ def test_padding_changes_no_factor_whatever_it_holds():
 
 
 def inverse_of(pair, damping):
-    return _kronecker.inverse([pair], [damping])[0]
+    return _inverses.inverse([pair], [damping])[0]
 
 
 def dense_inverse(a, g, damping, *, transposed=False):
@@ -525,7 +525,7 @@ def test_pairs_that_are_inverted_together_are_what_they_are_alone():
     pairs.append(jax.tree.map(lambda x: x.astype(jnp.float32), pairs[0]))
     dampings = [jnp.float64(0.1 * n) for n in range(len(pairs))]
     dampings[6] = jnp.float64(0)
-    together = quick_jit(_kronecker.inverse)(pairs, dampings)
+    together = quick_jit(_inverses.inverse)(pairs, dampings)
     for n, (pair, damping) in enumerate(zip(pairs, dampings, strict=True)):
         alone, rtol = inverse_of(pair, damping), 1e-4 if n == 7 else 1e-9
         for ours, truth in zip(together[n], alone, strict=True):
@@ -785,9 +785,8 @@ def test_memory_survives_scan_and_donation_as_the_plain_loop_has_it():
     scanned, _ = training.trained(objective, tx, problem.params, problem.batch, 3)
     room = optax.tree.get(carry[1], "kronecker_factors")
     shapes = [[x.shape for x in leaf] for leaf in room]
-    # b, gain, v (one unit, four inputs), w: a row more on either side for a bias.
-    kernels = [[(1, 4), (2, 2), (5, 5)], [(3, 4), (4, 4), (5, 5)]]
-    assert shapes == [[(4,)], [(1,)], *kernels]
+    # b, gain, v (2² + 5² for one unit and four inputs), w: a row more for a bias.
+    assert shapes == [[(4,)], [(1,)], [(1, 4), (29,)], [(3, 4), (41,)]]
     truth = (scanned[0], optax.tree.get(scanned[1], "kronecker_factors"))
     assert_close((carry[0], room), truth, rtol=1e-9, atol=1e-12)
     before = objective.value(problem.params, problem.batch)

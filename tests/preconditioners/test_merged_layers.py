@@ -207,14 +207,14 @@ SENTENCES = {
     "transposed": (
         (DENSE, lambda p, x: x @ p["w"].T),
         {
-            "w": "diagonal: it is used transposed in another term",
+            "w": "diagonal: it is used in another way in another term",
             "b": "diagonal: its kernel has no factors",
         },
     ),
     "penalty": (
         (DENSE, lambda p, x: x * p["w"].ravel()[:3] * p["b"]),
         {
-            "w": "factors of 3 + 1 inputs and 3 units; term 1 (`reshape` uses it) "
+            "w": "factors of 3 + 1 inputs and 3 units; term 1 (`slice` uses it) "
             "adds the mean of its diagonal to the damping",
             "b": "bias of ['w']",
         },

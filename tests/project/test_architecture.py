@@ -60,6 +60,7 @@ PACKAGES = {
         "_blocks",
         "_factors",
         "_layer_report",
+        "_inverses",
         "_kronecker",
         "_nystrom",
         "rules",

@@ -56,6 +56,13 @@ def gradients(model_fn, params, x, weights):
     return jax.tree.leaves(quick_jit(jax.grad(total))(params))
 
 
+def inputs_of(rows, layer):
+    """Return inputs, of an embedding rows of the identity, or zeros out of range."""
+    if not layer.is_lookup:
+        return np.asarray(rows)
+    return np.asarray(jax.nn.one_hot(rows[:, 0], layer.inputs, dtype=float))
+
+
 def check(model_fn, params, x):
     """Compare all that is taken out of a model with the derivative of the whole.
 
@@ -82,7 +89,7 @@ def check(model_fn, params, x):
     for layer in model.layers:
         kernel = leaves[layer.kernel]
         total = sum(
-            np.asarray(rows[n]).swapaxes(-1, -2) @ np.asarray(errors[n])
+            inputs_of(rows[n], layer).swapaxes(-1, -2) @ np.asarray(errors[n])
             for n in layer.uses
         )
         assert total.shape[-2:] == (layer.inputs, layer.units)
@@ -393,6 +400,24 @@ FOUND = {
         SEQUENCE,
         {"w": "b"},
     ),
+    "embedding": (
+        lambda p, x: p["w"][jnp.abs(x).astype(int)] * 2.0,
+        {"w": W},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "embedding_out_of_range": (
+        lambda p, x: jnp.take(p["w"], x.astype(int), 0, fill_value=0.0),
+        {"w": W},
+        2 * SEQUENCE,
+        {"w": None},
+    ),
+    "embedding_clipped": (
+        lambda p, x: jnp.tanh(jnp.take(p["w"], x.astype(int), 0, mode="clip") @ p["v"]),
+        {"w": W, "v": U},
+        2 * SEQUENCE,
+        {"w": None, "v": None},
+    ),
     "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
     "kernel_in_another_order": (
         kernel_in_another_order,
@@ -486,13 +511,7 @@ OTHERS = {
         lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T,
         {"w": W},
         X,
-        {"w": "it is used transposed, too"},
-    ),
-    "embedding": (
-        lambda p, x: p["w"][x.astype(int)[:, 0] % 4],
-        {"w": W},
-        X,
-        {"w": "`gather` uses it"},
+        {"w": "it is used in two ways"},
     ),
     "norm": (
         normalised,
@@ -561,7 +580,7 @@ OTHERS = {
         lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T,
         {"w": W, "b": B},
         X,
-        {"w": "it is used transposed, too", "b": "its kernel has no factors"},
+        {"w": "it is used in two ways", "b": "its kernel has no factors"},
     ),
     "second_bias": (
         lambda p, x: x @ p["w"] + p["b"] + p["c"],
