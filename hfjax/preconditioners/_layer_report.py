@@ -28,7 +28,8 @@ def layers(
 
     In Flax, this covers Dense, DenseGeneral, Einsum, Embed, attention, convolutions, most
     recurrent cells, and `nn.scan` and `nn.vmap` of them. It does not cover embeddings that
-    are used as a kernel too, kernels that are concatenated first (`OptimizedLSTMCell` of Linen) or computed from others (weight
+    are used as a kernel too, kernels that are concatenated first (`OptimizedLSTMCell` of
+    Linen) or computed from others (weight
     normalisation), or scales and biases that are not a layer's.
 
     In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā
