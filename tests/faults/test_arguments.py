@@ -78,8 +78,10 @@ def update(*, grads=PARAMS, state=None, batch=(X, T), tx=TX, **extra):
     ],
 )
 def test_a_gradient_of_other_parameters_is_named(grads, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as raised:
         update(grads=grads)
+    # The value before it is mentioned where a pair came.
+    assert ("value_and_grad" in str(raised.value)) == isinstance(grads, tuple)
 
 
 @pytest.mark.parametrize(

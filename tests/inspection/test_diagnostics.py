@@ -214,6 +214,13 @@ def test_a_spectrum_is_drawn_by_rank_and_sign():
     assert list(negative.get_ydata()) == [2.0]
     assert list(negative.get_xdata()) == [4]
     assert list(damping.get_ydata()) == [0.1, 0.1]
+    for eigenvalues, level, legend in (
+        ([3.0], 0.1, 1),
+        ([-3.0], None, 1),
+        ([3.0], None, 0),
+    ):
+        (axis,) = diagnostics.plot_spectrum(eigenvalues, damping=level).axes
+        assert (axis.get_legend() is not None) == legend
     with pytest.raises(ValueError, match="not zero"):
         diagnostics.plot_spectrum([])
 

@@ -287,10 +287,11 @@ def test_batch_normalisation_in_training_mode_is_named():
     only(check(modelled(normalised)), "depend on one another", "batch normalisation")
 
 
-def test_noise_that_belongs_to_the_place_is_named():
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_noise_that_belongs_to_the_place_is_named_however_small(size):
     def noise(params, x):
         rows = jnp.arange(len(x)) % 4  # As 4 and 3 cases, the halves see the same.
-        return mlp(params, x) + jnp.sin(rows)[:, None]
+        return mlp(params, x) + size * jnp.sin(rows)[:, None]
 
     only(check(modelled(noise)), "place in the batch")
 
