@@ -220,10 +220,12 @@ def caption(found: Sequence[Line], summary: Summary) -> str:
     return " ".join(filter(None, words))
 
 
-def rich_table(cells: Sequence[Sequence[str]], caption: str) -> Table:
+def rich_table(
+    cells: Sequence[Sequence[str]], caption: str = "", title: str = ""
+) -> Table:
     """Lay out a table for the terminal."""
     head, *rows = cells
-    result = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table(caption=caption, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(head):
         result.add_column(name, justify="right" if index else "left")
     for row in rows:

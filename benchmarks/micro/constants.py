@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
+from benchmarks.harness.table import rich_table
 from benchmarks.optimizers import MOMENTUM, ours
 from benchmarks.suites import equations, images
 from benchmarks.suites.problem import Problem, everything
@@ -79,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train with each change; print and write down what was reached."""
     suite, rows = SUITES[args.suite], []
-    table = Table(title=f"lowest value, seeds {args.seeds}", box=SIMPLE_HEAD)
-    for name in ("problem", "change", *(f"{n} units" for n in sorted(args.units))):
-        table.add_column(name)
+    cells = [["problem", "change", *(f"{n} units" for n in sorted(args.units))]]
     changes = {n: c for n, c in CHANGES[args.suite].items() if (args.only or "") in n}
     try:
         path, names = cli.output_file(args.out), suite.named(args.problem)
@@ -93,14 +90,13 @@ def run(args: argparse.Namespace) -> int:
                     for seed in args.seeds
                 ]
                 rows.append({"problem": name, "change": change, "lowest": reached})
-                cells = (
-                    "; ".join(f"{x:.2g}" for x in c) for c in zip(*reached, strict=True)
-                )
-                table.add_row(name, change, *cells)
+                each = zip(*reached, strict=True)
+                words = ("; ".join(f"{value:.2g}" for value in cell) for cell in each)
+                cells.append([name, change, *words])
     except (OSError, ValueError) as error:
         return cli.refuse("constants", error)
     write_json(path, {"arguments": vars(args), **machine.describe(), "rows": rows})
-    Console().print(table)
+    Console().print(rich_table(cells, f"the lowest value; seeds {args.seeds}"))
     return 0
 
 

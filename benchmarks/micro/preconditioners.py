@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ import hfjax
 from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
+from benchmarks.harness.table import rich_table
 from benchmarks.suites import sequences
 from benchmarks.suites.curves import curves
 from benchmarks.suites.images import CURVES, DAMPING, autoencoder
@@ -225,18 +225,13 @@ def _addition(args: argparse.Namespace) -> Setting:
 
 
 def _table(rows: list[dict[str, Any]], limit: int) -> Table:
-    table = Table(
-        caption=f"Of {len(rows)} systems along the run; at most {limit} iterations.",
-        box=SIMPLE_HEAD,
-    )
-    for name in ("preconditioner", "mean iterations", "median", "at the limit"):
-        table.add_column(name, justify="left" if name == "preconditioner" else "right")
+    cells = [["preconditioner", "mean iterations", "median", "at the limit"]]
     for name in rows[0]["iterations"]:
         counts = [row["iterations"][name] for row in rows]
-        table.add_row(
-            name,
-            f"{np.mean(counts):.1f}",
-            f"{np.median(counts):.0f}",
-            str(sum(count == limit for count in counts)),
+        ended = str(sum(count == limit for count in counts))
+        cells.append(
+            [name, f"{np.mean(counts):.1f}", f"{np.median(counts):.0f}", ended]
         )
-    return table
+    return rich_table(
+        cells, f"Of {len(rows)} systems along the run; at most {limit} iterations."
+    )

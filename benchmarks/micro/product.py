@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +33,7 @@ from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.machine import compile_ahead, timed
+from benchmarks.harness.table import rich_table
 from benchmarks.suites.curves import PIXELS, SIDE
 from benchmarks.suites.images import DIGITS, autoencoder, mirrored
 
@@ -256,17 +256,13 @@ def _convolutional(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 def _table(result: dict[str, Any], limits: dict[str, float], title: str) -> Table:
     iterations, over = result["cg_iterations"], result["update_over_its_products"]
-    table = Table(
-        title=title,
-        caption=f"An update of {iterations} CG iterations takes {over:.3f} times what "
-        f"{iterations} products take.",
-        box=SIMPLE_HEAD,
+    caption = (
+        f"An update of {iterations} CG iterations takes {over:.3f} times what "
+        f"{iterations} products take."
     )
-    table.add_column("")
-    for name in ("seconds", "in gradients", "by flops alone"):
-        table.add_column(name, justify="right")
+    cells = [["", "seconds", "in gradients", "by flops alone"]]
     for name, words in _ROWS.items():
         limit = f"{limits[name]:.3f}" if name in limits else ""
         ratio = f"{result['in_gradients'][name]:.3f}"
-        table.add_row(words, f"{result['seconds'][name]:.4f}", ratio, limit)
-    return table
+        cells.append([words, f"{result['seconds'][name]:.4f}", ratio, limit])
+    return rich_table(cells, caption, title)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,7 @@ import hfjax
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.machine import compile_ahead, timed
+from benchmarks.harness.table import rich_table
 from benchmarks.micro.product import Calls, time_rounds
 from benchmarks.suites.curves import curves
 from benchmarks.suites.images import CURVES, autoencoder
@@ -186,14 +186,8 @@ def _table(result: dict[str, dict[str, float]], spent: float, runs: list[Run]) -
         f"{len(runs)} updates of {iterations:.1f} iterations on average, "
         f"{spent / len(runs):.2f} s each"
     )
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for name in ("", "ms", "times", "share"):
-        table.add_column(name, justify="right" if name else "left")
+    cells = [["", "ms", "times", "share"]]
     for name, part in result.items():
-        table.add_row(
-            name,
-            f"{1000 * part['seconds']:.0f}",
-            f"{part['times']:.0f}",
-            f"{100 * part['share']:.0f} %",
-        )
-    return table
+        ms, often, share = 1000 * part["seconds"], part["times"], 100 * part["share"]
+        cells.append([name, f"{ms:.0f}", f"{often:.0f}", f"{share:.0f} %"])
+    return rich_table(cells, title=title)

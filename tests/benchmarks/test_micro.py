@@ -135,7 +135,7 @@ def test_products_are_timed(network, tmp_path, monkeypatch, capsys):
     assert set(found["seconds"]) == set(found["in_gradients"])
     assert found["in_gradients"]["gradient"] == 1
     assert 0 < found["cg_iterations"] <= 3
-    assert "JAX alone" in capsys.readouterr().out
+    assert "JAX\N{NO-BREAK SPACE}alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("problem", ["autoencoder", "addition"])
