@@ -279,9 +279,8 @@ def main():
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder, told = pathlib.Path(scratch), []
-        for name in ("hfjax", "tests", "benchmarks"):
-            shutil.copytree(ROOT / name, folder / name)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        left_out = shutil.ignore_patterns(".*", "runs", "dist", "_build")
+        shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
         for line in report(folder, faults, args.processes, thorough=args.thorough):
             print(line, flush=True)
             told.append(line + "\n")
