@@ -44,7 +44,7 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """A value that is the output of layers, plus possibly other terms.
+    """A value that depends on the inputs: the output of layers, plus other terms.
 
     `uses` are those of these layers, by number, each with the layout of the value.
     """
@@ -52,6 +52,7 @@ class _Sum:
     uses: tuple[tuple[int, Layout], ...]
 
 
+_DATA = _Sum(())
 _Mark = _Parameter | _Sum | None
 
 
@@ -66,6 +67,8 @@ class Reader:
       shapes: the shapes of the parameters.
       uses: the uses of kernels.
       biases: the bias of each use that has one, both by number.
+      scalings: uses of parameters that are multiplied with or added to a value entry by
+        entry, and why they are no kernels or biases there.
       others: why a parameter is not part of a layer, by its number.
     """
 
@@ -76,13 +79,13 @@ class Reader:
         self.others = dict(spoiled)
         self.uses: list[Use] = []
         self.biases: dict[int, int] = {}
+        self.scalings: list[tuple[Use, str]] = []
 
     def read(self, jaxpr: Jaxpr) -> None:
         """Read a program whose first inputs are the parameters."""
-        marks: dict[Any, _Mark] = {
-            jaxpr.invars[n]: _Parameter(n, whole(shape))
-            for n, shape in enumerate(self.shapes)
-        }
+        marks: dict[Any, _Mark] = dict.fromkeys(jaxpr.invars, _DATA)
+        for n, shape in enumerate(self.shapes):
+            marks[jaxpr.invars[n]] = _Parameter(n, whole(shape))
         self._program(jaxpr, marks, (), ())
         self._spoil((_mark(marks, x) for x in jaxpr.outvars), "the model returns it")
 
@@ -105,12 +108,14 @@ class Reader:
             # If the output of a layer is used twice, and a parameter is added to it in only
             # one of the places, different errors come back to the layer and the parameter.
             mark = _mark(marks, atom)
-            return None if isinstance(mark, _Sum) and often[atom] > 1 else mark
+            return _DATA if isinstance(mark, _Sum) and often[atom] > 1 else mark
 
         for number, equation in enumerate(jaxpr.eqns):
             found = [mark_of(atom) for atom in equation.invars]
             if any(found):
                 results = self._equation(equation, found, (*path, number), loops)
+                if any(isinstance(mark, _Sum) for mark in found):
+                    results = [mark or _DATA for mark in results]
                 marks.update(zip(equation.outvars, results, strict=True))
         return [mark_of(atom) for atom in jaxpr.outvars]
 
@@ -127,7 +132,9 @@ class Reader:
         if name in _SORT:
             result = self._product(equation, found, path, loops)
         elif name in _SUMS:
-            result = self._sum(found, equation.outvars[0].aval.shape)
+            result = self._sum(equation, found, path, loops)
+        elif name == "mul" and self._scaling(equation, found, path, loops):
+            result = _DATA
         else:
             result = found[0] and _relabelled(equation, found[0])
         if result is None:
@@ -144,10 +151,17 @@ class Reader:
     ) -> list[_Mark]:
         constant, carried = programs.consts_and_carry(equation)
         self._spoil(found[constant : constant + carried], "a `scan` carries it")
-        marks: dict[Any, _Mark] = {}
+        # What is carried may depend on the inputs after a step. The output of a layer
+        # outside is used in every step: more than once.
+        has_data = any(isinstance(mark, _Sum) for mark in found)
+        marks: dict[Any, _Mark] = dict.fromkeys(
+            inner.invars, _DATA if has_data else None
+        )
         for n, (atom, mark) in enumerate(zip(inner.invars, found, strict=True)):
-            # The output of a layer outside is used in every step: more than once.
-            if not isinstance(mark, _Parameter) or constant <= n < constant + carried:
+            is_carried = constant <= n < constant + carried
+            if not is_carried and not isinstance(mark, _Sum):
+                marks[atom] = None
+            if is_carried or not isinstance(mark, _Parameter):
                 continue
             stepped = n >= constant
             layout = mark.layout[1:] if stepped else mark.layout
@@ -157,6 +171,40 @@ class Reader:
         results = self._program(inner, marks, path, (*loops, length))
         self._spoil(results, "a `scan` returns it")
         return [None for _ in results]
+
+    def _scaling(
+        self,
+        equation: Any,
+        found: list[_Mark],
+        path: Path,
+        loops: tuple[int, ...],
+        why: str = "",
+    ) -> bool:
+        """Record a product or sum, entry by entry, of data and a parameter, if it is one."""
+        name, out = equation.primitive.name, equation.outvars[0].aval
+        sides = [n for n, mark in enumerate(found) if isinstance(mark, _Parameter)]
+        is_one = len(sides) == 1 and isinstance(found[1 - sides[0]], _Sum)
+        if not is_one or not jnp.issubdtype(out.dtype, jnp.floating):
+            return False
+        mark: Any = found[sides[0]]
+        layout = mark.layout or ((),) * len(out.shape)  # Of a scalar.
+        layouts = (*mark.looped, *layout)
+        kinds = Kinds((), (), tuple(sorted(x for its in layouts for x in its)))
+        use = Use(
+            how=name,
+            path=path,
+            kernel=mark.number,
+            operand=1 - sides[0],
+            kinds=kinds,
+            taken=layout,
+            added=layout,
+            looped=mark.looped,
+            shape=tuple(out.shape),
+            loops=loops,
+            dtype=out.dtype,
+        )
+        self.scalings.append((use, why or f"`{name}` uses it"))
+        return True
 
     def _product(
         self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
@@ -186,6 +234,7 @@ class Reader:
         out = equation.outvars[0].aval
         self.uses.append(
             Use(
+                how=name,
                 path=path,
                 kernel=mark.number,
                 operand=1 - side,
@@ -196,13 +245,15 @@ class Reader:
                 shape=tuple(out.shape),
                 loops=loops,
                 dtype=out.dtype,
-                is_lookup=name == "gather",
             )
         )
         return _Sum(((len(self.uses) - 1, added),))
 
-    def _sum(self, found: list[_Mark], shape: tuple[int, ...]) -> _Mark:
+    def _sum(
+        self, equation: Any, found: list[_Mark], path: Path, loops: tuple[int, ...]
+    ) -> _Mark:
         """Assign a parameter to the first use that it fits and that has no bias."""
+        shape = equation.outvars[0].aval.shape
         sums = [mark for mark in found if isinstance(mark, _Sum)]
         biases = [mark for mark in found if isinstance(mark, _Parameter)]
         uses = tuple(use for mark in sums for use in mark.uses)
@@ -215,7 +266,9 @@ class Reader:
             if n not in self.biases and self._fits(bias, n, layout, shape):
                 self.biases[n] = bias.number
                 return _Sum(uses)
-        self._spoil(biases, "it is added to no product that lacks a bias")
+        why = "it is added to no product that lacks a bias" if uses else ""
+        if not self._scaling(equation, found, path, loops, why):
+            self._spoil(biases, why or f"`{equation.primitive.name}` uses it")
         return _Sum(uses)
 
     def _fits(

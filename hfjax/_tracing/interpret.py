@@ -29,6 +29,9 @@ class Use(NamedTuple):
     """One product of a layer's inputs with its kernel.
 
     Attributes:
+      how: the primitive that computes it. Of `gather`, which looks up rows as a product
+        with rows of the identity would do, what is taken are indices, -1 for one out of
+        range. Of `mul` and `add`, of data and a parameter, each entry has its own.
       path: where the equation is.
       kernel: the number of the parameter.
       operand: which of the two operands is the input.
@@ -39,10 +42,9 @@ class Use(NamedTuple):
       shape: the shape of the result.
       loops: the lengths of the loops, from the outermost.
       dtype: the dtype of the result.
-      is_lookup: whether rows of the kernel are looked up, as a product with rows of the
-        identity would do. What is taken are the indices, -1 for one out of range.
     """
 
+    how: str
     path: Path
     kernel: int
     operand: int
@@ -53,7 +55,11 @@ class Use(NamedTuple):
     shape: tuple[int, ...]
     loops: tuple[int, ...]
     dtype: Any
-    is_lookup: bool = False
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of the kernel are looked up."""
+        return self.how == "gather"
 
     @property
     def lead(self) -> dict[int, int]:
@@ -150,8 +156,10 @@ class Run(NamedTuple):
 def _inputs(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
     """Return what an equation multiplies by its kernel, in the layout `use.taken`."""
     params, inputs = equation.params, operands[use.operand]
-    if equation.primitive.name == "dot_general":
+    if use.how == "dot_general":
         return inputs
+    if use.how in {"mul", "add", "add_any"}:
+        return jnp.broadcast_to(inputs, equation.outvars[0].aval.shape)
     if use.is_lookup:
         (axis,) = params["dimension_numbers"].start_index_map
         count = equation.invars[0].aval.shape[axis]

@@ -74,12 +74,15 @@ class Model:
       uses: the uses of the kernels of all layers.
       layers: the layers.
       others: why each other parameter is not part of a layer, by its number.
+      scalings: for those of `others` that are only multiplied with or added to values,
+        entry by entry, the indices of these uses.
       unread: those of `others` that the model does not read.
     """
 
     uses: tuple[Use, ...]
     layers: tuple[Layer, ...]
     others: Mapping[int, str]
+    scalings: Mapping[int, tuple[int, ...]]
     unread: frozenset[int]
     _program: Any
     _structure: Any
@@ -134,12 +137,28 @@ def read(
     leaves = jax.tree.leaves(params)
     reader = Reader([jnp.shape(leaf) for leaf in leaves], spoiled)
     reader.read(program.jaxpr)
+    _spoil_by_scalings(reader)
     uses, layers, others = _sorted(reader, unfit)
+    scalings: dict[int, tuple[int, ...]] = {}
+    for use, _ in reader.scalings:
+        if use.kernel not in others:
+            scalings[use.kernel] = (*scalings.get(use.kernel, ()), len(uses))
+            uses = (*uses, use)
+    for use, why in reader.scalings:
+        others.setdefault(use.kernel, why)
     known = {n for layer in layers for n in (layer.kernel, layer.bias)}
     unread = frozenset(range(len(leaves))) - known - others.keys()
     others |= dict.fromkeys(unread, "the model does not read it")
     structure = jax.tree.structure(shapes)
-    return Model(uses, layers, others, unread, program, structure)
+    return Model(uses, layers, others, scalings, unread, program, structure)
+
+
+def _spoil_by_scalings(found: Reader) -> None:
+    """Let no parameter be part of a layer that is also multiplied or added elsewhere."""
+    known = {use.kernel for use in found.uses} | set(found.biases.values())
+    for use, why in found.scalings:
+        if use.kernel in known:
+            found.others.setdefault(use.kernel, why)
 
 
 def _sorted(

@@ -47,7 +47,7 @@ def read(
     if any(sharding.lies_elsewhere(params, cases) for cases in data):
         why = "its type, or another's, lies over an axis that the cases do not"
         others = {n: why for n, _ in leaves}
-        return [layers.Model((), (), others, frozenset(), None, None)] * len(terms)
+        return [layers.Model((), (), others, {}, frozenset(), None, None)] * len(terms)
     unfit = {n: "it has no entries" for n, leaf in leaves if jnp.size(leaf) == 0}
 
     def fits(layer: layers.Layer) -> str | None:
@@ -82,17 +82,19 @@ def coarse(objective: Objective, params: Params, batch: Batch) -> str | None:
 @noting_no_reverse()
 def factors(
     term: Term, params: Params, model: layers.Model, *, key: jax.Array
-) -> list[Pair]:
+) -> tuple[list[Pair], dict[int, jax.Array]]:
     """Compute Ā and Ḡ of each layer that `read` found in a term, in float32 or wider.
 
-    This costs a forward pass, a backward pass and the products. Weight decay is left
-    out.
+    And diag(G) of scales and shifts, from the squared gradients Σₜ xᵢₜ gᵢₜ and Σₜ gᵢₜ of
+    each example. This costs a forward pass, a backward pass and the products. Weight decay
+    is left out.
     """
     cases = sharding.alike(term.cases)
     local = term.means.local(sharding.gathered(params, cases))
     drawn = probes(term.means, cases, key)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
-    def sums(cases: Cases) -> list[Pair]:
+    def sums(cases: Cases) -> tuple[list[Pair], dict[int, jax.Array]]:
         inputs, keys = cases.inputs
         root = jnp.sqrt(cases.weights)
         own = Cases(inputs, cases.targets, cases.weights)
@@ -136,17 +138,31 @@ def factors(
         def of_layer(layer: layers.Layer) -> Pair:
             return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
 
-        return [of_layer(layer) for layer in model.layers]
+        def gradients(n: int) -> jax.Array:
+            errors = seen.errors(n, derivatives[n])
+            errors = errors.astype(trees.wide(errors.dtype))
+            is_scale = model.uses[n].how == "mul"
+            return jnp.sum(errors * rows[n] if is_scale else errors, axis=1)
+
+        def of_scaling(number: int) -> jax.Array:
+            total = _sum(*map(gradients, model.scalings[number]))
+            weights = cases.weights.astype(total.dtype)
+            squares = sharding.contracted(weights, total**2, ((0,), (0,)))
+            return squares.reshape(shapes[number])
+
+        pairs = [of_layer(layer) for layer in model.layers]
+        return pairs, {n: of_scaling(n) for n in model.scalings}
 
     # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
-    means = term.means.mean(sums, sharding.alike(data))
+    means, scalings = term.means.mean(sums, sharding.alike(data))
     # If positions are independent and alike, the block is Σₜ E[gₜgₜᵀ] ⊗ E[xₜxₜᵀ]: Ḡ is a
     # sum over positions, Ā a mean.
-    return [
+    pairs = [
         Pair(pair.inputs / layer.positions(model.uses), pair.units)
         for layer, pair in zip(model.layers, means, strict=True)
     ]
+    return pairs, scalings
 
 
 def estimate(
@@ -218,8 +234,11 @@ def _estimate(
     cases = sharding.alike(term.cases)
     leaves, structure = jax.tree.flatten(params)
     whole = jax.tree.leaves(sharding.gathered(params, cases))
-    others = {n: leaves[n] for n in part.diagonals}
-    pairs = factors(term, params, part.model, key=key) if part.places else []
+    pairs, found = [], {}
+    if part.places:
+        pairs, found = factors(term, params, part.model, key=key)
+    found = {n: x for n, x in found.items() if n in part.diagonals}
+    others = {n: leaves[n] for n in part.diagonals if n not in found}
     if others:
 
         def of_others(others: dict[int, jax.Array], inputs: Tree) -> Tree:
@@ -229,5 +248,5 @@ def _estimate(
         # Only `others` are differentiated by, so no gradient of a kernel is formed for an
         # example. Weight decay is left out because the damping includes it.
         bare = term._replace(model_fn=of_others, weight_decay=0.0)
-        others = diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
-    return dict(zip(part.places, pairs, strict=True)), others
+        found |= diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
+    return dict(zip(part.places, pairs, strict=True)), found

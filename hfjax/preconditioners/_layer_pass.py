@@ -44,7 +44,8 @@ def layer_pass(
 ) -> LayerPass:
     """Prepare a pass over `cases` through a model that was read on one example."""
     if sharding.shards_of_cases(cases.inputs) == 1:
-        whole = layers.read(model_fn, params, cases.inputs, model.others)
+        spoiled = {n: x for n, x in model.others.items() if n not in model.scalings}
+        whole = layers.read(model_fn, params, cases.inputs, spoiled)
         axes = _axes_of_cases(model, whole, len(cases.weights))
         if axes is not None:
             return _at_once(whole, axes, params, cases)

@@ -222,6 +222,38 @@ def test_a_long_embedding_has_factors_though_no_other_side_may_be_so_long():
     assert found["['w']"] == "factors of 7 inputs and 3 units, at 5 positions"
 
 
+def test_scales_and_shifts_have_the_diagonal_of_the_dense_matrix():
+    def model_fn(p, x):  # One output, so that any sign is as good.
+        h = (x + p["place"]) * p["scale"] + p["shift"]
+        h = jnp.tanh(h @ p["w"]) * p["gain"] + p["shift"][:1]
+        return jnp.sum(h, axis=(1, 2))[:, None]
+
+    params = {
+        "place": normal(RNG, 5, 4),
+        "scale": normal(RNG, 4),
+        "w": normal(RNG, 4, 3),
+    }
+    params |= {"shift": normal(RNG, 4), "gain": jnp.asarray(0.7)}
+    batch = batch_of(model_fn, params, SEQUENCE)
+
+    @quick_jit
+    def solve():
+        rule, ones = (
+            hfjax.preconditioners.kronecker(),
+            jax.tree.map(jnp.ones_like, params),
+        )
+        known = (objective_of(model_fn), params, batch, jnp.float64(0.3), KEY)
+        jacobian = jax.jacobian(lambda p: model_fn(p, SEQUENCE)[:, 0])(params)
+        return rule.build(*known)(ones), jacobian
+
+    found, jacobian = solve()
+    weights = np.asarray(batch[2])
+    for name in ("place", "scale", "shift", "gain"):
+        squares = np.tensordot(weights, np.asarray(jacobian[name]) ** 2, 1)
+        diagonal = squares / weights.sum()
+        np.testing.assert_allclose(1 / found[name], diagonal + 0.3, rtol=1e-9)
+
+
 def test_blocks_are_told():
     params = {"w": jnp.ones((5, 4, 3)), "b": jnp.ones((5, 3))}
     model_fn = TWINS["experts"][0]

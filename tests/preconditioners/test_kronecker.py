@@ -42,7 +42,7 @@ def combined(problem, outputs):
 def factors_of(objective, params, batch, model):
     """Return Ā and Ḡ of each layer, of an objective of one term."""
     (term,) = terms_of(objective, batch)
-    return _factors.factors(term, params, model, key=KEY)
+    return _factors.factors(term, params, model, key=KEY)[0]
 
 
 # Each model takes what is added to what its layers compute, so that derivatives by it

@@ -107,6 +107,16 @@ def check(model_fn, params, x):
             np.testing.assert_allclose(
                 of_bias.reshape(expected.shape), expected, rtol=1e-9, atol=1e-12
             )
+    for number, numbers in model.scalings.items():
+        # Σ over positions of x g, or of g, is the gradient by a scale, or by a shift.
+        total = sum(
+            np.sum(errors[n] * (rows[n] if model.uses[n].how == "mul" else 1), axis=-2)
+            for n in numbers
+        )
+        expected = truth[number]
+        np.testing.assert_allclose(
+            total.reshape(expected.shape), expected, rtol=1e-9, atol=1e-12
+        )
     return model
 
 
@@ -524,6 +534,18 @@ OTHERS = {
         {"w": SQUARE},
         X,
         {"w": "a `scan` carries it"},
+    ),
+    "scale_broadcast": (  # As Flax normalises: a row of scales times a column.
+        lambda p, x: x @ p["w"] * (jnp.mean(x, -1, keepdims=True) * p["scale"][None]),
+        {"w": W, "scale": B},
+        X,
+        {"scale": "`mul` uses it"},
+    ),
+    "places_and_a_gain": (
+        lambda p, x: jnp.tanh((x + p["place"]) @ p["w"] * p["gain"]) + p["gain"],
+        {"w": W, "place": normal(RNG, 5, 4), "gain": jnp.asarray(0.7)},
+        SEQUENCE,
+        {"place": "`add` uses it", "gain": "`mul` uses it"},
     ),
     "cond": (
         lambda p, x: jax.lax.cond(
