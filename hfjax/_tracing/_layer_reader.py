@@ -20,12 +20,12 @@ from hfjax._tracing import programs
 from hfjax._tracing._axes import (
     Kinds,
     Layout,
-    Piece,
     broadcast,
     met,
     reshaped,
     whole,
 )
+from hfjax._tracing._products import SORTED
 from hfjax._tracing.interpret import Path, Use
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
@@ -129,7 +129,7 @@ class Reader:
                 marks: dict[Any, _Mark] = dict(zip(inner.invars, found, strict=True))
                 return self._program(inner, marks, path, loops)
             return self._scan(equation, inner, found, path, loops)
-        if name in _SORT:
+        if name in SORTED:
             result = self._product(equation, found, path, loops)
         elif name in _SUMS:
             result = self._sum(equation, found, path, loops)
@@ -219,8 +219,9 @@ class Reader:
         if other or len(self.shapes[mark.number]) < 2:
             return None
         name = equation.primitive.name
-        layouts = _SORT[name](equation, side, mark)
-        if layouts is None:
+        layouts = SORTED[name](equation, side, mark.layout)
+        # A stack of embeddings would need a stack of diagonals.
+        if layouts is None or (name == "gather" and any(mark.looped)):
             return None
         taken, added = layouts
         looped, own, before, after = (
@@ -291,82 +292,6 @@ class Reader:
             *use.kinds.blocks,
             *use.kinds.units,
         ]
-
-
-def _of_dot(equation: Any, side: int, mark: _Parameter) -> tuple[Layout, Layout] | None:
-    """Return the layouts of the inputs and of the result of a product."""
-    contracted, batched = equation.params["dimension_numbers"]
-    other = 1 - side
-    taken: list[tuple[Piece, ...]] = [() for _ in equation.invars[other].aval.shape]
-    for its in (contracted, batched):
-        for axis, its_axis in zip(its[side], its[other], strict=True):
-            taken[its_axis] = mark.layout[axis]
-    # The result has the batch axes first, then the free axes of the left operand, and
-    # then those of the right.
-    fixed = {*contracted[side], *batched[side]}
-    free = [x for axis, x in enumerate(mark.layout) if axis not in fixed]
-    rank = len(equation.outvars[0].aval.shape)
-    batch = [mark.layout[axis] for axis in batched[side]]
-    others: list[tuple[Piece, ...]] = [()] * (rank - len(batch) - len(free))
-    rest = [*free, *others] if side == 0 else [*others, *free]
-    return tuple(taken), (*batch, *rest)
-
-
-def _of_convolution(
-    equation: Any, side: int, mark: _Parameter
-) -> tuple[Layout, Layout] | None:
-    """Return the layouts of the patches and of the result of a convolution.
-
-    The channels of a patch are its channels of the input, and of each its entries.
-    """
-    params = equation.params
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    if side != 1 or params["batch_group_count"] != 1:
-        return None
-    shape = equation.invars[1].aval.shape
-    units, channels, *spatial = numbers.rhs_spec
-    length = shape[units]
-    split = reshaped((mark.layout[units],), (length,), (groups, length // groups))
-    if split is None:
-        return None
-    rank = len(equation.outvars[0].aval.shape)
-    place = numbers.out_spec[1]
-    patches = [*split[0], *mark.layout[channels]]
-    patches += [piece for axis in spatial for piece in mark.layout[axis]]
-
-    def layout(pieces: list[Piece]) -> Layout:
-        return tuple(tuple(pieces) if axis == place else () for axis in range(rank))
-
-    return layout(patches), layout([*split[0], *split[1]])
-
-
-def _of_lookup(
-    equation: Any, side: int, mark: _Parameter
-) -> tuple[Layout, Layout] | None:
-    """Return the layouts of the indices and of the result of a lookup of whole rows."""
-    numbers, sizes = (equation.params[k] for k in ("dimension_numbers", "slice_sizes"))
-    shape = equation.invars[0].aval.shape
-    if side != 0 or len(numbers.start_index_map) != 1 or any(mark.looped):
-        return None
-    (axis,) = numbers.start_index_map
-    whole_rows = all(
-        n == m or k == axis for k, (n, m) in enumerate(zip(sizes, shape, strict=True))
-    )
-    if numbers.collapsed_slice_dims != (axis,) or not whole_rows:
-        return None
-    added: list[tuple[Piece, ...]] = [() for _ in equation.outvars[0].aval.shape]
-    rest = [pieces for k, pieces in enumerate(mark.layout) if k != axis]
-    for place, pieces in zip(numbers.offset_dims, rest, strict=True):
-        added[place] = pieces
-    return tuple(() for _ in equation.invars[1].aval.shape), tuple(added)
-
-
-_SORT = {
-    "dot_general": _of_dot,
-    "conv_general_dilated": _of_convolution,
-    "gather": _of_lookup,
-}
-"""What sorts the axes of a product, by the primitive that computes it."""
 
 
 def _relabelled(equation: Any, mark: _Parameter | _Sum) -> _Mark:

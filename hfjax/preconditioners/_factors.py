@@ -96,18 +96,8 @@ def factors(
 
     def sums(cases: Cases) -> tuple[list[Pair], dict[int, jax.Array]]:
         inputs, keys = cases.inputs
-        root = jnp.sqrt(cases.weights)
         own = Cases(inputs, cases.targets, cases.weights)
         seen = layer_pass(model, term.outputs, local, own)
-
-        def gram(rows: jax.Array) -> jax.Array:
-            # With √w on both sides the operands are equal. If a device drops digits, it
-            # drops them from both alike, and the matrix stays positive semi-definite.
-            rows = rows.astype(trees.wide(rows.dtype))
-            rows *= root.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
-            summed = (0, rows.ndim - 2)
-            blocks = (1,) if rows.ndim == 4 else ()
-            return sharding.contracted(rows, rows, (summed, summed), batch=blocks)
 
         # g is the derivative by zeros that are added to the outputs of the layers.
         outputs, transpose, rows = jax.vjp(seen.forward, seen.added, has_aux=True)
@@ -115,25 +105,13 @@ def factors(
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
-        def counts(indices: jax.Array, length: int) -> jax.Array:
-            """Sum the weights of the examples by index; -1 is out of range."""
-            # Gathering the indices of a sharded batch moves one number for a lookup.
-            weights, indices = map(sharding.replicated, (cases.weights, indices))
-            weights = weights.astype(trees.wide(weights.dtype))
-            each = jnp.broadcast_to(weights[:, None, None], indices.shape)
-            places = jnp.where(indices < 0, length, indices)
-            # Under `shard_map` the zeros must vary over devices, as the examples do.
-            zeros = jnp.zeros(length, each.dtype) + 0 * jnp.sum(weights)
-            return zeros.at[places].add(each, mode="drop")
-
         def of_use(n: int, layer: layers.Layer) -> Pair:
-            x = rows[n]
+            x, units = rows[n], _gram(seen.errors(n, derivatives[n]), cases.weights)
             if layer.is_lookup:
-                inputs = counts(x, layer.inputs)
-                return Pair(inputs, gram(seen.errors(n, derivatives[n])))
+                return Pair(_counts(x, layer.inputs, cases.weights), units)
             if layer.bias is not None:
                 x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-            return Pair(gram(x), gram(seen.errors(n, derivatives[n])))
+            return Pair(_gram(x, cases.weights), units)
 
         def of_layer(layer: layers.Layer) -> Pair:
             return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
@@ -163,6 +141,29 @@ def factors(
         for layer, pair in zip(model.layers, means, strict=True)
     ]
     return pairs, scalings
+
+
+def _gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return Σᵢₜ wᵢ xᵢₜ xᵢₜᵀ, or a stack of them, in float32 or wider."""
+    # With √w on both sides the operands are equal. If a device drops digits, it drops them
+    # from both alike, and the matrix stays positive semi-definite.
+    rows = rows.astype(trees.wide(rows.dtype))
+    rows *= jnp.sqrt(weights).astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+    summed = (0, rows.ndim - 2)
+    blocks = (1,) if rows.ndim == 4 else ()
+    return sharding.contracted(rows, rows, (summed, summed), batch=blocks)
+
+
+def _counts(indices: jax.Array, length: int, weights: jax.Array) -> jax.Array:
+    """Sum the weights of the examples by index; -1 is out of range."""
+    # Gathering the indices of a sharded batch moves one number for a lookup.
+    weights, indices = map(sharding.replicated, (weights, indices))
+    weights = weights.astype(trees.wide(weights.dtype))
+    each = jnp.broadcast_to(weights[:, None, None], indices.shape)
+    places = jnp.where(indices < 0, length, indices)
+    # Under `shard_map` the zeros must vary over devices, as the examples do.
+    zeros = jnp.zeros(length, each.dtype) + 0 * jnp.sum(weights)
+    return zeros.at[places].add(each, mode="drop")
 
 
 def estimate(
