@@ -47,6 +47,9 @@ _HELD_ENTRIES = 2**24
 def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute the diagonal of the empirical Fisher matrix, Σᵢ wᵢ (∇Lᵢ)² / Σᵢ wᵢ.
 
+    If positions have weights, ∇Lᵢ is the gradient of the mean over the positions of an
+    example, and wᵢ the sum of their weights.
+
     Args:
       objective: its loss is differentiated for each example; weight decay is added.
       params: θ.

@@ -233,7 +233,8 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matv
     This is the Gauss-Newton matrix of ½ Σᵢ wᵢ Lᵢ² / Σᵢ wᵢ, with the losses as outputs,
     so a product costs as much as one of `ggn`. The rank is at most the number of
     examples. The matrix does not approximate the curvature unless the model fits the
-    data.
+    data. If positions have weights, ∇Lᵢ is the gradient of the mean over the positions of
+    an example, and wᵢ the sum of their weights.
 
     Args:
       objective: its loss is differentiated for each example; weight decay is added.

@@ -27,7 +27,8 @@ def with_structural_loss(objective: Objective, strength: Number) -> Objective:
     This is for curvature and its diagonals. The gradient is that of f, because the
     distance has its minimum at θ. The outputs are pairs `(outputs, hidden)`, and the
     result has no `hidden_loss` of its own. `strength` is μ, on the scale of the mean
-    loss.
+    loss. Where positions have weights, the distance is that of all hidden states of an
+    example, which counts with the sum of the example's weights.
 
     Example:
       For outputs z = θx and hidden states h = θ, G = x² + μ:
@@ -114,7 +115,11 @@ def _paired(
     def coarse(pair: tuple, targets: Tree) -> str | None:
         return loss.coarse(pair[0], targets) or penalty.coarse(pair[1], None)
 
-    return losses.Loss(value, hessian, factor, predict, coarse=coarse)
+    # Weights of positions are those of the outputs: the distance counts by example.
+    weighted = loss.weighted and _paired(loss.weighted, hidden_loss, strength)
+    return losses.Loss(
+        value, hessian, factor, predict, coarse=coarse, weighted=weighted
+    )
 
 
 def _distance(hidden_loss: losses.Loss) -> losses.Loss:
@@ -128,13 +133,15 @@ def _distance(hidden_loss: losses.Loss) -> losses.Loss:
     def reference(hidden: Tree) -> Tree:
         return jax.lax.stop_gradient(hidden_loss.predict(hidden))
 
-    return losses.Loss(
+    distance = losses.Loss(
         lambda hidden, _: hidden_loss.value(hidden, reference(hidden)),
         lambda hidden, _: hidden_loss.hessian(hidden, reference(hidden)),
         lambda hidden, _: hidden_loss.factor(hidden, reference(hidden)),
         hidden_loss.predict,
         coarse=lambda hidden, _: hidden_loss.coarse(hidden, hidden),
     )
+    # It reads no targets, and so no weights of positions among them.
+    return dataclasses.replace(distance, weighted=distance)
 
 
 def _scaled(strength: Number, tree: Tree) -> Tree:

@@ -15,7 +15,8 @@ from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing.programs import equations_of
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.objective import Objective
-from hfjax.objectives.plain import terms_of
+from hfjax.objectives.plain import alone, terms_of
+from hfjax.objectives.positions import without_padding
 
 _DENSE = 64
 """Largest number of outputs per example for which L″ is formed as a matrix."""
@@ -45,8 +46,10 @@ class Setup(NamedTuple):
     @classmethod
     def of(cls, objective: Objective, params: Params, batch: Batch) -> "Setup":
         """Make a set-up from an objective as it is in the first update."""
-        objective = dataclasses.replace(objective.at(0), axis_name=None)
-        params, batch = jax.tree.map(jnp.asarray, (params, tuple(as_cases(batch))))
+        # Where positions have weights, this is the equal objective of examples that do.
+        (term,) = terms_of(objective.at(0), batch)
+        objective = dataclasses.replace(alone(term), axis_name=None)
+        params, batch = jax.tree.map(jnp.asarray, (params, tuple(term.cases)))
         return cls(objective, params, batch)._with_rounding()
 
     def in_float64(self) -> "Setup":
@@ -140,7 +143,9 @@ def unlike(params: Params, grads: Params) -> str | None:
 
 def invalid(params: Params, batch: Batch) -> str | None:
     """Check that parameters and data are finite, and weights valid."""
-    inputs, targets, weights = as_cases(batch)
+    inputs, targets, weights = cases = as_cases(batch)
+    if weights.ndim > 1:
+        inputs, targets, _ = without_padding(cases)
     named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
     for name, tree in named.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -149,11 +154,11 @@ def invalid(params: Params, batch: Batch) -> str | None:
                 return f"`{name}{jax.tree_util.keystr(path)}` holds NaN or infinity."
     if np.any(np.asarray(weights) < 0):
         return (
-            "A case weight is negative: f is not a mean, and G need not be positive "
+            "A weight is negative: f is not a mean, and G need not be positive "
             "semi-definite."
         )
     if not np.any(np.asarray(weights)):
-        return "All case weights are 0: there is nothing to fit."
+        return "All weights are 0: there is nothing to fit."
     return None
 
 

@@ -84,15 +84,12 @@ def tree(losses: Tree) -> Loss:
     ]
     if jax.tree_util.treedef_is_leaf(structure):
         return parts[0]
-    whole = _Tree(where, parts, structure)
-    return Loss(
-        whole.value,
-        functools.partial(whole.product, lambda part: part.hessian),
-        functools.partial(whole.product, lambda part: part.factor),
-        whole.predict,
-        whole.targets(),
-        whole.coarse,
-    )
+    loss = _Tree(where, parts, structure).loss()
+    twins = [part.weighted for part in parts if part.weighted is not None]
+    if len(twins) < len(parts):
+        return loss
+    weighted = _Tree(where, twins, structure, by_position=True).loss()
+    return dataclasses.replace(loss, weighted=weighted)
 
 
 def scaled(c: Number, loss: Loss | _Function) -> Loss:
@@ -147,15 +144,30 @@ def scaled(c: Number, loss: Loss | _Function) -> Loss:
         value=value,
         hessian=times(1.0, part.hessian),
         factor=times(0.5, part.factor),
+        weighted=None if part.weighted is None else scaled(c, part.weighted),
     )
 
 
 class _Tree(NamedTuple):
-    """Losses, the path of each, and the structure that they stand in."""
+    """Losses, the path of each, and the structure that they stand in.
+
+    With `by_position`, targets are pairs (targets, weights), and all parts get the weights.
+    """
 
     where: list[str]
     parts: list[Loss]
     structure: Any
+    by_position: bool = False
+
+    def loss(self) -> Loss:
+        return Loss(
+            self.value,
+            functools.partial(self.product, lambda part: part.hessian),
+            functools.partial(self.product, lambda part: part.factor),
+            self.predict,
+            self.targets(),
+            self.coarse,
+        )
 
     def value(self, outputs: Tree, targets: Tree) -> jax.Array:
         def of_part(part: Loss, z: Tree, t: Tree) -> jax.Array:
@@ -208,11 +220,12 @@ class _Tree(NamedTuple):
 
     def each(self, read: Callable, outputs: Tree, targets: Tree) -> list[Any]:
         """Call `read` with each loss and its part of the outputs and the targets."""
+        targets, *weights = targets if self.by_position else (targets,)
         taken = self.taken("outputs", outputs), self.taken("targets", targets)
         found = []
         for path, part, z, t in zip(self.where, self.parts, *taken, strict=True):
             with noting_call(f"`losses{path}`", outputs=z, targets=t):
-                found.append(read(part, z, t))
+                found.append(read(part, z, (t, *weights) if weights else t))
         return found
 
     def taken(self, name: str, tree: Tree) -> list[Tree]:

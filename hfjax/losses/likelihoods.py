@@ -25,7 +25,14 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.arguments import ShapeError, describe
 from hfjax._core.types import Tree
-from hfjax.losses.loss import LinearMap, Loss, Targets, by_leaf, sum_to_cases
+from hfjax.losses.loss import (
+    LinearMap,
+    Loss,
+    Targets,
+    by_leaf,
+    sum_to_cases,
+    with_weighted,
+)
 from hfjax.losses.matching import sigmoid_cross_entropy
 
 _LARGE = 32
@@ -245,7 +252,10 @@ def ordinal() -> Loss:
             raise TypeError(msg)
         # NaN in the gradient too, so that the update is rejected.
         known = jnp.where(exists(z, t), 1, jnp.nan).astype(z.dtype)[..., None]
-        return binary.value(known * z, levels(z, t))
+        of_levels = binary.value
+        for _ in range(z.ndim - 2):  # It is to sum over the levels, not over positions.
+            of_levels = jax.vmap(of_levels, in_axes=1, out_axes=1)
+        return of_levels(known * z, levels(z, t))
 
     def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
         return binary.hessian(z, levels(z, t))
@@ -282,9 +292,11 @@ def _of_pairs(
         floats = [x.dtype for x in given if jnp.issubdtype(x.dtype, jnp.inexact)]
         return [x.astype(trees.widest(*floats)) for x in given]
 
+    def values(outputs: Tree, targets: Tree) -> jax.Array:
+        return value(*met(outputs, targets))
+
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
-        arrays = met(outputs, targets)
-        return sum_to_cases(value(*arrays), arrays[0], "the loss")
+        return sum_to_cases(values(outputs, targets), outputs, "the loss")
 
     def lift(power: int) -> Callable[[Tree, Tree], LinearMap]:
         def build(outputs: Tree, targets: Tree) -> LinearMap:
@@ -302,7 +314,7 @@ def _of_pairs(
 
         return build
 
-    return Loss(summed, lift(2), lift(1), predict)
+    return with_weighted(Loss(summed, lift(2), lift(1), predict), values)
 
 
 def _pair(name: str, tree: Tree) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.arguments import ShapeError, describe
 from hfjax._core.types import Tree
-from hfjax.losses import _case_axes
+from hfjax.losses import _case_axes, _positions
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
 _Curvature: TypeAlias = Callable[[jax.Array, jax.Array], LinearMap]
@@ -44,6 +44,9 @@ class Loss:
       targets: which targets the loss is meant for; `None` if any will do.
       coarse: `(outputs, targets) -> str | None`, for a single example: why `factor` only
         approximates S, as a clause for messages; `None` if it is exact.
+      weighted: the same loss with weights for its positions, whose targets are pairs
+        (targets, weights) and whose values are Σₚ wₚ Lₚ. `None` if there is none: then
+        only whole examples can have weights.
     """
 
     value: _Values
@@ -52,6 +55,7 @@ class Loss:
     predict: Callable[[Tree], Tree]
     targets: Targets | None = None
     coarse: Callable[[Tree, Tree], str | None] = lambda outputs, targets: None
+    weighted: "Loss | None" = None
 
 
 def by_leaf(
@@ -65,6 +69,7 @@ def by_leaf(
 ) -> Loss:
     """Lift a loss of arrays to pytrees: sum the values, apply the curvature leaf by leaf.
 
+    `value` returns one number for each position, with axes that the outputs start with.
     Targets have the shape of the outputs without their last `label_axes` axes. Outputs
     and targets of different dtypes are computed in the wider one; products have the dtype
     of `v`.
@@ -79,13 +84,13 @@ def by_leaf(
         dtype = trees.widest(z.dtype, t.dtype) if is_float else z.dtype
         return z.astype(dtype), t.astype(dtype)
 
-    def leaf_value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return sum_to_cases(value(*met(z, t)), z, "the loss")
+    def values(outputs: Tree, targets: Tree) -> Tree:
+        _check_targets(outputs, targets, label_axes)
+        return jax.tree.map(lambda z, t: value(*met(z, t)), outputs, targets)
 
     def summed(outputs: Tree, targets: Tree) -> jax.Array:
-        _check_targets(outputs, targets, label_axes)
-        values = jax.tree.map(leaf_value, outputs, targets)
-        leaves = jax.tree.leaves(values)
+        found = values(outputs, targets)
+        leaves = [sum_to_cases(x, outputs, "the loss") for x in jax.tree.leaves(found)]
         dtype = trees.widest(*(leaf.dtype for leaf in leaves))
         return functools.reduce(jnp.add, [leaf.astype(dtype) for leaf in leaves])
 
@@ -105,7 +110,27 @@ def by_leaf(
 
     meant = None if targets is None else _on_trees(targets, met)
     predictions = functools.partial(jax.tree.map, predict)
-    return Loss(summed, lift(hessian), lift(factor), predictions, meant)
+    loss = Loss(summed, lift(hessian), lift(factor), predictions, meant)
+    return with_weighted(loss, values)
+
+
+def with_weighted(loss: Loss, values: Callable[[Tree, Tree], Tree]) -> Loss:
+    """Add `weighted` to a loss whose values at a position depend on the outputs there alone.
+
+    `values` returns those of `loss` before the positions are summed, as one array or a tree.
+    """
+    weighted, meant = _positions.weighted_values(values), loss.targets
+    of_pairs = None
+    if meant is not None:
+        of_pairs = Targets(meant.words, lambda z, pair: meant.allowed(z, pair[0]))
+    twin = dataclasses.replace(
+        loss,
+        value=lambda z, pair: sum_to_cases(weighted(z, pair), z, "the loss"),
+        hessian=_positions.weighted_map(values, loss.hessian, lambda weights: weights),
+        factor=_positions.weighted_map(values, loss.factor, jnp.sqrt),
+        targets=of_pairs,
+    )
+    return dataclasses.replace(loss, weighted=twin)
 
 
 def _on_trees(targets: Targets, met: Callable[..., tuple]) -> Targets:

@@ -19,6 +19,7 @@ Outputs and targets may be pytrees, and the loss is then summed over their leave
 first axis of every leaf indexes the examples; further axes are summed.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from hfjax._core import options
 from hfjax._core.types import Tree
 from hfjax._tracing.linearize import derivative_of_gradient
-from hfjax.losses import _repair
+from hfjax.losses import _positions, _repair
 from hfjax.losses.loss import LinearMap, Targets, by_leaf, case_by_case
 from hfjax.losses.loss import Loss as Loss
 
@@ -112,7 +113,7 @@ def softmax_cross_entropy() -> Loss:
     """
 
     def value(z: jax.Array, t: jax.Array) -> jax.Array:
-        return -t * jax.nn.log_softmax(z)
+        return -jnp.sum(t * jax.nn.log_softmax(z), axis=-1)
 
     positive = Targets("0 or more", lambda z, t: t >= 0)
     curvature = _softmax_curvature(lambda t: jnp.sum(t, axis=-1, keepdims=True))
@@ -127,7 +128,8 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
 
     Returns:
       The loss, in nats. An out-of-range label, a negative one included, yields NaN. To
-      leave out an example, give it the weight 0 and any valid label.
+      leave out an example, give it the weight 0 and any valid label. Where positions have
+      weights, those of weight 0 may have any label.
 
     Raises:
       TypeError: when the loss is evaluated, if the targets are not integers.
@@ -154,7 +156,7 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
         # rejected. Plain indexing would wrap it round, or leave it out of the gradient.
         known = jnp.where(exists(z, t), 1, jnp.nan).astype(z.dtype)[..., None]
         log_probabilities = jax.nn.log_softmax(known * z)
-        return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)
+        return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)[..., 0]
 
     labels = Targets("labels of the classes there are, from 0", exists)
     curvature = _softmax_curvature(lambda t: 1.0)
@@ -201,7 +203,8 @@ def from_function(
 
     Args:
       fn: `(outputs, targets) -> array` whose first axis indexes the examples; further axes
-        are summed. Optax's losses are such functions. It must not mix examples.
+        are summed, and may have weights. Optax's losses are such functions. It must not mix
+        examples.
       positive: how to repair a loss that is not convex in the outputs: "clip", "shift", or
         `None` for no repair. Without repair, `factor` still leaves out negative curvature.
 
@@ -234,7 +237,15 @@ def from_function(
     """
     if positive is not None:
         options.check_choice("positive", positive, ("clip", "shift"))
+    # The weights go into the function, as it may couple positions.
+    weighted = _differentiated(_positions.weighted_values(fn), positive)
+    return dataclasses.replace(_differentiated(fn, positive), weighted=weighted)
 
+
+def _differentiated(
+    fn: Callable[[Tree, Tree], jax.Array], positive: str | None
+) -> Loss:
+    """Build a loss whose derivatives are those of its values."""
     value = case_by_case(fn)
 
     # Examples do not mix, so the Hessian of the sum over the batch is block-diagonal: one

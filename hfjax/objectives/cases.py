@@ -17,7 +17,8 @@ class Cases(NamedTuple):
     Attributes:
       inputs: a pytree, the argument of `model_fn`.
       targets: a pytree, which the loss compares with the outputs.
-      weights: shape `[cases]`; 0 marks padding.
+      weights: shape `[cases]`, where 0 marks padding; as the user gives them, also
+        `[cases, positions…]`.
     """
 
     inputs: Tree
@@ -139,8 +140,11 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
     # Weights are summed, so they are at least float32 whatever their dtype.
     own = rest[0] if rest else None
     weights = jnp.ones(cases, jnp.float32) if own is None else jnp.asarray(own)
-    if weights.shape != (cases,):
-        msg = f"`{name}` weights must have shape ({cases},), got {weights.shape}."
+    if weights.shape[:1] != (cases,):
+        msg = (
+            f"`{name}` weights must have shape ({cases},), or ({cases}, positions…) where "
+            f"the loss has positions, got {weights.shape}."
+        )
         raise ValueError(msg)
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         msg = f"`{name}` weights must be real, got {weights.dtype}."

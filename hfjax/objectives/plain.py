@@ -19,6 +19,7 @@ from hfjax._tracing import compiled
 from hfjax.objectives import cases as _cases
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.means import AxisName, Means
+from hfjax.objectives.positions import weighted_cases
 from hfjax.objectives.terms import Term, total
 
 
@@ -30,6 +31,14 @@ class Objective:
 
     F is `model_fn`, L the loss and β the weight decay. A batch is `(inputs, targets)`,
     with weights wᵢ = 1, or `(inputs, targets, weights)`.
+
+    If the loss sums over positions of an example (tokens, pixels, outputs), they may have
+    weights of shape `[cases, positions…]`. Then f is the mean over all positions, as for
+    sequences of unequal lengths,
+
+        f(θ) = Σᵢₚ wᵢₚ Lₚ(F(θ, xᵢ), tᵢ) / Σᵢₚ wᵢₚ + ½ β ‖θ‖²
+
+    and a position of weight 0 may hold anything: a label of −100, or NaN.
 
     Attributes:
       model_fn: `(params, inputs) -> outputs`. The outputs for an example must not depend
@@ -67,6 +76,15 @@ class Objective:
       5.0
       >>> print(f.value(jnp.zeros((2, 1)), (x, t, jnp.array([1.0, 0.0]))))
       2.0
+
+      Sequences of 2 tokens and of 1, padded. All logits are 0, so f = log 2 for each:
+
+      >>> loss = hfjax.losses.softmax_cross_entropy_with_integer_labels()
+      >>> f = Objective(lambda p, x: x @ p, loss)
+      >>> x, labels = jnp.ones((2, 2, 3)), jnp.array([[0, 1], [1, -100]])
+      >>> weights = labels != -100
+      >>> print(f.value(jnp.zeros((3, 2)), (x, labels, weights)).round(4))
+      0.6931
 
     References:
       Martens & Sutskever (2012), section 7.1 (`linearize_once`) and 8.4 (`hidden_loss`).
@@ -188,7 +206,8 @@ class Objective:
 
         Returns:
           Shape `[cases]`, in the order of the batch; under `axis_name`, for this device's
-          examples. For a weighted sum, a tuple with one such array for each part.
+          examples. For a weighted sum, a tuple with one such array for each part. If
+          positions have weights, the loss of an example is the mean over its positions.
         """
 
         def values(params: Params, batch: Batch) -> jax.Array:
@@ -204,15 +223,17 @@ class Objective:
 
     def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
         """Return the terms of f on a batch, or raise; `name` is for the error."""
+        loss, cases = weighted_cases(self.loss, as_cases(batch, name))
         return (
             Term(
                 coefficients=(),
                 model_fn=self._outputs,
-                loss=self.loss,
+                loss=loss,
                 weight_decay=self.weight_decay,
                 linearize_once=self.linearize_once,
                 means=Means(self.microbatch_size, self.axis_name),
-                cases=as_cases(batch, name),
+                cases=cases,
+                by_position=loss is not self.loss,
             ),
         )
 

@@ -34,6 +34,8 @@ class Term(NamedTuple):
       linearize_once: whether to keep the linearisations of all microbatches.
       means: how to average over examples: microbatches and devices.
       cases: the batch of this term.
+      by_position: whether each position of an example has its own weight; the targets
+        then hold their shares in the example's.
     """
 
     coefficients: tuple[Any, ...]
@@ -43,6 +45,7 @@ class Term(NamedTuple):
     linearize_once: bool
     means: Means
     cases: Cases
+    by_position: bool = False
 
     @property
     def weight(self) -> Any:

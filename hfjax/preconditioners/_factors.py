@@ -11,6 +11,8 @@ expert, or for each layer of a stack, has such a pair for each. In expectation t
 if inputs and derivatives are independent, and positions are independent of each other.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,9 @@ from hfjax.objectives.terms import Term
 from hfjax.preconditioners._blocks import Blocks, Pair, capacity, needed
 from hfjax.preconditioners._layer_pass import layer_pass
 from hfjax.preconditioners._merged_layers import Merged, Part
+
+_Factors: TypeAlias = tuple[Pair, jax.Array | None]
+"""Sums for Ā and Ḡ, and of the weights of positions that errors have reached."""
 
 
 def read(
@@ -88,13 +93,19 @@ def factors(
     And diag(G) of scales and shifts, from the squared gradients Σₜ xᵢₜ gᵢₜ and Σₜ gᵢₜ of
     each example. This costs a forward pass, a backward pass and the products. Weight decay
     is left out.
+
+    Where positions of the outputs have weights, gᵢₜ contains them through Sᵢ, so that Ḡ is
+    exact in expectation. The positions of a layer need not be those of the outputs, so
+    in Ā each has the weight of its example. But it leaves out those at which gᵢₜ = 0:
+    they have no part in the block, and padding leads to such positions alone unless the
+    model passes it on to others.
     """
     cases = sharding.alike(term.cases)
     local = term.means.local(sharding.gathered(params, cases))
     drawn = probes(term.means, cases, key)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
-    def sums(cases: Cases) -> tuple[list[Pair], dict[int, jax.Array]]:
+    def sums(cases: Cases) -> tuple[list[_Factors], dict[int, jax.Array]]:
         inputs, keys = cases.inputs
         own = Cases(inputs, cases.targets, cases.weights)
         seen = layer_pass(model, term.outputs, local, own)
@@ -105,15 +116,11 @@ def factors(
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
-        def of_use(n: int, layer: layers.Layer) -> Pair:
-            x, units = rows[n], _gram(seen.errors(n, derivatives[n]), cases.weights)
-            if layer.is_lookup:
-                return Pair(_counts(x, layer.inputs, cases.weights), units)
-            if layer.bias is not None:
-                x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-            return Pair(_gram(x, cases.weights), units)
+        def of_use(n: int, layer: layers.Layer) -> _Factors:
+            errors = seen.errors(n, derivatives[n])
+            return _of_use(layer, rows[n], errors, cases.weights, term.by_position)
 
-        def of_layer(layer: layers.Layer) -> Pair:
+        def of_layer(layer: layers.Layer) -> _Factors:
             return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
 
         def gradients(n: int) -> jax.Array:
@@ -134,13 +141,34 @@ def factors(
     # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
     means, scalings = term.means.mean(sums, sharding.alike(data))
-    # If positions are independent and alike, the block is Σₜ E[gₜgₜᵀ] ⊗ E[xₜxₜᵀ]: Ḡ is a
-    # sum over positions, Ā a mean.
+    found = zip(model.layers, means, strict=True)
     pairs = [
-        Pair(pair.inputs / layer.positions(model.uses), pair.units)
-        for layer, pair in zip(model.layers, means, strict=True)
+        _averaged(pair, layer.positions(model.uses), reached)
+        for layer, (pair, reached) in found
     ]
     return pairs, scalings
+
+
+def _of_use(
+    layer: layers.Layer,
+    x: jax.Array,
+    errors: jax.Array,
+    weights: jax.Array,
+    by_position: bool,
+) -> _Factors:
+    """Sum over the examples and positions of a use of a layer."""
+    reached = None
+    if layer.bias is not None:
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+    if by_position:
+        some = jnp.any(errors != 0, axis=-1, keepdims=True)
+        x = jnp.where(some, x, -1 if layer.is_lookup else 0)
+        along = weights.reshape(-1, *[1] * (some.ndim - 1))
+        # One number, or one for each block.
+        reached = jnp.sum(jnp.where(some, along, 0), axis=(0, -2, -1))
+    lookup = layer.is_lookup
+    inputs = _counts(x, layer.inputs, weights) if lookup else _gram(x, weights)
+    return Pair(inputs, _gram(errors, weights)), reached
 
 
 def _gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
@@ -164,6 +192,17 @@ def _counts(indices: jax.Array, length: int, weights: jax.Array) -> jax.Array:
     # Under `shard_map` the zeros must vary over devices, as the examples do.
     zeros = jnp.zeros(length, each.dtype) + 0 * jnp.sum(weights)
     return zeros.at[places].add(each, mode="drop")
+
+
+def _averaged(pair: Pair, positions: int, reached: jax.Array | None) -> Pair:
+    """Divide Ā by the positions of an example, or by those reached, one for each block."""
+    # If positions are independent and alike, the block is Σₜ E[gₜgₜᵀ] ⊗ E[xₜxₜᵀ]: Ḡ is a
+    # sum over positions, Ā a mean.
+    if reached is None:
+        return pair._replace(inputs=pair.inputs / positions)
+    divisor = jnp.where(reached > 0, reached, 1).astype(pair.inputs.dtype)
+    divisor = jnp.expand_dims(divisor, tuple(range(reached.ndim, pair.inputs.ndim)))
+    return pair._replace(inputs=pair.inputs / divisor)
 
 
 def estimate(

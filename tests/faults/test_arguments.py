@@ -121,7 +121,7 @@ def test_random_numbers_need_nothing_of_the_state():
         ((X, T, None, None), ValueError, "got tuple of 4 parts"),
         ((X, T[:3]), ValueError, "must lead with the same number of cases"),
         ((X[:0], T[:0]), ValueError, "holds no cases"),
-        ((X, T, jnp.ones((4, 1))), ValueError, r"weights must have shape \(4,\)"),
+        ((X, T, jnp.ones((3, 1))), ValueError, r"weights must have shape \(4,\)"),
         ((X, T, jnp.ones(4) * 1j), TypeError, "be real, got complex"),
         (
             ([[1.0] * 3] * 4, T),

@@ -264,7 +264,7 @@ def test_what_is_not_finite_is_named():
 
 def test_weights_that_are_none_are_named():
     g = gradient(OBJECTIVE)
-    only(check(batch=(X, T, jnp.zeros(7)), grads=g), "All case weights are 0")
+    only(check(batch=(X, T, jnp.zeros(7)), grads=g), "All weights are 0")
     only(check(batch=(X, T, -jnp.ones(7)), grads=g), "negative")
 
 

@@ -211,7 +211,11 @@ BAD_BATCHES = {
     "no_leaves": (((), ()), "same number of cases"),
     "no_cases": ((X[:0], T[:0]), "holds no cases"),
     "weights_too_short": ((X, T, jnp.ones(3)), r"weights must have shape \(4,\)"),
-    "weights_of_two_axes": ((X, T, jnp.ones((4, 1))), r"got \(4, 1\)"),
+    "weights_of_no_axis": ((X, T, jnp.ones(())), r"got \(\)"),
+    "weights_of_other_positions": (
+        (X, T, jnp.ones((4, 1))),
+        r"shape \[1\] a case, but the loss has values of shape \[2\]",
+    ),
 }
 
 

@@ -1,0 +1,101 @@
+"""Losses with a weight for each position of an example: a token, a pixel, an output.
+
+The targets of such a loss are pairs (targets, weights), with weights of shape `[cases,
+positions…]`. Its value for an example is Σₚ wₚ Lₚ, so that the position's part of L″ is
+multiplied by wₚ, and its part of S by √wₚ.
+
+A position of weight 0 counts for nothing, whatever the model returns for it: its outputs
+are replaced by 0 before the loss sees them, and what the loss makes of them by 0
+afterwards. So NaN there reaches neither values nor derivatives.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core import trees
+from hfjax._core.arguments import ShapeError
+from hfjax._core.types import Tree
+
+_Values: TypeAlias = Callable[[Tree, Tree], Tree]
+_Pair: TypeAlias = tuple[Tree, jax.Array]
+_Build: TypeAlias = Callable[[Tree, Any], Callable[[Tree], Tree]]
+_Scale: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+def weighted_values(values: _Values) -> Callable[[Tree, _Pair], jax.Array]:
+    """Build `(outputs, (targets, weights)) -> wₚ Lₚ`, with the shape of the weights.
+
+    `values` returns arrays that start with the axes of the weights; their further axes are
+    summed, and so are several arrays.
+    """
+
+    @functools.wraps(values)
+    def weighted(outputs: Tree, pair: _Pair) -> jax.Array:
+        targets, weights = pair
+        found = jax.tree.leaves(values(_counted(outputs, weights), targets))
+        _check(found, weights)
+        dtype = trees.widest(jnp.float32, *(leaf.dtype for leaf in found))
+        axes = weights.ndim
+        sums = [
+            jnp.sum(leaf.astype(dtype), axis=range(axes, leaf.ndim)) for leaf in found
+        ]
+        return _times(weights, functools.reduce(jnp.add, sums))
+
+    return weighted
+
+
+def weighted_map(values: _Values, build: _Build, scale: _Scale) -> _Build:
+    """Build `(outputs, (targets, weights)) -> (v -> scale(wₚ) times build's product)`.
+
+    This is for a loss whose values, as in `weighted_values`, depend on the outputs at
+    their position alone. `build` is `(outputs, targets) -> (v -> L″ v)`, or S v.
+    """
+
+    def weighted(outputs: Tree, pair: _Pair) -> Callable[[Tree], Tree]:
+        targets, weights = pair
+        _check(jax.tree.leaves(jax.eval_shape(values, outputs, targets)), weights)
+        product = build(_counted(outputs, weights), targets)
+        times = functools.partial(_times, scale(weights))
+        return lambda v: jax.tree.map(times, product(v))
+
+    return weighted
+
+
+def _counted(outputs: Tree, weights: jax.Array) -> Tree:
+    """Replace outputs at positions of weight 0 by 0."""
+
+    def leaf(z: jax.Array) -> jax.Array:
+        # Outputs that are not laid out by position belong to the whole example.
+        if z.shape[: weights.ndim] != weights.shape:
+            return z
+        return jnp.where(_like(weights, z) == 0, jnp.zeros((), z.dtype), z)
+
+    return jax.tree.map(leaf, outputs)
+
+
+def _times(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiply by the weights, where 0 · NaN is 0."""
+    along = _like(weights, x)
+    return jnp.where(along == 0, jnp.zeros((), x.dtype), along.astype(x.dtype) * x)
+
+
+def _like(weights: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.expand_dims(weights, range(weights.ndim, x.ndim))
+
+
+def _check(found: list[Any], weights: jax.Array) -> None:
+    """Raise unless the values of a loss start with the axes of the weights."""
+    for leaf in found:
+        if leaf.shape[: weights.ndim] == weights.shape:
+            continue
+        given, have = (list(x.shape[1:]) for x in (weights, leaf))
+        msg = (
+            f"The weights of the batch have shape {given} a case, but the loss has values "
+            f"of shape {have} a case: they must start alike. Give one weight to each of "
+            "these values, or one to each case."
+        )
+        raise ShapeError(msg)

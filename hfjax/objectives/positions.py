@@ -1,0 +1,68 @@
+"""Weights of positions: tokens, pixels or other parts of an example that the loss sums.
+
+    f(θ) = Σᵢₚ wᵢₚ Lᵢₚ / Σᵢₚ wᵢₚ = Σᵢ Wᵢ L̄ᵢ / Σᵢ Wᵢ,
+    Wᵢ = Σₚ wᵢₚ,        L̄ᵢ = Σₚ (wᵢₚ / Wᵢ) Lᵢₚ
+
+So an example whose positions have weights is one of weight Wᵢ, and its loss is the mean
+over its positions. The shares wᵢₚ / Wᵢ travel with the targets. Nothing else has to know:
+microbatches, devices, curvature, factors and exact solutions are those of weights `[cases]`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hfjax.losses import Loss
+from hfjax.objectives.cases import Cases
+
+
+def weighted_cases(loss: Loss, cases: Cases) -> tuple[Loss, Cases]:
+    """Return a loss and examples that have one weight each, with the same f."""
+    if cases.weights.ndim == 1:
+        return loss, cases
+    if loss.weighted is None:
+        given = cases.weights.shape
+        msg = (
+            f"Weights of shape {given} are of positions, and this `hfjax.losses.Loss` has "
+            f"no `weighted`: give each case one weight, of shape ({given[0]},), or write "
+            "the loss by `hfjax.losses.from_function`."
+        )
+        raise ValueError(msg)
+    inputs, targets, weights = without_padding(cases)
+    # As wide as possible, so that Wᵢ times a share is wᵢₚ to the rounding of any loss.
+    weights = weights.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
+    positions = tuple(range(1, weights.ndim))
+    whole = jnp.sum(weights, axis=positions)
+    divisor = jnp.expand_dims(jnp.where(whole == 0, 1, whole), positions)
+    return loss.weighted, Cases(inputs, (targets, weights / divisor), whole)
+
+
+def without_padding(cases: Cases) -> Cases:
+    """Replace what positions of weight 0 hold, as far as it could do harm.
+
+    Targets become 0: the loss would not take a label of −100. Inputs become 0 only where
+    they are NaN or infinite, because a model may use the others at other positions, as
+    those of a prompt. Leaves that are not laid out by position belong to the example, and
+    are replaced if all of its positions have weight 0.
+    """
+    empty = cases.weights == 0
+
+    def padding(leaf: jax.Array) -> jax.Array:
+        own = empty
+        if leaf.shape[: own.ndim] != own.shape:
+            own = jnp.all(own, axis=range(1, own.ndim))
+        return jnp.expand_dims(own, range(own.ndim, leaf.ndim))
+
+    def of_inputs(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        harmful = padding(leaf) & ~jnp.isfinite(leaf)
+        return jnp.where(harmful, jnp.zeros((), leaf.dtype), leaf)
+
+    def of_targets(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        return jnp.where(padding(leaf), jnp.zeros((), leaf.dtype), leaf)
+
+    inputs, targets, weights = jax.tree.map(jnp.asarray, cases)
+    inputs = jax.tree.map(of_inputs, inputs)
+    return Cases(inputs, jax.tree.map(of_targets, targets), weights)
