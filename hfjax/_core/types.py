@@ -17,7 +17,8 @@ Params: TypeAlias = Any
 """A pytree with the structure of the parameters: θ, a gradient, a step."""
 
 Batch: TypeAlias = tuple[Any, ...]
-"""`(inputs, targets)` or `(inputs, targets, weights)`; axis 0 of all leaves is examples."""
+"""`(inputs, targets)` or `(inputs, targets, weights)`; axis 0 of all leaves is examples.
+The weights are `[cases]`, or `[cases, positions…]` where the loss has positions."""
 
 Matvec: TypeAlias = Callable[[Tree], Tree]
 """`v -> A v` for a symmetric `A`; keeps the structure, shapes and dtypes of `v`."""
