@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax.sharding import NamedSharding, PartitionSpec
 
+_RAISE, _TRIES = 10.0, 20
+"""μ is raised by this factor, at most this often, until a Cholesky factor is finite."""
+
 
 def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
     """Make `jax.vmap` of a decomposition loop over its batch on a CPU."""
@@ -121,3 +124,31 @@ def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 def pinv(matrix: jax.Array, rtol: jax.Array) -> jax.Array:
     """Return the pseudoinverse; singular values below `rtol` · the largest count as 0."""
     return jnp.linalg.pinv(matrix, rtol=rtol)
+
+
+def damped_cholesky(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the Cholesky factor of matrix + μI and μ, raised until there is one."""
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+
+    def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        factor, _, tries = tried
+        # If the factorisation fails, its last pivot is NaN.
+        return ~jnp.isfinite(factor[-1, -1]) & (tries < _TRIES)
+
+    def again(tried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
+        _, mu, tries = tried
+        mu = _RAISE * mu
+        return cholesky(matrix + mu * identity), mu, tries + 1
+
+    mu = jnp.maximum(mu.astype(matrix.dtype), least_damping(matrix))
+    start = (jnp.full_like(matrix, jnp.nan), mu / _RAISE, jnp.zeros((), jnp.int32))
+    factor, mu, _ = jax.lax.while_loop(failed, again, start)
+    return factor, mu
+
+
+def least_damping(matrix: jax.Array) -> jax.Array:
+    """Return the least μ for `damped_cholesky`: the rounding of the matrix."""
+    limits = jnp.finfo(matrix.dtype)
+    rounding = limits.eps * jnp.trace(matrix)
+    # Without any curvature and damping, μ would be 0, and raising it would not help.
+    return jnp.where(rounding > 0, rounding, limits.tiny)

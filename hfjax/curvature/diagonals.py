@@ -33,6 +33,7 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.curvature import _case_gradients
 from hfjax.curvature.probes import keys_of, probes
+from hfjax.objectives import decay
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.plain import Objective, check_objective, terms_of
 from hfjax.objectives.terms import Term, total
@@ -254,5 +255,4 @@ def _mean_of_squares(
     # Microbatches bound the memory for gradients that have to be formed.
     bounded = means.at_most(max(1, _HELD_ENTRIES // max(held, 1)))
     mean = sharding.like(bounded.mean(sum_of_squares, cases), params)
-    decay = jnp.zeros(()) if term.decay is None else term.decay
-    return jax.tree.map(lambda x: share * x + decay.astype(x.dtype), mean)
+    return decay.raised(term.weight_decay, jax.tree.map(lambda x: share * x, mean))

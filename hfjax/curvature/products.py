@@ -8,11 +8,12 @@
 | `empirical_fisher` | Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ / Σᵢ wᵢ | yes | 4/3 |
 
 J is the Jacobian of the outputs with respect to the parameters, and L″ the Hessian of
-the loss with respect to the outputs. Every B also includes `weight_decay` · I. Train
-with the generalised Gauss-Newton matrix, `ggn` (Schraudolph 2002; M&S (2012), section
-6), which equals the Hessian if the model is linear. With `structural=μ`, `ggn` and
-`hessian` add μ times the Gauss-Newton matrix of the mean distance of the hidden states
-(M&S (2012), section 8.4), in the same product.
+the loss with respect to the outputs. Every B also includes `weight_decay` · I, or a
+diagonal matrix if layers have different ones. Train with the generalised Gauss-Newton
+matrix, `ggn` (Schraudolph 2002; M&S (2012), section 6), which equals the Hessian if the
+model is linear. With `structural=μ`, `ggn` and `hessian` add μ times the Gauss-Newton
+matrix of the mean distance of the hidden states (M&S (2012), section 8.4), in the same
+product.
 """
 
 from collections.abc import Callable

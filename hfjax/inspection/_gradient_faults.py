@@ -19,7 +19,7 @@ class Facts(NamedTuple):
     Attributes:
       data: gradient of the mean loss: ∇f = data + decay · θ.
       params: θ.
-      decay: the objective's weight decay.
+      decay: the objective's weight decay of each parameter.
       cases: number of examples.
       weight: sum of the example weights.
       output_shape: shape of one example's outputs; only their number if they are a tree.
@@ -28,7 +28,7 @@ class Facts(NamedTuple):
 
     data: np.ndarray
     params: np.ndarray
-    decay: float
+    decay: np.ndarray
     cases: int
     weight: float
     output_shape: tuple[int, ...]
@@ -68,6 +68,13 @@ class Facts(NamedTuple):
     def gradient(self) -> np.ndarray:
         return self.data + self.decay * self.params
 
+    @property
+    def written(self) -> str:
+        """The weight decay, for a sentence."""
+        betas = sorted(set(self.decay.tolist())) or [0.0]
+        ends = dict.fromkeys(f"{beta:.4g}" for beta in (betas[0], betas[-1]))
+        return " to ".join(ends)
+
 
 def explain(grads: np.ndarray, facts: Facts) -> str | None:
     """Return one sentence on how `grads` differs from ∇f, or `None` if it does not."""
@@ -93,7 +100,7 @@ def _suspects(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str
     for factor, reason in _factors(facts):
         says = f"`grads` is {factor:.4g} times the gradient of"
         yield factor * facts.gradient, f"{says} this objective: {reason}"
-        if facts.decay:
+        if np.any(facts.decay):
             # The loss is scaled wrongly, but weight decay was added correctly.
             yield factor * facts.data + decay, f"{says} the mean loss: {reason}"
     yield from _decays(grads, facts)
@@ -132,18 +139,18 @@ def _factors(facts: Facts) -> Iterator[tuple[float, str]]:
 def _decays(grads: np.ndarray, facts: Facts) -> Iterator[tuple[np.ndarray, str]]:
     """Yield the correct gradient of the loss with a wrong weight decay."""
     square = facts.params @ facts.params
-    if facts.decay:
+    if np.any(facts.decay):
         lacks = "`grads` lacks the weight decay of the objective,"
-        yield facts.data, f"{lacks} {facts.decay:.4g} θ."
+        yield facts.data, f"{lacks} {facts.written} θ."
         yield (
             facts.data + 2 * facts.decay * facts.params,
-            f"`grads` has the objective's weight decay {facts.decay:.4g} twice: leave "
+            f"`grads` has the objective's weight decay {facts.written} twice: leave "
             "it to `Objective(weight_decay=…)` alone.",
         )
     if square and grads.size > 2:
         # The least-squares fit of c in grads = data + c θ.
         found = facts.params @ (grads - facts.data) / square
-        has = f"{facts.decay:.4g}" if facts.decay else "none"
+        has = facts.written if np.any(facts.decay) else "none"
         yield (
             facts.data + found * facts.params,
             f"`grads` has weight decay of coefficient {found:.4g}, the objective "
@@ -179,7 +186,7 @@ def _nearest(grads: np.ndarray, facts: Facts) -> tuple[np.ndarray, str]:
     return (
         matrix @ [scale, decay],
         f"`grads` is {scale:.4g} times the gradient of the mean loss plus {decay:.4g} "
-        f"θ; for this objective the factors are 1 and {facts.decay:.4g}.",
+        f"θ; for this objective the factors are 1 and {facts.written}.",
     )
 
 

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from hfjax._core import trees
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing.programs import equations_of
+from hfjax.objectives import decay
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
@@ -78,9 +79,11 @@ class Setup(NamedTuple):
             yield
 
     @property
-    def decay(self) -> float:
-        """The weight decay."""
-        return float(jnp.asarray(self.objective.weight_decay))
+    def decay(self) -> np.ndarray:
+        """The weight decay of each parameter, a flat vector."""
+        with self.precision():
+            zeros = jax.tree.map(jnp.zeros_like, trees.widen(self.params))
+            return flat(decay.raised(self.objective.weight_decay, zeros))
 
     def outputs(self, params: Params, inputs: Tree) -> Tree:
         """Run the model, without hidden states."""

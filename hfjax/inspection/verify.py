@@ -128,7 +128,7 @@ def products(
         # G = Σᵢ wᵢ Jᵢᵀ L″ᵢ Jᵢ / Σᵢ wᵢ + weight_decay I, from differences alone.
         share = weights / jnp.sum(weights)
         g = jnp.einsum("i,pia,iab,qib->pq", share, j, hessians, j)
-        g += setup.decay * jnp.eye(tried.size)
+        g += jnp.diag(jnp.asarray(setup.decay)[tried])
 
         _, tangent, transpose = linearized(forward, theta)
         transposed = transpose(w)

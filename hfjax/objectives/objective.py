@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options, trees
+from hfjax._core import options
 from hfjax._core.arguments import describe
 from hfjax._core.types import Batch, NumberOrSchedule, Params
 from hfjax.objectives.plain import Objective as Objective
-from hfjax.objectives.terms import Term, decay_of
+from hfjax.objectives.terms import Term
 
 
 def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objective:
@@ -104,9 +104,6 @@ class _Sum(Objective):
         vars(self).update(parts=tuple(parts), hidden_loss=None)
 
     def __getattr__(self, name: str) -> Any:
-        # Preconditioners ask any objective for its weight decay, a sum included.
-        if name == "weight_decay":
-            return self._weight_decay()
         if name == "axis_name":
             axes = {part.axis_name for _, part in self.parts} - {None}
             return next(iter(axes), None)
@@ -159,16 +156,3 @@ class _Sum(Objective):
             for (_, part), own in zip(self.parts, batch, strict=True)
         )
         return batch if all(map(operator.is_, fewer, batch)) else fewer
-
-    def _weight_decay(self) -> Any:
-        """Return Σₖ cₖ βₖ, as a schedule if any of them is one."""
-        decays = [(c, part.weight_decay) for c, part in self.parts]
-        if any(callable(number) for pair in decays for number in pair):
-            return lambda count: self.at(count).weight_decay
-        known = [(jnp.asarray(c), decay_of(decay)) for c, decay in decays]
-        arrays = [(c, decay) for c, decay in known if decay is not None]
-        if not arrays:
-            return 0.0
-        dtype = trees.widest(*(x.dtype for pair in arrays for x in pair))
-        products = [c.astype(dtype) * decay.astype(dtype) for c, decay in arrays]
-        return sum(products[1:], products[0])

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from hfjax import losses
 from hfjax._core import options, trees
 from hfjax._core.arguments import as_params, describe, noting_call
-from hfjax._core.types import Batch, NumberOrSchedule, Params, Tree
+from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
 from hfjax.objectives import cases as _cases
+from hfjax.objectives import decay
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.means import AxisName, Means
 from hfjax.objectives.positions import weighted_cases
@@ -27,7 +27,7 @@ from hfjax.objectives.terms import Term, total
 class Objective:
     """A training objective f(θ), which provides its value, gradient and curvature.
 
-        f(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ β ‖θ‖²
+        f(θ) = Σᵢ wᵢ L(F(θ, xᵢ), tᵢ) / Σᵢ wᵢ + ½ Σⱼ βⱼ θⱼ²
 
     F is `model_fn`, L the loss and β the weight decay. A batch is `(inputs, targets)`,
     with weights wᵢ = 1, or `(inputs, targets, weights)`.
@@ -46,8 +46,10 @@ class Objective:
         model one key per example in `inputs`.
       loss: an `hfjax.losses.Loss`, or a function `(outputs, targets) -> array` whose first
         axis indexes the examples; further axes are summed.
-      weight_decay: β ≥ 0, on the scale of the mean loss. It applies to all parameters,
-        including biases. A schedule is evaluated by `at`.
+      weight_decay: β ≥ 0, on the scale of the mean loss. One number applies to all
+        parameters, including biases. A tree prefix of the parameters has a number for
+        each leaf or subtree: `jax.tree.map(lambda p: 1e-4 * (p.ndim > 1), params)` leaves
+        out biases. A schedule, in place of any number, is evaluated by `at`.
       microbatch_size: the most examples to run through the model at once; `None` for all.
         This bounds the memory for activations. Each curvature-vector product then costs
         one more forward pass, because every microbatch is linearised anew. On a mesh of
@@ -69,7 +71,7 @@ class Objective:
       ValueError: if `weight_decay` or `microbatch_size` is out of range.
 
     Example:
-      >>> import hfjax
+      >>> import hfjax, jax.numpy as jnp
       >>> f = Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
       >>> x, t = jnp.eye(2), jnp.array([[2.0], [4.0]])
       >>> print(f.value(jnp.zeros((2, 1)), (x, t)))  # (½·2² + ½·4²) / 2
@@ -93,7 +95,7 @@ class Objective:
     model_fn: Callable[[Params, Tree], Tree]
     loss: losses.Loss
     _: dataclasses.KW_ONLY
-    weight_decay: NumberOrSchedule
+    weight_decay: Tree
     microbatch_size: int | None
     linearize_once: bool
     axis_name: AxisName
@@ -104,7 +106,7 @@ class Objective:
         model_fn: Callable[[Params, Tree], Tree],
         loss: losses.Loss | Callable[[Tree, Tree], jax.Array],
         *,
-        weight_decay: NumberOrSchedule = 0.0,
+        weight_decay: Tree = 0.0,
         microbatch_size: int | None = None,
         linearize_once: bool = False,
         axis_name: AxisName = None,
@@ -116,7 +118,7 @@ class Objective:
                 f"{type(model_fn).__name__}. For a Flax module pass its pure form."
             )
             raise TypeError(msg)
-        options.check_range("weight_decay", weight_decay, low=0.0)
+        decay.check(weight_decay)
         if microbatch_size is not None:
             options.check_count("microbatch_size", microbatch_size, low=1)
         if hidden_loss is not None:
@@ -133,13 +135,13 @@ class Objective:
         )
 
     def at(self, count: jax.Array | int) -> "Objective":
-        """Return f at an update, with the value of the weight decay if that is a schedule.
+        """Return f at an update, with the values of schedules of the weight decay.
 
         Args:
           count: the number of updates so far, `state.count`.
 
         Returns:
-          An objective whose weight decay is a number.
+          An objective whose weight decay has no schedules.
 
         Example:
           >>> import hfjax, optax
@@ -151,10 +153,10 @@ class Objective:
           >>> print(f.at(0).weight_decay, f.at(100).weight_decay)
           0.5 0.0
         """
-        if not callable(self.weight_decay):
+        now = decay.at(self.weight_decay, count)
+        if now is self.weight_decay:
             return self
-        decay = jnp.asarray(self.weight_decay(jnp.asarray(count)))
-        return dataclasses.replace(self, weight_decay=decay)
+        return dataclasses.replace(self, weight_decay=now)
 
     def value(self, params: Params, batch: Batch) -> jax.Array:
         """Compute f(θ) on a batch.

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from hfjax import losses
-from hfjax._core import options, sharding
+from hfjax._core import sharding
 from hfjax._core import trees as _tree
 from hfjax._core.arguments import ShapeError, noting_call
-from hfjax._core.types import NumberOrSchedule, Params, Tree
+from hfjax._core.types import Params, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
+from hfjax.objectives import decay
 from hfjax.objectives.cases import Cases, check_outputs, split, unfold
 from hfjax.objectives.means import Means
 
@@ -30,7 +31,8 @@ class Term(NamedTuple):
       coefficients: numbers or schedules whose product is cₖ; empty for a plain objective.
       model_fn: `(params, inputs) -> outputs`, without hidden states.
       loss: the loss of the outputs.
-      weight_decay: β. As long as it is a schedule, the term cannot be evaluated.
+      weight_decay: β, one or several. The term cannot be evaluated as long as there are
+        schedules among them.
       linearize_once: whether to keep the linearisations of all microbatches.
       means: how to average over examples: microbatches and devices.
       cases: the batch of this term.
@@ -41,7 +43,7 @@ class Term(NamedTuple):
     coefficients: tuple[Any, ...]
     model_fn: Callable[[Params, Tree], Tree]
     loss: losses.Loss
-    weight_decay: NumberOrSchedule
+    weight_decay: Tree
     linearize_once: bool
     means: Means
     cases: Cases
@@ -57,11 +59,6 @@ class Term(NamedTuple):
             )
             raise TypeError(msg)
         return math.prod(self.coefficients) if self.coefficients else None
-
-    @property
-    def decay(self) -> jax.Array | None:
-        """β; `None` if it is known to be zero."""
-        return decay_of(self.weight_decay)
 
     def outputs(self, params: Params, inputs: Tree) -> Tree:
         """Run the model: F(θ, x), with axis 0 of every leaf indexing the examples."""
@@ -141,30 +138,23 @@ class Term(NamedTuple):
 
     def decayed(self, tree: Tree, v: Tree) -> Tree:
         """Add β v, the part of the weight decay, to a curvature-vector product."""
-        decay = self.decay
-        return tree if decay is None else _tree.axpy(decay, v, tree)
+        return decay.decayed(self.weight_decay, v, tree)
 
     def _penalised(self, mean: jax.Array, params: Params) -> jax.Array:
-        """Add ½β‖θ‖², in the wider dtype of the two."""
+        """Add ½ Σ β θ², in the wider dtype of the two."""
         dtype = _tree.widest(mean.dtype, _tree.scalar_dtype(params))
-        mean, decay = mean.astype(dtype), self.decay
-        if decay is None:
-            return mean
-        square = _tree.dot(params, params).astype(dtype)
-        return mean + 0.5 * decay.astype(dtype) * square
+        penalty = decay.half_square(self.weight_decay, params)
+        mean = mean.astype(dtype)
+        return mean if penalty is None else mean + penalty.astype(dtype)
 
 
-def decay_of(weight_decay: NumberOrSchedule) -> jax.Array | None:
-    """Return a weight decay as an array, or `None` if it is known to be zero."""
-    if callable(weight_decay):
-        msg = (
-            "`weight_decay` is a schedule: say when, as in "
-            "`objective.at(state.count).value_and_grad(params, batch)`."
-        )
-        raise TypeError(msg)
-    # A traced 0 may be something else in another call, so only a plain one is left out.
-    zero = options.is_plain_number(weight_decay) and weight_decay == 0
-    return None if zero else jnp.asarray(weight_decay)
+def with_decays(terms: Sequence[Term], damping: Tree, params: Params) -> Tree:
+    """Return λD + Σₖ cₖ βₖ; `damping` is λ or the diagonal of λD.
+
+    A λ stays one number if each βₖ is one number.
+    """
+    decays = [(term.weight, term.weight_decay) for term in terms]
+    return decay.raised_by_all(decays, damping, params)
 
 
 def total(terms: Sequence[Term], trees: Sequence[Tree]) -> Tree:

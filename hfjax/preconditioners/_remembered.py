@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from hfjax._core.types import Batch, Number, Params, Preconditioner, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax.objectives.objective import Objective
-from hfjax.objectives.terms import decay_of
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import with_decays
 
 
 def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
@@ -29,10 +30,8 @@ def with_memory(build: Callable[..., tuple[Preconditioner, Tree]]) -> Callable:
         memory: dict[str, tuple] | None = None,
         count: jax.Array | int = 0,
     ) -> Any:
-        decay = decay_of(objective.weight_decay)
         # Factors and sketches are those of G alone: add the weight decay to λD.
-        if decay is not None:
-            damping = jax.tree.map(lambda d: d + decay.astype(d.dtype), damping)
+        damping = with_decays(terms_of(objective, batch), damping, params)
         product, kept = build(
             objective, params, batch, damping, key, memory or {}, count
         )

@@ -105,7 +105,7 @@ class System(NamedTuple):
       preconditioner: `() -> (r ↦ P⁻¹r)`, or `() -> None`. The call builds P, so make it
         once, outside of loops; P is not built without it.
       jacobian: `() -> (J̃, weight_decay)`; the call computes the Jacobian of
-        `hfjax.sample_space`.
+        `hfjax.sample_space`. `weight_decay` is a number, or a vector like `b`.
       jacobian_size: `() -> (rows, columns, multiplications of a forward pass)`, as Python
         integers.
       tikhonov: whether D = I, so that steps for other λ can be found in a subspace.
@@ -119,7 +119,7 @@ class System(NamedTuple):
     batch_value: ValueFn
     value_and_grad: ValueAndGradFn
     preconditioner: Callable[[], Preconditioner | None] = lambda: None
-    jacobian: Callable[[], tuple[Any, jax.Array]] | None = None
+    jacobian: Callable[[], tuple[Any, Tree]] | None = None
     jacobian_size: Callable[[], tuple[int, int, int]] | None = None
     tikhonov: bool = True
 

@@ -6,6 +6,11 @@ push-through identity, it is
 
     δ = J̃ᵀ(J̃J̃ᵀ + μI)⁻¹(c − J̃d/μ) + d/μ.
 
+If parameters have different weight decays, β in place of the number, μ is λ plus the
+least of them. Let W be 1 + (β − min β)/μ on its diagonal; then
+
+    δ = W⁻¹J̃ᵀ(J̃W⁻¹J̃ᵀ + μI)⁻¹(c − J̃W⁻¹d/μ) + W⁻¹d/μ.
+
 By default, the smaller of both matrices is used. J̃ is stored: rows · parameters numbers.
 Each other λ costs one Cholesky factor, so `hfjax.damping.searched` works here, too. The
 same factor corrects the step for the nonlinearity of the outputs (`corrections`), and one
@@ -13,6 +18,7 @@ update then goes as far as tens without. Use it for fits to 1e-6 and far below, 
 ill-conditioned, as it is for differential equations.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,8 +37,6 @@ from hfjax.solvers.descent import Reason, Run, RunStats, Solver, Step, System
 
 _ROUNDING = 100
 """−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
-_RAISE, _TRIES = 10.0, 20
-"""μ is raised by this factor, at most this often, until a Cholesky factor is finite."""
 
 # 200 and the momentum were measured on differential equations
 # (`benchmarks/results/equations.md`).
@@ -73,7 +77,7 @@ def cholesky(
     |---|---|
     | J̃ | a backward pass for each output of an example |
     | its matrix, n rows | 2 n · rows · params |
-    | each λ | n³ / 3 |
+    | each λ | n³ / 3; with several weight decays and J̃J̃ᵀ, also that matrix |
     | each correction | a forward pass, 4 · rows · params and 2 n² |
 
     All of it is in float32 or wider. λ counts as at least ε times the trace of the
@@ -193,11 +197,12 @@ def _is_small(system: System) -> bool:
 def _solve(system: System, before: Tree | None, space: str, corrections: int) -> Run:
     """Solve with the λ of the run, and return how to solve with others."""
     assert system.jacobian is not None, "every update provides it"
-    jacobian, decay = system.jacobian()
+    jacobian, decays = system.jacobian()
+    decay, excess = _split(decays)
     rows, columns = len(jacobian.residuals), optax.tree.size(system.b)
     in_samples = space == "samples" or (space == "smaller" and rows <= columns)
     build = _in_samples if in_samples else _in_parameters
-    matrix = build(jacobian, decay, system.b, before)
+    matrix = build(jacobian, decay, excess, system.b, before)
     b, dtype = system.b, trees.scalar_dtype(system.b)
 
     def at_damping(damping: jax.Array) -> Step:
@@ -208,6 +213,8 @@ def _solve(system: System, before: Tree | None, space: str, corrections: int) ->
             correction = corrected(jacobian, inverse, step, corrections)
         square = trees.dot(step, step)
         curved = jnp.sum(jnp.square(jacobian.product(step))) + decay * square
+        if excess is not None:
+            curved += trees.dot(step, _times(excess, step)).astype(curved.dtype)
         undamped = (0.5 * curved - trees.dot(b, step)).astype(dtype)
         model = undamped + (0.5 * system.scalar * square).astype(dtype)
         return Step(step, model, jnp.ones((), jnp.int32), correction, undamped)
@@ -230,10 +237,34 @@ class _System(NamedTuple):
     trace: jax.Array
 
 
+def _split(decays: Tree) -> tuple[jax.Array, Tree | None]:
+    """Return the least weight decay, and the excess of each parameter's, if any."""
+    if jax.tree_util.all_leaves([decays]) and jnp.ndim(decays) == 0:
+        return jnp.asarray(decays), None
+    dtype = trees.scalar_dtype(decays)
+    least = [jnp.min(x, initial=jnp.inf) for x in jax.tree.leaves(decays)]
+    least = jnp.min(jnp.stack([x.astype(dtype) for x in least]))
+    return least, jax.tree.map(lambda x: x - least.astype(x.dtype), decays)
+
+
+def _times(numbers: Tree, vectors: Tree) -> Tree:
+    """Multiply a vector, or a stack of them, entry by entry."""
+
+    def leaf(number: jax.Array, x: jax.Array) -> jax.Array:
+        number = number.astype(x.dtype)
+        return (number if x.ndim == number.ndim else number[None]) * x
+
+    return jax.tree.map(leaf, numbers, vectors)
+
+
 def _in_samples(
-    jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
+    jacobian: Jacobian,
+    decay: jax.Array,
+    excess: Tree | None,
+    b: Tree,
+    before: Tree | None,
 ) -> _System:
-    """Solve with J̃J̃ᵀ."""
+    """Solve with J̃W⁻¹J̃ᵀ."""
     # `within` is c in the module's notation, and `beyond` is d. Residuals have the dtype
     # of the outputs, rows that of the parameters.
     within = -jacobian.residuals.astype(trees.scalar_dtype(jacobian.rows))
@@ -249,26 +280,45 @@ def _in_samples(
     if before is not None:
         within -= jacobian.product(before).astype(within.dtype)
         beyond = trees.axpy(-decay, before, beyond)
+        if excess is not None:
+            beyond = jax.tree.map(jnp.subtract, beyond, _times(excess, before))
     along = jacobian.product(beyond)
     matrix = trees.gram(jacobian.rows, jacobian.rows)
 
     def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
-        factor, mu = _factor(matrix, damping + decay)
+        weigh, scaled, along_d, mu = lambda x: x, matrix, along, damping + decay
+        if excess is not None:
+            # W depends on λ, and so does the matrix, which is computed again for each.
+            mu = jnp.maximum(mu.astype(matrix.dtype), linalg.least_damping(matrix))
+            weigh = functools.partial(_times, _inverse_weights(mu, excess))
+            scaled = trees.gram(weigh(jacobian.rows), jacobian.rows)
+            along_d = jacobian.product(weigh(beyond))
+        factor, mu = linalg.damped_cholesky(scaled, mu)
 
         def inverse(u: jax.Array) -> Tree:
             u = u.astype(matrix.dtype)
             solved = jacobian.transpose(linalg.cho_solve(factor, u))
-            return sharding.like(trees.cast_like(solved, beyond), beyond)
+            return weigh(sharding.like(trees.cast_like(solved, beyond), beyond))
 
-        return trees.axpy(1 / mu, beyond, inverse(within - along / mu)), inverse
+        step = trees.axpy(1 / mu, weigh(beyond), inverse(within - along_d / mu))
+        return step, inverse
 
     return _System(solve, jnp.trace(matrix))
 
 
+def _inverse_weights(mu: jax.Array, excess: Tree) -> Tree:
+    """Return the diagonal of W⁻¹, for μ > 0."""
+    return jax.tree.map(lambda x: mu.astype(x.dtype) / (mu.astype(x.dtype) + x), excess)
+
+
 def _in_parameters(
-    jacobian: Jacobian, decay: jax.Array, b: Tree, before: Tree | None
+    jacobian: Jacobian,
+    decay: jax.Array,
+    excess: Tree | None,
+    b: Tree,
+    before: Tree | None,
 ) -> _System:
-    """Solve with J̃ᵀJ̃; the parameters, which are few, form one vector."""
+    """Solve with J̃ᵀJ̃ + `excess`; the parameters, which are few, form one vector."""
     dtype = trees.widest(*(leaf.dtype for leaf in jax.tree.leaves((jacobian.rows, b))))
 
     def in_one(tree: Tree) -> Tree:
@@ -276,13 +326,15 @@ def _in_parameters(
 
     rows = jax.vmap(lambda row: ravel_pytree(row)[0])(in_one(jacobian.rows))
     matrix = sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
+    if excess is not None:
+        matrix += jnp.diag(ravel_pytree(in_one(excess))[0])
     rhs, unravel = ravel_pytree(in_one(b))
     if before is not None:
         phi = ravel_pytree(in_one(before))[0]
         rhs -= jnp.matmul(matrix, phi, precision=trees.EXACT) + decay * phi
 
     def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
-        factor, _ = _factor(matrix, damping + decay)
+        factor, _ = linalg.damped_cholesky(matrix, damping + decay)
 
         def solved(rhs: jax.Array) -> Tree:
             found = unravel(linalg.cho_solve(factor, rhs).astype(rhs.dtype))
@@ -294,26 +346,3 @@ def _in_parameters(
         return solved(rhs), inverse
 
     return _System(solve, jnp.trace(matrix))
-
-
-def _factor(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the Cholesky factor of matrix + μI and μ, raised until there is one."""
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    rounding = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
-
-    def failed(tried: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        factor, _, tries = tried
-        # If the factorisation fails, its last pivot is NaN.
-        return ~jnp.isfinite(factor[-1, -1]) & (tries < _TRIES)
-
-    def again(tried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
-        _, mu, tries = tried
-        mu = _RAISE * mu
-        return linalg.cholesky(matrix + mu * identity), mu, tries + 1
-
-    mu = jnp.maximum(mu.astype(matrix.dtype), rounding)
-    # Without any curvature and damping, μ would be 0, and raising it would not help.
-    mu = jnp.where(mu > 0, mu, jnp.finfo(matrix.dtype).tiny)
-    start = (jnp.full_like(matrix, jnp.nan), mu / _RAISE, jnp.zeros((), jnp.int32))
-    factor, mu, _ = jax.lax.while_loop(failed, again, start)
-    return factor, mu

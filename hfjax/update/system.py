@@ -32,6 +32,8 @@ from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
 from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import with_decays
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.descent import System
 
@@ -274,8 +276,8 @@ def _lazily(
 
 def _written_out(
     point: Point, mu: jax.Array | None, packed: Packing
-) -> tuple[Jacobian, jax.Array]:
-    """Compute J̃ of f and of the structural penalty, with packed rows."""
+) -> tuple[Jacobian, Tree]:
+    """Compute J̃ of f and of the structural penalty, packed, and the weight decay."""
     objective, params, batch = point.objective, point.params, point.batch
     found = jacobian.jacobian(objective, params, batch)
     if mu is not None:
@@ -285,7 +287,9 @@ def _written_out(
         rows=jax.vmap(packed.pack)(found.rows),
         residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
     )
-    return of_rows, jnp.asarray(objective.weight_decay, point.scalar.dtype)
+    none = jnp.zeros((), point.scalar.dtype)
+    decay = with_decays(terms_of(objective, batch), none, params)
+    return of_rows, decay if jax.tree_util.all_leaves([decay]) else packed.pack(decay)
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:

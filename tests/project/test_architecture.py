@@ -44,7 +44,15 @@ PACKAGES = {
         "combined",
     ],
     "models": ["scan", "initializers", "minibatching", "recurrent"],
-    "objectives": ["cases", "means", "positions", "terms", "plain", "objective"],
+    "objectives": [
+        "cases",
+        "means",
+        "positions",
+        "decay",
+        "terms",
+        "plain",
+        "objective",
+    ],
     "curvature": [
         "structural",
         "_precision",

@@ -17,7 +17,8 @@ import hfjax
 from hfjax import damping, sample_space
 from hfjax.curvature.jacobian import jacobian, size
 from hfjax.objectives.objective import weighted_sum
-from hfjax.objectives.terms import decay_of
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import with_decays
 from hfjax.update import fitting
 
 PROBLEMS = build()
@@ -40,8 +41,7 @@ def step_of(objective, params, batch, solver, *, before=None, grads=None, **opti
 def exact_system(objective, params, batch, damping, b=None):
     """Return what a solver that asks for the Jacobian is given; −∇f is b."""
     _, grads = objective.value_and_grad(params, batch)
-    decay = decay_of(objective.weight_decay)
-    decay = jnp.zeros(()) if decay is None else decay
+    decay = with_decays(terms_of(objective, batch), jnp.zeros(()), params)
     return hfjax.cg.System(
         matvec=None,
         b=jax.tree.map(jnp.negative, grads) if b is None else b,
