@@ -97,7 +97,12 @@ def unfold(stacked: jax.Array, total: int) -> jax.Array:
 
 
 def as_cases(batch: Batch, name: str = "batch") -> Cases:
-    """Check a user-supplied batch and give it weights; `name` is for the error."""
+    """Check a user-supplied batch and give it weights; `name` is for the error.
+
+    `()` is the batch of a penalty, which reads no data: one example of nothing.
+    """
+    if isinstance(batch, tuple) and not batch:
+        return Cases(jnp.zeros(1, jnp.float32), (), jnp.ones(1, jnp.float32))
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         came = f"{type(batch).__name__}"
         came += f" of {len(batch)} parts" if isinstance(batch, tuple | list) else ""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core import options
-from hfjax._core.arguments import describe
-from hfjax._core.types import Batch, NumberOrSchedule, Params
+from hfjax._core.arguments import ShapeError, check_function, describe
+from hfjax._core.types import Batch, NumberOrSchedule, Params, Tree
 from hfjax.objectives.plain import Objective as Objective
 from hfjax.objectives.terms import Term
 
@@ -25,9 +25,10 @@ def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objecti
 
         batch = ((interior, zeros), (boundary, values))
 
-    The mean is taken for each term separately, so the number of points of a term does not
-    change its weight. Structural damping is not supported, and attributes of a single
-    term, such as `model_fn` or `microbatch_size`, do not exist.
+    A term may also be a `penalty`, which reads no data and whose batch is `()`. The mean
+    is taken for each term separately, so the number of points of a term does not change
+    its weight. Structural damping is not supported, and attributes of a single term, such
+    as `model_fn` or `microbatch_size`, do not exist.
 
     Args:
       parts: pairs (cₖ, fₖ); cₖ ≥ 0 is a number or a schedule (evaluated by `at`), and fₖ
@@ -88,6 +89,60 @@ def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objecti
     return _Sum([(weight, objective) for weight, objective in parts])
 
 
+def penalty(fn: Callable[[Params], jax.Array]) -> Objective:
+    """Build a term that reads the parameters and no data, to add to a `weighted_sum`.
+
+        f = weighted_sum([(1.0, data), (1e-3, penalty(fn))]);    batch = ((x, t), ())
+
+    Its batch is `()`. Its G is ∇²`fn`, so `fn` should be convex, and its diagonal damps the
+    Kronecker factors of the layers that it reads. |θ| has no curvature: G is 0, and the
+    model knows only its slope. √(θ² + ε²) is a smooth form, with curvature 1/ε at 0. For
+    ½ β ‖θ‖² use `Objective(weight_decay=…)`, which costs nothing and may differ from layer
+    to layer.
+
+    Preconditioners and diagonals are exact if `fn` sums over entries, or over groups of
+    entries as a group lasso does; see `hfjax.losses.from_function`. A penalty on outputs
+    that are not linear in the parameters, such as ‖WᵀW − I‖², is an `Objective` whose model
+    ignores its inputs, for one example.
+
+    Args:
+      fn: `params -> scalar`.
+
+    Returns:
+      The objective.
+
+    Raises:
+      TypeError: if `fn` is not callable.
+      ValueError: when evaluated, if `fn` does not return a scalar.
+
+    Example:
+      A group lasso with a single group, ‖θ‖: its Hessian is (I − θθᵀ/‖θ‖²) / ‖θ‖.
+
+      >>> import hfjax, jax.numpy as jnp
+      >>> f = penalty(lambda p: jnp.sqrt(jnp.sum(p**2)))
+      >>> p = jnp.array([3.0, 4.0])
+      >>> value, grad = f.value_and_grad(p, ())
+      >>> print(value, grad, hfjax.curvature.ggn(f, p, ())(jnp.array([4.0, -3.0])))
+      5.0 [0.6 0.8] [ 0.8 -0.6]
+    """
+    check_function("fn", fn, "params -> scalar")
+
+    # The outputs of the one example are the parameters, and `fn` is their loss. So L″ is
+    # ∇²fn, and every part of the library finds what it finds for any loss.
+    def outputs(params: Params, inputs: jax.Array) -> Params:
+        count = inputs.shape[0]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), params)
+
+    def value(outputs: Params, _: Tree) -> jax.Array:
+        values = jax.vmap(fn)(outputs)
+        if jnp.ndim(values) != 1:
+            msg = f"`fn` must return a scalar, got {describe(values[0])}."
+            raise ShapeError(msg)
+        return values
+
+    return Objective(outputs, value)
+
+
 class _Sum(Objective):
     """Σₖ cₖ fₖ(θ) of `weighted_sum`; `parts` are the pairs (cₖ, fₖ)."""
 
@@ -137,7 +192,7 @@ class _Sum(Objective):
             msg = (
                 f"`{name}` of a weighted sum must be a tuple of its terms' "
                 f"{len(self.parts)} batches, each (inputs, targets) or (inputs, "
-                f"targets, weights), got {came}."
+                f"targets, weights), or () for a penalty, got {came}."
             )
             raise ValueError(msg)
         # A part that is itself a sum has several terms, and its weights multiply theirs.
