@@ -188,7 +188,8 @@ class TrainState(train_state.TrainState):
         # Flax calls `tx.update` without extra arguments, so bind them, and undo that
         # after.
         tx = optax.with_extra_args_support(self.tx)
-        update = functools.partial(tx.update, batch=batch, eval_batch=eval_batch)
+        extra = {"batch": batch, "eval_batch": eval_batch, "all_params": self.params}
+        update = functools.partial(tx.update, **extra)
         handing_on = self.replace(tx=tx._replace(update=update))
         new = train_state.TrainState.apply_gradients(handing_on, grads=grads, **kwargs)
         return new.replace(tx=self.tx)

@@ -35,9 +35,11 @@ def as_params(params: Params) -> Params:
         if _is_hole(leaf):
             msg = (
                 f"params{jax.tree_util.keystr(path)} is masked, as `optax.masked` and "
-                "`optax.partition` do, and `model_fn` needs it. Pass only what is "
-                "trained, and let `model_fn` close over the rest (Flax: "
-                "`hfjax.flax.nnx_model_fn(model, wrt)`; Equinox: `eqx.partition`)."
+                "`optax.partition` do, and `model_fn` needs it. Pass all parameters "
+                "here; only `tx.update` takes a part of them, with "
+                "`all_params=params`. (Or pass only what is trained, and let "
+                "`model_fn` close over the rest: Flax has "
+                "`hfjax.flax.nnx_model_fn(model, wrt)`, Equinox `eqx.partition`.)"
             )
             raise TypeError(msg)
 

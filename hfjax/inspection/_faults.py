@@ -171,7 +171,8 @@ def does_without(tx: Any, given: Setup, batch: Batch, grads: Params) -> bool:
     """Return whether `tx` can run even if Gauss-Newton vector products do not exist."""
 
     def update(grads: Params, params: Params, batch: Batch) -> Any:
-        return tx.update(grads, tx.init(params), params, batch=batch)
+        state = tx.init(params)
+        return tx.update(grads, state, params, batch=batch, all_params=params)
 
     # Any error of `tx` is raised again when an update is run.
     return is_traceable(update, grads, given.params, batch)
@@ -275,7 +276,8 @@ def bad_transformation(
         )
     if not judge:
         return None
-    _, state = tx.update(grads, state, given.params, batch=batch)
+    params = given.params
+    _, state = tx.update(grads, state, params, batch=batch, all_params=params)
 
     def told(name: str) -> float:
         return float(optax.tree.get_all_with_path(state, name)[0][1])

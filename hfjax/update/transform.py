@@ -34,6 +34,7 @@ from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Solver
+from hfjax.update import _masking
 from hfjax.update._bookkeeping import check_state, no_info, record_of
 from hfjax.update._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax.update.fitting import Fitted, check_part, fitted
@@ -69,6 +70,9 @@ def hessian_free(
     - `eval_batch`: the data on which steps are compared and the line search runs; by
       default `batch`. If you draw new batches for each update, compute the gradient on
       data that include both: on unseen data ρ is noise, and λ climbs.
+
+    - `all_params`: all parameters, if `optax.partition` or `optax.masked` leaves only some
+      of them to this optimizer. The others are held fixed within the update.
 
     Other keyword arguments are ignored; `docs/faults.md` lists the wrappers of Optax and
     Flax that pass these on. Outside `jit`, an update is compiled once, and reads what
@@ -142,9 +146,9 @@ def hessian_free(
     changed = compiled.once(functools.partial(_update, parts))
 
     def init(params: Params) -> Any:
-        params = as_params(params)
+        params = as_params(_masking.ours(params))
         dtype = trees.scalar_dtype(params)
-        return HessianFreeState(
+        state = HessianFreeState(
             count=jnp.zeros((), jnp.int32),
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(trees.widen(params)),
@@ -152,6 +156,7 @@ def hessian_free(
             record=record_of(None, fit.solver.max_iterations, dtype),
             info=no_info(dtype),
         )
+        return _masking.theirs(state)
 
     def update(
         updates: Params,
@@ -160,20 +165,22 @@ def hessian_free(
         *,
         batch: Batch | None = None,
         eval_batch: Batch | None = None,
+        all_params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Params, Any]:
         del extra_args  # Optax's contract: ignore what is not needed.
         if params is None or batch is None:
             raise missing("params" if params is None else "batch")
-        params = as_params(params)
+        updates, state, params = _masking.ours((updates, state, params))
+        params, hidden = as_params(params), _masking.hidden_of(params, all_params)
         check_gradient(updates, params)
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory)
         if eval_batch is not None:
             # Raises if it is not a batch.
             terms_of(objective, eval_batch, "eval_batch")
-        new = changed(updates, state, params, batch, eval_batch)
-        return without_derivative("An update", new)
+        new = changed(updates, state, params, batch, eval_batch, hidden)
+        return _masking.theirs(without_derivative("An update", new))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -260,10 +267,14 @@ def _update(
     params: Params,
     batch: Batch,
     eval_batch: Batch | None,
+    hidden: Tree | None,
 ) -> tuple[Params, HessianFreeState]:
     """Perform one update: algorithm 3, line by line."""
     eval_batch = batch if eval_batch is None else eval_batch
     point = _point(parts, grads, state, params, batch, eval_batch)
+    if hidden is not None:
+        f = _masking.of_visible(point.objective, params, hidden)
+        point = point._replace(objective=f)
     solver, rule = parts.fit.solver, parts.damping
 
     # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.

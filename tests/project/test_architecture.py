@@ -101,6 +101,7 @@ PACKAGES = {
     "update": [
         "state",
         "_bookkeeping",
+        "_masking",
         "system",
         "fitting",
         "_judge",

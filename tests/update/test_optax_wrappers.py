@@ -380,12 +380,15 @@ HOLES = {
 
 
 @pytest.mark.parametrize("wrapper", HOLES)
-def test_masked_parameters_are_to_be_closed_over(wrapper):
+def test_masked_parameters_need_all_of_them_beside(wrapper):
     words = (
-        r"params\['out'\] is masked.* Pass only what is trained.* close over the rest"
+        r"params\['out'\] is masked.*`all_params` is missing: call `tx.update\(grads, "
+        r"state, params, batch=batch, all_params=params\)`.*close over the rest"
     )
     with pytest.raises(TypeError, match=words):
         traced(HOLES[wrapper](SMALL()), batch=BATCH)
+    updates, _ = traced(HOLES[wrapper](SMALL()), batch=BATCH, all_params=PARAMS)
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
 
 
 @pytest.mark.parametrize("call", ["update", "value", "value_and_grad", "ggn"])
