@@ -148,6 +148,8 @@ if TYPE_CHECKING or nnx is not None:
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose `apply_gradients` also passes batches to the optimizer.
 
+    It passes all parameters as well, for an `optax.partition` or `optax.masked`.
+
     Example:
       >>> import hfjax, jax.numpy as jnp
       >>> objective = hfjax.Objective(

@@ -336,6 +336,34 @@ def test_a_partition_is_checked_as_a_whole():
 
 
 @pytest.mark.slow
+def test_an_optimizer_of_nnx_hands_all_parameters_and_a_tree_of_decays_on():
+    nnx = pytest.importorskip("flax.nnx")
+    from hfjax.flax import nnx_model_fn
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    batch = jax.tree.map(lambda x: x.astype(jnp.float32), BATCH)
+    pure = nnx.as_pure(nnx.state(model, nnx.Param))
+    f = hfjax.Objective(
+        nnx_model_fn(model),
+        hfjax.losses.squared_error(),
+        weight_decay=jax.tree.map(lambda p: 0.5 * (p.ndim > 1), pure),
+    )
+    options = {"backtracking": None, "line_search": None}
+    hf = hfjax.hessian_free(f, damping=hfjax.damping.constant(0.0), **options)
+    kinds = jax.tree.map(lambda p: "hf" if p.ndim > 1 else "other", pure)
+    tx = optax.partition({"hf": hf, "other": optax.set_to_zero()}, kinds)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        params = nnx.state(model, nnx.Param)
+        grads = f.value_and_grad(params, batch)[1]
+        optimizer.update(model, grads, batch=batch, all_params=params)
+    x, t = (np.asarray(leaf, np.float64) for leaf in batch)
+    truth = np.linalg.solve(x.T @ x / 7 + 0.5 * np.eye(3), x.T @ t / 7)
+    np.testing.assert_allclose(model.kernel[...], truth, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(model.bias[...], 0)
+
+
+@pytest.mark.slow
 def test_the_train_state_hands_all_parameters_on():
     pytest.importorskip("flax")
     from hfjax.flax import TrainState
