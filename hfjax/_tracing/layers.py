@@ -30,6 +30,7 @@ class Layer(NamedTuple):
       bias: the number of the parameter that is added in each use, or `None`.
       sides: which of its axes are blocks, inputs and units.
       uses: the indices of its uses in `Model.uses`.
+      flipped: those of uses in which inputs and units change places, as in `x @ w.T`.
       is_lookup: as in `Use`; Ā is diagonal.
     """
 
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     bias: int | None
     sides: Sides
     uses: tuple[int, ...]
+    flipped: tuple[int, ...] = ()
     is_lookup: bool = False
 
     @property
@@ -59,9 +61,17 @@ class Layer(NamedTuple):
         """The number of inputs, and one more if there is a bias."""
         return self.inputs + (self.bias is not None)
 
-    def positions(self, uses: Sequence[Use]) -> int:
-        """Count how often an example uses a block, given all uses of the model."""
-        return sum(uses[n].positions for n in self.uses)
+    @property
+    def ways(self) -> list[tuple[int, ...]]:
+        """`uses`, and `flipped` if there are any."""
+        return [self.uses, self.flipped] if self.flipped else [self.uses]
+
+    def positions(
+        self, uses: Sequence[Use], numbers: Sequence[int] | None = None
+    ) -> int:
+        """Count how often an example uses a block in all ways, or in uses `numbers`."""
+        own = (*self.uses, *self.flipped) if numbers is None else numbers
+        return sum(uses[n].positions for n in own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,20 +179,12 @@ def _sorted(
     Also returns why each other parameter that is read is not part of a layer.
     """
     others = dict(found.others)
-    # A kernel used as both W and Wᵀ has no Kronecker factors: its inputs are also units.
-    sides = [use.kinds.sides() for use in found.uses]
-
-    def layer_of(kernel: int, numbers: Sequence[int]) -> Layer:
-        first = numbers[0]
-        return Layer(kernel, None, sides[first], (), found.uses[first].is_lookup)
-
     used: dict[int, list[int]] = {}
     for n, use in enumerate(found.uses):
         used.setdefault(use.kernel, []).append(n)
-    for kernel, numbers in used.items():
-        if len({(sides[n], found.uses[n].is_lookup) for n in numbers}) > 1:
-            others.setdefault(kernel, "it is used in two ways")
-        why = unfit(layer_of(kernel, numbers))
+    known = {kernel: _layer(kernel, numbers, found) for kernel, numbers in used.items()}
+    for kernel, layer in known.items():
+        why = "it is used in two ways" if layer is None else unfit(layer)
         if why is not None:
             others.setdefault(kernel, why)
     kernels_of: dict[int, set[int]] = {}
@@ -194,16 +196,41 @@ def _sorted(
     uses, layers = [], []
     for kernel, numbers in used.items():
         # A bias must be added in every use: the 1 among the inputs stands for it in all.
-        biases = {found.biases.get(n) for n in numbers}
+        layer, biases = known[kernel], {found.biases.get(n) for n in numbers}
         bias = biases.pop() if len(biases) == 1 else None
         for other in biases | {bias}:
             if other is not None and (other != bias or kernel in others):
                 why = "has no factors" if kernel in others else "is used without it"
                 others.setdefault(other, f"its kernel {why}")
-        if kernel in others:
+        if layer is None or kernel in others:
             continue
         bias = None if bias in others else bias
-        at = tuple(range(len(uses), len(uses) + len(numbers)))
+        if bias is not None and layer.flipped:
+            bias = (
+                others.setdefault(bias, "its kernel is used transposed, too") and None
+            )
+        places = {n: len(uses) + place for place, n in enumerate(numbers)}
         uses += [found.uses[n] for n in numbers]
-        layers.append(layer_of(kernel, numbers)._replace(bias=bias, uses=at))
+        own, flipped = (
+            tuple(places[n] for n in some) for some in (layer.uses, layer.flipped)
+        )
+        layers.append(layer._replace(bias=bias, uses=own, flipped=flipped))
     return tuple(uses), tuple(layers), others
+
+
+def _layer(kernel: int, numbers: Sequence[int], found: Reader) -> Layer | None:
+    """Return the layer of a kernel without its bias, if all of its uses are of one kind.
+
+    A kernel may be used as W and as Wᵀ: an embedding that is the last layer, too.
+    """
+    uses = {n: found.uses[n] for n in numbers}
+    kinds = {n: (use.kinds.sides(), use.is_lookup) for n, use in uses.items()}
+    # A lookup comes first: its inputs have the diagonal.
+    first = max(numbers, key=lambda n: uses[n].is_lookup)
+    sides, is_lookup = kinds[first]
+    back = sides._replace(inputs=sides.units, units=sides.inputs)
+    own = tuple(n for n in numbers if kinds[n] == kinds[first])
+    flipped = tuple(n for n in numbers if kinds[n] == (back, False) and n not in own)
+    if len(own) + len(flipped) < len(numbers):
+        return None
+    return Layer(kernel, None, sides, own, flipped, is_lookup)

@@ -105,7 +105,7 @@ def factors(
     drawn = probes(term.means, cases, key)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
-    def sums(cases: Cases) -> tuple[list[_Factors], dict[int, jax.Array]]:
+    def sums(cases: Cases) -> tuple[list[list[_Factors]], dict[int, jax.Array]]:
         inputs, keys = cases.inputs
         own = Cases(inputs, cases.targets, cases.weights)
         seen = layer_pass(model, term.outputs, local, own)
@@ -117,11 +117,14 @@ def factors(
         (derivatives,) = transpose(factor(signs))
 
         def of_use(n: int, layer: layers.Layer) -> _Factors:
-            errors = seen.errors(n, derivatives[n])
-            return _of_use(layer, rows[n], errors, cases.weights, term.by_position)
+            both = rows[n], seen.errors(n, derivatives[n])
+            is_flipped = n in layer.flipped
+            return _of_use(layer, *both, cases.weights, term.by_position, is_flipped)
 
-        def of_layer(layer: layers.Layer) -> _Factors:
-            return jax.tree.map(_sum, *(of_use(n, layer) for n in layer.uses))
+        def of_layer(layer: layers.Layer) -> list[_Factors]:
+            """Return the sums over its uses, and over flipped ones if there are any."""
+            each = [[of_use(n, layer) for n in ns] for ns in layer.ways]
+            return [jax.tree.map(_sum, *found) for found in each]
 
         def gradients(n: int) -> jax.Array:
             errors = seen.errors(n, derivatives[n])
@@ -141,11 +144,14 @@ def factors(
     # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
     means, scalings = term.means.mean(sums, sharding.alike(data))
-    found = zip(model.layers, means, strict=True)
-    pairs = [
-        _averaged(pair, layer.positions(model.uses), reached)
-        for layer, (pair, reached) in found
-    ]
+    pairs = []
+    for layer, found in zip(model.layers, means, strict=True):
+        often = [layer.positions(model.uses, numbers) for numbers in layer.ways]
+        its = zip(found, often, strict=True)
+        pair, *flipped = [_averaged(pair, n, reached) for (pair, reached), n in its]
+        for other in flipped:
+            pair = _nearest_product(pair, Pair(other.units, other.inputs))
+        pairs.append(pair)
     return pairs, scalings
 
 
@@ -155,20 +161,23 @@ def _of_use(
     errors: jax.Array,
     weights: jax.Array,
     by_position: bool,
+    is_flipped: bool,
 ) -> _Factors:
     """Sum over the examples and positions of a use of a layer."""
+    # Of a flipped use, the units are those that a lookup has for inputs.
+    lookup = layer.is_lookup and not is_flipped
+    of_units = _diagonal_gram if layer.is_lookup and is_flipped else _gram
     reached = None
     if layer.bias is not None:
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     if by_position:
         some = jnp.any(errors != 0, axis=-1, keepdims=True)
-        x = jnp.where(some, x, -1 if layer.is_lookup else 0)
+        x = jnp.where(some, x, -1 if lookup else 0)
         along = weights.reshape(-1, *[1] * (some.ndim - 1))
         # One number, or one for each block.
         reached = jnp.sum(jnp.where(some, along, 0), axis=(0, -2, -1))
-    lookup = layer.is_lookup
     inputs = _counts(x, layer.inputs, weights) if lookup else _gram(x, weights)
-    return Pair(inputs, _gram(errors, weights)), reached
+    return Pair(inputs, of_units(errors, weights)), reached
 
 
 def _gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
@@ -180,6 +189,42 @@ def _gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
     summed = (0, rows.ndim - 2)
     blocks = (1,) if rows.ndim == 4 else ()
     return sharding.contracted(rows, rows, (summed, summed), batch=blocks)
+
+
+def _diagonal_gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the diagonal of `_gram`."""
+    rows = rows.astype(trees.wide(rows.dtype))
+    squares = jnp.sum(rows**2, axis=1)
+    return sharding.contracted(weights.astype(rows.dtype), squares, ((0,), (0,)))
+
+
+def _nearest_product(pair: Pair, other: Pair) -> Pair:
+    """Return one pair for the sum of two Kronecker products, with its trace.
+
+    Each matrix is divided by its mean eigenvalue; those of the units, and those of the
+    inputs, are added with the weights that the products have in the sum.
+    """
+    if pair.units.ndim > 2:
+        return jax.vmap(_nearest_product)(pair, other)
+
+    def mean(matrix: jax.Array) -> jax.Array:
+        return jnp.mean(matrix if matrix.ndim == 1 else jnp.diagonal(matrix))
+
+    def divided(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+    both, means = (pair, other), jax.tree.map(mean, (pair, other))
+    weights = [its.inputs * its.units for its in means]
+    shares = [divided(weight, weights[0] + weights[1]) for weight in weights]
+
+    def added(place: int, factors: list[jax.Array]) -> jax.Array:
+        first, second = (
+            factor * divided(its[place], own[place])
+            for its, own, factor in zip(both, means, factors, strict=True)
+        )
+        return first + second
+
+    return Pair(added(0, shares), added(1, weights))
 
 
 def _counts(indices: jax.Array, length: int, weights: jax.Array) -> jax.Array:

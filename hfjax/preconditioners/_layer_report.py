@@ -27,10 +27,10 @@ def layers(
     embedding, whose rows are looked up, has a diagonal Ā, which may be of any length.
 
     In Flax, this covers Dense, DenseGeneral, Einsum, Embed, attention, convolutions, most
-    recurrent cells, and `nn.scan` and `nn.vmap` of them. It does not cover embeddings that
-    are used as a kernel too, kernels that are concatenated first (`OptimizedLSTMCell` of
-    Linen) or computed from others (weight
-    normalisation), or scales and biases that are not a layer's.
+    recurrent cells, and `nn.scan` and `nn.vmap` of them. An embedding that is the last
+    layer, too, or any kernel used as W and as Wᵀ, gets the Kronecker product nearest to
+    both. Kernels that are concatenated first (`OptimizedLSTMCell` of Linen) or computed
+    from others (weight normalisation) have a diagonal, as have scales and shifts.
 
     In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā
     is the mean over the terms that have the layer, weighted by cₖ, and Ḡ the sum of cₖ

@@ -13,6 +13,8 @@ from reference import quick_jit
 
 import hfjax
 from hfjax._tracing import programs
+from hfjax.curvature import probes
+from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import _factors
 
 RNG = np.random.default_rng(2)
@@ -213,6 +215,52 @@ def test_a_program_does_not_grow_with_the_depth_of_a_stack():
         return sum(1 for _ in programs.equations_of(program))
 
     assert length(12) == length(2)
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_tied_kernel_has_the_trace_of_both_products_and_shares_of_their_factors(
+    looked_up,
+):
+    w = normal(RNG, 7, 3)
+    x = SEQUENCE @ normal(RNG, 4, 7)
+
+    def model_fn(params, x, added=(0.0, 0.0)):
+        h = params["w"][tokens(x)] if looked_up else x @ params["w"]
+        h = jnp.tanh(h + added[0])
+        return h @ params["w"].T + added[1]
+
+    f, batch = objective_of(model_fn), batch_of(model_fn, {"w": w}, x)
+    (model,) = _factors.read(f, {"w": w}, batch, 8192)
+    (term,) = terms_of(f, batch)
+    ((pair,), _) = quick_jit(lambda: _factors.factors(term, {"w": w}, model, key=KEY))()
+    # The same, with signs and derivatives written out, for each of the two products.
+    drawn = probes.probes(term.means, term.cases, KEY)
+    keys = drawn.data
+    weights = np.asarray(batch[2]) / np.sum(batch[2])
+    zeros = (jnp.zeros((6, 5, 3)), jnp.zeros((6, 5, 7)))
+    outputs, transpose = jax.vjp(lambda added: model_fn({"w": w}, x, added), zeros)
+    signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
+    (errors,) = transpose(signs)
+    h = jnp.tanh(w[tokens(x)] if looked_up else x @ w)
+    first = jax.nn.one_hot(tokens(x), 7, dtype=float) if looked_up else x
+
+    def gram(rows):
+        return np.einsum("n,nti,ntj->ij", weights, rows, rows)
+
+    ours = [(gram(first) / 5, gram(errors[0])), (gram(errors[1]), gram(h) / 5)]
+    if looked_up:  # Only the diagonal on the side of the indices.
+        ours = [(np.diag(np.diag(v)), d) for v, d in ours]
+    sizes = [np.trace(v) / 7 * np.trace(d) / 3 for v, d in ours]
+    shares = np.array(sizes) / sum(sizes)
+    inputs = sum(
+        s * v * 7 / np.trace(v) for s, (v, _) in zip(shares, ours, strict=True)
+    )
+    units = sum(s * d * 3 / np.trace(d) for s, (_, d) in zip(sizes, ours, strict=True))
+    found = np.diag(pair.inputs) if looked_up else pair.inputs
+    np.testing.assert_allclose(found, inputs, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(pair.units, units, rtol=1e-9, atol=1e-12)
+    traces = sum(np.trace(v) * np.trace(d) for v, d in ours)
+    np.testing.assert_allclose(np.trace(found) * np.trace(pair.units), traces)
 
 
 def test_a_long_embedding_has_factors_though_no_other_side_may_be_so_long():

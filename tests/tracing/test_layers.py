@@ -92,6 +92,8 @@ def check(model_fn, params, x):
             inputs_of(rows[n], layer).swapaxes(-1, -2) @ np.asarray(errors[n])
             for n in layer.uses
         )
+        for n in layer.flipped:
+            total += np.asarray(errors[n]).swapaxes(-1, -2) @ np.asarray(rows[n])
         assert total.shape[-2:] == (layer.inputs, layer.units)
         assert total.size == layer.blocks * layer.inputs * layer.units
         total = layer.sides.kernel(total, kernel.shape)
@@ -99,7 +101,7 @@ def check(model_fn, params, x):
         rtol = max(1e-9, float(jnp.finfo(kernel.dtype).eps))
         np.testing.assert_allclose(total, truth[layer.kernel], rtol=rtol, atol=1e-12)
         assert np.any(truth[layer.kernel])
-        positions = sum(rows[n].shape[-2] for n in layer.uses)
+        positions = sum(rows[n].shape[-2] for n in (*layer.uses, *layer.flipped))
         assert layer.positions(model.uses) == positions
         if layer.bias is not None:
             of_bias = sum(np.asarray(errors[n]).sum(axis=-2) for n in layer.uses)
@@ -428,6 +430,24 @@ FOUND = {
         2 * SEQUENCE,
         {"w": None, "v": None},
     ),
+    "tied": (
+        lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T,
+        {"w": W},
+        X,
+        {"w": None},
+    ),
+    "tied_embedding": (
+        lambda p, x: jnp.tanh(p["w"][jnp.abs(x).astype(int)]) @ p["w"].T,
+        {"w": W},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "tied_stack": (
+        lambda p, x: jax.lax.scan(lambda h, w: (jnp.sin(h @ w) @ w.T, None), x, p)[0],
+        normal(RNG, 2, 4, 3),
+        X,
+        {"": None},
+    ),
     "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
     "kernel_in_another_order": (
         kernel_in_another_order,
@@ -517,12 +537,6 @@ def normalised(params, x):
 
 
 OTHERS = {
-    "tied_transposed": (
-        lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T,
-        {"w": W},
-        X,
-        {"w": "it is used in two ways"},
-    ),
     "norm": (
         normalised,
         {"w": W, "scale": B, "shift": B},
@@ -599,10 +613,22 @@ OTHERS = {
         {"b": "its kernel is used without it", "c": "its kernel is used without it"},
     ),
     "bias_of_another_kernel": (  # Of one that is no layer's.
-        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T,
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * jnp.sum(p["w"]),
         {"w": W, "b": B},
         X,
-        {"w": "it is used in two ways", "b": "its kernel has no factors"},
+        {"w": "`reduce_sum` uses it", "b": "its kernel has no factors"},
+    ),
+    "bias_of_a_tied_kernel": (
+        lambda p, x: (lambda h: h * h @ p["w"].T)(x @ p["w"] + p["b"]),
+        {"w": W, "b": B},
+        X,
+        {"b": "its kernel is used without it"},
+    ),
+    "used_in_two_ways": (
+        lambda p, x: x @ p["w"] + jnp.sin(jnp.einsum("nj,jk->njk", x, p["w"])).sum(1),
+        {"w": W},
+        X,
+        {"w": "it is used in two ways"},
     ),
     "second_bias": (
         lambda p, x: x @ p["w"] + p["b"] + p["c"],
