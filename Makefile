@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make test   run the quick tests and doctests: five minutes on two cores"
-	@echo "make test-all   run all tests: twenty-five minutes"
+	@echo "make test-all   run all tests: half an hour"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
 	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
 	@echo "make docs   build the documentation site in docs/_build/html, offline"
@@ -23,7 +23,8 @@ test: $(BIN)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(BIN)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=full
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=full -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=full -m slow
 
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks compare --suite images --problem curves1000 \

@@ -16,12 +16,11 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# `make test` does not optimise programs, which halves what compiling costs; `make test-all`
-# does, as users do. Workers of xdist inherit the flags.
+# Quick tests do not optimise programs, which halves what compiling costs; those that are
+# marked slow do, as users do. Workers of xdist inherit the flags.
 FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 QUICK_FLAGS = f"--xla_backend_optimization_level=0 {FLAGS}".strip()
-is_full = any(word.startswith("--hypothesis-profile") for word in sys.argv)
-chosen = FLAGS if is_full else QUICK_FLAGS
+chosen = FLAGS if "slow" in sys.argv else QUICK_FLAGS  # As in `pytest -m slow`.
 if os.environ.setdefault("XLA_FLAGS", chosen) in {FLAGS, QUICK_FLAGS}:
     # Else a user's own flags may set the devices.
     jax.config.update("jax_num_cpu_devices", 4)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from hfjax._tracing._axes import Layout, Piece, reshaped
 
 
@@ -54,21 +56,30 @@ def _of_convolution(
 
 def _of_lookup(equation: Any, side: int, own: Layout) -> tuple[Layout, Layout] | None:
     """Return the layouts of the indices and of the result of a lookup of whole rows."""
-    numbers, sizes = (equation.params[k] for k in ("dimension_numbers", "slice_sizes"))
-    shape = equation.invars[0].aval.shape
-    if side != 0 or len(numbers.start_index_map) != 1:
-        return None
-    (axis,) = numbers.start_index_map
-    whole_rows = all(
-        n == m or k == axis for k, (n, m) in enumerate(zip(sizes, shape, strict=True))
-    )
-    if numbers.collapsed_slice_dims != (axis,) or not whole_rows:
+    numbers = equation.params["dimension_numbers"]
+    axis = looked_up(equation)
+    if side != 0 or axis is None:
         return None
     added: list[tuple[Piece, ...]] = [() for _ in equation.outvars[0].aval.shape]
-    rest = [pieces for k, pieces in enumerate(own) if k != axis]
-    for place, pieces in zip(numbers.offset_dims, rest, strict=True):
-        added[place] = pieces
+    rest = [k for k in range(len(own)) if k not in numbers.collapsed_slice_dims]
+    for place, k in zip(numbers.offset_dims, rest, strict=True):
+        added[place] = () if k == axis else own[k]
     return tuple(() for _ in equation.invars[1].aval.shape), tuple(added)
+
+
+def looked_up(equation: Any) -> int | None:
+    """Return the axis of which a `gather` takes single entries, whole in all others."""
+    params, shape = equation.params, equation.invars[0].aval.shape
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    cut = [k for k, (n, m) in enumerate(zip(sizes, shape, strict=True)) if n != m]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in numbers.start_index_map:
+        return None
+    # Other axes start at 0 whatever their index is, if it is clipped.
+    clips = params["mode"] == jax.lax.GatherScatterMode.CLIP
+    batched = numbers.operand_batching_dims
+    return (
+        cut[0] if not batched and (clips or len(numbers.start_index_map) == 1) else None
+    )
 
 
 SORTED = {

@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr
 from hfjax._core import trees
 from hfjax._tracing import programs
 from hfjax._tracing._axes import Kinds, Layout
+from hfjax._tracing._products import looked_up
 
 Path: TypeAlias = tuple[int, ...]
 """The number of an equation in its program, after those of the equations around it."""
@@ -161,7 +162,9 @@ def _inputs(equation: Any, use: Use, operands: list[Any]) -> jax.Array:
     if use.how in {"mul", "add", "add_any"}:
         return jnp.broadcast_to(inputs, equation.outvars[0].aval.shape)
     if use.is_lookup:
-        (axis,) = params["dimension_numbers"].start_index_map
+        axis = looked_up(equation)
+        place = params["dimension_numbers"].start_index_map.index(axis)
+        inputs = inputs[..., place : place + 1]
         count = equation.invars[0].aval.shape[axis]
         if params["mode"] == jax.lax.GatherScatterMode.CLIP:
             return jnp.clip(inputs, 0, count - 1)

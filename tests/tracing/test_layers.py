@@ -418,6 +418,14 @@ FOUND = {
         SEQUENCE,
         {"w": None},
     ),
+    "embedding_of_single_indices": (  # As in Equinox: one `gather` takes both indices.
+        lambda p, x: jax.vmap(jax.vmap(lambda t: p["w"][t]))(
+            jnp.abs(x[..., 0]).astype(int)
+        ),
+        {"w": W},
+        SEQUENCE,
+        {"w": None},
+    ),
     "embedding_out_of_range": (
         lambda p, x: jnp.take(p["w"], x.astype(int), 0, fill_value=0.0),
         {"w": W},
