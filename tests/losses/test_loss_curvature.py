@@ -40,6 +40,11 @@ def neighbours(z, t):
     return jnp.sum(jnp.cosh(z[:, 1:] - z[:, :-1]), axis=-1) + 0 * t[:, 0]
 
 
+def thirds(z, t):
+    first, second, third = jnp.split(z, [1, 3], axis=-1)
+    return jnp.cosh(first[:, 0]) + jnp.sum(jnp.cosh(second - third[:, :2]), -1)
+
+
 def cases(seed=0):
     """Losses, with outputs and targets of three cases, and the sizes of their blocks."""
     rng = np.random.default_rng(seed)
@@ -95,6 +100,7 @@ def cases(seed=0):
             [6],
         ),
         "neighbours": (neighbours, flat, flat, [6]),
+        "thirds": (thirds, flat, flat, [1, 2]),
         "cosine": (optax.losses.cosine_distance, flat, binary + 1, [6]),
     }
 
