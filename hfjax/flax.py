@@ -19,7 +19,8 @@ or in linen
         return jax.vmap(case)(*inputs)
 
 with `inputs = (x, jax.random.split(key, cases))` and a new `key` for each batch. All
-evaluations within an update then use the same dropout masks.
+evaluations within an update then use the same dropout masks. `docs/changing.md`
+shows how to update running statistics after each step.
 """
 
 import functools
@@ -238,7 +239,8 @@ def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> Non
             "Calling the model changes variables that are not trained, as "
             f"{jax.tree_util.keystr(statistics[0])}: its outputs may depend on all "
             "cases of the batch together. Call `model.eval()` first: batch "
-            "normalisation then uses its running statistics."
+            "normalisation then uses its running statistics, and docs/changing.md "
+            "updates them."
         )
         raise ValueError(msg)
     # Only random counters changed. That is an error if they belong to dropout and the key

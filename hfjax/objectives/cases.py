@@ -133,9 +133,9 @@ def as_cases(batch: Batch, name: str = "batch") -> Cases:
         msg = (
             f"Every leaf of `{name}` must lead with the same number of cases, got "
             f"leading axes { ({where: list(size) for where, size in sizes.items()}) }. "
-            "What all cases share is not part of a batch: let `model_fn` close over it. "
-            "Pad graphs and sequences to one size, stack them, and `jax.vmap` the model "
-            "over them."
+            "What all cases share is not part of a batch: let `model_fn` close over it "
+            "(docs/changing.md). Pad graphs and sequences to one size, stack them, and "
+            "`jax.vmap` the model over them."
         )
         raise ValueError(msg)
     (cases,) = next(iter(sizes.values()))

@@ -205,7 +205,10 @@ BAD_BATCHES = {
     "four_parts": ((X, T, T, T), "got tuple of 4 parts"),
     "array": (X, r"`batch` must be \(inputs, targets\)"),
     "dict": ({"x": X, "t": T}, "got dict"),
-    "leading_axes_differ": ((X, T[:3]), "same number of cases.*4.*3"),
+    "leading_axes_differ": (
+        (X, T[:3]),
+        "same number of cases.*4.*3.*close over it.*vmap",
+    ),
     "leaf_differs": (({"a": X, "b": X[:2]}, T), "same number of cases.*'b'"),
     "no_case_axis": ((X, jnp.asarray(1.0)), "same number of cases"),
     "no_leaves": (((), ()), "same number of cases"),
