@@ -1,18 +1,22 @@
 """Examples of the pages run as they stand, and do what the pages say."""
 
+import ast
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from reference import assert_close, quick_jit
 
 import hfjax
 
 pytest.importorskip("flax.nnx")
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
+TRAINERS = re.compile(r"^from (levanter|tunix|kauldron|easydel|maxtext)", re.MULTILINE)
 
 
 def blocks(page):
@@ -72,3 +76,94 @@ def check_statistics(names):
     assert not state.info.accepted
     jax.tree.map(np.testing.assert_array_equal, tuple(found), kept)
     assert jnp.all(kept[1]["BatchNorm_0"]["var"] != 1)
+
+
+def helpers():
+    """Return what the page of trainers defines without any trainer."""
+    names = {}
+    for block in blocks("trainers.md"):
+        ast.parse(block)
+        if not TRAINERS.search(block):
+            exec(block, names)
+    return names
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def model_fn(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+PARAMS = {"in": normal(0, 3, 4), "out": normal(1, 4, 2)}
+BATCH = (normal(2, 6, 3), normal(3, 6, 2))
+OBJECTIVE = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+
+
+def updates_of(tx, **extra):
+    grads = OBJECTIVE.value_and_grad(PARAMS, BATCH)[1]
+    return tx.update(grads, tx.init(PARAMS), PARAMS, **extra)[0]
+
+
+def test_a_bound_optimizer_takes_the_step_for_a_caller_that_passes_nothing():
+    bound, by_objective = helpers()["bound"], helpers()["by_objective"]
+
+    @quick_jit
+    def both():
+        plain = updates_of(hfjax.hessian_free(OBJECTIVE), batch=BATCH)
+        extra = {"objective": OBJECTIVE, "batch": BATCH}
+        return plain, updates_of(bound(by_objective(), **extra))
+
+    plain, found = both()
+    assert_close(found, plain)
+    assert optax.tree.norm(found) > 0
+
+
+@pytest.mark.slow
+def test_an_optimizer_by_obj_fn_takes_the_step_of_the_hessian():
+    curvature = hfjax.curvature.hessian
+
+    def passed_on(params):
+        return OBJECTIVE.value(params, BATCH)
+
+    @quick_jit
+    def both():
+        plain = updates_of(
+            hfjax.hessian_free(OBJECTIVE, curvature=curvature), batch=BATCH
+        )
+        tx = helpers()["by_obj_fn"]()
+        return plain, updates_of(tx, obj_fn=passed_on, loss=1.0, grams=None)
+
+    plain, found = both()
+    assert_close(found, plain, rtol=1e-6)
+    assert optax.tree.norm(found) > 0
+
+
+@pytest.mark.slow
+def test_a_step_of_nnx_like_that_of_tunix_trains_a_part_of_a_model():
+    from flax import nnx
+
+    from hfjax.flax import nnx_model_fn
+
+    rngs = nnx.Rngs(0)
+    layers = [nnx.Linear(3, 4, rngs=rngs), jnp.tanh, nnx.Linear(4, 2, rngs=rngs)]
+    model = nnx.Sequential(*layers)
+    last = nnx.All(nnx.Param, nnx.PathContains(2))
+    tx = helpers()["by_objective"]()
+    optimizer = nnx.Optimizer(model, tx, wrt=last)
+    loss = hfjax.losses.squared_error()
+    batch = jax.tree.map(jnp.float32, BATCH)
+
+    @nnx.jit
+    def train_step(model, optimizer, batch):
+        objective = hfjax.Objective(nnx_model_fn(model, optimizer.wrt), loss)
+        params = nnx.state(model, optimizer.wrt)
+        value, grads = objective.value_and_grad(params, batch)
+        optimizer.update(model, grads, batch=batch, objective=objective)
+        return value
+
+    frozen = np.asarray(model.layers[0].kernel[...])
+    before, after = (train_step(model, optimizer, batch) for _ in range(2))
+    assert after < before
+    np.testing.assert_array_equal(model.layers[0].kernel[...], frozen)
