@@ -147,7 +147,6 @@ def spoilt(batch, number=jnp.nan, label=-100):
     return jnp.where(empty[..., None], number, x), t, weights
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_value_gradient_and_curvature_are_the_mean_over_all_positions(name, plain):
@@ -166,7 +165,6 @@ def test_value_gradient_and_curvature_are_the_mean_over_all_positions(name, plai
         close(ours, theirs)
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("name", ["squared_error", "integer"])
 def test_whatever_is_made_of_factors_of_the_curvature_has_the_weights(name):
     problem = PROBLEMS[name]
@@ -267,7 +265,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_loss_weighs_positions_as_it_does_examples(name):
     loss, head, targets = OTHERS[name]
@@ -385,7 +382,6 @@ CG = {"solver": SOLVER, "preconditioner": None}
 EXACT = {"solver": hfjax.sample_space.cholesky()}
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("options", [EXACT, CG], ids=["exact", "cg"])
 @pytest.mark.parametrize("loss", [INTEGER, PLAIN["integer"]], ids=["ours", "optax's"])
 def test_an_update_is_that_of_the_positions_as_examples(options, loss):
@@ -399,7 +395,6 @@ def test_an_update_is_that_of_the_positions_as_examples(options, loss):
     assert ours[0] < truth(INTEGERS).value
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("options", [{}, EXACT], ids=["default", "exact"])
 def test_an_update_does_not_depend_on_what_has_no_weight(options):
     batch = (X, LABELS, WEIGHTS)
@@ -408,7 +403,6 @@ def test_an_update_does_not_depend_on_what_has_no_weight(options):
     jax.tree.map(close, ours, clean)
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_positions_of_no_weight_may_hold_anything(name, plain):
@@ -449,7 +443,6 @@ def test_finite_inputs_at_positions_of_no_weight_reach_the_others():
     assert other != f.value(PARAMS, (X, LABELS, weights))
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("options", [{}, {"linearize_once": True}])
 @pytest.mark.parametrize("size", [1, 5])
 def test_microbatches_of_sequences_change_nothing(size, options):
@@ -459,7 +452,6 @@ def test_microbatches_of_sequences_change_nothing(size, options):
 
 
 @needs_devices
-@pytest.mark.every
 @pytest.mark.parametrize(
     ("way", "size"),
     [
@@ -536,6 +528,7 @@ def test_hidden_states_of_an_example_count_with_its_weight():
     close(rows.T @ rows + DECAY * np.eye(12), matrix)
 
 
+@pytest.mark.slow
 def test_a_sound_set_up_with_weights_of_positions_is_not_blamed():
     f = hfjax.Objective(by_position, INTEGER, weight_decay=DECAY)
     batch = spoilt(INTEGERS.batch)
@@ -553,7 +546,6 @@ def test_a_sound_set_up_with_weights_of_positions_is_not_blamed():
     assert max(errors) < 1e-6
 
 
-@pytest.mark.every
 @pytest.mark.parametrize(
     ("loss", "weights", "words"),
     [

@@ -263,7 +263,6 @@ def test_the_page_has_every_layer():
     assert table == ["layer", *KINDS]
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("name", KINDS)
 def test_layers_get_what_the_page_says(name):
     (row,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", PAGE, re.MULTILINE)
