@@ -38,10 +38,10 @@ def output_file(path: str) -> Path:
     return found
 
 
-def count(word: str) -> int:
-    """Read a whole number of at least 1."""
-    if not word.isdecimal() or int(word) < 1:
-        msg = f"must be a whole number of at least 1, got {word!r}"
+def count(word: str, low: int = 1) -> int:
+    """Read a whole number of at least 1, or of at least `low`."""
+    if not word.isdecimal() or int(word) < low:
+        msg = f"must be a whole number of at least {low}, got {word!r}"
         raise argparse.ArgumentTypeError(msg)
     return int(word)
 
@@ -60,10 +60,7 @@ def positive(word: str) -> float:
 
 def seed(word: str) -> int:
     """Read a whole number of at least 0."""
-    if not word.isdecimal():
-        msg = f"must be whole numbers of at least 0, got {word!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(word)
+    return count(word, low=0)
 
 
 def among(known: Iterable[str], word: str) -> tuple[str, ...]:

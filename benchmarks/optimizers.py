@@ -65,24 +65,21 @@ class Optimizer(NamedTuple):
         return None
 
 
-def default(problem: Problem, params: Any, seed: int) -> Racer:
-    """Build `hfjax.hessian_free` with its defaults."""
-    tx = hfjax.hessian_free(problem.objective, **problem.options)
+def default(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
+    """Build `hfjax.hessian_free` with its defaults, but for `options`."""
+    tx = hfjax.hessian_free(problem.objective, **{**problem.options, **options})
     return ours(tx, problem, params, seed, everything(problem.parts))
 
 
 def cg(problem: Problem, params: Any, seed: int) -> Racer:
     """Build it with conjugate gradients, whatever the problem."""
-    solver = hfjax.cg.conjugate_gradient()
-    tx = hfjax.hessian_free(problem.objective, solver=solver)
-    return ours(tx, problem, params, seed, everything(problem.parts))
+    return default(problem, params, seed, solver=hfjax.cg.conjugate_gradient())
 
 
 def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
     """Build it with steps that are solved for exactly, with momentum."""
     solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
-    tx = hfjax.hessian_free(problem.objective, solver=solver)
-    return ours(tx, problem, params, seed, everything(problem.parts))
+    return default(problem, params, seed, solver=solver)
 
 
 def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:

@@ -20,40 +20,41 @@ from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.table import rich_table
-from benchmarks.optimizers import MOMENTUM, ours
+from benchmarks.optimizers import MOMENTUM, default
 from benchmarks.suites import equations, images
-from benchmarks.suites.problem import Problem, everything
-from hfjax import cg, damping, hessian_free, preconditioners, sample_space, stopping
+from benchmarks.suites.problem import Problem
+from hfjax import cg, damping, preconditioners, sample_space, stopping
 
 SUITES = {"images": images.SUITE, "equations": equations.SUITE}
 UPDATE = {"images": 6, "equations": 1}
 """Units of an update besides its iterations."""
 
 
-def _marginal(**options: Any) -> dict[str, Any]:
-    return {"solver": cg.conjugate_gradient(stopping=stopping.marginal(**options))}
-
-
-def _kronecker(**options: Any) -> dict[str, Any]:
-    return {"preconditioner": preconditioners.kronecker(**options)}
-
-
 def _exact(momentum: float | None, corrections: int) -> dict[str, Any]:
     return {"solver": sample_space.cholesky(momentum=momentum, corrections=corrections)}
 
 
+FACTORS = {
+    "damping_share=1/3": preconditioners.kronecker(damping_share=1 / 3),
+    "damping_share=1": preconditioners.kronecker(damping_share=1.0),
+    "interval=3": preconditioners.kronecker(interval=3),
+    "kronecker(cases=500)": preconditioners.kronecker(cases=500),
+}
+STOPPING = {
+    "cost=12": stopping.marginal(cost=12.0),
+    "window=1": stopping.marginal(window=1),
+    "window=8": stopping.marginal(window=8),
+}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "images": {
         "defaults": {},
         "levenberg_marquardt()": {"damping": damping.levenberg_marquardt()},
-        "damping_share=1/3": _kronecker(damping_share=1 / 3),
-        "damping_share=1": _kronecker(damping_share=1.0),
-        "interval=3": _kronecker(interval=3),
-        "kronecker(cases=500)": _kronecker(cases=500),
         "searched(cases=500)": {"damping": damping.searched(cases=500)},
-        "cost=12": _marginal(cost=12.0),
-        "window=1": _marginal(window=1),
-        "window=8": _marginal(window=8),
+        **{name: {"preconditioner": rule} for name, rule in FACTORS.items()},
+        **{
+            name: {"solver": cg.conjugate_gradient(stopping=rule)}
+            for name, rule in STOPPING.items()
+        },
     },
     "equations": {
         f"corrections={count}": _exact(MOMENTUM, count) for count in (0, 4, 8, 16, 32)
@@ -72,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=lambda word: cli.listed(cli.seed, word), default=(0,))
     add("--only", help="part of the name of the changes to try; default: all")
     add("--out", default="runs/constants.json", help="a JSON file")
-    add("--data-dir", default="data", help="of mnist.npz; default: data")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         path, names = cli.output_file(args.out), suite.named(args.problem)
         with jax.enable_x64(suite.float64):
             for name, change in itertools.product(names, changes):
-                problem = suite.problems[name].build(args.data_dir)
+                problem = suite.problems[name].build("")
                 reached = [
                     list(lowest(problem, changes[change], seed, args))
                     for seed in args.seeds
@@ -106,8 +106,7 @@ def lowest(
     """Train, and yield the lowest value after each number of units."""
     params = jax.jit(problem.start)(jax.random.key(seed))
     measure = problem.measurer(params, seed)
-    tx = hessian_free(problem.objective, **{**problem.options, **options})
-    racer = ours(tx, problem, params, seed, everything(problem.parts))
+    racer = default(problem, params, seed, **options)
     carry, spent, updates, best = racer.init(params), 0.0, 0, float("inf")
     for units in sorted(args.units):
         while spent < units:

@@ -44,6 +44,7 @@ import hfjax
 from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
+from benchmarks.harness.table import rich_table
 from benchmarks.micro import programs, shares
 from benchmarks.micro.cost_problems import FLOAT64, PROBLEMS, Problem
 from hfjax import cg, damping, iterates, krylov, preconditioners, recipes, trust_region
@@ -290,20 +291,12 @@ def _table(rows: list[dict[str, Any]], problem: Problem) -> Table:
 
 def _places(rows: list[dict[str, Any]]) -> Table:
     """Say where the kernels are."""
-    table = Table(
-        title="Kernels outside of loops, and in each loop (times the model)",
-        caption="a loop by the function that it is written in",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-    )
-    table.add_column("", min_width=20)
-    for row in rows:
-        table.add_column(row["name"], justify="right")
+    cells = [["", *(row["name"] for row in rows)]]
     for place in dict.fromkeys(place for row in rows for place in row["places"]):
-        cells = []
+        cells.append([place])
         for row in rows:
             kernels, models = row["places"].get(place), row["models"].get(place, 0)
             often = f" ({models:g})" if models else ""
-            cells.append("" if kernels is None else f"{kernels:,}{often}")
-        table.add_row(place, *cells)
-    return table
+            cells[-1].append("" if kernels is None else f"{kernels:,}{often}")
+    title = "Kernels outside of loops, and in each loop (times the model)"
+    return rich_table(cells, "a loop by the function that it is written in", title)

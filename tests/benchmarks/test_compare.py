@@ -318,7 +318,7 @@ def test_where_nothing_is_left_it_is_an_error(tmp_path, monkeypatch, capsys):
         (("--problem", "spirals"), "among curves1000, curves2000, curves20000"),
         (("--suite", "spirals"), "invalid choice: 'spirals'"),
         (("--optimizers", "sgd"), "got 'sgd'"),
-        (("--seeds", "0,x"), "whole numbers of at least 0, got 'x'"),
+        (("--seeds", "0,x"), "whole number of at least 0, got 'x'"),
         (("--seconds", "0"), "above 0, got '0'"),
         (("--problem", "mnist", "--data-dir", "nowhere"), "nothing is left to run"),
     ],

@@ -168,7 +168,7 @@ def test_constants_are_compared_by_units_of_work(tmp_path, monkeypatch, capsys):
     )
     kind = images.PROBLEMS["curves1000"]._replace(build=lambda _: measured)
     monkeypatch.setitem(images.PROBLEMS, "curves1000", kind)
-    monkeypatch.setattr(constants, "ours", lambda *_: racer)
+    monkeypatch.setattr(constants, "default", lambda *_, **options: racer)
     words = ("--problem", "curves1000", "--units", "25,10,40", "--only", "window=8")
     found = command(tmp_path / "constants.json", "constants", *words)
     row = {"problem": "curves1000", "change": "window=8", "lowest": [[9.0, 4.0, 1.0]]}

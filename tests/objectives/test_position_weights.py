@@ -464,6 +464,8 @@ def test_microbatches_of_sequences_change_nothing(size, options):
     ],
 )
 def test_devices_of_sequences_change_nothing(way, size):
+    if "explicit" in way and jax.__version_info__ >= (0, 11):
+        pytest.skip("JAX 0.12 has no gradients of single examples with labels there")
     f = INTEGERS.objective(axis_name=axis_name(way), microbatch_size=size)
     assert_true(run(way, functools.partial(quantities, f), INTEGERS))
 
