@@ -1,10 +1,11 @@
 """Finds how a program uses parameters: products with kernels, and sums with biases.
 
-A matrix product, a convolution or a lookup of rows is a use of a kernel if one operand is a
-parameter, which may be reshaped, transposed or cast, but not computed with. Its bias is a parameter
-that is added to the result, with an entry for each unit. Programs inside the program
-(`jit`, `checkpoint`, `scan`) are read too, and so are parameters that a `scan` takes step
-by step.
+A matrix product, a convolution or a lookup of rows is a use of a kernel if one operand is
+a parameter, which may be reshaped, transposed or cast, but not computed with. Its bias is
+a parameter that is added to the result, with an entry for each unit. Scales and shifts
+are parameters that are multiplied with or added to other values, entry by entry. Programs
+inside the program (`jit`, `checkpoint`, `scan`) are read too, and so are parameters that
+a `scan` takes step by step.
 """
 
 import collections

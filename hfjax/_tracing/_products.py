@@ -89,5 +89,5 @@ SORTED = {
 }
 """The layouts of inputs and result of a product, by the primitive that computes it.
 
-Each is `(equation, side, own) -> (taken, added)`, where the operand `side` is a parameter with
-the layout `own`, or `None` if it is not a layer."""
+Each is `(equation, side, own) -> (taken, added)`, where the operand `side` is a parameter
+with the layout `own`, or `None` if it is not a layer."""
