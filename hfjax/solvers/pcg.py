@@ -77,8 +77,8 @@ class State(NamedTuple):
     # Those of the last iteration: the direction, and rᵀP⁻¹r.
     p: Tree
     ry: jax.Array
-    # A power of two near the first rᵀP⁻¹r. P⁻¹ is divided by it, which changes no iterate, so that
-    # rᵀP⁻¹r stays in the range of floats.
+    # A power of two near the first rᵀP⁻¹r. P⁻¹ is divided by it, which changes no iterate,
+    # so that rᵀP⁻¹r stays in the range of floats.
     p_size: jax.Array
     model_values: jax.Array
     kept: Iterates

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from reference import quick_jit
+from reference import flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax import preconditioners, sample_space
@@ -57,13 +57,8 @@ def summed(name, **options):
     )
 
 
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
 def dense(product):
-    columns = jax.vmap(lambda e: ravel_pytree(product(UNRAVEL(e)))[0])
-    return np.asarray(quick_jit(columns)(jnp.eye(FLAT.size, dtype=jnp.float64)))
+    return np.asarray(quick_jit(lambda: matrix_of(product, PARAMS))())
 
 
 def residuals(vector):
