@@ -152,6 +152,9 @@ UNMIXED = {
     "numbers_of_cases_written_out": (
         lambda z, t: half_squares(z.reshape(CASES), t), COLUMN, ROW
     ),
+    "one_case_written_out": (
+        lambda z, t: summed(z.reshape(1, 1), t), COLUMN[:1], ROW[:1]
+    ),
     "one_case_of_pairs": (
         lambda z, t: jnp.sum(pairwise(z[0], t[0]))[None],
         WIDE[None],
