@@ -1,5 +1,6 @@
 """The picture of a comparison: how far each optimizer has come, and when."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,14 +19,19 @@ _COLUMNS = {
 
 
 def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
-    """Draw the value against seconds and updates, and the milestones as thin lines."""
+    """Draw the value against seconds and updates, and the milestones as thin lines.
+
+    A value of 0 is drawn below the lowest milestone.
+    """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (by, words) in zip(panels, _COLUMNS.items(), strict=True):
-        _panel(axes, found, by)
+        _panel(axes, found, by, least=min(summary.milestones.values()) / 2)
         for level in summary.milestones.values():
             axes.axhline(level, color="0.6", lw=0.6, ls=":", zorder=0)
-        axes.set(xlabel=words, xscale="log", yscale="log")
+        # A run that diverges at its start leaves nothing to draw.
+        has_some = math.isfinite(axes.dataLim.minposx)
+        axes.set(xlabel=words, xscale="log" if has_some else "linear", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
@@ -38,13 +44,14 @@ def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes: Axes, found: Sequence[Line], by: str) -> None:
+def _panel(axes: Axes, found: Sequence[Line], by: str, least: float) -> None:
     for index, line in enumerate(found):
         for number, one in enumerate(line.runs):
-            rows = [row for row in one.run.rows if row.updates and row.value > 0]
+            rows = [row for row in one.run.rows if row.updates]
             axes.plot(
                 [getattr(row, by) for row in rows],
-                [row.value for row in rows],
+                # Nothing left, as no wrong answer, has no logarithm.
+                [row.value if row.value > 0 else least for row in rows],
                 color=colormaps["tab10"](index % 10),
                 lw=1.2,
                 alpha=0.8,

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 import benchmarks
 from benchmarks.__main__ import main
 from benchmarks.compare import SUITES
-from benchmarks.harness import machine, race, table
+from benchmarks.harness import figure, machine, race, table
 from benchmarks.harness.checkpoint import Checkpoints
 from benchmarks.harness.history import Plan, Row, Run, RunFile, first_below, read
 from benchmarks.harness.machine import Taken
@@ -252,6 +253,23 @@ def test_a_comparison_leaves_numbers_tables_and_pictures(tmp_path, capsys):
     for text in (printed, written):
         assert "lbfgs" in text
         assert "2 seeds: median" in text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(0.0, 0, 1.0), (1.0, 5, 0.0)], [(0.0, 0, math.nan)]],
+    ids=["nothing_left", "diverged_at_its_start"],
+)
+def test_a_run_without_any_positive_value_has_a_picture(tmp_path, rows):
+    fields = "seconds", "updates", "value"
+    rows = [SimpleNamespace(**dict(zip(fields, row, strict=True))) for row in rows]
+    run = SimpleNamespace(run=SimpleNamespace(rows=rows))
+    summary = SimpleNamespace(
+        milestones={"a": 0.1, "b": 0.01}, value="wrong", title="tiny"
+    )
+    path = tmp_path / "tiny.png"
+    figure.draw(summary, [SimpleNamespace(name="adam", runs=[run])], path)
+    assert path.stat().st_size > 5000
 
 
 def test_what_is_finished_is_not_run_again_and_other_settings_are_refused(
