@@ -8,10 +8,11 @@ that it sums over are *inputs*, those that both operands and the result have are
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -23,16 +24,36 @@ class Piece(NamedTuple):
       axis: the axis.
       before: how many steps of it its pieces before this one have.
       size: how many steps this one has.
+      start: the entry of an array's axis at which its pieces start, if this is the first
+        of them. The axis is longer than they are where arrays were concatenated along it.
     """
 
     axis: int
     before: int
     size: int
+    start: int = 0
 
 
 Layout: TypeAlias = tuple[tuple[Piece, ...], ...]
 """For each axis of an array its pieces, outermost first; none for an axis that is not
 the parameter's, or that has length one."""
+
+
+def length(pieces: Iterable[Piece]) -> int:
+    """Return how many entries of an axis some pieces have together."""
+    return math.prod(piece.size for piece in pieces)
+
+
+def pieces_of(layout: Layout) -> set[Piece]:
+    """Return the pieces in a layout, wherever in an array they start."""
+    pieces = (piece for own in layout for piece in own)
+    return {piece._replace(start=0) for piece in pieces if piece.size > 1}
+
+
+def placed(own: tuple[Piece, ...], start: int) -> tuple[Piece, ...]:
+    """Return the pieces of an axis that is concatenated with others, after `start`."""
+    first, *rest = own or (Piece(0, 1, 1),)
+    return (first._replace(start=first.start + start), *rest)
 
 
 class Sides(NamedTuple):
@@ -92,7 +113,7 @@ class Kinds(NamedTuple):
         sorted_: tuple[list[int], ...] = ([], [], [])
         runs = itertools.groupby(sorted(kind_of), key=kind_of.__getitem__)
         for axis, (kind, pieces) in enumerate(runs):
-            split.append(math.prod(piece.size for piece in pieces))
+            split.append(length(pieces))
             sorted_[kind].append(axis)
         return Sides(tuple(split), *map(tuple, sorted_))
 
@@ -107,19 +128,22 @@ def reshaped(layout: Layout, before: Shape, after: Shape) -> Layout | None:
     """Return the layout after a reshape; `None` if it mixes axes of other kinds."""
     if 0 in (*before, *after):
         return None
-    left: list[Piece | int] = []  # A number is the length of an axis of another kind.
-    for own, length in zip(layout, before, strict=True):
-        left += own or ([length] if length != 1 else [])
+    # An axis of another kind, or one that was concatenated, must keep its length.
+    left: list[Piece | tuple[int, tuple[Piece, ...]]] = []
+    for own, count in zip(layout, before, strict=True):
+        if count != 1:
+            left += own if length(own) == count else [(count, own)]
     left.reverse()
     found: list[tuple[Piece, ...]] = []
-    for length in after:
+    for count in after:
         pieces: list[Piece] = []
-        missing = length
+        missing = count
         while missing != 1:
-            first = left.pop() if left else 0
-            if isinstance(first, int):
-                if pieces or first != length:
+            first = left.pop() if left else (0, ())
+            if not isinstance(first, Piece):
+                if pieces or first[0] != count:
                     return None
+                pieces += first[1]
                 break
             if missing % first.size:
                 if first.size % missing:
@@ -152,17 +176,54 @@ def met(layout: Layout, other: Layout, shape: Shape) -> dict[Piece, Piece] | Non
     kinds. `None` if they do not meet one to one.
     """
     found: dict[Piece, Piece] = {}
-    for pieces, others, length in zip(layout, other, shape, strict=True):
+    for pieces, others, count in zip(layout, other, shape, strict=True):
         if not others and not pieces:
             continue
-        total = math.prod(piece.size for piece in others)
+        total = length(others)
+        if not others or not pieces or total != length(pieces):
+            return None
+        if total != count and others[0].start != pieces[0].start:
+            return None
         split = reshaped((others,), (total,), tuple(piece.size for piece in pieces))
-        if total != length or not pieces or split is None:
+        if split is None or any(len(parts) > 1 for parts in split):
             return None
-        if any(len(parts) != 1 for parts in split):
-            return None
-        found |= {piece: part for piece, (part,) in zip(pieces, split, strict=True)}
+        for piece, parts in zip(pieces, split, strict=True):
+            for part in parts:
+                found[piece._replace(start=0)] = part._replace(start=0)
     return found
+
+
+def refined(layout: Layout, pieces: Collection[Piece]) -> Layout | None:
+    """Return the layout in terms of smaller pieces; `None` if some are not smaller."""
+    found: list[tuple[Piece, ...]] = []
+    for own in layout:
+        its: list[Piece] = []
+        for piece in own:
+            end = piece.before * piece.size
+            parts = [
+                x
+                for x in sorted(pieces)
+                if x.axis == piece.axis and piece.before <= x.before < end
+            ]
+            if length(parts) != piece.size:
+                return None
+            its += parts
+        found.append(placed(tuple(its), own[0].start) if own else ())
+    return tuple(found)
+
+
+def _split(x: jax.Array, layout: Layout) -> tuple[jax.Array, dict[Piece, int]]:
+    """Give each piece an axis of its own; also return the number of this axis."""
+    shape: list[int] = []
+    at: dict[Piece, int] = {}
+    for axis, own in enumerate(layout):
+        total = length(own)
+        if own and total != x.shape[axis]:
+            x = jax.lax.slice_in_dim(x, own[0].start, own[0].start + total, axis=axis)
+        its = [piece._replace(start=0) for piece in own if piece.size > 1]
+        at |= {piece: len(shape) + n for n, piece in enumerate(its)}
+        shape += [piece.size for piece in its] or [x.shape[axis]]
+    return x.reshape(shape), at
 
 
 def laid_out(x: jax.Array, layout: Layout, kinds: Kinds) -> jax.Array:
@@ -170,18 +231,29 @@ def laid_out(x: jax.Array, layout: Layout, kinds: Kinds) -> jax.Array:
 
     Last come its inputs or its units, whichever it has, as they lie in the kernel.
     """
-    shape: list[int] = []
-    at: dict[Piece, int] = {}
-    rest = []
-    for axis, pieces in enumerate(layout):
-        if not pieces:
-            rest.append(len(shape))
-            shape.append(x.shape[axis])
-        for piece in pieces:
-            at[piece] = len(shape)
-            shape.append(piece.size)
+    x, at = _split(x, layout)
     blocks = [at[piece] for piece in kinds.blocks]
     last = [at[piece] for piece in sorted(at.keys() - set(kinds.blocks))]
-    sizes = [math.prod(shape[axis] for axis in axes) for axes in (blocks, rest, last)]
-    x = x.reshape(shape).transpose(*blocks, *rest, *last)
+    rest = [axis for axis in range(x.ndim) if axis not in at.values()]
+    sizes = [math.prod(x.shape[axis] for axis in axes) for axes in (blocks, rest, last)]
+    x = x.transpose(*blocks, *rest, *last)
     return x.reshape(sizes if kinds.blocks else sizes[1:])
+
+
+def spread(
+    x: jax.Array, layout: Layout, kinds: Kinds, side: Sequence[Piece]
+) -> jax.Array:
+    """Repeat an array that varies along pieces of blocks and of one side only.
+
+    It gets the shape `[1, side]` or `[blocks, 1, side]`. Along an axis without pieces, the
+    first entry counts for all.
+    """
+    x, at = _split(x, layout)
+    x = x[tuple(slice(None) if n in at.values() else slice(1) for n in range(x.ndim))]
+    wanted = (*kinds.blocks, *side)
+    known = [at[piece] for piece in wanted if piece in at]
+    x = x.transpose(*(n for n in range(x.ndim) if n not in known), *known)
+    x = x.reshape([piece.size if piece in at else 1 for piece in wanted])
+    x = jnp.broadcast_to(x, [piece.size for piece in wanted])
+    shape = (length(kinds.blocks), 1, length(side))
+    return x.reshape(shape if kinds.blocks else shape[1:])

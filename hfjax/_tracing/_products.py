@@ -1,10 +1,24 @@
-"""Sorts the axes of matrix products, convolutions and lookups with a parameter."""
+"""Matrix products, convolutions and lookups with a parameter, and how their axes are sorted.
 
-from typing import Any
+Products and sums of data and a parameter, entry by entry, count as such, too.
+"""
+
+import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from hfjax._tracing._axes import Layout, Piece, reshaped
+from hfjax._tracing._axes import (
+    Kinds,
+    Layout,
+    Piece,
+    length,
+    pieces_of,
+    refined,
+    reshaped,
+)
+from hfjax._tracing._made import Part, Path, Place, Scale
 
 
 def _of_dot(equation: Any, side: int, own: Layout) -> tuple[Layout, Layout] | None:
@@ -39,9 +53,9 @@ def _of_convolution(
         return None
     shape = equation.invars[1].aval.shape
     units, channels, *spatial = numbers.rhs_spec
-    length = shape[units]
-    split = reshaped((own[units],), (length,), (groups, length // groups))
-    if split is None:
+    count = shape[units]
+    split = reshaped((own[units],), (count,), (groups, count // groups))
+    if split is None or any(length(own[n]) != shape[n] for n in (channels, *spatial)):
         return None
     rank = len(equation.outvars[0].aval.shape)
     place = numbers.out_spec[1]
@@ -58,7 +72,11 @@ def _of_lookup(equation: Any, side: int, own: Layout) -> tuple[Layout, Layout] |
     """Return the layouts of the indices and of the result of a lookup of whole rows."""
     numbers = equation.params["dimension_numbers"]
     axis = looked_up(equation)
-    if side != 0 or axis is None:
+    if (
+        side != 0
+        or axis is None
+        or length(own[axis]) != equation.invars[0].aval.shape[axis]
+    ):
         return None
     added: list[tuple[Piece, ...]] = [() for _ in equation.outvars[0].aval.shape]
     rest = [k for k in range(len(own)) if k not in numbers.collapsed_slice_dims]
@@ -82,7 +100,7 @@ def looked_up(equation: Any) -> int | None:
     )
 
 
-SORTED = {
+_SORTED = {
     "dot_general": _of_dot,
     "conv_general_dilated": _of_convolution,
     "gather": _of_lookup,
@@ -91,3 +109,141 @@ SORTED = {
 
 Each is `(equation, side, own) -> (taken, added)`, where the operand `side` is a parameter
 with the layout `own`, or `None` if it is not a layer."""
+
+PRODUCTS = frozenset(_SORTED)
+"""The primitives that compute products."""
+
+
+class Use(NamedTuple):
+    """One product of a layer's inputs with its kernel.
+
+    Attributes:
+      how: the primitive that computes it. Of `gather`, which looks up rows as a product
+        with rows of the identity would do, what is taken are indices, -1 for one out of
+        range. Of `mul` and `add`, of data and a parameter, each entry has its own.
+      path: where the equation is.
+      kernel: the number of the parameter.
+      operand: which of the two operands is the input.
+      kinds: what each piece of the kernel's axes is here.
+      taken: the layout of what `Run` takes out of the program, without loops.
+      added: the layout of the result.
+      looped: for each loop around the equation, the pieces that it runs over.
+      shape: the shape of the result.
+      loops: the lengths of the loops, from the outermost.
+      dtype: the dtype of the result.
+      factor: a number by which the kernel is multiplied before.
+      scales: values by which it is multiplied before.
+    """
+
+    how: str
+    path: Path
+    kernel: int
+    operand: int
+    kinds: Kinds
+    taken: Layout
+    added: Layout
+    looped: Layout
+    shape: tuple[int, ...]
+    loops: tuple[int, ...]
+    dtype: Any
+    factor: complex = 1
+    scales: tuple[Scale, ...] = ()
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of the kernel are looked up."""
+        return self.how == "gather"
+
+    @property
+    def lead(self) -> dict[int, int]:
+        """The lengths of the axes of loops and result that are positions, by number."""
+        lengths = enumerate((*self.loops, *self.shape))
+        layout = (*self.looped, *self.added)
+        return {axis: length for axis, length in lengths if not layout[axis]}
+
+    @property
+    def positions(self) -> int:
+        """How often an example uses each block of the kernel here, in time and space."""
+        # A complex product uses a real kernel twice, for real and for imaginary inputs.
+        return (2 if self.is_complex else 1) * math.prod(self.lead.values())
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the product is complex."""
+        return jnp.issubdtype(self.dtype, jnp.complexfloating)
+
+    def anywhere(self) -> "Use":
+        """Return the same use without where it is, and of how many examples."""
+        scales = tuple(scale._replace(path=()) for scale in self.scales)
+        return self._replace(path=(), shape=(), scales=scales)
+
+    def is_by_unit(self, scale: Scale) -> bool:
+        """Whether a scale of the kernel is one of errors, not one of inputs."""
+        units = set(self.kinds.units)
+        return self.is_lookup or not units.isdisjoint(pieces_of(scale.layout))
+
+
+def of_product(equation: Any, side: int, part: Part, place: Place) -> Use | None:
+    """Return the use of a parameter in the operand `side`, if it is one of a layer."""
+    name, shape = equation.primitive.name, equation.invars[side].aval.shape
+    # An axis of another kind would repeat the kernel.
+    if any(n > 1 and not own for n, own in zip(shape, part.layout, strict=True)):
+        return None
+    is_lookup = name == "gather"
+    layouts = _SORTED[name](equation, side, part.layout)
+    # A stack of embeddings would need a stack of diagonals.
+    if layouts is None or (is_lookup and any(part.looped)):
+        return None
+    taken, added = layouts
+    layouts = (part.looped, part.layout, taken, added)
+    looped, own, before, after = map(pieces_of, layouts)
+    blocks = looped | (before & after)
+    # The indices of a lookup have no axis for its inputs.
+    inputs = (own - after if is_lookup else before) - blocks
+    units = after - blocks
+    scales = []
+    for scale in part.scales:
+        layout = refined(scale.layout, blocks | inputs | units)
+        varied = pieces_of(layout or ())
+        by_input, by_unit = bool(varied & inputs), bool(varied & units) or is_lookup
+        if layout is None or (by_input and by_unit):
+            return None
+        scales.append(scale._replace(layout=layout))
+    kinds = Kinds(*(tuple(sorted(pieces)) for pieces in (blocks, inputs, units)))
+    use = _use(equation, side, part, place, kinds, taken, added)
+    return use._replace(factor=part.factor, scales=tuple(scales))
+
+
+def of_scaling(equation: Any, side: int, part: Part, place: Place) -> Use | None:
+    """Return the use of a parameter that is multiplied with or added to data."""
+    out = equation.outvars[0].aval
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    layout = part.layout or ((),) * len(out.shape)  # Of a scalar.
+    kinds = Kinds((), (), tuple(sorted(pieces_of((*part.looped, *layout)))))
+    return _use(equation, side, part, place, kinds, layout, layout)
+
+
+def _use(
+    equation: Any,
+    side: int,
+    part: Part,
+    place: Place,
+    kinds: Kinds,
+    taken: Layout,
+    added: Layout,
+) -> Use:
+    out = equation.outvars[0].aval
+    return Use(
+        how=equation.primitive.name,
+        path=place.path,
+        kernel=part.number,
+        operand=1 - side,
+        kinds=kinds,
+        taken=taken,
+        added=added,
+        looped=part.looped,
+        shape=tuple(out.shape),
+        loops=place.loops,
+        dtype=out.dtype,
+    )

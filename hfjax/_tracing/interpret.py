@@ -6,8 +6,7 @@ The program is evaluated equation by equation, and so are the programs inside it
 
 import functools
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -16,81 +15,37 @@ from jax.extend.core import ClosedJaxpr
 
 from hfjax._core import trees
 from hfjax._tracing import programs
-from hfjax._tracing._axes import Kinds, Layout
-from hfjax._tracing._products import looked_up
+from hfjax._tracing._made import Path, Scale
+from hfjax._tracing._products import Use, looked_up
 
-Path: TypeAlias = tuple[int, ...]
-"""The number of an equation in its program, after those of the equations around it."""
-
-Arrays: TypeAlias = dict[int, jax.Array]
-"""An array for each of some uses, by the number of the use."""
-
-
-class Use(NamedTuple):
-    """One product of a layer's inputs with its kernel.
-
-    Attributes:
-      how: the primitive that computes it. Of `gather`, which looks up rows as a product
-        with rows of the identity would do, what is taken are indices, -1 for one out of
-        range. Of `mul` and `add`, of data and a parameter, each entry has its own.
-      path: where the equation is.
-      kernel: the number of the parameter.
-      operand: which of the two operands is the input.
-      kinds: what each piece of the kernel's axes is here.
-      taken: the layout of what `Run` takes out of the program, without loops.
-      added: the layout of the result.
-      looped: for each loop around the equation, the pieces that it runs over.
-      shape: the shape of the result.
-      loops: the lengths of the loops, from the outermost.
-      dtype: the dtype of the result.
-    """
-
-    how: str
-    path: Path
-    kernel: int
-    operand: int
-    kinds: Kinds
-    taken: Layout
-    added: Layout
-    looped: Layout
-    shape: tuple[int, ...]
-    loops: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def is_lookup(self) -> bool:
-        """Whether rows of the kernel are looked up."""
-        return self.how == "gather"
-
-    @property
-    def lead(self) -> dict[int, int]:
-        """The lengths of the axes of loops and result that are positions, by number."""
-        lengths = enumerate((*self.loops, *self.shape))
-        layout = (*self.looped, *self.added)
-        return {axis: length for axis, length in lengths if not layout[axis]}
-
-    @property
-    def positions(self) -> int:
-        """How often an example uses each block of the kernel here, in time and space."""
-        # A complex product uses a real kernel twice, for real and for imaginary inputs.
-        return (2 if self.is_complex else 1) * math.prod(self.lead.values())
-
-    @property
-    def is_complex(self) -> bool:
-        """Whether the product is complex."""
-        return jnp.issubdtype(self.dtype, jnp.complexfloating)
+Arrays: TypeAlias = dict[Path, jax.Array]
+"""An array for each of some equations."""
 
 
 class Run(NamedTuple):
-    """Evaluates a program that contains some uses."""
+    """Evaluates a program that contains some uses.
 
-    uses: Sequence[Use]
+    Attributes:
+      uses: a use for each equation that is one.
+      scales: a scale of a kernel for each equation that multiplies by one.
+    """
+
+    uses: Mapping[Path, Use]
+    scales: Mapping[Path, Scale]
+
+    @classmethod
+    def of(cls, uses: Iterable[Use]) -> "Run":
+        """Return a run that takes out all that `uses` need."""
+        uses = list(uses)
+        scales = {scale.path: scale for use in uses for scale in use.scales}
+        return cls({use.path: use for use in uses}, scales)
 
     def program(
         self, program: ClosedJaxpr, args: Sequence[Any], added: Arrays, path: Path = ()
     ) -> tuple[list[Any], Arrays]:
-        """Return the outputs, and the inputs of each use in the layout `Use.taken`.
+        """Return the outputs, and what is taken out of each equation.
 
+        This is the inputs of a use in the layout `Use.taken`, or the value of a scale.
         `added` is for the uses in this program, and `path` that of its equation.
         """
         numbers = itertools.count()
@@ -108,8 +63,8 @@ class Run(NamedTuple):
         self, equation: Any, operands: list[Any], added: Arrays, path: Path
     ) -> tuple[list[Any], Arrays]:
         depth = len(path)
-        added = {n: x for n, x in added.items() if self.uses[n].path[:depth] == path}
-        if not added:
+        added = {at: x for at, x in added.items() if at[:depth] == path}
+        if not added and not any(at[:depth] == path for at in self.scales):
             return programs.run(equation, operands), {}
         name, params = equation.primitive.name, equation.params
         if name == "scan":
@@ -123,10 +78,13 @@ class Run(NamedTuple):
             return jax.checkpoint(program, **options)(operands, added)
         if name in programs.INLINED:
             return self.program(params["jaxpr"], operands, added, path)
-        ((number, extra),) = added.items()
-        (result,) = programs.run(equation, operands)
-        taken = _inputs(equation, self.uses[number], operands)
-        return [result + extra], {number: taken}
+        results = programs.run(equation, operands)
+        if path in self.scales:
+            return results, {path: jnp.asarray(operands[self.scales[path].operand])}
+        (result,) = results
+        return [result + added[path]], {
+            path: _inputs(equation, self.uses[path], operands)
+        }
 
     def _scan(
         self, equation: Any, operands: list[Any], inside: Arrays, path: Path

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from hfjax._core.types import Params, Tree
-from hfjax._tracing._axes import Sides, laid_out
+from hfjax._tracing._axes import Sides, laid_out, spread
 from hfjax._tracing._layer_reader import Reader
-from hfjax._tracing.interpret import Run, Use
+from hfjax._tracing._products import Use
+from hfjax._tracing.interpret import Arrays, Run
 
 
 class Layer(NamedTuple):
@@ -97,37 +98,60 @@ class Model:
     _program: Any
     _structure: Any
 
-    def zeros(self) -> list[jax.Array]:
-        """Return zeros to add to the output of each use."""
-        return [jnp.zeros((*use.loops, *use.shape), use.dtype) for use in self.uses]
+    def zeros(self) -> Arrays:
+        """Return zeros to add to the output of each use, by the path of its equation."""
+        return {
+            use.path: jnp.zeros((*use.loops, *use.shape), use.dtype)
+            for use in self.uses
+        }
 
     def evaluate(
-        self, params: Params, inputs: Tree, added: Sequence[jax.Array]
-    ) -> tuple[Tree, list[jax.Array]]:
+        self, params: Params, inputs: Tree, added: Arrays
+    ) -> tuple[Tree, Arrays]:
         """Run the model, adding arrays like `zeros` to the outputs of its uses.
 
-        Returns the outputs of the model, and the inputs of each use, `[positions,
-        inputs]` or `[blocks, positions, inputs]`; of a lookup the indices, `[positions, 1]`.
+        Returns the outputs of the model, and what `rows` needs.
         """
         args = jax.tree.leaves((params, inputs))
-        run = Run(self.uses)
-        outputs, taken = run.program(self._program, args, dict(enumerate(added)), ())
-        rows = []
-        for number, use in enumerate(self.uses):
-            x = laid_out(taken[number], use.looped + use.taken, use.kinds)
-            # A complex product uses a real kernel twice, for real and for imaginary inputs.
-            complex_ = use.is_complex
-            rows.append(jnp.concatenate([x.real, x.imag], -2) if complex_ else x)
-        return self._structure.unflatten(outputs), rows
+        outputs, taken = Run.of(self.uses).program(self._program, args, added)
+        return self._structure.unflatten(outputs), taken
 
-    def errors(self, number: int, derivative: jax.Array) -> jax.Array:
-        """Lay out the derivative by what is added to a use, with units for inputs."""
+    def rows(
+        self, number: int, taken: Arrays, derivatives: Arrays
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the inputs and the errors of a use, as those of its kernel.
+
+        They are `[positions, inputs]` and `[positions, units]`, or have the blocks before.
+        Of a lookup the inputs are the indices, `[positions, 1]`.
+
+        Args:
+          number: the number of the use.
+          taken: what `evaluate` took out of the program.
+          derivatives: the derivative by what was added.
+        """
         use = self.uses[number]
-        rows = laid_out(derivative, use.looped + use.added, use.kinds)
+        kinds = use.kinds
+        inputs = laid_out(taken[use.path], use.looped + use.taken, kinds)
+        errors = laid_out(derivatives[use.path], use.looped + use.added, kinds)
+        for scale in use.scales:
+            by_unit = use.is_by_unit(scale)
+            rows, side = (errors, kinds.units) if by_unit else (inputs, kinds.inputs)
+            value = taken[scale.path].astype(rows.dtype)
+            value = spread(value, scale.layout, kinds, side)
+            rows = rows / value if scale.divides else rows * value
+            inputs, errors = (inputs, rows) if by_unit else (rows, errors)
+        if use.factor != 1:
+            factor = use.factor if use.is_complex else use.factor.real
+            if use.is_lookup:
+                errors *= factor
+            else:
+                inputs *= factor
+        # A complex product uses a real kernel twice, for real and for imaginary inputs.
         if use.is_complex:
+            inputs = jnp.concatenate([inputs.real, inputs.imag], -2)
             # JAX's derivative by x + iy is ∂/∂x − i ∂/∂y.
-            rows = jnp.concatenate([rows.real, -rows.imag], -2)
-        return rows
+            errors = jnp.concatenate([errors.real, -errors.imag], -2)
+        return inputs, errors
 
 
 def read(

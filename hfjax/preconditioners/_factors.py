@@ -111,13 +111,13 @@ def factors(
         seen = layer_pass(model, term.outputs, local, own)
 
         # g is the derivative by zeros that are added to the outputs of the layers.
-        outputs, transpose, rows = jax.vjp(seen.forward, seen.added, has_aux=True)
+        outputs, transpose, taken = jax.vjp(seen.forward, seen.added, has_aux=True)
         factor = term.loss.factor(outputs, cases.targets)
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
         def of_use(n: int, layer: layers.Layer) -> _Factors:
-            both = rows[n], seen.errors(n, derivatives[n])
+            both = seen.rows(n, taken, derivatives)
             is_flipped = n in layer.flipped
             return _of_use(layer, *both, cases.weights, term.by_position, is_flipped)
 
@@ -127,10 +127,10 @@ def factors(
             return [jax.tree.map(_sum, *found) for found in each]
 
         def gradients(n: int) -> jax.Array:
-            errors = seen.errors(n, derivatives[n])
+            inputs, errors = seen.rows(n, taken, derivatives)
             errors = errors.astype(trees.wide(errors.dtype))
             is_scale = model.uses[n].how == "mul"
-            return jnp.sum(errors * rows[n] if is_scale else errors, axis=1)
+            return jnp.sum(errors * inputs if is_scale else errors, axis=1)
 
         def of_scaling(number: int) -> jax.Array:
             total = _sum(*map(gradients, model.scalings[number]))

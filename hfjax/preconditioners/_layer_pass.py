@@ -15,12 +15,9 @@ import jax.numpy as jnp
 from hfjax._core import sharding
 from hfjax._core.types import Params, Tree
 from hfjax._tracing import layers
-from hfjax._tracing.interpret import Use
+from hfjax._tracing.interpret import Arrays
 from hfjax._tracing.layers import Model
 from hfjax.objectives.cases import Cases
-
-Added = list[jax.Array]
-"""Zeros to add to the output of each use of a kernel."""
 
 
 class LayerPass(NamedTuple):
@@ -28,15 +25,15 @@ class LayerPass(NamedTuple):
 
     Attributes:
       added: the zeros to differentiate by.
-      forward: `added -> (outputs, inputs of each use)`, with inputs `[cases, positions,
-        inputs]`, or `[cases, blocks, positions, inputs]`.
-      errors: `(number of a use, derivative by what is added) -> rows`, likewise with units
-        for inputs.
+      forward: `added -> (outputs, taken)`, where `taken` is for `rows`.
+      rows: `(number of a use, taken, derivatives by what is added) -> (inputs, errors)`,
+        `[cases, positions, inputs]` or `[cases, blocks, positions, inputs]`, and likewise
+        with units for inputs.
     """
 
-    added: Added
-    forward: Callable[[Added], tuple[Tree, list[jax.Array]]]
-    errors: Callable[[int, jax.Array], jax.Array]
+    added: Arrays
+    forward: Callable[[Arrays], tuple[Tree, Arrays]]
+    rows: Callable[[int, Arrays, Arrays], tuple[jax.Array, jax.Array]]
 
 
 def layer_pass(
@@ -53,21 +50,26 @@ def layer_pass(
 
 
 def _by_case(model: Model, params: Params, cases: Cases) -> LayerPass:
-    def forward(added: Added) -> tuple[Tree, list[jax.Array]]:
-        def one(added: Added, inputs: Tree) -> tuple[Tree, list[jax.Array]]:
+    def forward(added: Arrays) -> tuple[Tree, Arrays]:
+        def one(added: Arrays, inputs: Tree) -> tuple[Tree, Arrays]:
             case = jax.tree.map(lambda x: x[None], inputs)
-            outputs, rows = model.evaluate(params, case, added)
-            return jax.tree.map(lambda z: z[0], outputs), rows
+            outputs, taken = model.evaluate(params, case, added)
+            return jax.tree.map(lambda z: z[0], outputs), taken
 
         return jax.vmap(one)(added, cases.inputs)
 
-    def errors(number: int, derivative: jax.Array) -> jax.Array:
-        return jax.vmap(lambda one: model.errors(number, one))(derivative)
+    def rows(
+        number: int, taken: Arrays, derivatives: Arrays
+    ) -> tuple[jax.Array, jax.Array]:
+        return jax.vmap(lambda x, g: model.rows(number, x, g))(taken, derivatives)
 
     # Like the weights, the zeros lie over devices as the examples do.
     nothing = sharding.zeros_like(cases.weights)
-    zeros = jax.vmap(lambda w: [z + w.astype(z.dtype) for z in model.zeros()])(nothing)
-    return LayerPass(zeros, forward, errors)
+
+    def zeros(w: jax.Array) -> Arrays:
+        return {path: z + w.astype(z.dtype) for path, z in model.zeros().items()}
+
+    return LayerPass(jax.vmap(zeros)(nothing), forward, rows)
 
 
 def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> LayerPass:
@@ -81,26 +83,25 @@ def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> Lay
         rows = jnp.moveaxis(rows, len(blocks) + place, 0)
         return rows.reshape(len(rows), *blocks, -1, last)
 
-    def forward(added: Added) -> tuple[Tree, list[jax.Array]]:
-        outputs, rows = whole.evaluate(params, cases.inputs, added)
-        return outputs, [rows_of_cases(n, x) for n, x in enumerate(rows)]
+    def forward(added: Arrays) -> tuple[Tree, Arrays]:
+        return whole.evaluate(params, cases.inputs, added)
 
-    def errors(number: int, derivative: jax.Array) -> jax.Array:
-        return rows_of_cases(number, whole.errors(number, derivative))
+    def rows(
+        number: int, taken: Arrays, derivatives: Arrays
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs, errors = whole.rows(number, taken, derivatives)
+        return rows_of_cases(number, inputs), rows_of_cases(number, errors)
 
     # Under `shard_map` the zeros must vary over devices, as the examples do.
     nothing = sharding.zeros_like(cases.weights)
 
-    def zeros(use: Use, axis: int, zero: jax.Array) -> jax.Array:
+    added = whole.zeros()
+    for use, axis in zip(whole.uses, axes, strict=True):
+        zero = added[use.path]
         along = [1] * zero.ndim
         along[len(use.loops) + axis] = -1
-        return zero + nothing.reshape(along).astype(zero.dtype)
-
-    added = [
-        zeros(use, axis, zero)
-        for use, axis, zero in zip(whole.uses, axes, whole.zeros(), strict=True)
-    ]
-    return LayerPass(added, forward, errors)
+        added[use.path] = zero + nothing.reshape(along).astype(zero.dtype)
+    return LayerPass(added, forward, rows)
 
 
 def _axes_of_cases(model: Model, whole: Model, count: int) -> list[int] | None:
@@ -114,8 +115,11 @@ def _axes_of_cases(model: Model, whole: Model, count: int) -> list[int] | None:
         return None
     axes = []
     for one, many in zip(model.uses, whole.uses, strict=True):
-        same = one._replace(path=(), shape=()) == many._replace(path=(), shape=())
-        if not same or one.is_complex or len(one.shape) != len(many.shape):
+        if (
+            one.anywhere() != many.anywhere()
+            or one.is_complex
+            or len(one.shape) != len(many.shape)
+        ):
             return None
         pairs = enumerate(zip(one.shape, many.shape, strict=True))
         longer = [axis for axis, (before, after) in pairs if before != after]

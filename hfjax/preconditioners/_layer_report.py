@@ -19,7 +19,8 @@ def layers(
     two or more axes is a kernel if it is used only in products: `x @ w`, `x @ w.T`, an
     `einsum`, or a convolution, at any depth of `jit`, `checkpoint` and `scan`. The axes
     that the product sums over are inputs and the others units, in any order and number;
-    it may be reshaped and transposed before. A parameter that is added to the result with
+    it may be reshaped, transposed, concatenated with others, added to others, or scaled
+    along inputs or along units before. A parameter that is added to the result with
     an entry for each unit is the bias.
 
     Axes that inputs and result have as well number blocks, each with factors of its own:
@@ -29,8 +30,9 @@ def layers(
     In Flax, this covers Dense, DenseGeneral, Einsum, Embed, attention, convolutions, most
     recurrent cells, and `nn.scan` and `nn.vmap` of them. An embedding that is the last
     layer, too, or any kernel used as W and as Wᵀ, gets the Kronecker product nearest to
-    both. Kernels that are concatenated first (`OptimizedLSTMCell` of Linen) or computed
-    from others (weight normalisation) have a diagonal, as have scales and shifts.
+    both. Weight normalisation has the factors of the product that it makes; its learned
+    scales have a diagonal, as have all scales and shifts. The real and the imaginary part
+    of a complex kernel have factors each.
 
     In a weighted sum, a term that does not read a kernel adds nothing to its factors: Ā
     is the mean over the terms that have the layer, weighted by cₖ, and Ḡ the sum of cₖ

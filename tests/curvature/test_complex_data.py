@@ -60,17 +60,18 @@ def test_a_real_kernel_is_used_by_real_and_imaginary_parts(name):
     def total(params):
         return jnp.sum(model_fn(params, x[:1]) * T[:1])
 
-    _, transpose, rows = jax.vjp(
+    _, transpose, taken = jax.vjp(
         lambda added: model.evaluate(PARAMS, x[:1], added), model.zeros(), has_aux=True
     )
     (derivatives,) = transpose(T[:1])
+    rows = [model.rows(n, taken, derivatives) for n in range(len(model.uses))]
     truth = jax.grad(total)(PARAMS)
     for layer in model.layers:
-        found = sum(rows[n].T @ model.errors(n, derivatives[n]) for n in layer.uses)
+        found = sum(rows[n][0].T @ rows[n][1] for n in layer.uses)
         found = layer.sides.kernel(found, PARAMS[names[layer.kernel]].shape)
         np.testing.assert_allclose(found, truth[names[layer.kernel]], atol=1e-12)
         assert found.dtype == jnp.float64
-        positions = sum(len(rows[n]) for n in layer.uses)
+        positions = sum(len(rows[n][0]) for n in layer.uses)
         assert layer.positions(model.uses) == positions
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from hfjax.preconditioners import _factors
 
 RNG = np.random.default_rng(2)
 SEQUENCE, IMAGE = normal(RNG, 6, 5, 4), normal(RNG, 6, 5, 4, 2)
+ROW = jnp.asarray([[0.5, 1.0, 2.0, 4.0]])
 KEY = jax.random.key(1)
 
 
@@ -66,6 +68,30 @@ def halves(params, x):
 def tokens(x):
     """Return indices from 0 to 4 of 7, so that two are never looked up."""
     return jnp.clip(2 + 2 * x[..., 0], 0, 4).astype(int)
+
+
+def gates(cell):
+    return nn.RNN(cell(3, param_dtype=float))
+
+
+def modes(params, x):
+    """A complex product for each mode, as in Fourier layers."""
+    kernel = jax.lax.complex(params["re"], params["im"])
+    z = jnp.einsum("ntd,tdk->ntk", x * jnp.exp(1j * x), kernel)
+    return jnp.stack([z.real, z.imag], axis=1)
+
+
+def modes_in_real_numbers(params, x):
+    def product(x, p):
+        return jnp.einsum("ntd,tdk->ntk", x, p)
+
+    re, im, c, s = params["re"], params["im"], x * jnp.cos(x), x * jnp.sin(x)
+    real = product(c, re) - product(s, im)
+    return jnp.stack([real, product(s, re) + product(c, im)], axis=1)
+
+
+def same(params):
+    return params
 
 
 # A model, its parameters and inputs; the same model with plain kernels, and how the
@@ -126,6 +152,27 @@ TWINS = {
         SEQUENCE,
         lambda p, x: x.reshape(len(x), -1) @ p["w"],
         lambda p: {"w": p["w"].reshape(3, -1).T},
+    ),
+    "concatenated_gates": (
+        gates(nn.OptimizedLSTMCell).apply,
+        gates(nn.LSTMCell).init(KEY, SEQUENCE),
+        SEQUENCE,
+        gates(nn.LSTMCell).apply,
+        same,
+    ),
+    "scaled": (
+        lambda p, x: jnp.tanh(x @ (p["w"] * ROW.T) + p["b"]) @ (p["v"] / ROW * 3),
+        {"w": normal(RNG, 4, 3), "b": normal(RNG, 3), "v": normal(RNG, 3, 4)},
+        SEQUENCE,
+        lambda p, x: jnp.tanh((x * ROW) @ p["w"] + p["b"]) @ p["v"] * (3 / ROW),
+        same,
+    ),
+    "complex": (
+        modes,
+        {"re": normal(RNG, 5, 4, 3), "im": normal(RNG, 5, 4, 3)},
+        SEQUENCE,
+        modes_in_real_numbers,
+        same,
     ),
 }
 
@@ -261,6 +308,41 @@ def test_a_tied_kernel_has_the_trace_of_both_products_and_shares_of_their_factor
     np.testing.assert_allclose(pair.units, units, rtol=1e-9, atol=1e-12)
     traces = sum(np.trace(v) * np.trace(d) for v, d in ours)
     np.testing.assert_allclose(np.trace(found) * np.trace(pair.units), traces)
+
+
+def test_a_normalised_kernel_has_the_factors_of_its_product_and_scaled_errors():
+    params = {"v": normal(RNG, 4, 3), "gain": 1 + normal(RNG, 3), "b": normal(RNG, 3)}
+
+    def model_fn(params, x, added=0.0):
+        lengths = jnp.linalg.norm(params["v"], axis=0)
+        h = x @ (params["gain"] * params["v"] / lengths) + params["b"]
+        return jnp.tanh(h + added)
+
+    f, batch = objective_of(model_fn), batch_of(model_fn, params, SEQUENCE)
+    (model,) = _factors.read(f, params, batch, 8192)
+    (term,) = terms_of(f, batch)
+    ((pair,), diagonals) = quick_jit(
+        lambda: _factors.factors(term, params, model, key=KEY)
+    )()
+    drawn = probes.probes(term.means, term.cases, KEY)
+    zeros = jnp.zeros((6, 5, 3))
+    outputs, transpose = jax.vjp(lambda z: model_fn(params, SEQUENCE, z), zeros)
+    (errors,) = transpose(
+        jax.vmap(lambda k, z: drawn.signs(k, 0, z))(drawn.data, outputs)
+    )
+    weights = np.asarray(batch[2]) / np.sum(batch[2])
+    scale = np.asarray(params["gain"] / np.linalg.norm(params["v"], axis=0))
+
+    def gram(rows):
+        return np.einsum("n,nti,ntj->ij", weights, rows, rows)
+
+    np.testing.assert_allclose(pair.inputs, gram(SEQUENCE) / 5, rtol=1e-9)
+    np.testing.assert_allclose(pair.units, gram(errors * scale), rtol=1e-9)
+    # The bias is not scaled: it has the exact diagonal of a shift. So has no gain.
+    (place,) = diagonals
+    assert place == 0
+    squares = np.sum(errors, axis=1) ** 2
+    np.testing.assert_allclose(diagonals[place], weights @ squares, rtol=1e-9)
 
 
 def test_a_long_embedding_has_factors_though_no_other_side_may_be_so_long():

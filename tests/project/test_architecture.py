@@ -27,6 +27,7 @@ PACKAGES = {
         "linalg",
         "convolutions",
         "_axes",
+        "_made",
         "_products",
         "interpret",
         "_layer_reader",

@@ -86,6 +86,20 @@ class LinenExperts(nn.Module):
         return jnp.einsum("net,etk->nek", x, kernel)
 
 
+class LinenModes(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        re, im = (self.param(k, nn.initializers.normal(), (3, 4, 4)) for k in "ri")
+        return modes(x, re, im)
+
+
+def modes(x, re, im):
+    """Multiply what `rfft` gives, mode by mode, as a Fourier layer does."""
+    x = jnp.fft.rfft(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 2), (0, 0)]), axis=-2)
+    y = jnp.einsum("...mj,mjk->...mk", x, re + 1j * im)
+    return jnp.fft.irfft(y, axis=-2)
+
+
 def nnx_stack():
     @nnx.vmap(axis_size=3)
     def stack(key):
@@ -123,6 +137,25 @@ def scan_eqx(module, x):
         return jnp.tanh(eqx.combine(params, rest)(x)), None
 
     return jax.lax.scan(layer, x, params)[0]
+
+
+class NnxModes(nnx.Module):
+    def __init__(self):
+        self.re, self.im = (
+            nnx.Param(jnp.ones((3, 4, 4))),
+            nnx.Param(jnp.ones((3, 4, 4))),
+        )
+
+    def __call__(self, x):
+        return modes(x, self.re[...], self.im[...])
+
+
+class EqxModes(eqx.Module):
+    re: jax.Array
+    im: jax.Array
+
+    def __call__(self, x):
+        return modes(x, self.re, self.im)
 
 
 class EqxExperts(eqx.Module):
@@ -239,6 +272,11 @@ KINDS = {
         lambda: linen(LinenExperts(), ROWS),
         lambda: of_nnx(NnxExperts(), ROWS),
         lambda: equinox(EqxExperts(jnp.ones((3, 4, 4))), ROWS),
+    ),
+    "Fourier layer (FNO)": (
+        lambda: linen(LinenModes(), ROWS),
+        lambda: of_nnx(NnxModes(), ROWS),
+        lambda: equinox(EqxModes(jnp.ones((3, 4, 4)), jnp.ones((3, 4, 4))), ROWS),
     ),
     "low-rank adapter (LoRA)": (
         lambda: linen(nn.Sequential([nn.Dense(2, use_bias=False), nn.Dense(3)]), ROW),

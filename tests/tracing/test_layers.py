@@ -73,16 +73,16 @@ def check(model_fn, params, x):
 
     @quick_jit
     def run(params, x):
-        outputs, transpose, rows = jax.vjp(
+        outputs, transpose, taken = jax.vjp(
             lambda added: model.evaluate(params, x[:1], added), zeros, has_aux=True
         )
         leaves, structure = jax.tree.flatten(outputs)
         weights = [jnp.cos(1.0 + jnp.arange(z.size)).reshape(z.shape) for z in leaves]
         (derivatives,) = transpose(structure.unflatten(weights))
-        return outputs, rows, derivatives, weights
+        rows = [model.rows(n, taken, derivatives) for n in range(len(model.uses))]
+        return outputs, [x for x, _ in rows], [g for _, g in rows], weights
 
-    outputs, rows, derivatives, weights = run(params, x)
-    errors = [model.errors(n, d) for n, d in enumerate(derivatives)]
+    outputs, rows, errors, weights = run(params, x)
     assert_close(outputs, model_fn(params, x[:1]), rtol=1e-12, atol=1e-14)
     truth = gradients(model_fn, params, x, weights)
     leaves = jax.tree.leaves(params)
@@ -217,7 +217,35 @@ def stacked_experts(params, x):
     return jax.lax.scan(layer, x, params)[0]
 
 
+def norm(v, axis):
+    """Return lengths, as constants: what the scales depend on is left out."""
+    squares = jax.lax.stop_gradient(v) ** 2
+    return jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True))
+
+
+def gates(params, x):
+    """A cell whose gates share two products, as in Flax's `OptimizedLSTMCell`."""
+
+    def step(h, x):
+        z = x @ jnp.concatenate([params["w"], params["v"]], axis=1)
+        z += h @ jnp.concatenate([params["u"], params["r"]], axis=1)
+        z += jnp.concatenate([params["b"], params["c"]])
+        return jnp.tanh(z[:, :3]) * jnp.cos(z[:, 3:]), None
+
+    return jax.lax.scan(step, jnp.zeros((len(x), 3)), jnp.swapaxes(x, 0, 1))[0]
+
+
+def of_real_parts(params, x):
+    """Products of complex inputs, with a complex kernel for each mode."""
+    kernel = params["re"] + 1j * params["im"]
+    z = jnp.einsum("ntd,tdk->ntk", jax.lax.complex(x, jnp.sin(x)), kernel)
+    return jnp.concatenate([z.real, z.imag])
+
+
 DENSE = {"w": W, "b": B}
+SMALL = normal(RNG, 3, 3)
+STACK = normal(RNG, 2, 4, 4)
+EXPERTS = normal(RNG, 5, 4, 3)
 CELL = {"w": W, "u": normal(RNG, 3, 3), "b": B, "out": normal(RNG, 3, 2)}
 KERNEL = {"k": normal(RNG, 3, 2, 2, 3), "b": B}
 FOUND = {
@@ -456,6 +484,128 @@ FOUND = {
         X,
         {"": None},
     ),
+    "computed_with": (
+        lambda p, x: x @ (2 * p["w"] / jnp.sqrt(4)) + p["b"],
+        DENSE,
+        X,
+        {"w": "b"},
+    ),
+    "change_of_a_kernel": (
+        lambda p, x: x @ (np.cos(W) - p["w"]) + p["b"],
+        DENSE,
+        X,
+        {"w": "b"},
+    ),
+    "scaled_by_unit": (
+        lambda p, x: x @ (p["w"] / norm(p["w"], 0) * jnp.arange(3.0)[None]),
+        {"w": W},
+        X,
+        {"w": None},
+    ),
+    "scaled_by_input": (
+        lambda p, x: x @ (p["w"] / norm(p["w"], 1)) + p["b"],
+        DENSE,
+        X,
+        {"w": "b"},
+    ),
+    "scaled_and_reshaped": (
+        lambda p, x: jnp.einsum(
+            "ntd,dhk->nthk", x, (p["w"] / norm(p["w"], 0)).reshape(4, 2, 3)
+        ),
+        {"w": normal(RNG, 4, 6)},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "scaled_experts": (
+        lambda p, x: (
+            jnp.einsum(
+                "nej,ejk->nek", x, p["w"] * norm(p["w"], (1, 2)) / norm(p["w"], 1)
+            )
+            + 0
+        ),
+        {"w": EXPERTS},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "scaled_in_a_loop": (
+        lambda p, x: jax.lax.scan(
+            lambda h, _: (jnp.sin(h @ (p["w"] / norm(p["w"], 0))), None), x, None, 2
+        )[0],
+        {"w": SQUARE},
+        X,
+        {"w": None},
+    ),
+    "scaled_stack": (
+        lambda p, x: jax.lax.scan(
+            lambda h, w: (jnp.sin(h @ (w / norm(w, 1))), None), x, p / norm(p, 1)
+        )[0],
+        STACK,
+        X,
+        {"": None},
+    ),
+    "scaled_convolution": (
+        lambda p, x: convolved({"k": p["k"] / norm(p["k"], (0, 1, 2))}, x),
+        {"k": KERNEL["k"]},
+        IMAGE,
+        {"k": None},
+    ),
+    "scaled_embedding": (
+        lambda p, x: (
+            (p["w"] / norm(p["w"], 0))[jnp.abs(x).astype(int)] @ (p["w"] / 3).T
+        ),
+        {"w": W},
+        SEQUENCE,
+        {"w": None},
+    ),
+    "concatenated": (
+        gates,
+        {"w": W, "v": normal(RNG, 4, 3), "u": SMALL, "r": SMALL.T, "b": B, "c": B},
+        SEQUENCE,
+        {"w": "b", "v": "c", "u": None, "r": None},
+    ),
+    "concatenated_along_inputs": (
+        lambda p, x: (
+            jnp.concatenate([jnp.cos(x), x], 1) @ jnp.concatenate([p["w"], p["u"].T])
+        ),
+        {"w": W, "u": U},
+        X,
+        {"w": None, "u": None},
+    ),
+    "concatenated_channels": (
+        lambda p, x: convolved({"k": jnp.concatenate([p["k"], p["l"] * 2], 3)}, x),
+        {"k": KERNEL["k"], "l": KERNEL["k"][..., :1]},
+        IMAGE,
+        {"k": None, "l": None},
+    ),
+    "concatenated_embeddings": (
+        lambda p, x: jnp.concatenate([p["w"], p["v"]], 1)[jnp.abs(x).astype(int)],
+        {"w": W, "v": SQUARE},
+        SEQUENCE,
+        {"w": None, "v": None},
+    ),
+    "stacked_kernels": (
+        lambda p, x: (
+            jnp.einsum("nj,ejk->enk", x, jnp.stack([p["w"], p["v"]]))
+            + jnp.stack([p["b"], p["c"]])[:, None]
+        ),
+        {"w": W, "v": W, "b": B, "c": B},
+        X,
+        {"w": "b", "v": "c"},
+    ),
+    "kernels_stacked_for_a_loop": (
+        lambda p, x: jax.lax.scan(
+            lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack([p["w"], p["v"]])
+        )[0],
+        {"w": SQUARE, "v": SQUARE.T},
+        X,
+        {"w": None, "v": None},
+    ),
+    "complex_kernel": (
+        of_real_parts,
+        {"re": EXPERTS, "im": EXPERTS[::-1]},
+        SEQUENCE,
+        {"re": None, "im": None},
+    ),
     "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
     "kernel_in_another_order": (
         kernel_in_another_order,
@@ -492,7 +642,8 @@ def test_what_is_taken_out_times_the_kernel_is_what_comes_out():
     for name in ("dense", "inputs_of_two_axes", "inputs_in_another_order"):
         model_fn, params, x, _ = FOUND[name]
         model = read(model_fn, params, x)
-        outputs, (rows,) = model.evaluate(params, x[:1], model.zeros())
+        outputs, taken = model.evaluate(params, x[:1], model.zeros())
+        rows, _ = model.rows(0, taken, model.zeros())
         product = rows @ params["w"].reshape(-1, 3)
         truth = outputs - params.get("b", 0)
         np.testing.assert_allclose(product, truth, rtol=1e-12)
@@ -512,7 +663,8 @@ def test_patches_times_the_kernel_are_the_convolution(options):
     params = {"k": KERNEL["k"]}
     model_fn = functools.partial(convolved, **options)
     model = read(model_fn, params, IMAGE)
-    outputs, (rows,) = model.evaluate(params, IMAGE[:1], model.zeros())
+    outputs, taken = model.evaluate(params, IMAGE[:1], model.zeros())
+    rows, _ = model.rows(0, taken, model.zeros())
     product = (rows @ params["k"].reshape(-1, 3)).reshape(outputs.shape)
     np.testing.assert_allclose(product, outputs, rtol=1e-9, atol=1e-12)
     # Rows, columns and channels, as in the kernel: a window with an edge in it, by hand.
@@ -578,11 +730,52 @@ OTHERS = {
         {"w": "`cond` uses it"},
     ),
     "while": (while_loop, {"w": SQUARE}, X, {"w": "`while` uses it"}),
-    "computed_with": (
-        lambda p, x: x @ (2 * p["w"]),
+    "scaled_entry_by_entry": (
+        lambda p, x: x @ (p["w"] * np.cos(W)),
+        {"w": W},
+        X,
+        {"w": "it is scaled first"},
+    ),
+    "squared": (
+        lambda p, x: x @ (p["w"] * p["w"]),
         {"w": W},
         X,
         {"w": "`mul` uses it"},
+    ),
+    "symmetric": (
+        lambda p, x: x @ (p["w"] + p["w"].T),
+        {"w": SQUARE},
+        X,
+        {"w": "`add` uses it"},
+    ),
+    "scaled_bias": (
+        lambda p, x: x @ p["w"] + 2 * p["b"],
+        DENSE,
+        X,
+        {"b": "it is scaled first"},
+    ),
+    "part_of_a_concatenated_array": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]]).reshape(2, 4, 3)[0],
+        {"w": W, "v": W},
+        X,
+        {"w": "`reshape` uses it", "v": "`reshape` uses it"},
+    ),
+    "learned_scales": (
+        lambda p, x: (x @ (p["w"] * p["gain"]) + p["b"]) * jnp.exp(p["gain"][0]),
+        {**DENSE, "gain": B + 2},
+        X,
+        {
+            "b": "it is added to no product that lacks a bias",
+            "gain": "`mul` uses it",
+        },
+    ),
+    "scale_of_one_step": (  # A scale for each step, but one kernel for all of them.
+        lambda p, x: jax.lax.scan(
+            lambda h, g: (jnp.sin(h @ (g * p["w"])), None), x, p["gain"]
+        )[0],
+        {"w": SQUARE, "gain": normal(RNG, 3)},
+        X,
+        {"w": "`mul` uses it", "gain": "`mul` uses it"},
     ),
     "also_computed_with": (
         lambda p, x: (x @ p["w"]) * jnp.sum(p["w"]),
