@@ -4,7 +4,8 @@ A matrix product, a convolution or a lookup of rows is a use of a kernel if one 
 made from a parameter in one of the ways that `_made` knows. Its bias is a parameter that
 is added to the result, with an entry for each unit. Scales and shifts are parameters that
 are multiplied with or added to data, entry by entry. Programs inside the program (`jit`,
-`checkpoint`, `scan`) are read too, and so are parameters that a `scan` takes step by step.
+`checkpoint`, `scan`, `cond`) are read too, and so are parameters that a `scan` takes step
+by step.
 """
 
 import collections
@@ -66,7 +67,7 @@ class Reader:
         marks: dict[Any, _Mark] = dict.fromkeys(jaxpr.invars, _DATA)
         for n, shape in enumerate(self.shapes):
             marks[jaxpr.invars[n]] = Made((Part(n, whole(shape)),))
-        self._program(jaxpr, marks, Place((), ()))
+        self._program(jaxpr, marks, Place())
         self._spoil((_mark(marks, x) for x in jaxpr.outvars), "the model returns it")
 
     def _spoil(self, marks: Iterable[_Mark], why: str) -> None:
@@ -108,6 +109,9 @@ class Reader:
                 marks: dict[Any, _Mark] = dict(zip(inner.invars, found, strict=True))
                 return self._program(inner, marks, place)
             return self._scan(equation, inner, found, place)
+        branches = programs.branches(equation)
+        if branches:
+            return self._branches(branches, found, place)
         result: _Mark = None
         if name in PRODUCTS:
             result = self._product(equation, found, place)
@@ -152,6 +156,29 @@ class Reader:
             else mark and _DATA
             for mark in results
         ]
+
+    def _branches(
+        self, branches: Sequence[Jaxpr], found: list[_Mark], place: Place
+    ) -> list[_Mark]:
+        index, *operands = found
+
+        def read(n: int, branch: Jaxpr) -> list[_Mark]:
+            marks: dict[Any, _Mark] = dict(zip(branch.invars, operands, strict=True))
+            here = place._replace(path=(*place.path, n), is_in_branch=True)
+            return self._program(branch, marks, here)
+
+        def joined(marks: Sequence[_Mark]) -> _Mark:
+            why = "a `cond` returns it"
+            if any(isinstance(mark, _Sum) for mark in marks):
+                self._spoil(marks, why)
+                return _DATA
+            made_ = [mark.outside(why) for mark in marks if isinstance(mark, Made)]
+            others = {n: x for mark in made_ for n, x in mark.others.items()}
+            loops = frozenset[int]().union(*(mark.loops for mark in made_))
+            return Made((), others, loops) if made_ else None
+
+        each = [read(n, branch) for n, branch in enumerate(branches)]
+        return [joined([index, *marks]) for marks in zip(*each, strict=True)]
 
     def _product(self, equation: Any, found: list[_Mark], place: Place) -> _Mark:
         sides = {n: x for n, x in enumerate(found) if isinstance(x, Made) and x.parts}

@@ -17,7 +17,9 @@ from jax.extend.core import Literal
 from hfjax._tracing._axes import Layout, Shape, broadcast, placed, reshaped
 
 Path: TypeAlias = tuple[int, ...]
-"""The number of an equation in its program, after those of the equations around it."""
+"""The number of an equation in its program, after those of the equations around it.
+
+After the number of a `cond` stands that of the branch."""
 
 
 class Place(NamedTuple):
@@ -26,10 +28,12 @@ class Place(NamedTuple):
     Attributes:
       path: its path.
       loops: the lengths of the loops around it, from the outermost.
+      is_in_branch: whether it is in a branch of a `cond`, which may not be taken.
     """
 
-    path: Path
-    loops: tuple[int, ...]
+    path: Path = ()
+    loops: tuple[int, ...] = ()
+    is_in_branch: bool = False
 
 
 _SAME = frozenset({"convert_element_type", "copy", "pvary", "pcast", "reshard"})
@@ -117,8 +121,8 @@ class Made:
         loops = self.loops | {depth} if is_stepped else self.loops
         return Made(tuple(map(part, self.parts)), self.others, loops)
 
-    def outside(self, reason: str, depth: int) -> "Made":
-        """Return the mark of what a loop returns."""
+    def outside(self, reason: str, depth: int | None = None) -> "Made":
+        """Return the mark of what a loop of this depth, or a branch, returns."""
         return Made((), self.why(reason), self.loops - {depth})
 
 
@@ -234,6 +238,8 @@ def _scaled(step: _Step, n: int) -> list[Part]:
     for part in step.parts(n):
         loops = enumerate(part.looped)
         if mark is not None and any(k in mark.loops and not own for k, own in loops):
+            continue
+        if step.place.is_in_branch:  # Its value may be unknown.
             continue
         axes = zip(shape, part.layout, strict=False)  # Of a number none.
         layout = (*part.looped, *(() if count == 1 else own for count, own in axes))

@@ -131,6 +131,7 @@ class Use(NamedTuple):
       shape: the shape of the result.
       loops: the lengths of the loops, from the outermost.
       dtype: the dtype of the result.
+      is_in_branch: whether the equation is in a branch of a `cond`.
       factor: a number by which the kernel is multiplied before.
       scales: values by which it is multiplied before.
     """
@@ -146,6 +147,7 @@ class Use(NamedTuple):
     shape: tuple[int, ...]
     loops: tuple[int, ...]
     dtype: Any
+    is_in_branch: bool = False
     factor: complex = 1
     scales: tuple[Scale, ...] = ()
 
@@ -246,4 +248,5 @@ def _use(
         shape=tuple(out.shape),
         loops=place.loops,
         dtype=out.dtype,
+        is_in_branch=place.is_in_branch,
     )

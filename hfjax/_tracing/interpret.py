@@ -1,19 +1,19 @@
 """Evaluates a program, recording the inputs of kernels and adding to their outputs.
 
 The program is evaluated equation by equation, and so are the programs inside it (`jit`,
-`checkpoint`, `scan`) that contain a product with a kernel.
+`checkpoint`, `scan`, `cond`) that contain a product with a kernel.
 """
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from hfjax._core import trees
+from hfjax._core import sharding, trees
 from hfjax._tracing import programs
 from hfjax._tracing._made import Path, Scale
 from hfjax._tracing._products import Use, looked_up
@@ -32,13 +32,6 @@ class Run(NamedTuple):
 
     uses: Mapping[Path, Use]
     scales: Mapping[Path, Scale]
-
-    @classmethod
-    def of(cls, uses: Iterable[Use]) -> "Run":
-        """Return a run that takes out all that `uses` need."""
-        uses = list(uses)
-        scales = {scale.path: scale for use in uses for scale in use.scales}
-        return cls({use.path: use for use in uses}, scales)
 
     def program(
         self, program: ClosedJaxpr, args: Sequence[Any], added: Arrays, path: Path = ()
@@ -78,6 +71,8 @@ class Run(NamedTuple):
             return jax.checkpoint(program, **options)(operands, added)
         if name in programs.INLINED:
             return self.program(params["jaxpr"], operands, added, path)
+        if programs.branches(equation):
+            return self._branches(equation, operands, added, path)
         results = programs.run(equation, operands)
         if path in self.scales:
             return results, {path: jnp.asarray(operands[self.scales[path].operand])}
@@ -85,6 +80,38 @@ class Run(NamedTuple):
         return [result + added[path]], {
             path: _inputs(equation, self.uses[path], operands)
         }
+
+    def _branches(
+        self, equation: Any, operands: list[Any], added: Arrays, path: Path
+    ) -> tuple[list[Any], Arrays]:
+        index, *rest = operands
+        branches = [
+            functools.partial(self.program, branch, path=(*path, n))
+            for n, branch in enumerate(equation.params["branches"])
+        ]
+        shapes = [jax.eval_shape(branch, rest, added)[1] for branch in branches]
+
+        def nothing(shape: Any) -> jax.Array:
+            """Return inputs of a branch that is not taken: zeros, or no index."""
+            names = tuple(sharding.varying(shape))
+            x = sharding.vary(sharding.zeros(shape), names)
+            return x - 1 if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+        def filled(branch: Any) -> Any:
+            def run(rest: list[Any], added: Arrays) -> tuple[list[Any], Arrays]:
+                results, taken = branch(rest, added)
+                missing = {
+                    at: nothing(shape)
+                    for known in shapes
+                    for at, shape in known.items()
+                    if at not in taken
+                }
+                return results, taken | missing
+
+            return run
+
+        index = jnp.asarray(index).astype(jnp.int32)
+        return jax.lax.switch(index, list(map(filled, branches)), rest, added)
 
     def _scan(
         self, equation: Any, operands: list[Any], inside: Arrays, path: Path

@@ -1,10 +1,10 @@
 """The layers of a model: where its program multiplies inputs by a parameter.
 
 Layers need no registration. JAX traces the model on one example, and `_layer_reader`
-looks for products with a parameter: the other operand is the input of a layer, and the
-result, to which a bias may be added, is its output. The program is then evaluated so
-that it also returns these inputs, and adds given arrays to these outputs. The
-derivative by what is added is the back-propagated error of the layer.
+looks for products with a parameter, or with what is made of some: the other operand is
+the input of a layer, and the result, to which a bias may be added, is its output. The
+program is then evaluated so that it also returns these inputs, and adds given arrays to
+these outputs. The derivative by what is added is the back-propagated error of the layer.
 
 A parameter belongs to a layer only if nothing else uses it.
 """
@@ -75,6 +75,18 @@ class Layer(NamedTuple):
         return sum(uses[n].positions for n in own)
 
 
+class Taken(NamedTuple):
+    """What is taken out of a program, by the paths of the equations.
+
+    Attributes:
+      inputs: the inputs of uses.
+      scales: the values by which kernels are multiplied, the same for all examples.
+    """
+
+    inputs: Arrays
+    scales: Arrays
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """The program of a model, with the layers found in it.
@@ -107,17 +119,17 @@ class Model:
 
     def evaluate(
         self, params: Params, inputs: Tree, added: Arrays
-    ) -> tuple[Tree, Arrays]:
-        """Run the model, adding arrays like `zeros` to the outputs of its uses.
-
-        Returns the outputs of the model, and what `rows` needs.
-        """
+    ) -> tuple[Tree, Taken]:
+        """Run the model, adding arrays like `zeros` to the outputs of its uses."""
         args = jax.tree.leaves((params, inputs))
-        outputs, taken = Run.of(self.uses).program(self._program, args, added)
-        return self._structure.unflatten(outputs), taken
+        scales = {scale.path: scale for use in self.uses for scale in use.scales}
+        run = Run({use.path: use for use in self.uses}, scales)
+        outputs, taken = run.program(self._program, args, added)
+        values = {path: taken.pop(path) for path in scales}
+        return self._structure.unflatten(outputs), Taken(taken, values)
 
     def rows(
-        self, number: int, taken: Arrays, derivatives: Arrays
+        self, number: int, taken: Taken, derivatives: Arrays
     ) -> tuple[jax.Array, jax.Array]:
         """Return the inputs and the errors of a use, as those of its kernel.
 
@@ -131,12 +143,12 @@ class Model:
         """
         use = self.uses[number]
         kinds = use.kinds
-        inputs = laid_out(taken[use.path], use.looped + use.taken, kinds)
+        inputs = laid_out(taken.inputs[use.path], use.looped + use.taken, kinds)
         errors = laid_out(derivatives[use.path], use.looped + use.added, kinds)
         for scale in use.scales:
             by_unit = use.is_by_unit(scale)
             rows, side = (errors, kinds.units) if by_unit else (inputs, kinds.inputs)
-            value = taken[scale.path].astype(rows.dtype)
+            value = taken.scales[scale.path].astype(rows.dtype)
             value = spread(value, scale.layout, kinds, side)
             rows = rows / value if scale.divides else rows * value
             inputs, errors = (inputs, rows) if by_unit else (rows, errors)

@@ -128,6 +128,15 @@ def inner(equation: Any) -> Jaxpr | None:
     return equation.params["jaxpr"] if name in CHECKPOINTS else None
 
 
+def branches(equation: Any) -> list[Jaxpr]:
+    """Return the branches of a `cond`, none of another equation."""
+    params = equation.params
+    # Those of `platform_dependent` cannot all be compiled.
+    if equation.primitive.name != "cond" or params.get("branches_platforms"):
+        return []
+    return [branch.jaxpr for branch in params["branches"]]
+
+
 def consts_and_carry(equation: Any) -> tuple[int, int]:
     """Count the constants and the carried values of a `scan`."""
     # Its parameters for this differ between versions of JAX. Instead: stepwise inputs and

@@ -98,7 +98,7 @@ def factors(
     exact in expectation. The positions of a layer need not be those of the outputs, so
     in Ā each has the weight of its example. But it leaves out those at which gᵢₜ = 0:
     they have no part in the block, and padding leads to such positions alone unless the
-    model passes it on to others.
+    model passes it on to others. So do the branches of a `cond` that are not taken.
     """
     cases = sharding.alike(term.cases)
     local = term.means.local(sharding.gathered(params, cases))
@@ -116,14 +116,18 @@ def factors(
         signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(keys, outputs)
         (derivatives,) = transpose(factor(signs))
 
-        def of_use(n: int, layer: layers.Layer) -> _Factors:
+        def of_use(n: int, layer: layers.Layer, reached_only: bool) -> _Factors:
             both = seen.rows(n, taken, derivatives)
             is_flipped = n in layer.flipped
-            return _of_use(layer, *both, cases.weights, term.by_position, is_flipped)
+            return _of_use(layer, *both, cases.weights, reached_only, is_flipped)
 
         def of_layer(layer: layers.Layer) -> list[_Factors]:
             """Return the sums over its uses, and over flipped ones if there are any."""
-            each = [[of_use(n, layer) for n in ns] for ns in layer.ways]
+            # No errors come back to a branch that is not taken.
+            uses = [n for ns in layer.ways for n in ns]
+            in_branch = any(model.uses[n].is_in_branch for n in uses)
+            reached_only = term.by_position or in_branch
+            each = [[of_use(n, layer, reached_only) for n in ns] for ns in layer.ways]
             return [jax.tree.map(_sum, *found) for found in each]
 
         def gradients(n: int) -> jax.Array:
@@ -160,7 +164,7 @@ def _of_use(
     x: jax.Array,
     errors: jax.Array,
     weights: jax.Array,
-    by_position: bool,
+    reached_only: bool,
     is_flipped: bool,
 ) -> _Factors:
     """Sum over the examples and positions of a use of a layer."""
@@ -170,7 +174,7 @@ def _of_use(
     reached = None
     if layer.bias is not None:
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-    if by_position:
+    if reached_only:
         some = jnp.any(errors != 0, axis=-1, keepdims=True)
         x = jnp.where(some, x, -1 if lookup else 0)
         along = weights.reshape(-1, *[1] * (some.ndim - 1))

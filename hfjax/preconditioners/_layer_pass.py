@@ -6,6 +6,7 @@ then evaluates it once for both. Otherwise it is evaluated on each example, in o
 `jax.vmap`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,8 +17,11 @@ from hfjax._core import sharding
 from hfjax._core.types import Params, Tree
 from hfjax._tracing import layers
 from hfjax._tracing.interpret import Arrays
-from hfjax._tracing.layers import Model
+from hfjax._tracing.layers import Model, Taken
 from hfjax.objectives.cases import Cases
+
+_BY_CASE = (0, Taken(inputs=0, scales=None))  # pyright: ignore[reportArgumentType]
+"""Axes of the examples in outputs and in what is taken out of the program."""
 
 
 class LayerPass(NamedTuple):
@@ -32,8 +36,8 @@ class LayerPass(NamedTuple):
     """
 
     added: Arrays
-    forward: Callable[[Arrays], tuple[Tree, Arrays]]
-    rows: Callable[[int, Arrays, Arrays], tuple[jax.Array, jax.Array]]
+    forward: Callable[[Arrays], tuple[Tree, Taken]]
+    rows: Callable[[int, Taken, Arrays], tuple[jax.Array, jax.Array]]
 
 
 def layer_pass(
@@ -50,18 +54,19 @@ def layer_pass(
 
 
 def _by_case(model: Model, params: Params, cases: Cases) -> LayerPass:
-    def forward(added: Arrays) -> tuple[Tree, Arrays]:
-        def one(added: Arrays, inputs: Tree) -> tuple[Tree, Arrays]:
+    def forward(added: Arrays) -> tuple[Tree, Taken]:
+        def one(added: Arrays, inputs: Tree) -> tuple[Tree, Taken]:
             case = jax.tree.map(lambda x: x[None], inputs)
             outputs, taken = model.evaluate(params, case, added)
             return jax.tree.map(lambda z: z[0], outputs), taken
 
-        return jax.vmap(one)(added, cases.inputs)
+        return jax.vmap(one, out_axes=_BY_CASE)(added, cases.inputs)
 
     def rows(
-        number: int, taken: Arrays, derivatives: Arrays
+        number: int, taken: Taken, derivatives: Arrays
     ) -> tuple[jax.Array, jax.Array]:
-        return jax.vmap(lambda x, g: model.rows(number, x, g))(taken, derivatives)
+        one = functools.partial(model.rows, number)
+        return jax.vmap(one, in_axes=(_BY_CASE[1], 0))(taken, derivatives)
 
     # Like the weights, the zeros lie over devices as the examples do.
     nothing = sharding.zeros_like(cases.weights)
@@ -83,11 +88,11 @@ def _at_once(whole: Model, axes: list[int], params: Params, cases: Cases) -> Lay
         rows = jnp.moveaxis(rows, len(blocks) + place, 0)
         return rows.reshape(len(rows), *blocks, -1, last)
 
-    def forward(added: Arrays) -> tuple[Tree, Arrays]:
+    def forward(added: Arrays) -> tuple[Tree, Taken]:
         return whole.evaluate(params, cases.inputs, added)
 
     def rows(
-        number: int, taken: Arrays, derivatives: Arrays
+        number: int, taken: Taken, derivatives: Arrays
     ) -> tuple[jax.Array, jax.Array]:
         inputs, errors = whole.rows(number, taken, derivatives)
         return rows_of_cases(number, inputs), rows_of_cases(number, errors)

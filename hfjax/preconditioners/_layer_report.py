@@ -17,11 +17,11 @@ def layers(
 
     Layers need no registration: the program of `model_fn` is traced. A parameter with
     two or more axes is a kernel if it is used only in products: `x @ w`, `x @ w.T`, an
-    `einsum`, or a convolution, at any depth of `jit`, `checkpoint` and `scan`. The axes
-    that the product sums over are inputs and the others units, in any order and number;
-    it may be reshaped, transposed, concatenated with others, added to others, or scaled
-    along inputs or along units before. A parameter that is added to the result with
-    an entry for each unit is the bias.
+    `einsum`, or a convolution, at any depth of `jit`, `checkpoint`, `scan` and `cond`. The
+    axes that the product sums over are inputs and the others units, in any order and
+    number. Before, the kernel may be reshaped, transposed, concatenated with others, added
+    to others, or scaled along inputs or along units. A parameter that is added to the
+    result with an entry for each unit is the bias.
 
     Axes that inputs and result have as well number blocks, each with factors of its own:
     experts, groups of a convolution, the layers that a `scan` takes step by step. An

@@ -90,6 +90,13 @@ def modes_in_real_numbers(params, x):
     return jnp.stack([real, product(s, re) + product(c, im)], axis=1)
 
 
+def branch(params, x):
+    def other(x, params):  # That is not taken.
+        return jnp.sin(x @ params["w"] + params["b"])
+
+    return jax.lax.cond(jnp.max(x) > 100, other, layer, x, params)
+
+
 def same(params):
     return params
 
@@ -165,6 +172,13 @@ TWINS = {
         {"w": normal(RNG, 4, 3), "b": normal(RNG, 3), "v": normal(RNG, 3, 4)},
         SEQUENCE,
         lambda p, x: jnp.tanh((x * ROW) @ p["w"] + p["b"]) @ p["v"] * (3 / ROW),
+        same,
+    ),
+    "branches": (
+        branch,
+        {"w": normal(RNG, 4, 3), "b": normal(RNG, 3)},
+        SEQUENCE,
+        lambda p, x: layer(x, p),
         same,
     ),
     "complex": (
@@ -405,6 +419,10 @@ def test_blocks_are_told():
         ("stack", "vmap"),
         ("stack", "jit_with_explicit_shardings"),
         ("embedding", "shard_map_check_vma"),
+        ("scaled", "shard_map_check_vma"),
+        ("scaled", "jit_with_explicit_shardings"),
+        ("branches", "shard_map_check_vma"),
+        ("branches", "jit_with_explicit_shardings"),
         ("embedding", "jit_with_shardings"),  # JAX looks up no rows on explicit axes.
     ],
 )

@@ -606,6 +606,45 @@ FOUND = {
         SEQUENCE,
         {"re": None, "im": None},
     ),
+    "bias_of_the_second_of_two": (
+        lambda p, x: (
+            x @ jnp.concatenate([p["w"], p["v"]], 1)
+            + jnp.concatenate([jnp.ones(3), p["b"]])
+        ),
+        {"w": W, "v": W, "b": B},
+        X,
+        {"w": None, "v": "b"},
+    ),
+    "branches": (
+        lambda p, x: jax.lax.cond(
+            x[0, 0] > 9,
+            lambda w: jnp.tanh(x @ w + p["b"]),
+            lambda w: x @ (w * 2) + p["b"],
+            p["w"] / norm(p["w"], 1),
+        ),
+        DENSE,
+        X,
+        {"w": "b"},
+    ),
+    "branches_in_a_loop": (
+        lambda p, x: jax.lax.fori_loop(
+            0,
+            3,
+            lambda n, h: jax.lax.switch(
+                n % 2, [lambda h: jnp.sin(h @ p["w"]), lambda h: h @ p["v"]], h
+            ),
+            x,
+        ),
+        {"w": SQUARE, "v": SQUARE.T},
+        X,
+        {"w": None, "v": None},
+    ),
+    "loop_of_fixed_length": (
+        lambda p, x: jax.lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ p), x),
+        SQUARE,
+        X,
+        {"": None},
+    ),
     "channels_first": (channels_first, KERNEL, IMAGE, {"k": "b"}),
     "kernel_in_another_order": (
         kernel_in_another_order,
@@ -716,18 +755,10 @@ OTHERS = {
         {"scale": "`mul` uses it"},
     ),
     "places_and_a_gain": (
-        lambda p, x: jnp.tanh((x + p["place"]) @ p["w"] * p["gain"]) + p["gain"],
+        lambda p, x: jnp.tanh((x + p["place"]) @ p["w"] * (1 + p["gain"])) + p["gain"],
         {"w": W, "place": normal(RNG, 5, 4), "gain": jnp.asarray(0.7)},
         SEQUENCE,
         {"place": "`add` uses it", "gain": "`mul` uses it"},
-    ),
-    "cond": (
-        lambda p, x: jax.lax.cond(
-            x[0, 0] > 0, lambda w: x @ w, lambda w: -x @ w, p["w"]
-        ),
-        {"w": W},
-        X,
-        {"w": "`cond` uses it"},
     ),
     "while": (while_loop, {"w": SQUARE}, X, {"w": "`while` uses it"}),
     "scaled_entry_by_entry": (
@@ -759,6 +790,45 @@ OTHERS = {
         {"w": W, "v": W},
         X,
         {"w": "`reshape` uses it", "v": "`reshape` uses it"},
+    ),
+    "learned_scales_of_one_input": (
+        lambda p, x: x[:, :1] @ (p["w"] * p["gain"][None]),
+        {"w": W[:1], "gain": B},
+        X,
+        {"gain": "`mul` uses it"},
+    ),
+    "concatenated_scales": (
+        lambda p, x: jnp.sin(x) * jnp.concatenate([p["one"], p["rest"]]),
+        {"one": B[:1], "rest": B},
+        X,
+        {"one": "`mul` uses it", "rest": "`mul` uses it"},
+    ),
+    "concatenated_channels_of_inputs": (
+        lambda p, x: convolved({"k": jnp.concatenate([p["k"], p["l"]], 2)}, x),
+        {"k": KERNEL["k"][:, :, :1], "l": KERNEL["k"][:, :, 1:]},
+        IMAGE,
+        {
+            "k": "`conv_general_dilated` uses it",
+            "l": "`conv_general_dilated` uses it",
+        },
+    ),
+    "concatenated_rows_of_an_embedding": (
+        lambda p, x: jnp.concatenate([W, p["w"]])[jnp.abs(x).astype(int)],
+        {"w": W},
+        4 * SEQUENCE,
+        {"w": "`gather` uses it"},
+    ),
+    "inputs_from_a_parameter": (
+        lambda p, x: x + (2 * p["q"]) @ p["w"],
+        {"q": X[:1], "w": SQUARE},
+        X,
+        {"q": "it is scaled first"},
+    ),
+    "returned_by_a_branch": (
+        lambda p, x: x @ jax.lax.cond(p["b"][0] > 0, lambda w: w, jnp.sin, p["w"]),
+        DENSE,
+        X,
+        {"w": "a `cond` returns it", "b": "`slice` uses it"},
     ),
     "learned_scales": (
         lambda p, x: (x @ (p["w"] * p["gain"]) + p["b"]) * jnp.exp(p["gain"][0]),
