@@ -80,7 +80,9 @@ class Reader:
         self, jaxpr: Jaxpr, marks: dict[Any, _Mark], place: Place
     ) -> list[_Mark]:
         """Read a program whose inputs are marked; mark its outputs."""
-        read = [atom for equation in jaxpr.eqns for atom in equation.invars]
+        # What returns nothing, as `jax.debug.print`, uses nothing.
+        equations = [(n, its) for n, its in enumerate(jaxpr.eqns) if its.outvars]
+        read = [atom for _, equation in equations for atom in equation.invars]
         often = collections.Counter(
             atom for atom in (*read, *jaxpr.outvars) if not isinstance(atom, Literal)
         )
@@ -91,7 +93,7 @@ class Reader:
             mark = _mark(marks, atom)
             return _DATA if isinstance(mark, _Sum) and often[atom] > 1 else mark
 
-        for number, equation in enumerate(jaxpr.eqns):
+        for number, equation in equations:
             found = [mark_of(atom) for atom in equation.invars]
             if any(found):
                 here = place._replace(path=(*place.path, number))

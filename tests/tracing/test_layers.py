@@ -966,6 +966,25 @@ def test_a_product_that_is_used_without_its_bias_too_has_none(model_fn):
     assert found(model, DENSE)[1].keys() == {"b"}
 
 
+def test_a_model_that_prints_has_the_layers_that_it_has_without():
+    rng = np.random.default_rng(5)
+    params, x = {"w": normal(rng, 3, 2), "b": normal(rng, 2)}, normal(rng, 4, 3)
+
+    def model_fn(params, x):
+        z = x @ params["w"]
+        jax.debug.callback(lambda *_: None, z, params["w"], params["b"])
+        return z + params["b"]
+
+    assert found(read(model_fn, params, x), params) == ({"w": "b"}, {})
+    factors = hfjax.preconditioners.kronecker()
+    objective = hfjax.Objective(model_fn, hfjax.losses.squared_error())
+    tx = hfjax.hessian_free(objective, preconditioner=factors)
+    batch = (x, normal(rng, 4, 2))
+    _, grads = objective.value_and_grad(params, batch)
+    _, state = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    assert state.info.accepted
+
+
 def test_parameters_that_are_spoiled_beforehand_are_left_out_with_their_reason():
     model = read(lambda p, x: x @ p["w"] + p["b"], DENSE, X, {1: "too large"})
     assert found(model, DENSE) == (
