@@ -40,20 +40,26 @@ FACTORS = {
     "interval=3": preconditioners.kronecker(interval=3),
     "kronecker(cases=500)": preconditioners.kronecker(cases=500),
 }
-STOPPING = {
-    "cost=12": stopping.marginal(cost=12.0),
-    "window=1": stopping.marginal(window=1),
-    "window=8": stopping.marginal(window=8),
+SOLVERS = {
+    "cost=12": {"stopping": stopping.marginal(cost=12.0)},
+    "window=1": {"stopping": stopping.marginal(window=1)},
+    "window=8": {"stopping": stopping.marginal(window=8)},
+    "warm_start_decay=0.95": {"warm_start_decay": 0.95},
+}
+DAMPING = {
+    "levenberg_marquardt()": damping.levenberg_marquardt(),
+    "searched(cases=500)": damping.searched(cases=500),
+    "searched(factor=2)": damping.searched(factor=2.0),
+    "searched(tolerance=0)": damping.searched(tolerance=0.0),
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "images": {
         "defaults": {},
-        "levenberg_marquardt()": {"damping": damping.levenberg_marquardt()},
-        "searched(cases=500)": {"damping": damping.searched(cases=500)},
+        **{name: {"damping": rule} for name, rule in DAMPING.items()},
         **{name: {"preconditioner": rule} for name, rule in FACTORS.items()},
         **{
-            name: {"solver": cg.conjugate_gradient(stopping=rule)}
-            for name, rule in STOPPING.items()
+            name: {"solver": cg.conjugate_gradient(**changed)}
+            for name, changed in SOLVERS.items()
         },
     },
     "equations": {
