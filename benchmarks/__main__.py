@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import compare
-from benchmarks.cli import Parser
+from benchmarks.cli import Parser, RefusedError
 from benchmarks.micro import constants, costs, precision, preconditioners, product
 
 _COMMANDS = {
@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
     args = parser.parse_args(argv)
-    return _COMMANDS[args.command].run(args)
+    try:
+        return _COMMANDS[args.command].run(args)
+    except RefusedError as why:
+        print(f"{parser.prog} {args.command}: {why}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

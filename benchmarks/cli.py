@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -20,21 +19,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def refuse(command: str, error: Exception) -> int:
-    """Say in one line why a command cannot run."""
-    print(f"python -m benchmarks {command}: {error}", file=sys.stderr)
-    return 2
+class RefusedError(Exception):
+    """Why a command cannot run, in one line."""
 
 
 def output_file(path: str) -> Path:
     """Create the file that a command will write: better to fail now than at its end.
 
     Raises:
-      OSError: if it cannot be written.
+      RefusedError: if it cannot be written.
     """
     found = Path(path)
-    found.parent.mkdir(parents=True, exist_ok=True)
-    write_json(found, {})
+    try:
+        found.parent.mkdir(parents=True, exist_ok=True)
+        write_json(found, {})
+    except OSError as error:
+        raise RefusedError(error) from error
     return found
 
 

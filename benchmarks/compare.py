@@ -15,6 +15,7 @@ import importlib.metadata
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         _check(comparison)
         comparison.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        return cli.refuse("compare", error)
+        raise cli.RefusedError(error) from error
     titles = {name: OPTIMIZERS[name].title for name in comparison.optimizers}
     folder, status = comparison.folder, 0
     report = Report(comparison.recorded, folder, titles, skipped, console)
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
             for name in comparison.problems:
                 _solve(comparison, name, report)
     except NotWholeError as error:
-        return cli.refuse("compare", error)
+        raise cli.RefusedError(error) from error
     except KeyboardInterrupt:
         status = _INTERRUPTED
         console.print("Interrupted: the same command goes on from here.")
@@ -291,14 +292,12 @@ def _builders(
     listed = []
     for name, its in itertools.groupby(plans, key=lambda plan: plan.optimizer):
         together = list(its)
-        build = functools.cache(
-            functools.partial(OPTIMIZERS[name].build, problem, params, together[0].seed)
-        )
+        seed = together[0].seed
+        build = functools.cache(partial(OPTIMIZERS[name].build, problem, params, seed))
         for plan in together:
-            of_plan = build
-            if plan.rate is not None:
-                of_plan = functools.partial(_at_rate, build, plan.rate)
-            listed.append((plan, of_plan))
+            rate = plan.rate
+            at_rate = build if rate is None else partial(_at_rate, build, rate)
+            listed.append((plan, at_rate))
     return listed
 
 

@@ -110,7 +110,15 @@ def kfac(problem: Problem, params: Any, seed: int) -> Racer:
     (_, first), (_, second) = timed(warm), timed(warm)
     pairs = zip(first, second, strict=True)
     compiling = Taken(*(max(0.0, a - b) for a, b in pairs))
-    leaves_of, state_of = _as_leaves(init(params).state)
+    structure = jax.tree.structure(init(params).state)
+
+    # Every checkpoint can hold a state's leaves.
+    def leaves_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.leaves(carry.state))
+
+    def state_of(carry: Carry) -> Carry:
+        return carry._replace(state=jax.tree.unflatten(structure, carry.state))
+
     return Racer(
         lambda params: leaves_of(init(params)),
         lambda carry: leaves_of(step(state_of(carry))),
@@ -218,21 +226,6 @@ def _kfac_jax() -> Any:
 
 def _copies(batch: Any) -> Iterator[Any]:
     return (jax.tree.map(jnp.copy, batch) for _ in itertools.count())
-
-
-def _as_leaves(
-    state: Any,
-) -> tuple[Callable[[Carry], Carry], Callable[[Carry], Carry]]:
-    """Write a state as its leaves, which every checkpoint can hold, and back."""
-    structure = jax.tree.structure(state)
-
-    def leaves_of(carry: Carry) -> Carry:
-        return carry._replace(state=jax.tree.leaves(carry.state))
-
-    def state_of(carry: Carry) -> Carry:
-        return carry._replace(state=jax.tree.unflatten(structure, carry.state))
-
-    return leaves_of, state_of
 
 
 def _compiled(

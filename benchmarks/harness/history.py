@@ -4,11 +4,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-R = TypeVar("R")
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -180,17 +178,6 @@ def read_all(folder: Path, plans: Iterable[Plan]) -> list[RunFile]:
     """
     found = (read(plan.file(folder)) for plan in plans)
     return [one for one in found if one is not None]
-
-
-def first_below(
-    rows: Sequence[R], value: Callable[[R], float], threshold: float
-) -> R | None:
-    """Find where something was first below a threshold.
-
-    Returns:
-      The row, or `None` if there is none.
-    """
-    return next((row for row in rows if value(row) < threshold), None)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.harness.history import Row, Run, RunFile, first_below
+from benchmarks.harness.history import Row, Run, RunFile
 from benchmarks.suites.problem import Summary
 
 DISTURBED = 1.25
@@ -132,8 +132,7 @@ def judged(run: Run, summary: Summary) -> float:
 
 def seconds_to(run: Run, level: float) -> float:
     """Return the seconds of training until the value was first below a level."""
-    row = first_below(run.rows, lambda row: row.value, level)
-    return math.inf if row is None else row.seconds
+    return next((row.seconds for row in run.rows if row.value < level), math.inf)
 
 
 def probes(rows: Iterable[Row]) -> list[float]:

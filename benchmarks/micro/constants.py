@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     suite, rows = SUITES[args.suite], []
     cells = [["problem", "change", *(f"{n} units" for n in sorted(args.units))]]
     changes = {n: c for n, c in CHANGES[args.suite].items() if (args.only or "") in n}
+    path = cli.output_file(args.out)
     try:
-        path, names = cli.output_file(args.out), suite.named(args.problem)
+        names = suite.named(args.problem)
         with jax.enable_x64(suite.float64):
             for name, change in itertools.product(names, changes):
                 problem = suite.problems[name].build("")
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 words = ("; ".join(f"{value:.2g}" for value in cell) for cell in each)
                 cells.append([name, change, *words])
     except (OSError, ValueError) as error:
-        return cli.refuse("constants", error)
+        raise cli.RefusedError(error) from error
     write_json(path, {"arguments": vars(args), **machine.describe(), "rows": rows})
     Console().print(rich_table(cells, f"the lowest value; seeds {args.seeds}"))
     return 0

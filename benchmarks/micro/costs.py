@@ -95,12 +95,6 @@ OPTIONS = {
     "nystrom()": Option(_usual(preconditioner=preconditioners.nystrom())),
     "diagonal()": Option(_usual(preconditioner=preconditioners.diagonal())),
     "preconditioner=None": Option(_usual(preconditioner=None)),
-    "max_iterations=50": Option(
-        _usual(solver=cg.conjugate_gradient(max_iterations=50))
-    ),
-    "keep=grid(first=1, growth=2)": Option(
-        _usual(solver=cg.conjugate_gradient(keep=iterates.grid(first=1, growth=2.0)))
-    ),
     "levenberg_marquardt()": Option(_usual(damping=_BY_RATIO())),
     "levenberg_marquardt(), keep=best()": Option(
         _usual(damping=_BY_RATIO(), solver=cg.conjugate_gradient(keep=iterates.best()))
@@ -111,9 +105,6 @@ OPTIONS = {
             solver=cg.conjugate_gradient(keep=iterates.best()),
             preconditioner=None,
         )
-    ),
-    "matrix='curvature_diagonal'": Option(
-        _usual(damping=_BY_RATIO(matrix="curvature_diagonal"))
     ),
     "line_search=None": Option(_usual(line_search=None)),
     "steihaug_toint()": Option(
@@ -162,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     console, rows, asked = Console(), [], args.only
     if args.shares and (args.problem != "autoencoder" or asked or args.gpu):
         msg = "--shares is for the autoencoder and the default set-up, on this machine"
-        return cli.refuse("costs", ValueError(msg))
+        raise cli.RefusedError(msg)
     with jax.enable_x64(args.problem in FLOAT64):
         problem = PROBLEMS[args.problem](args.cases)
     names = [
@@ -172,12 +163,12 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not names:
         msg = f"--only: no set-up of this problem has {asked!r} in its name"
-        return cli.refuse("costs", ValueError(msg))
+        raise cli.RefusedError(msg)
+    path = cli.output_file(args.out)
     try:
-        path = cli.output_file(args.out)
         device = None if args.gpu is None else _gpu(Path(args.gpu).read_text())
     except (OSError, RuntimeError) as error:
-        return cli.refuse("costs", error)
+        raise cli.RefusedError(error) from error
     if args.shares:
         return shares.run(args.cases or 2000, args.rounds, path, console)
     with jax.enable_x64(args.problem in FLOAT64), console.status("compiling"):

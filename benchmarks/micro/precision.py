@@ -35,14 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure both ways for several condition numbers; print and write down."""
-    rows = {}
     if args.iterations <= WINDOW:
         msg = f"--iterations must be more than {WINDOW}, got {args.iterations}"
-        return cli.refuse("precision", ValueError(msg))
-    try:
-        path = cli.output_file(args.out)
-    except OSError as error:
-        return cli.refuse("precision", error)
+        raise cli.RefusedError(msg)
+    path, rows = cli.output_file(args.out), {}
     print(f"{'condition':>10} {'way':>14} {'M':>9} {'decrease over 10':>17}")
     for power in (2, 4, 6, 8):
         gains, residuals = measure(args.size, 10.0**power, args.iterations)

@@ -67,11 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, solve, print and write down."""
-    console = Console()
-    try:
-        path = cli.output_file(args.out)
-    except OSError as error:
-        return cli.refuse("preconditioners", error)
+    console, path = Console(), cli.output_file(args.out)
     setting = (_autoencoder if args.problem == "autoencoder" else _addition)(args)
     rows = []
     for row in compare(setting, args.updates, args.every, args.limit):

@@ -57,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time, print and write down."""
-    console = Console()
-    try:
-        path = cli.output_file(args.out)
-    except OSError as error:
-        return cli.refuse("product", error)
+    console, path = Console(), cli.output_file(args.out)
     dense = args.network == "autoencoder"
     with console.status("compiling and timing"):
         problem = (_autoencoder if dense else _convolutions)(args.cases)

@@ -242,91 +242,52 @@ _fixed = functools.partial(
 _drawn = functools.partial(Experiment, budget=3000)
 _long = functools.partial(Experiment, budget=6000, boundary=1000)
 
+LEVELS = {
+    "09": Levels(3.21e-7, 1.99e-7, 6.12e-8, 1.56e-4, 9.40e-5, 2.72e-5),
+    "10": Levels(6.10e-6, 2.58e-6, 5.58e-8, 8.88e-4, 1.14e-3, 2.59e-3),
+    "13": Levels(6.20e-7, 8.39e-7, 2.75e-8, 2.69e-4, 7.95e-5, 2.82e-4),
+    "14": Levels(1.02e-2, 4.30e-3, None, 1.34e-2, 1.70e-2, 2.35e-2),
+    "15": Levels(1.25e-6),
+    "15s": Levels(None, 7.89e-7, 9.49e-5, 3.39e-4, 2.11e-4, 5.58e-4),
+    # In 16, ENGD reached 1.14e-4 with a smaller network, 64-48-32-16.
+    "16": Levels(1.23e-4, 6.33e-4, 3.95e-4, 3.01e-3, 3.77e-3, 9.74e-3),
+    "19": Levels(2.52e-4, 1.73e-4, None, 2.96e-3, 3.98e-3, 5.44e-3),
+    "20": Levels(2.01e-6),
+    "20s": Levels(None, 1.52e-5, None, 3.97e-4, 8.54e-4, 1.22e-3),
+    "21": Levels(2.17e-5, 4.71e-5, None, 6.95e-4, 1.49e-3, 4.09e-3),
+    "27": Levels(1.44e-5, 5.59e-5, 7.36e-7, 4.85e-4, 1.05e-3, 8.38e-3),
+    "28": Levels(1.11e-5, 9.32e-6, 1.45e-4, 1.17e-3, 7.38e-4, 4.88e-3),
+    "29": Levels(1.97e-5, 1.32e-5, None, 6.71e-4, 7.47e-4, 5.11e-3),
+    "43": Levels(2.35e-2, 2.60e-2, None, 4.88e-2, 0.183, 0.495),
+}
+"""By the number of the experiment."""
+
 EXPERIMENTS = {
-    "poisson2d": _fixed(
-        "09",
-        _sin2,
-        SMALL,
-        levels=Levels(3.21e-7, 1.99e-7, 6.12e-8, 1.56e-4, 9.40e-5, 2.72e-5),
-    ),
-    "poisson5d": _drawn(
-        "10",
-        _cos5,
-        SMALL,
-        levels=Levels(6.10e-6, 2.58e-6, 5.58e-8, 8.88e-4, 1.14e-3, 2.59e-3),
-    ),
-    "heat1d": _fixed(
-        "13",
-        _heat1,
-        SMALL,
-        levels=Levels(6.20e-7, 8.39e-7, 2.75e-8, 2.69e-4, 7.95e-5, 2.82e-4),
-    ),
+    "poisson2d": _fixed("09", _sin2, SMALL, levels=LEVELS["09"]),
+    "poisson5d": _drawn("10", _cos5, SMALL, levels=LEVELS["10"]),
+    "heat1d": _fixed("13", _heat1, SMALL, levels=LEVELS["13"]),
     "poisson100d": Experiment(
         "14",
         _norm100,
         LARGEST,
         budget=10_000,
-        levels=Levels(1.02e-2, 4.30e-3, None, 1.34e-2, 1.70e-2, 2.35e-2),
+        levels=LEVELS["14"],
         interior=108,
         boundary=2372,
         redrawn=55,
     ),
-    "poisson2d_medium": _fixed("15", _cos2, MEDIUM, levels=Levels(1.25e-6)),
-    "poisson2d_medium_sin": _fixed(
-        "15s",
-        _sin2,
-        MEDIUM,
-        levels=Levels(None, 7.89e-7, 9.49e-5, 3.39e-4, 2.11e-4, 5.58e-4),
-    ),
-    "poisson5d_medium": _drawn(
-        "16",
-        _cos5,
-        MEDIUM,
-        # ENGD reached 1.14e-4 with a smaller network, 64-48-32-16.
-        levels=Levels(1.23e-4, 6.33e-4, 3.95e-4, 3.01e-3, 3.77e-3, 9.74e-3),
-    ),
-    "poisson5d_large": _drawn(
-        "19",
-        _cos5,
-        LARGE,
-        levels=Levels(2.52e-4, 1.73e-4, None, 2.96e-3, 3.98e-3, 5.44e-3),
-    ),
-    "poisson2d_large": _fixed("20", _cos2, LARGE, levels=Levels(2.01e-6)),
-    "poisson2d_large_sin": _fixed(
-        "20s",
-        _sin2,
-        LARGE,
-        levels=Levels(None, 1.52e-5, None, 3.97e-4, 8.54e-4, 1.22e-3),
-    ),
-    "poisson10d": _long(
-        "21",
-        _pairs10,
-        LARGE,
-        levels=Levels(2.17e-5, 4.71e-5, None, 6.95e-4, 1.49e-3, 4.09e-3),
-    ),
-    "heat4d": _drawn(
-        "27",
-        _heat4,
-        SMALL,
-        levels=Levels(1.44e-5, 5.59e-5, 7.36e-7, 4.85e-4, 1.05e-3, 8.38e-3),
-    ),
-    "heat4d_medium": _drawn(
-        "28",
-        _heat4,
-        MEDIUM,
-        levels=Levels(1.11e-5, 9.32e-6, 1.45e-4, 1.17e-3, 7.38e-4, 4.88e-3),
-    ),
-    "heat4d_large": _drawn(
-        "29",
-        _heat4,
-        LARGE,
-        levels=Levels(1.97e-5, 1.32e-5, None, 6.71e-4, 7.47e-4, 5.11e-3),
-    ),
+    "poisson2d_medium": _fixed("15", _cos2, MEDIUM, levels=LEVELS["15"]),
+    "poisson2d_medium_sin": _fixed("15s", _sin2, MEDIUM, levels=LEVELS["15s"]),
+    "poisson5d_medium": _drawn("16", _cos5, MEDIUM, levels=LEVELS["16"]),
+    "poisson5d_large": _drawn("19", _cos5, LARGE, levels=LEVELS["19"]),
+    "poisson2d_large": _fixed("20", _cos2, LARGE, levels=LEVELS["20"]),
+    "poisson2d_large_sin": _fixed("20s", _sin2, LARGE, levels=LEVELS["20s"]),
+    "poisson10d": _long("21", _pairs10, LARGE, levels=LEVELS["21"]),
+    "heat4d": _drawn("27", _heat4, SMALL, levels=LEVELS["27"]),
+    "heat4d_medium": _drawn("28", _heat4, MEDIUM, levels=LEVELS["28"]),
+    "heat4d_large": _drawn("29", _heat4, LARGE, levels=LEVELS["29"]),
     "log_fokker_planck9d": _long(
-        "43",
-        pde.log_fokker_planck(9),
-        LARGE,
-        levels=Levels(2.35e-2, 2.60e-2, None, 4.88e-2, 0.183, 0.495),
+        "43", pde.log_fokker_planck(9), LARGE, levels=LEVELS["43"]
     ),
 }
 """By name."""

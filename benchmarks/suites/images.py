@@ -126,38 +126,27 @@ def reconstruction(
     )
 
 
-def _curves(data_dir: str, *, cases: int, parts: int = 1) -> Problem:
+def _curves(data_dir: str, cases: int, parts: int) -> Problem:
     del data_dir
     return reconstruction("Curves", curves(cases), CURVES, parts)
 
 
-def _digits(data_dir: str, *, cases: int, parts: int) -> Problem:
+def _digits(data_dir: str, cases: int, parts: int) -> Problem:
     return reconstruction("MNIST", mnist.images(data_dir)[:cases], DIGITS, parts)
+
+
+def _kind(words: str, build: Callable[..., Problem], cases: int, parts: int) -> Kind:
+    build_it = functools.partial(build, cases=cases, parts=parts)
+    return Kind(f"autoencoder of {words}", build_it, needs_mnist=build is _digits)
 
 
 # Parts of 5,000 are Martens' for his 20,000 curves.
 PROBLEMS = {
-    "curves1000": Kind(
-        "autoencoder of 1,000 curves, for a short demonstration",
-        functools.partial(_curves, cases=1_000),
-    ),
-    "curves2000": Kind(
-        "autoencoder of 2,000 curves", functools.partial(_curves, cases=2_000)
-    ),
-    "curves20000": Kind(
-        "autoencoder of 20,000 curves, as many as Martens had",
-        functools.partial(_curves, cases=20_000, parts=4),
-    ),
-    "mnist10000": Kind(
-        "autoencoder of MNIST's first 10,000 images",
-        functools.partial(_digits, cases=10_000, parts=2),
-        needs_mnist=True,
-    ),
-    "mnist": Kind(
-        "autoencoder of MNIST's 60,000 images",
-        functools.partial(_digits, cases=60_000, parts=8),
-        needs_mnist=True,
-    ),
+    "curves1000": _kind("1,000 curves, for a short demonstration", _curves, 1_000, 1),
+    "curves2000": _kind("2,000 curves", _curves, 2_000, 1),
+    "curves20000": _kind("20,000 curves, as many as Martens had", _curves, 20_000, 4),
+    "mnist10000": _kind("MNIST's first 10,000 images", _digits, 10_000, 2),
+    "mnist": _kind("MNIST's 60,000 images", _digits, 60_000, 8),
 }
 
 SUITE = Suite(

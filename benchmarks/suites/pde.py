@@ -67,20 +67,14 @@ def poisson(
     def residual(points: jax.Array, found: Derivatives) -> jax.Array:
         return found.laplacian + source(points)
 
-    def inside(key: jax.Array, cases: int) -> jax.Array:
-        return _uniform(key, cases, dimension)
-
-    def given(key: jax.Array, cases: int) -> jax.Array:
-        return _faces(key, cases, dimension)
-
     return Equation(
         title=f"Poisson {dimension}d, {name}",
         coordinates=dimension,
         spatial=tuple(range(dimension)),
         residual=residual,
         solution=solution,
-        inside=inside,
-        given=given,
+        inside=lambda key, cases: _uniform(key, cases, dimension),
+        given=lambda key, cases: _faces(key, cases, dimension),
     )
 
 
@@ -95,9 +89,6 @@ def heat(dimension: int, solution: Solution) -> Equation:
     def residual(points: jax.Array, found: Derivatives) -> jax.Array:
         del points
         return found.gradient[:, 0] - found.laplacian / 4
-
-    def inside(key: jax.Array, cases: int) -> jax.Array:
-        return _uniform(key, cases, dimension + 1)
 
     def given(key: jax.Array, cases: int) -> jax.Array:
         times, faces, start = jax.random.split(key, 3)
@@ -115,7 +106,7 @@ def heat(dimension: int, solution: Solution) -> Equation:
         spatial=tuple(range(1, dimension + 1)),
         residual=residual,
         solution=solution,
-        inside=inside,
+        inside=lambda key, cases: _uniform(key, cases, dimension + 1),
         given=given,
     )
 
@@ -153,9 +144,6 @@ def log_fokker_planck(dimension: int) -> Equation:
         times, places = jax.random.split(key)
         return jnp.concatenate([_uniform(times, cases, 1), box(places, cases)], axis=1)
 
-    def given(key: jax.Array, cases: int) -> jax.Array:
-        return _at_start(box(key, cases))
-
     return Equation(
         title=f"log-Fokker-Planck {dimension}+1d",
         coordinates=dimension + 1,
@@ -163,7 +151,7 @@ def log_fokker_planck(dimension: int) -> Equation:
         residual=residual,
         solution=solution,
         inside=inside,
-        given=given,
+        given=lambda key, cases: _at_start(box(key, cases)),
     )
 
 

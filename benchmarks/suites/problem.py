@@ -187,11 +187,7 @@ class Suite(NamedTuple):
 
 
 def everything(parts: int) -> Hand:
-    """Give all examples, and for the curvature one of equal parts, in turn.
-
-    Args:
-      parts: how many; it divides the number of examples.
-    """
+    """Give all examples, and for the curvature one of equal parts, in turn."""
 
     def hand(batch: Any, updates: jax.Array) -> Handed:
         if parts == 1:
@@ -203,11 +199,7 @@ def everything(parts: int) -> Hand:
 
 
 def guarded(parts: int) -> Hand:
-    """Give all examples, for the curvature a part and for the evaluation the next one.
-
-    Args:
-      parts: how many, at least 2; it divides the number of examples.
-    """
+    """Give all examples, for the curvature a part and for the evaluation the next."""
 
     def hand(batch: Any, updates: jax.Array) -> Handed:
         own, other = (part(batch, parts, updates + ahead) for ahead in (0, 1))
@@ -217,11 +209,7 @@ def guarded(parts: int) -> Hand:
 
 
 def alone(parts: int) -> Hand:
-    """Give one of equal parts, in turn, for everything.
-
-    Args:
-      parts: how many; it divides the number of examples.
-    """
+    """Give one of equal parts, in turn, for everything."""
 
     def hand(batch: Any, updates: jax.Array) -> Handed:
         own = part(batch, parts, updates)
@@ -249,9 +237,6 @@ def shuffled(batch: Any) -> Minibatches:
     """Give minibatches of `MINIBATCH` examples, shuffled anew in each epoch.
 
     A last minibatch that would not be full is left out of the epoch.
-
-    Args:
-      batch: all examples, a tree whose leaves lead with them.
     """
     cases = _cases(batch)
     size = min(MINIBATCH, cases)
@@ -273,24 +258,14 @@ def shuffled(batch: Any) -> Minibatches:
 
 
 def excess_over(milestones: Sequence[float]) -> dict[str, float]:
-    """Name milestones by their numbers.
-
-    Args:
-      milestones: excesses over the floor, falling.
-    """
+    """Name milestones, which are excesses over the floor and fall, by their numbers."""
     return {f"{number:g}": number for number in milestones}
 
 
 def full_batch_measurer(
     objective: hfjax.Objective, batch: Any, floor: float
 ) -> Callable[[Any, int], Measure]:
-    """Measure f on all examples, and its excess over the floor.
-
-    Args:
-      objective: f.
-      batch: all examples.
-      floor: below which f cannot be.
-    """
+    """Measure f on all examples, and its excess over the floor."""
 
     def measurer(params: Any, seed: int) -> Measure:
         del seed

@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.compare import SUITES
 from benchmarks.harness import figure, machine, race, table
 from benchmarks.harness.checkpoint import Checkpoints
-from benchmarks.harness.history import Plan, Row, Run, RunFile, first_below, read
+from benchmarks.harness.history import Plan, Row, Run, RunFile, read
 from benchmarks.harness.machine import Taken
 from benchmarks.harness.race import Carry, Course, Racer
 from benchmarks.optimizers import OPTIMIZERS
@@ -85,9 +85,8 @@ def test_milestones_are_read_off_where_the_excess_is_first_below():
     # second is the best of all.
     assert a.probe == 1.875 / 0.5
     assert b.probe == 4.5 / 0.5
-    rows = MADE_UP[0].run.rows
-    assert first_below(rows, lambda row: row.value, 9.5).seconds == 3
-    assert first_below(rows, lambda row: row.value, 0.1) is None
+    assert table.seconds_to(MADE_UP[0].run, 9.5) == 3
+    assert table.seconds_to(MADE_UP[0].run, 0.1) == math.inf
 
 
 def test_the_table_says_median_range_and_what_was_not_reached():
