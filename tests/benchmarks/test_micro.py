@@ -5,7 +5,11 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+import reference
 
 import hfjax
 from benchmarks.__main__ import main
@@ -138,18 +142,52 @@ def test_products_are_timed(network, tmp_path, monkeypatch, capsys):
     assert "JAX\N{NO-BREAK SPACE}alone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("problem", ["autoencoder", "addition"])
-def test_preconditioners_are_compared(problem, tmp_path, monkeypatch, capsys):
+def test_m_is_that_of_the_textbook_with_each_diagonal():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(40, 9)) * np.arange(1, 10), generator.normal(size=40)
+    objective = hfjax.Objective(lambda w, x: x @ w, hfjax.losses.squared_error())
+    batch = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)[:, None]
+    setting = preconditioners.Setting(
+        objective, None, lambda key: batch, optax.identity(), exact=True
+    )
+    solve = preconditioners._solver(setting, 6)
+    at = preconditioners.At(jnp.zeros((9, 1)), jnp.float32(0.1), jax.random.key(0))
+    a, b = x.T @ x / 40 + 0.1 * np.eye(9), x.T @ y / 40
+    inverses = {
+        "none": np.ones(9),
+        "empirical Fisher, ξ = 0.75": np.mean((x * y[:, None]) ** 2, 0) + 0.1,
+        "exact diag(G), ξ = 1": np.diag(a),
+    }
+    inverses["empirical Fisher, ξ = 0.75"] **= 0.75
+    for name, diagonal in inverses.items():
+        _, truth = reference.pcg(a, b, inverse=np.diag(1 / diagonal), iterations=6)
+        value, models = solve(at, *preconditioners.rules(exact=True)[name])
+        np.testing.assert_allclose(models, truth, rtol=1e-4)
+        assert float(value) == pytest.approx(np.mean(y**2) / 2, rel=1e-5)
+
+
+def test_where_a_rule_stops_is_read_off_m():
+    j, rule = jnp.arange(100), hfjax.stopping.martens2010()
+    # The docstring of `martens2010` has it: of −j / (j + 1), the last 10 of j iterations
+    # gained 10 / ((j − 9)(j + 1)) of 1, of which j / (j + 1) is M: 10 / (j (j − 9)) < 5e-3.
+    assert preconditioners.stop(-j / (j + 1.0), rule) == 50
+    assert preconditioners.stop(-1.0 * j, rule) == 99
+
+
+@pytest.mark.parametrize(
+    ("problem", "updates"),
+    [("autoencoder", 2), ("addition", 2), ("attention", 1), ("experts", 1)],
+)
+def test_preconditioners_are_compared(problem, updates, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preconditioners, "CURVES", (784, 4))
-    rules = {name: hfjax.preconditioners.diagonal() for name in ("none", "other")}
-    rules |= {"none": None, preconditioners._RECIPE: rules["other"]}
-    monkeypatch.setattr(preconditioners, "rules", lambda *, exact: rules)
-    words = ("preconditioners", "--problem", problem, "--updates", "1", "--cases", "12")
-    found = command(tmp_path / "p.json", *words, "--limit", "20")
-    (row,) = found["rows"]
-    assert set(row["iterations"]) == set(rules)
-    assert all(0 < count <= 20 for count in row["iterations"].values())
-    assert row["iterations"]["other"] == row["iterations"][preconditioners._RECIPE]
+    words = ("--problem", problem, "--updates", str(updates), "--only", "none,Fisher")
+    sizes = ("--cases", "12", "--every", "1", "--limit", "20")
+    found = command(tmp_path / "p.json", "preconditioners", *words, *sizes)
+    assert [row["update"] for row in found["rows"]] == list(range(updates))
+    names = ["none", *(f"empirical Fisher, ξ = {power}" for power in ("0.75", "1"))]
+    for row in found["rows"]:
+        assert list(row["iterations"]) == names
+        assert all(0 < count <= 20 for count in row["iterations"].values())
     assert "mean iterations" in capsys.readouterr().out
 
 
