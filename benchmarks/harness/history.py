@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,16 +167,6 @@ def read(path: Path) -> RunFile | None:
         msg = f"{path} does not hold a run: {error!r}. Remove it."
         raise ValueError(msg) from error
     return found if run.rows else None
-
-
-def read_all(folder: Path, plans: Iterable[Plan]) -> list[RunFile]:
-    """Read those of the runs that have a file.
-
-    Raises:
-      ValueError: if one of the files holds something else.
-    """
-    found = (read(plan.file(folder)) for plan in plans)
-    return [one for one in found if one is not None]
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import hfjax
 from benchmarks.harness import figure, table
-from benchmarks.harness.history import Plan, RunFile, read_all, write_json
+from benchmarks.harness.history import Plan, RunFile, read, write_json
 from benchmarks.harness.race import Entrant
 from benchmarks.harness.table import Line
 from benchmarks.suites.problem import Summary
@@ -109,7 +109,8 @@ class Report:
 
     def _ended(self, problem: str) -> list[RunFile]:
         plans = [plan for plan in self._plans if plan.problem == problem]
-        return read_all(self._folder, plans)
+        found = (read(plan.file(self._folder)) for plan in plans)
+        return [one for one in found if one is not None]
 
 
 def _document(
