@@ -29,11 +29,15 @@ from hfjax._core.types import Number
 class Progress(NamedTuple):
     """What a stopping rule sees after iteration j.
 
+    The solver chooses the units, so that no square of a tiny or huge vector leaves the
+    range of floats. So a rule compares M with M and a norm with a norm, as all rules here
+    do, and never with a constant.
+
     Attributes:
       iteration: j, an int32 scalar; 0 at the start.
-      model_values: M(x_0), M(x_1), …, M(x_j); later entries are undefined.
-      residual_norm: ‖A x_j − b‖.
-      rhs_norm: ‖b‖.
+      model_values: M(x_0), M(x_1), …, M(x_j), in one unit; later entries are undefined.
+      residual_norm: ‖A x_j − b‖, in another.
+      rhs_norm: ‖b‖, in the unit of `residual_norm`.
     """
 
     iteration: jax.Array
