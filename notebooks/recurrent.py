@@ -291,6 +291,4 @@ for chunk in (None, "sqrt"):
     print(f"chunk={chunk!r:6}: {memory / 1e6:5.1f} MB of temporary memory")
 
 # %% [markdown]
-# A curvature product was measured the same way: 124 MB and 6.6 MB
-# for 100 units, at 1.4 times the time. With structural damping the hidden states
-# themselves are handed out, and kept in any case.
+# With structural damping the hidden states themselves are handed out, and kept in any case.
