@@ -7,11 +7,19 @@
 
 Needs the extra `flax`, and is not imported by `import hfjax`.
 
-**Modules with a training mode.** The objective must be a fixed function of the
-parameters, and a mean over examples. Batch normalisation with statistics of the batch is
-not: switch to the running statistics (`model.eval()`, `use_running_average=True`).
-Dropout is, if each example brings its own key: `nnx_model_fn(model, per_case_keys=True)`,
-or in linen
+**Batch normalisation.** Either on the running statistics, which an update takes for
+constants (`model.eval()`, `use_running_average=True`); or in training mode, on those of the
+batch, with `nnx_model_fn(model, whole_batch=True)` or in linen
+
+    def model_fn(params, x):
+        variables = {"params": params, "batch_stats": statistics}
+        return module.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+and `Objective(…, whole_batch=True)`. `docs/changing.md` shows how to update the running
+statistics after each step.
+
+**Dropout.** The objective must be a fixed function of the parameters within an update, so
+each example brings its own key: `nnx_model_fn(model, per_case_keys=True)`, or in linen
 
     def model_fn(params, inputs):
         def case(x, key):
@@ -19,8 +27,7 @@ or in linen
         return jax.vmap(case)(*inputs)
 
 with `inputs = (x, jax.random.split(key, cases))` and a new `key` for each batch. All
-evaluations within an update then use the same dropout masks. `docs/changing.md`
-shows how to update running statistics after each step.
+evaluations within an update then use the same dropout masks.
 """
 
 import functools
@@ -46,6 +53,7 @@ if TYPE_CHECKING or nnx is not None:
         *,
         call: Callable[[Any, Any], Any] | None = None,
         per_case_keys: bool = False,
+        whole_batch: bool = False,
     ) -> Callable[[Params, Any], Any]:
         """Make the `model_fn` of an nnx module, for `hfjax.Objective`.
 
@@ -65,6 +73,9 @@ if TYPE_CHECKING or nnx is not None:
             `vmap`, on a batch of one example at a time, with its random streams seeded
             from the example's key (split to the shape of the stream, for scanned blocks).
             A module or a `call` with an argument `rngs` receives `nnx.Rngs` of the key.
+          whole_batch: for an `Objective` with `whole_batch`: let the module change its
+            `nnx.BatchStat` variables, as batch normalisation does in training mode. The
+            changes are dropped.
 
         Returns:
           `(params, inputs) -> outputs`. `params` may be the state, or the pure tree that
@@ -73,8 +84,9 @@ if TYPE_CHECKING or nnx is not None:
         Raises:
           TypeError: if `model` is not an nnx module.
           ValueError: when the function is traced, if calling the module changes variables
-            that are not trained (batch normalisation in training mode), or draws the same
-            dropout mask in every update, without `per_case_keys`.
+            that are not trained (batch normalisation in training mode, without
+            `whole_batch`), or draws the same dropout mask in every update, without
+            `per_case_keys`; if both options are set.
 
         Example:
           Train only the last layer:
@@ -108,6 +120,12 @@ if TYPE_CHECKING or nnx is not None:
                 'module: `lambda params, x: module.apply({"params": params}, x)`.)'
             )
             raise TypeError(msg)
+        if per_case_keys and whole_batch:
+            msg = (
+                "`per_case_keys` calls the model on one case at a time, and `whole_batch` "
+                "on all of them. Let `model_fn` draw one mask for the batch by itself."
+            )
+            raise ValueError(msg)
         graph, _, rest = nnx.split(model, wrt, ...)
         # New containers, because the module's own are changed in place.
         frozen = jax.tree.map(lambda x: x, rest)
@@ -130,7 +148,8 @@ if TYPE_CHECKING or nnx is not None:
                 keys = dict(zip(tags, jax.random.split(own, len(tags)), strict=True))
                 nnx.reseed(module, policy="match_shape", **keys)
             outputs = run(module, inputs, **options)
-            _check_unchanged(module, wrt, frozen, keyed=per_case_keys)
+            dropped = nnx.BatchStat if whole_batch else ()
+            _check_unchanged(module, wrt, frozen, dropped, keyed=per_case_keys)
             return outputs
 
         def model_fn(params: Params, inputs: Any) -> Any:
@@ -221,8 +240,13 @@ def _takes_rngs(call: Callable[..., Any]) -> bool:
         return False
 
 
-def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> None:
-    """Raise if a call changed frozen variables, or drew one mask for all examples."""
+def _check_unchanged(
+    module: Any, wrt: Any, frozen: Tree, dropped: Any, *, keyed: bool
+) -> None:
+    """Raise if a call changed frozen variables, or drew one mask for all examples.
+
+    Variables of the type `dropped` may change.
+    """
     _, _, rest = nnx.split(module, wrt, ...)
     # Arrays are immutable, so a variable was assigned if it holds another array than
     # before.
@@ -233,14 +257,15 @@ def _check_unchanged(module: Any, wrt: Any, frozen: Tree, *, keyed: bool) -> Non
         if now.get(path, leaf) is not leaf
     ]
     random = dict(jax.tree_util.tree_leaves_with_path(nnx.state(module, nnx.RngState)))
-    statistics = [path for path in changed if path not in random]
+    free = dict(jax.tree_util.tree_leaves_with_path(nnx.state(module, dropped)))
+    statistics = [path for path in changed if path not in {*random, *free}]
     if statistics:
         msg = (
             "Calling the model changes variables that are not trained, as "
             f"{jax.tree_util.keystr(statistics[0])}: its outputs may depend on all "
-            "cases of the batch together. Call `model.eval()` first: batch "
-            "normalisation then uses its running statistics, and docs/changing.md "
-            "updates them."
+            "cases of the batch together. Call `model.eval()` first, so that batch "
+            "normalisation uses its running statistics, or set `whole_batch=True`, here "
+            "and for the `Objective`. docs/changing.md shows both."
         )
         raise ValueError(msg)
     # Only random counters changed. That is an error if they belong to dropout and the key

@@ -258,6 +258,8 @@ def empirical_fisher(objective: Objective, params: Params, batch: Batch) -> Matv
     """
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
+        term.need_examples("`curvature.empirical_fisher`", "`curvature.ggn`")
+
         def losses(params: Params) -> jax.Array:
             return term.losses_of(params, cases)
 

@@ -104,7 +104,7 @@ def dependent(setup: Setup) -> str | None:
         return (
             "Cases depend on one another: their losses differ between half the batch "
             "and the whole batch. Is batch normalisation in training mode? Use the "
-            "evaluation mode."
+            "evaluation mode, or `Objective(…, whole_batch=True)`."
             if _outputs_differ(setup, half)
             else "The loss mixes cases: a case's loss differs between half the batch and "
             "the whole batch, though the model's outputs do not. Compute it from the "

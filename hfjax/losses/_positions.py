@@ -48,6 +48,44 @@ def weighted_values(values: _Values) -> Callable[[Tree, _Pair], jax.Array]:
     return weighted
 
 
+def whole_batch_values(
+    fn: Callable[[Tree, Tree], jax.Array], *, is_weighted: bool
+) -> Callable[[Tree, _Pair], jax.Array]:
+    """Build `(outputs, (targets, weights)) -> Σᵢ wᵢ Lᵢ`, of a batch that is one example.
+
+    All leaves have a leading axis of length 1, which `fn` does not see. It may compare the
+    examples of the batch with one another, so outputs and targets of those of weight 0
+    reach it as they are. It returns Lᵢ, or unless `is_weighted` their mean.
+    """
+
+    @functools.wraps(fn)
+    def summed(outputs: Tree, pair: _Pair) -> jax.Array:
+        outputs, (targets, weights) = jax.tree.map(
+            lambda x: jax.lax.squeeze(x, (0,)), (outputs, pair)
+        )
+        values = jnp.asarray(fn(outputs, targets))
+        is_mean = values.ndim == 0 and not is_weighted
+        if not is_mean and values.shape[: weights.ndim] != weights.shape:
+            shape = list(weights.shape)
+            wanted = (
+                f"weights of shape {shape} need values of such a shape, before any mean"
+                if is_weighted
+                else f"return one value for each case, of shape {shape}, or their mean"
+            )
+            msg = (
+                "The loss of a whole batch has values of shape "
+                f"{list(values.shape)}: {wanted}."
+            )
+            raise ShapeError(msg)
+        values = values.astype(trees.wide(values.dtype))
+        if is_mean:
+            return values[None]
+        values = jnp.sum(values, axis=range(weights.ndim, values.ndim))
+        return jnp.sum(_times(weights, values))[None]
+
+    return summed
+
+
 def weighted_map(values: _Values, build: _Build, scale: _Scale) -> _Build:
     """Build `(outputs, (targets, weights)) -> (v -> scale(wₚ) times build's product)`.
 

@@ -84,12 +84,24 @@ def tree(losses: Tree) -> Loss:
     ]
     if jax.tree_util.treedef_is_leaf(structure):
         return parts[0]
-    loss = _Tree(where, parts, structure).loss()
-    twins = [part.weighted for part in parts if part.weighted is not None]
-    if len(twins) < len(parts):
-        return loss
-    weighted = _Tree(where, twins, structure, by_position=True).loss()
-    return dataclasses.replace(loss, weighted=weighted)
+
+    def twin(losses: list[Loss | None]) -> Loss | None:
+        found = [part for part in losses if part is not None]
+        if len(found) < len(losses):
+            return None
+        return _Tree(where, found, structure, by_position=True).loss()
+
+    # Of parts whose examples do not mix, `weighted` is the loss of a whole batch as well.
+    whole = None
+    if any(part.whole for part in parts):
+        whole = twin([part.whole or part.weighted for part in parts])
+        given = twin([(part.whole or part).weighted for part in parts])
+        whole = whole and dataclasses.replace(whole, weighted=given)
+    return dataclasses.replace(
+        _Tree(where, parts, structure).loss(),
+        weighted=twin([part.weighted for part in parts]),
+        whole=whole,
+    )
 
 
 def scaled(c: Number, loss: Loss | _Function) -> Loss:
@@ -144,7 +156,8 @@ def scaled(c: Number, loss: Loss | _Function) -> Loss:
         value=value,
         hessian=times(1.0, part.hessian),
         factor=times(0.5, part.factor),
-        weighted=None if part.weighted is None else scaled(c, part.weighted),
+        weighted=part.weighted and scaled(c, part.weighted),
+        whole=part.whole and scaled(c, part.whole),
     )
 
 

@@ -47,6 +47,10 @@ class Loss:
       weighted: the same loss with weights for its positions, whose targets are pairs
         (targets, weights) and whose values are Σₚ wₚ Lₚ. `None` if there is none: then
         only whole examples can have weights.
+      whole: for a function that may compare the examples of a batch with one another: the
+        loss of a batch that is one example, with a leading axis of length 1. Targets are
+        pairs as in `weighted`; its own `weighted` is for weights that the user gives.
+        `None` if the examples do not mix: then `weighted` does the same.
     """
 
     value: _Values
@@ -56,6 +60,7 @@ class Loss:
     targets: Targets | None = None
     coarse: Callable[[Tree, Tree], str | None] = lambda outputs, targets: None
     weighted: "Loss | None" = None
+    whole: "Loss | None" = None
 
 
 def by_leaf(
@@ -164,8 +169,8 @@ def _check_targets(outputs: Tree, targets: Tree, label_axes: int) -> None:
 
 
 PAIRS = (
-    "A loss that compares cases with one another (pairs, contrastive learning) takes "
-    "the whole batch as one case: give every leaf a leading axis of length 1."
+    "A loss that compares cases with one another on purpose (contrastive learning) needs "
+    "`Objective(…, whole_batch=True)`."
 )
 """Advice for a loss that compares examples on purpose."""
 

@@ -21,6 +21,7 @@ first axis of every leaf indexes the examples; further axes are summed.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,8 @@ def from_function(
     Args:
       fn: `(outputs, targets) -> array` whose first axis indexes the examples; further axes
         are summed, and may have weights. Optax's losses are such functions. It must not mix
-        examples.
+        examples, except in an `Objective` with `whole_batch`, where it may also return their
+        mean.
       positive: how to repair a loss that is not convex in the outputs: "clip", "shift", or
         `None` for no repair. Without repair, `factor` still leaves out negative curvature.
 
@@ -237,16 +239,24 @@ def from_function(
     """
     if positive is not None:
         options.check_choice("positive", positive, ("clip", "shift"))
+
+    def whole(is_weighted: bool) -> Loss:
+        values = _positions.whole_batch_values(fn, is_weighted=is_weighted)
+        return _differentiated(values, positive)
+
     # The weights go into the function, as it may couple positions.
-    weighted = _differentiated(_positions.weighted_values(fn), positive)
-    return dataclasses.replace(_differentiated(fn, positive), weighted=weighted)
+    weighted = case_by_case(_positions.weighted_values(fn))
+    return dataclasses.replace(
+        _differentiated(case_by_case(fn), positive),
+        weighted=_differentiated(weighted, positive),
+        whole=dataclasses.replace(whole(False), weighted=whole(True)),
+    )
 
 
 def _differentiated(
-    fn: Callable[[Tree, Tree], jax.Array], positive: str | None
+    value: Callable[[Tree, Any], jax.Array], positive: str | None
 ) -> Loss:
-    """Build a loss whose derivatives are those of its values."""
-    value = case_by_case(fn)
+    """Build a loss whose derivatives are those of its values, one for each example."""
 
     # Examples do not mix, so the Hessian of the sum over the batch is block-diagonal: one
     # product with it is a product with every example's L″.

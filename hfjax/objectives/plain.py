@@ -21,6 +21,7 @@ from hfjax.objectives.cases import as_cases
 from hfjax.objectives.means import AxisName, Means
 from hfjax.objectives.positions import weighted_cases
 from hfjax.objectives.terms import Term, total
+from hfjax.objectives.whole_batch import as_one_case, check_whole_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -42,8 +43,8 @@ class Objective:
 
     Attributes:
       model_fn: `(params, inputs) -> outputs`. The outputs for an example must not depend
-        on other examples: use batch normalisation in evaluation mode, and pass a random
-        model one key per example in `inputs`.
+        on other examples, unless `whole_batch` is set. Pass a random model one key per
+        example in `inputs`.
       loss: an `hfjax.losses.Loss`, or a function `(outputs, targets) -> array` whose first
         axis indexes the examples; further axes are summed.
       weight_decay: β ≥ 0, on the scale of the mean loss. One number applies to all
@@ -65,10 +66,16 @@ class Objective:
         `squared_error` for activations, `sigmoid_cross_entropy` for the logits of logistic
         units, or any function `(hidden, reference) -> array`. Only its curvature is used;
         it is not part of f.
+      whole_batch: let examples depend on one another: batch normalisation in training
+        mode, or a contrastive loss. A function as `loss` gets the outputs and targets of
+        the whole batch, compares them as it likes, and returns a value for each example or
+        their mean. Everything is then computed on all of the batch at once, and counts it
+        as one example: `case_values` has one value.
 
     Raises:
       TypeError: if `model_fn`, `loss` or `hidden_loss` is not callable.
-      ValueError: if `weight_decay` or `microbatch_size` is out of range.
+      ValueError: if `weight_decay` or `microbatch_size` is out of range, or if an option
+        does not go with `whole_batch`.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -100,6 +107,7 @@ class Objective:
     linearize_once: bool
     axis_name: AxisName
     hidden_loss: losses.Loss | None
+    whole_batch: bool
 
     def __init__(
         self,
@@ -111,6 +119,7 @@ class Objective:
         linearize_once: bool = False,
         axis_name: AxisName = None,
         hidden_loss: losses.Loss | Callable[[Tree, Tree], jax.Array] | None = None,
+        whole_batch: bool = False,
     ) -> None:
         if not callable(model_fn):
             msg = (
@@ -123,6 +132,8 @@ class Objective:
             options.check_count("microbatch_size", microbatch_size, low=1)
         if hidden_loss is not None:
             hidden_loss = _as_loss("hidden_loss", hidden_loss)
+        if whole_batch:
+            check_whole_batch(microbatch_size, axis_name, hidden_loss)
         # A frozen dataclass cannot be assigned to.
         vars(self).update(
             model_fn=model_fn,
@@ -132,6 +143,7 @@ class Objective:
             linearize_once=linearize_once,
             axis_name=axis_name,
             hidden_loss=hidden_loss,
+            whole_batch=whole_batch,
         )
 
     def at(self, count: jax.Array | int) -> "Objective":
@@ -225,19 +237,22 @@ class Objective:
 
     def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
         """Return the terms of f on a batch, or raise; `name` is for the error."""
-        loss, cases = weighted_cases(self.loss, as_cases(batch, name))
-        return (
-            Term(
-                coefficients=(),
-                model_fn=self._outputs,
-                loss=loss,
-                weight_decay=self.weight_decay,
-                linearize_once=self.linearize_once,
-                means=Means(self.microbatch_size, self.axis_name),
-                cases=cases,
-                by_position=loss is not self.loss,
-            ),
+        cases = as_cases(batch, name)
+        term = Term(
+            coefficients=(),
+            model_fn=self._outputs,
+            loss=self.loss,
+            weight_decay=self.weight_decay,
+            linearize_once=self.linearize_once,
+            means=Means(self.microbatch_size, self.axis_name),
+            cases=cases,
+            by_position=cases.weights.ndim > 1,
         )
+        if self.whole_batch:
+            is_weighted = len(batch) > 2 and batch[2] is not None
+            return (as_one_case(term, is_weighted=is_weighted),)
+        loss, cases = weighted_cases(self.loss, cases)
+        return (term._replace(loss=loss, cases=cases),)
 
     def _run(self, params: Params, inputs: Tree) -> Tree:
         with noting_call("`model_fn(params, inputs)`", params=params, inputs=inputs):
@@ -252,7 +267,7 @@ class Objective:
         return change(self)
 
     def _subsample(self, batch: Batch, cases: int) -> Batch:
-        return _cases.subsample(batch, cases)
+        return batch if self.whole_batch else _cases.subsample(batch, cases)
 
 
 def check_objective(objective: object) -> None:

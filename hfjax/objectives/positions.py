@@ -27,13 +27,18 @@ def weighted_cases(loss: Loss, cases: Cases) -> tuple[Loss, Cases]:
             "the loss by `hfjax.losses.from_function`."
         )
         raise ValueError(msg)
-    inputs, targets, weights = without_padding(cases)
+    return loss.weighted, shared(without_padding(cases))
+
+
+def shared(cases: Cases) -> Cases:
+    """Give each example the weight Wᵢ, and its targets the shares of its positions."""
+    inputs, targets, weights = cases
     # As wide as possible, so that Wᵢ times a share is wᵢₚ to the rounding of any loss.
     weights = weights.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
     positions = tuple(range(1, weights.ndim))
     whole = jnp.sum(weights, axis=positions)
     divisor = jnp.expand_dims(jnp.where(whole == 0, 1, whole), positions)
-    return loss.weighted, Cases(inputs, (targets, weights / divisor), whole)
+    return Cases(inputs, (targets, weights / divisor), whole)
 
 
 def without_padding(cases: Cases) -> Cases:

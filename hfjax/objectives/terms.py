@@ -38,6 +38,7 @@ class Term(NamedTuple):
       cases: the batch of this term.
       by_position: whether each position of an example has its own weight; the targets
         then hold their shares in the example's.
+      whole_batch: whether the only example is a whole batch, as `whole_batch` makes it.
     """
 
     coefficients: tuple[Any, ...]
@@ -48,6 +49,7 @@ class Term(NamedTuple):
     means: Means
     cases: Cases
     by_position: bool = False
+    whole_batch: bool = False
 
     @property
     def weight(self) -> Any:
@@ -59,6 +61,15 @@ class Term(NamedTuple):
             )
             raise TypeError(msg)
         return math.prod(self.coefficients) if self.coefficients else None
+
+    def need_examples(self, name: str, instead: str) -> None:
+        """Raise if a matrix is made of gradients of single examples, and there are none."""
+        if self.whole_batch:
+            msg = (
+                f"{name} is made of the gradients of single cases, and with `whole_batch` "
+                f"the loss of a case depends on all of them: use {instead}."
+            )
+            raise ValueError(msg)
 
     def outputs(self, params: Params, inputs: Tree) -> Tree:
         """Run the model: F(θ, x), with axis 0 of every leaf indexing the examples."""

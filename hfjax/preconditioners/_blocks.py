@@ -45,6 +45,35 @@ class Blocks(NamedTuple):
     beside: dict[int, jax.Array]
 
 
+def nearest_product(pair: Pair, other: Pair) -> Pair:
+    """Return one pair for the sum of two Kronecker products, with its trace.
+
+    Each matrix is divided by its mean eigenvalue; those of the units, and those of the
+    inputs, are added with the weights that the products have in the sum.
+    """
+    if pair.units.ndim > 2:
+        return jax.vmap(nearest_product)(pair, other)
+
+    def mean(matrix: jax.Array) -> jax.Array:
+        return jnp.mean(matrix if matrix.ndim == 1 else jnp.diagonal(matrix))
+
+    def divided(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+    both, means = (pair, other), jax.tree.map(mean, (pair, other))
+    weights = [its.inputs * its.units for its in means]
+    shares = [divided(weight, weights[0] + weights[1]) for weight in weights]
+
+    def added(place: int, factors: list[jax.Array]) -> jax.Array:
+        first, second = (
+            factor * divided(its[place], own[place])
+            for its, own, factor in zip(both, means, factors, strict=True)
+        )
+        return first + second
+
+    return Pair(added(0, shares), added(1, weights))
+
+
 def zeros_for(params: Params, max_size: int) -> tuple:
     """Return zeros for the blocks of each parameter, whose use is not known yet."""
 

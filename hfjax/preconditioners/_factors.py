@@ -26,7 +26,13 @@ from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, terms_of
 from hfjax.objectives.terms import Term
-from hfjax.preconditioners._blocks import Blocks, Pair, capacity, needed
+from hfjax.preconditioners._blocks import (
+    Blocks,
+    Pair,
+    capacity,
+    nearest_product,
+    needed,
+)
 from hfjax.preconditioners._layer_pass import layer_pass
 from hfjax.preconditioners._merged_layers import Merged, Part
 
@@ -99,6 +105,10 @@ def factors(
     in Ā each has the weight of its example. But it leaves out those at which gᵢₜ = 0:
     they have no part in the block, and padding leads to such positions alone unless the
     model passes it on to others. So do the branches of a `cond` that are not taken.
+
+    If the whole batch is one example, i counts the examples of the batch, and gᵢₜ is the
+    error that comes back from all of its outputs. A scale that is multiplied before it meets
+    them, as in batch normalisation, is left out.
     """
     cases = sharding.alike(term.cases)
     local = term.means.local(sharding.gathered(params, cases))
@@ -108,7 +118,7 @@ def factors(
     def sums(cases: Cases) -> tuple[list[list[_Factors]], dict[int, jax.Array]]:
         inputs, keys = cases.inputs
         own = Cases(inputs, cases.targets, cases.weights)
-        seen = layer_pass(model, term.outputs, local, own)
+        seen = layer_pass(model, term, local, own)
 
         # g is the derivative by zeros that are added to the outputs of the layers.
         outputs, transpose, taken = jax.vjp(seen.forward, seen.added, has_aux=True)
@@ -119,7 +129,7 @@ def factors(
         def of_use(n: int, layer: layers.Layer, reached_only: bool) -> _Factors:
             both = seen.rows(n, taken, derivatives)
             is_flipped = n in layer.flipped
-            return _of_use(layer, *both, cases.weights, reached_only, is_flipped)
+            return _of_use(layer, *both, seen.weights[n], reached_only, is_flipped)
 
         def of_layer(layer: layers.Layer) -> list[_Factors]:
             """Return the sums over its uses, and over flipped ones if there are any."""
@@ -136,38 +146,47 @@ def factors(
             is_scale = model.uses[n].how == "mul"
             return jnp.sum(errors * inputs if is_scale else errors, axis=1)
 
-        def of_scaling(number: int) -> jax.Array:
-            total = _sum(*map(gradients, model.scalings[number]))
-            weights = cases.weights.astype(total.dtype)
+        def of_scaling(uses: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+            total, (_, weights) = _sum(*map(gradients, uses)), seen.weights[uses[0]]
+            weights = weights.astype(total.dtype)
             squares = sharding.contracted(weights, total**2, ((0,), (0,)))
-            return squares.reshape(shapes[number])
+            return squares.reshape(shape)
 
-        pairs = [of_layer(layer) for layer in model.layers]
-        return pairs, {n: of_scaling(n) for n in model.scalings}
+        # Else the square of a single sum over a whole batch would be one random draw.
+        apart = {
+            n: of_scaling(uses, shapes[n])
+            for n, uses in model.scalings.items()
+            if all(seen.apart[k] for k in uses)
+        }
+        return [of_layer(layer) for layer in model.layers], apart
 
     # Each example's key is part of its inputs, so that microbatches keep them together.
     data = cases._replace(inputs=(cases.inputs, drawn.data))
     means, scalings = term.means.mean(sums, sharding.alike(data))
-    pairs = []
-    for layer, found in zip(model.layers, means, strict=True):
-        often = [layer.positions(model.uses, numbers) for numbers in layer.ways]
-        its = zip(found, often, strict=True)
-        pair, *flipped = [_averaged(pair, n, reached) for (pair, reached), n in its]
-        for other in flipped:
-            pair = _nearest_product(pair, Pair(other.units, other.inputs))
-        pairs.append(pair)
-    return pairs, scalings
+    both = zip(model.layers, means, strict=True)
+    return [_over_ways(layer, model, found) for layer, found in both], scalings
+
+
+def _over_ways(layer: layers.Layer, model: layers.Model, found: list[_Factors]) -> Pair:
+    """Return the factors of a layer from the means of its uses, and of flipped ones."""
+    often = [layer.positions(model.uses, numbers) for numbers in layer.ways]
+    its = zip(found, often, strict=True)
+    pair, *flipped = [_averaged(pair, n, reached) for (pair, reached), n in its]
+    for other in flipped:
+        pair = nearest_product(pair, Pair(other.units, other.inputs))
+    return pair
 
 
 def _of_use(
     layer: layers.Layer,
     x: jax.Array,
     errors: jax.Array,
-    weights: jax.Array,
+    weights: tuple[jax.Array, jax.Array],
     reached_only: bool,
     is_flipped: bool,
 ) -> _Factors:
     """Sum over the examples and positions of a use of a layer."""
+    of_inputs, of_errors = weights
     # Of a flipped use, the units are those that a lookup has for inputs.
     lookup = layer.is_lookup and not is_flipped
     of_units = _diagonal_gram if layer.is_lookup and is_flipped else _gram
@@ -177,11 +196,11 @@ def _of_use(
     if reached_only:
         some = jnp.any(errors != 0, axis=-1, keepdims=True)
         x = jnp.where(some, x, -1 if lookup else 0)
-        along = weights.reshape(-1, *[1] * (some.ndim - 1))
+        along = of_inputs.reshape(-1, *[1] * (some.ndim - 1))
         # One number, or one for each block.
         reached = jnp.sum(jnp.where(some, along, 0), axis=(0, -2, -1))
-    inputs = _counts(x, layer.inputs, weights) if lookup else _gram(x, weights)
-    return Pair(inputs, of_units(errors, weights)), reached
+    inputs = _counts(x, layer.inputs, of_inputs) if lookup else _gram(x, of_inputs)
+    return Pair(inputs, of_units(errors, of_errors)), reached
 
 
 def _gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
@@ -200,35 +219,6 @@ def _diagonal_gram(rows: jax.Array, weights: jax.Array) -> jax.Array:
     rows = rows.astype(trees.wide(rows.dtype))
     squares = jnp.sum(rows**2, axis=1)
     return sharding.contracted(weights.astype(rows.dtype), squares, ((0,), (0,)))
-
-
-def _nearest_product(pair: Pair, other: Pair) -> Pair:
-    """Return one pair for the sum of two Kronecker products, with its trace.
-
-    Each matrix is divided by its mean eigenvalue; those of the units, and those of the
-    inputs, are added with the weights that the products have in the sum.
-    """
-    if pair.units.ndim > 2:
-        return jax.vmap(_nearest_product)(pair, other)
-
-    def mean(matrix: jax.Array) -> jax.Array:
-        return jnp.mean(matrix if matrix.ndim == 1 else jnp.diagonal(matrix))
-
-    def divided(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
-
-    both, means = (pair, other), jax.tree.map(mean, (pair, other))
-    weights = [its.inputs * its.units for its in means]
-    shares = [divided(weight, weights[0] + weights[1]) for weight in weights]
-
-    def added(place: int, factors: list[jax.Array]) -> jax.Array:
-        first, second = (
-            factor * divided(its[place], own[place])
-            for its, own, factor in zip(both, means, factors, strict=True)
-        )
-        return first + second
-
-    return Pair(added(0, shares), added(1, weights))
 
 
 def _counts(indices: jax.Array, length: int, weights: jax.Array) -> jax.Array:
@@ -337,5 +327,8 @@ def _estimate(
         # Only `others` are differentiated by, so no gradient of a kernel is formed for an
         # example. Weight decay is left out because the damping includes it.
         bare = term._replace(model_fn=of_others, weight_decay=0.0)
-        found |= diagonals.ggn_rademacher(alone(bare), others, term.cases, key=key)
+        count = diagonals.DRAWS if term.whole_batch else 1
+        found |= diagonals.ggn_rademacher(
+            alone(bare), others, term.cases, key=key, num_probes=count
+        )
     return dict(zip(part.places, pairs, strict=True)), found

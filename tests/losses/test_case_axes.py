@@ -109,7 +109,7 @@ def test_a_loss_that_broadcasts_cases_against_one_another_is_refused(name):
         f.value(SCALE, (z, t))
     shapes = [f"[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves((z, t))]
     assert all(shape in str(told.value) for shape in shapes)
-    assert "takes the whole batch as one case" in str(told.value)
+    assert "needs `Objective(…, whole_batch=True)`" in str(told.value)
     tx = hfjax.hessian_free(f)
     assert hfjax.verify.check(f, tx, SCALE, (z, t), SCALE) == [str(told.value)]
 

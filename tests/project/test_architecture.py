@@ -51,6 +51,7 @@ PACKAGES = {
         "positions",
         "decay",
         "terms",
+        "whole_batch",
         "plain",
         "objective",
     ],
