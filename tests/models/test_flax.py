@@ -115,8 +115,14 @@ def test_batch_normalisation_trains_on_its_running_statistics():
 def test_batch_normalisation_in_training_mode_is_refused():
     model = Network(nnx.Rngs(0))
     objective = hfjax.Objective(flax.nnx_model_fn(model), SQUARED_ERROR)
-    with pytest.raises(ValueError, match=r"\['norm'\]\['mean'\].*model\.eval\(\)"):
+    words = r"\['norm'\]\['mean'\].*model\.eval\(\).*`whole_batch=True`"
+    with pytest.raises(ValueError, match=words):
         objective.value(nnx.state(model, nnx.Param), make_batch())
+
+
+def test_a_key_for_each_case_and_a_whole_batch_are_not_asked_for_together():
+    with pytest.raises(ValueError, match="one case at a time, and `whole_batch`"):
+        flax.nnx_model_fn(Network(nnx.Rngs(0)), per_case_keys=True, whole_batch=True)
 
 
 @pytest.mark.slow

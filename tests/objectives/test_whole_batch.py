@@ -258,7 +258,11 @@ def unmixed(params, x):
     return y.reshape(len(x), -1) @ params["head"]
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, None], ids=["weights", "none"])
+@pytest.mark.parametrize(
+    "weights",
+    [WEIGHTS, WEIGHTS[:, None], None],
+    ids=["weights", "weights_of_positions", "none"],
+)
 def test_without_mixing_the_flag_changes_nothing(weights):
     # The squares of a single output do not depend on the signs that are drawn.
     batch = (IMAGES, T[:, :1], weights)

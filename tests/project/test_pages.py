@@ -61,11 +61,11 @@ def run_page_of_changing_models():
         for state in states:
             assert state.count == 5
             assert state.info.update_norm > 0
-        if "nn.BatchNorm" in block:
+        if "nn.BatchNorm" in block or "whole_batch" in block:
             check_statistics(names)
         if "nnx.BatchNorm" in block:
             assert np.all(np.asarray(names["model"].layers[1].mean[...]) != 0)
-    assert len(steps) == len(set(steps)) == 6
+    assert len(steps) == len(set(steps)) == 7
 
 
 def check_statistics(names):

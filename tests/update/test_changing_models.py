@@ -92,6 +92,71 @@ def test_a_rejected_step_says_so_to_what_comes_after_it():
     jax.tree.map(np.testing.assert_array_equal, last, params)
 
 
+def of_linen(x):
+    """Return a linen network in training mode: run it, its parameters, its statistics."""
+    nn = pytest.importorskip("flax.linen")
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, momentum=0.8)(nn.Dense(4)(x))
+            return nn.Dense(1)(jnp.tanh(x))
+
+    variables = Network().init(jax.random.key(0), x)
+
+    def run(params, statistics, x):
+        given = {"params": params, "batch_stats": statistics}
+        outputs, after = Network().apply(given, x, mutable=["batch_stats"])
+        return outputs, after["batch_stats"]
+
+    start = variables["batch_stats"]
+    return lambda p, x: run(p, start, x)[0], variables["params"], start, run
+
+
+def of_nnx(x):
+    nnx = pytest.importorskip("flax.nnx")
+    flax = pytest.importorskip("hfjax.flax")
+    rngs, tanh = nnx.Rngs(0), jnp.tanh
+    norm = nnx.BatchNorm(4, momentum=0.8, rngs=rngs)
+    layers = nnx.Linear(x.shape[1], 4, rngs=rngs), norm, tanh
+    model = nnx.Sequential(*layers, nnx.Linear(4, 1, rngs=rngs))
+    graph, params, start = nnx.split(model, nnx.Param, ...)
+
+    def run(params, statistics, x):
+        module = nnx.merge(graph, params, statistics, copy=True)
+        outputs = module(x)
+        return outputs, nnx.state(module, nnx.BatchStat)
+
+    return flax.nnx_model_fn(model, whole_batch=True), params, start, run
+
+
+@pytest.mark.parametrize("make", [of_linen, of_nnx])
+def test_batch_normalisation_in_training_mode_trains_and_moves_its_statistics(make):
+    x, t = jax.tree.map(jnp.float32, (BATCH[0], BATCH[1][:, :1]))
+    with jax.numpy_rank_promotion("allow"):
+        model_fn, params, statistics, run = make(x)
+        squared = hfjax.losses.squared_error()
+        objective = hfjax.Objective(model_fn, squared, whole_batch=True)
+        tx = hfjax.hessian_free(objective, damping=LEVENBERG, preconditioner=None)
+
+        def mean(params):
+            return jnp.mean((run(params, statistics, x)[0] - t) ** 2) / 2
+
+        def step(params, state):
+            found = objective.value_and_grad(params, (x, t))
+            after, state = training.train_step(objective, tx, params, state, (x, t))
+            truth = jax.value_and_grad(mean)(params)
+            return found, truth, mean(after), state.info, run(after, statistics, x)[1]
+
+        found, truth, after, info, moved = quick_jit(step)(params, tx.init(params))
+    assert_close(found, truth, rtol=1e-4, atol=1e-6)
+    assert info.accepted
+    np.testing.assert_allclose(info.value_after, after, rtol=1e-4)
+    assert after < truth[0]
+    for old, new in zip(*map(jax.tree.leaves, (statistics, moved)), strict=True):
+        assert np.all(np.asarray(old) != np.asarray(new))
+
+
 @pytest.mark.slow
 def test_outside_of_jit_a_new_optimizer_compiles_nothing_for_another_array():
     def update(values):
