@@ -41,11 +41,13 @@ from hfjax.objectives.terms import Term, total
 Estimate: TypeAlias = Callable[..., Tree]
 """`(objective, params, batch) -> d`, or `(objective, params, batch, *, key) -> d`."""
 
-DRAWS = 8
+DRAWS = 4
 """Probes for a whole batch that is one example, for each of `num_probes`.
 
 The mean over many examples is nearly exact with one probe each. A single example has the
-mean of k squares instead, with a standard deviation of √(2/k): 1.4 for one, 0.5 for 8.
+mean of k squares instead, with a relative standard deviation of √(2/k). On a small network
+with batch normalisation, conjugate gradients took 31 iterations to 99% of the decrease of
+M with k = 1, 28 with 8 and 26 with 32, where each further probe costs a gradient.
 """
 
 _HELD_ENTRIES = 2**24
@@ -111,7 +113,7 @@ def ggn_rademacher(
         example's place in the batch, not on microbatches or devices.
       num_probes: the number of sign vectors per example to average over; each costs a
         gradient. With `Objective(whole_batch=True)`, where one vector is for the whole
-        batch, there are eight times as many.
+        batch, there are four times as many.
 
     Returns:
       A tree like `params`, in float32 or wider; not negative.
