@@ -73,16 +73,12 @@ def both(params, x):
 
 TREE = {"pair": hfjax.losses.scaled(0.7, info_nce), "own": SQUARED}
 LOSSES = {
+    "tree": (both, hfjax.losses.tree(TREE), (X, {"pair": T, "own": T}, WEIGHTS)),
     "batch_norm": (batch_norm, SQUARED, (X, T, WEIGHTS)),
     "batch_norm_and_plain_loss": (batch_norm, optax.losses.l2_loss, (X, T, WEIGHTS)),
     "ntxent": (batch_norm, optax.losses.ntxent, (X, LABELS)),
     "info_nce": (batch_norm, info_nce, (X, T, WEIGHTS)),
     "similarities": (similarities, INTEGER, (X, jnp.arange(CASES))),
-    "tree": (
-        both,
-        hfjax.losses.tree(TREE),
-        (X, {"pair": T, "own": T}, WEIGHTS),
-    ),
 }
 TRUTHS = {
     "batch_norm": lambda z, t: jnp.sum((z - t) ** 2, axis=1) / 2,
@@ -129,7 +125,6 @@ def truth(name):
     return found(theta)
 
 
-@pytest.mark.every
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_and_curvature_are_those_of_the_whole_batch(name):
     f, batch = objective_of(name)
@@ -314,6 +309,21 @@ def test_sharded_examples_change_nothing(way):
 
     one = quick_jit(found)(PARAMS, problem.batch, problem.direction)
     assert_close(run(way, found, problem), one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tree", "batch_norm"])
+def test_float32_stays_float32_where_nothing_is_promoted(name):
+    f, batch = objective_of(name)
+    params, batch = jax.tree.map(jnp.float32, (PARAMS, batch))
+
+    def found(params):
+        value, gradient = f.value_and_grad(params, batch)
+        product = curvature.ggn(f, params, batch)(gradient)
+        return value, gradient, product, estimated(f, params, batch)
+
+    with jax.numpy_dtype_promotion("strict"):
+        shapes = jax.eval_shape(found, params)
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
 def test_no_rule_takes_a_part_of_the_batch():
