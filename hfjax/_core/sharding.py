@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hfjax._core.types import Tree
@@ -18,12 +19,25 @@ from hfjax._core.types import Tree
 
 def may_be_sharded(x: jax.Array) -> bool:
     """Return whether an array may lie over several devices, as far as its type tells."""
+    return _typed(x) is not None or automatic(x) > 1
+
+
+def automatic(tree: Tree) -> int:
+    """Return over how many devices the compiler may lay out arrays as it decides."""
     # The type states the sharding over `Explicit` axes. Over `Auto` axes it does not: the
     # compiler decides, so an array may lie over any that exist.
-    mesh = jax.typeof(x).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    automatic = [mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto]
-    return _typed(x) is not None or math.prod(automatic) > 1
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
+    counts = [
+        math.prod(mesh.shape[name] for name in axes_of_kind(mesh, AxisType.Auto))
+        for mesh in meshes
+    ]
+    return max(counts, default=1)
+
+
+def axes_of_kind(mesh: Any, *kinds: AxisType) -> tuple[Any, ...]:
+    """Return the names of those axes of a mesh that are of a kind."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in pairs if kind in kinds)
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
@@ -63,7 +77,13 @@ def zeros(shapes: Tree) -> Tree:
 
 def like(tree: Tree, other: Tree) -> Tree:
     """Return `tree` with the layout of another tree of the same shapes."""
-    return jax.tree.map(lambda x, y: _laid_out(x, jax.typeof(y).sharding), tree, other)
+
+    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        if _typed(y) is None and may_be_sharded(y):
+            return shard_alike(x, y)[0]  # Only the compiler knows the layout of `y`.
+        return _laid_out(x, jax.typeof(y).sharding)
+
+    return jax.tree.map(leaf, tree, other)
 
 
 def first_case(tree: Tree) -> Tree:

@@ -25,7 +25,6 @@ _RAISE, _TRIES = 10.0, 20
 
 def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
     """Make `jax.vmap` of a decomposition loop over its batch on a CPU."""
-    once = jax.custom_batching.custom_vmap(decompose)
 
     def of_a_batch(size: int, batched: list[bool], *operands: jax.Array) -> Any:
         del size
@@ -45,18 +44,32 @@ def _one_by_one(decompose: Callable[..., Any]) -> Callable[..., Any]:
         )
         return results, jax.tree.map(lambda _: True, results)
 
-    once.def_vmap(of_a_batch)
+    once = batched_by(of_a_batch, decompose)
+    return functools.wraps(decompose)(once)
 
-    # `custom_vmap` cannot be linearised: derivatives are those of `decompose`.
+
+def batched_by(
+    rule: Callable[..., tuple[Any, Any]],
+    function: Callable[..., Any],
+    derivatives: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Return `function` with a rule for `jax.vmap`, see `jax.custom_batching`.
+
+    `custom_vmap` cannot be linearised: derivatives are those of `derivatives`, which
+    computes the same, or of the function itself.
+    """
+    once = jax.custom_batching.custom_vmap(function)
+    once.def_vmap(rule)
+
     @jax.custom_jvp
-    def differentiable(*operands: jax.Array) -> Any:
+    def differentiable(*operands: Any) -> Any:
         return once(*operands)
 
     @differentiable.defjvp
     def tangent(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-        return jax.jvp(decompose, primals, tangents)
+        return jax.jvp(derivatives or function, primals, tangents)
 
-    return functools.wraps(decompose)(differentiable)
+    return differentiable
 
 
 def _on_each_device(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hfjax._core import sharding
 from hfjax._core.types import Tree
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.means import Means
@@ -42,7 +43,9 @@ class Probes(NamedTuple):
             offset = jnp.asarray(probe * len(leaves) + number, data.dtype)
             own = data.at[-1].add(offset)
             key = jax.random.wrap_key_data(own, impl=self.implementation)
-            return jax.random.rademacher(key, z.shape, z.dtype)
+            # Otherwise the compiler could lay out all that follows from them like the
+            # parameters, and not like the examples.
+            return sharding.like(jax.random.rademacher(key, z.shape, z.dtype), z)
 
         return structure.unflatten([of_leaf(n, z) for n, z in enumerate(leaves)])
 

@@ -1,5 +1,6 @@
 """Batches: check them, give them weights, and split them into microbatches."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -77,15 +78,29 @@ def subsample(batch: Batch, cases: int) -> Batch:
     """
     given = as_cases(batch)
     total, shards = given.weights.shape[0], sharding.shards_of_cases(given)
+    # Over `Auto` axes, they may be sharded over as many devices as divide them.
+    automatic = math.gcd(total, sharding.automatic(given))
     every = max(1, total // cases)
+
+    def is_even(every: int) -> bool:
+        if automatic > 1:
+            return total // automatic % every == 0
+        return -(-total // every) % shards == 0
+
     # Devices keep equal shares only if their number divides that of the examples taken.
-    while -(-total // every) % shards:
+    while not is_even(every):
         every -= 1
     if every == 1:
         return batch
-    return jax.tree.map(
-        lambda leaf: jax.lax.slice_in_dim(leaf, 0, total, every), tuple(batch)
-    )
+
+    def taken(leaf: jax.Array) -> jax.Array:
+        if automatic == 1:
+            return jax.lax.slice_in_dim(leaf, 0, total, every)
+        # The compiler lays out the rows of this as the examples, but not those of a slice
+        # with a stride.
+        return leaf.reshape(-1, every, *leaf.shape[1:])[:, 0]
+
+    return jax.tree.map(taken, tuple(batch))
 
 
 def unfold(stacked: jax.Array, total: int) -> jax.Array:

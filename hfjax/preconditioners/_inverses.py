@@ -6,6 +6,7 @@ number of sizes, not of layers.
 
 import itertools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from hfjax._core import trees
 from hfjax._core.types import Number
 from hfjax._tracing import linalg
+from hfjax._tracing.dealing import dealt
 from hfjax._tracing.layers import Layer
 from hfjax.preconditioners._blocks import Blocks, Pair
 from hfjax.preconditioners._merged_layers import Merged
@@ -28,12 +30,16 @@ would cost more to compile and to launch than it costs to compute the padding.""
 
 
 def inverted(
-    blocks: Blocks, model: Merged, dampings: Sequence[jax.Array], share: Number
+    blocks: Blocks,
+    model: Merged,
+    dampings: Sequence[jax.Array],
+    share: Number,
+    axis_name: Any = None,
 ) -> Blocks:
     """Damp the blocks of P, and return the blocks of P⁻¹.
 
     `dampings` is the diagonal of λD for each parameter, or λ itself. `share` is the
-    fraction of λ that damps the factors.
+    fraction of λ that damps the factors. `axis_name` is that of the objective.
     """
 
     def of_layer(layer: Layer) -> jax.Array:
@@ -47,31 +53,38 @@ def inverted(
             level += sum(means[1:], means[0]).astype(level.dtype)
         return jnp.asarray(share * level)
 
-    pairs = inverse(blocks.pairs, [of_layer(layer) for layer in model.layers])
+    pairs = inverse(
+        blocks.pairs, [of_layer(layer) for layer in model.layers], axis_name
+    )
     damped = trees.damped(blocks.diagonals, {n: dampings[n] for n in blocks.diagonals})
     rest = jax.tree.map(lambda d: 1 / d, trees.ones_for_zeros(damped))
     return Blocks(pairs, rest, {})
 
 
-def inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+def inverse(
+    pairs: Sequence[Pair], dampings: Sequence[jax.Array], axis_name: Any = None
+) -> list[Pair]:
     """Invert (Ḡ + √(g/a) √λ I) ⊗ (Ā + √(a/g) √λ I) for each layer, with its λ ≥ 0.
 
     a and g are the mean eigenvalues of Ā and Ḡ. Relative to them, both matrices have
     the damping μ = √(λ / ag), but at least their rounding error. A matrix whose
     Cholesky factorisation fails nevertheless is replaced by its mean eigenvalue times
-    I.
+    I. The matrices are dealt out over devices, see `dealt`.
 
     References:
       Martens & Grosse (2015), section 6.3, with the trace norm.
     """
     found: dict[int, Pair] = {}
     for members in alike([pair.inputs.dtype for pair in pairs]):
-        results = _inverse([pairs[n] for n in members], [dampings[n] for n in members])
+        own = [pairs[n] for n in members], [dampings[n] for n in members]
+        results = _inverse(*own, axis_name)
         found.update(zip(members, results, strict=True))
     return [found[n] for n in range(len(pairs))]
 
 
-def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]:
+def _inverse(
+    pairs: Sequence[Pair], dampings: Sequence[jax.Array], axis_name: Any
+) -> list[Pair]:
     """Invert pairs of one dtype."""
     matrices = [matrix for pair in pairs for matrix in pair]
     dtype = pairs[0].units.dtype
@@ -96,20 +109,16 @@ def _inverse(pairs: Sequence[Pair], dampings: Sequence[jax.Array]) -> list[Pair]
     damping = jnp.stack([dampings[n] for n in owner.tolist()]).astype(dtype)
     numbers = _damped(sizes, np.where(exact, 1, lengths), damping)
     ordered = numbers.reshape(4, -1)[:, order]
-    found, at = {}, 0
-    for group, stack in zip(groups, stacks, strict=True):
-        own = ordered[:, at : at + len(stack)]
-        at += len(stack)
-        if len(stack) == 1:
-            inverses = _positive_inverse(stack[0], *own[:, 0])[None]
-        else:
-            inverses = jax.vmap(_positive_inverse)(stack, *own)
-        for n, part in zip(
-            group, parts(inverses, [counts[n // 2] for n in group]), strict=True
-        ):
+    ends = np.cumsum([len(stack) for stack in stacks], dtype=int)
+    *of_stacks, rest = jnp.split(ordered, ends, axis=1)
+    calls = [(stack, *own) for stack, own in zip(stacks, of_stacks, strict=True)]
+    found, results = {}, dealt(_positive_inverse, calls, axis_name)
+    for group, inverses in zip(groups, results, strict=True):
+        own_parts = parts(inverses, [counts[n // 2] for n in group])
+        for n, part in zip(group, own_parts, strict=True):
             length = matrices[n].shape[-1]
             found[n] = part[:, :length, :length].reshape(matrices[n].shape)
-    for n, (shrink, mu, grow, _) in zip(diagonals, ordered[:, at:].T, strict=True):
+    for n, (shrink, mu, grow, _) in zip(diagonals, rest.T, strict=True):
         found[n] = grow / (shrink * matrices[n] + mu)
     return [Pair(found[2 * n], found[2 * n + 1]) for n in range(len(pairs))]
 

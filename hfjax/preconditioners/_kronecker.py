@@ -71,7 +71,9 @@ class Rule(NamedTuple):
                 memory = memory | {"kronecker_factors": new}
                 blocks = unpack(new, model)
             dampings = jax.tree.leaves(jax.tree.broadcast(damping, params))
-            blocks = inverted(blocks, model, dampings, self.damping_share)
+            blocks = inverted(
+                blocks, model, dampings, self.damping_share, objective.axis_name
+            )
             if "kronecker_inverses" in memory:
                 packed = pack(blocks, model, memory["kronecker_inverses"])
                 memory = memory | {"kronecker_inverses": packed}

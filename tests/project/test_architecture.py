@@ -25,6 +25,7 @@ PACKAGES = {
         "linearize",
         "compiled",
         "linalg",
+        "dealing",
         "convolutions",
         "_axes",
         "_made",
