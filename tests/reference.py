@@ -183,6 +183,19 @@ def quantities(problem: Any, v: np.ndarray) -> dict:
     }
 
 
+def nearest_product(pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Return one pair (Ā, Ḡ) for a sum of Kronecker products, with its trace.
+
+    Each matrix is divided by its mean eigenvalue, and counts with the share of its product.
+    """
+    means = [(np.trace(a) / len(a), np.trace(g) / len(g)) for a, g in pairs]
+    sizes = np.array([x * y for x, y in means])
+    shares = sizes / np.sum(sizes)
+    inputs = [c * a / x for c, (a, _), (x, _) in zip(shares, pairs, means, strict=True)]
+    units = [c * g / y for c, (_, g), (_, y) in zip(sizes, pairs, means, strict=True)]
+    return sum(inputs), sum(units)
+
+
 def output_loss(name: str, z: np.ndarray, t: np.ndarray) -> tuple:
     """Return value `[cases]`, gradient `[cases, m]` and Hessian `[cases, m, m]` in z.
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from mapped import axis_name, needs_devices, run
 from problems import Problem, normal
-from reference import quick_jit
+from reference import nearest_product, quick_jit
 
 import hfjax
 from hfjax._tracing import programs
@@ -311,12 +311,7 @@ def test_a_tied_kernel_has_the_trace_of_both_products_and_shares_of_their_factor
     ours = [(gram(first) / 5, gram(errors[0])), (gram(errors[1]), gram(h) / 5)]
     if looked_up:  # Only the diagonal on the side of the indices.
         ours = [(np.diag(np.diag(v)), d) for v, d in ours]
-    sizes = [np.trace(v) / 7 * np.trace(d) / 3 for v, d in ours]
-    shares = np.array(sizes) / sum(sizes)
-    inputs = sum(
-        s * v * 7 / np.trace(v) for s, (v, _) in zip(shares, ours, strict=True)
-    )
-    units = sum(s * d * 3 / np.trace(d) for s, (_, d) in zip(sizes, ours, strict=True))
+    inputs, units = nearest_product(ours)
     found = np.diag(pair.inputs) if looked_up else pair.inputs
     np.testing.assert_allclose(found, inputs, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(pair.units, units, rtol=1e-9, atol=1e-12)
