@@ -152,6 +152,15 @@ class Use(NamedTuple):
     scales: tuple[Scale, ...] = ()
 
     @property
+    def is_partial(self) -> bool:
+        """Whether positions may have no part in it, or only in some of its blocks.
+
+        So it is in a branch, and with experts. Each layer of a stack has all positions.
+        """
+        looped = {piece for own in self.looped for piece in own}
+        return self.is_in_branch or bool(set(self.kinds.blocks) - looped)
+
+    @property
     def is_lookup(self) -> bool:
         """Whether rows of the kernel are looked up."""
         return self.how == "gather"

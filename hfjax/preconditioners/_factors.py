@@ -102,9 +102,10 @@ def factors(
 
     Where positions of the outputs have weights, gᵢₜ contains them through Sᵢ, so that Ḡ is
     exact in expectation. The positions of a layer need not be those of the outputs, so
-    in Ā each has the weight of its example. But it leaves out those at which gᵢₜ = 0:
-    they have no part in the block, and padding leads to such positions alone unless the
-    model passes it on to others. So do the branches of a `cond` that are not taken.
+    in Ā each has the weight of its example. But it leaves out those at which gᵢₜ or xᵢₜ is
+    0: they have no part in the block, and padding leads to such positions alone unless the
+    model passes it on to others. So do the branches of a `cond` that are not taken, and
+    experts that are not chosen.
 
     If the whole batch is one example, i counts the examples of the batch, and gᵢₜ is the
     error that comes back from all of its outputs. A scale that is multiplied before it meets
@@ -133,10 +134,8 @@ def factors(
 
         def of_layer(layer: layers.Layer) -> list[_Factors]:
             """Return the sums over its uses, and over flipped ones if there are any."""
-            # No errors come back to a branch that is not taken.
-            uses = [n for ns in layer.ways for n in ns]
-            in_branch = any(model.uses[n].is_in_branch for n in uses)
-            reached_only = term.by_position or in_branch
+            uses = [model.uses[n] for ns in layer.ways for n in ns]
+            reached_only = term.by_position or any(use.is_partial for use in uses)
             each = [[of_use(n, layer, reached_only) for n in ns] for ns in layer.ways]
             return [jax.tree.map(_sum, *found) for found in each]
 
@@ -195,11 +194,18 @@ def _of_use(
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     if reached_only:
         some = jnp.any(errors != 0, axis=-1, keepdims=True)
+        if not lookup:
+            some &= jnp.any(x != 0, axis=-1, keepdims=True)
+            errors = jnp.where(some, errors, 0)
         x = jnp.where(some, x, -1 if lookup else 0)
         along = of_inputs.reshape(-1, *[1] * (some.ndim - 1))
         # One number, or one for each block.
         reached = jnp.sum(jnp.where(some, along, 0), axis=(0, -2, -1))
-    inputs = _counts(x, layer.inputs, of_inputs) if lookup else _gram(x, of_inputs)
+    if lookup:
+        dtype = trees.widest(of_inputs.dtype, errors.dtype)
+        inputs = _counts(x, layer.inputs, of_inputs.astype(dtype))
+    else:
+        inputs = _gram(x, of_inputs)
     return Pair(inputs, of_units(errors, of_errors)), reached
 
 

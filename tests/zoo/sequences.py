@@ -102,7 +102,7 @@ class Gemma(nn.Module):
 
 def gemma():
     model_fn, params = linen(Gemma(), TOKENS[:, :3])
-    batch = (TOKENS[:, :3], TOKENS[:, 1:], jnp.array([1.0, 0.5, 2.0]))
+    batch = (TOKENS[:, :3], TOKENS[:, 1:])
     return Specimen(model_fn, LABELLED, summed_over_labels, params, batch, damping=3.0)
 
 
@@ -179,8 +179,9 @@ class Experts(nn.Module):
 def experts():
     x = normal(np.random.default_rng(4), 3, 4, 4)
     model_fn, params = linen(Experts(), x)
+    batch = (x, TOKENS % 3)
     return Specimen(
-        model_fn, LABELLED, summed_over_labels, params, (x, TOKENS % 3), damping=3.0
+        model_fn, LABELLED, summed_over_labels, params, batch, damping=3.0, routed=True
     )
 
 

@@ -24,6 +24,7 @@ class Specimen(NamedTuple):
       params: θ, in float64.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
       damping: a λ for which the full step lowers f.
+      routed: whether each position goes to some of several experts.
     """
 
     model_fn: Callable
@@ -32,6 +33,7 @@ class Specimen(NamedTuple):
     params: Any
     batch: tuple
     damping: float = 1.0
+    routed: bool = False
 
     @property
     def objective(self):

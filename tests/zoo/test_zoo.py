@@ -307,15 +307,16 @@ def written_out(z, layer):
 def means(z, layer, uses):
     """Return Σ w x xᵀ / Σ w over positions and Σ w g gᵀ / Σᵢ wᵢ of each block.
 
-    Where positions have weights, Ā leaves out those that no error reaches.
+    Where positions have weights, or go to some of several experts, Ā leaves out those at
+    which x or g is 0.
     """
     inputs, units, often = ([0.0] * layer.blocks for _ in range(3))
     for blocks, x, g in uses:
-        reached = np.ones(g.shape[:-1])
-        if z.term.by_position:
-            reached = np.any(g != 0, axis=-1)
         if layer.bias is not None:
             x = np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
+        reached = np.ones(g.shape[:-1])
+        if z.term.by_position or z.specimen.routed:
+            reached = np.any(g != 0, axis=-1) & np.any(x != 0, axis=-1)
         weights = z.weights[:, None, None] * reached
         for n, block in enumerate(blocks):
             own, w = (weights[:, n], x[:, n], x[:, n]), z.weights
