@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hfjax._core.types import Tree
@@ -80,7 +79,9 @@ def like(tree: Tree, other: Tree) -> Tree:
 
     def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
         if _typed(y) is None and may_be_sharded(y):
-            return shard_alike(x, y)[0]  # Only the compiler knows the layout of `y`.
+            # Only the compiler knows the layout of `y`, and gives it to what it meets.
+            y = jax.lax.stop_gradient(y).astype(x.dtype)
+            return jnp.where(jnp.zeros((), bool), y, x)
         return _laid_out(x, jax.typeof(y).sharding)
 
     return jax.tree.map(leaf, tree, other)
