@@ -155,10 +155,11 @@ class Use(NamedTuple):
     def is_partial(self) -> bool:
         """Whether positions may have no part in it, or only in some of its blocks.
 
-        So it is in a branch, and with experts. Each layer of a stack has all positions.
+        So it is in a branch, and with experts. All positions have a part in each layer of a
+        stack, and in the blocks of a complex product, which are Fourier modes.
         """
-        looped = {piece for own in self.looped for piece in own}
-        return self.is_in_branch or bool(set(self.kinds.blocks) - looped)
+        blocks = set(self.kinds.blocks) - pieces_of(self.looped)
+        return self.is_in_branch or bool(blocks and not self.is_complex)
 
     @property
     def is_lookup(self) -> bool:
