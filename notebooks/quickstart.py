@@ -365,7 +365,7 @@ plt.show()
 # |---|---|---|---|
 # | `damping` | λ: how far the quadratic model is trusted, found by itself | λ starts at 1: a first guess that is far off costs some evaluations of f | [`damping`](../docs/api/damping.md) |
 # | `solver` | conjugate gradients: how many iterations, when to stop | all runs end at `max_iterations`; memory is short: `iterates.best()` | [`cg`](../docs/api/cg.md), [`stopping`](../docs/api/stopping.md) |
-# | `preconditioner` | Kronecker factors of the layers, which evens out the scales of parameters | small batches: `kronecker(decay=0.95)`; layers in a scan: `None` | [`preconditioners`](../docs/api/preconditioners.md) |
+# | `preconditioner` | Kronecker factors of the layers, which evens out the scales of parameters | small batches: `kronecker(decay=0.95)`; compiling takes too long: `None` | [`preconditioners`](../docs/api/preconditioners.md) |
 # | `backtracking` | which λ, or which iterate of conjugate gradients, is taken | hardly ever | [`backtracking`](../docs/api/backtracking.md), [`iterates`](../docs/api/iterates.md) |
 # | `line_search` | how far along the step | hardly ever | [`linesearch`](../docs/api/linesearch.md) |
 # | `learning_rate` | the first step size tried, 1 | small batches near the end: lower it by a schedule | [`transform`](../docs/api/transform.md) |
@@ -376,6 +376,8 @@ plt.show()
 #
 # ## Where to go next
 #
+# - [Your model](your_model.ipynb): a transformer, a convolutional network with batch
+#   normalisation, a Fourier operator, an autoencoder and a graph network, beside Adam.
 # - [Swapping parts](swapping_parts.ipynb): what each of these does to one problem.
 # - [Debugging](debugging.ipynb): a run that does not learn, and how to find out why.
 # - [A differential equation to 10⁻⁶](poisson.ipynb), and [inverse
