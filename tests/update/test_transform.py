@@ -451,3 +451,23 @@ def test_a_product_that_is_not_finite_raises_the_damping(radius):
     assert state.info.rejection == hfjax.Rejection.NONFINITE_PRODUCT
     assert is_zero(updates)
     np.testing.assert_allclose(state.damping, 2 / 3 if radius else 3 / 2)
+
+
+def test_a_shorter_step_is_compared_with_what_the_model_says_of_it():
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(6, 1)))
+    f = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+    taken = hfjax.damping.ReductionRatio(step="taken")
+    tx = hfjax.hessian_free(
+        f,
+        damping=hfjax.damping.levenberg_marquardt(ratio=taken),
+        preconditioner=None,
+        learning_rate=0.5,
+    )
+    params = jnp.zeros((3, 1))
+    value, grads = f.value_and_grad(params, batch)
+    updates, state = quick_jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    change = f.value(params + updates, batch) - value
+    assert state.info.step_size == 0.5
+    # f is quadratic, and so its own model.
+    np.testing.assert_allclose(state.info.predicted_change, change, rtol=1e-12)
