@@ -456,7 +456,6 @@ plt.show()
 # convolutional network and on the operator hfjax gets to a precision that Adam does not. With
 # the adapters alone it makes little of each update; why was not looked into.
 #
-# Six seconds are ten to thirty updates of hfjax. Once they fall, its curves keep falling: in
-# another run the transformer with all its weights was at 1.6·10⁻⁶ after 23 updates, and Adam at
-# 1.5·10⁻³ in the same seconds. Set `SECONDS` higher to see where the lines cross. [How to
-# choose](../docs/choosing.md) has figures of longer runs.
+# Six seconds are ten to thirty updates of hfjax. Once its curves fall, they keep falling here:
+# set `SECONDS` higher to see whether the lines cross. [How to choose](../docs/choosing.md) has
+# figures of longer runs.
