@@ -1,6 +1,7 @@
 """The exact step: that of the dense system, whatever matrix it is solved by."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -321,6 +322,18 @@ def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
     assert iterations()[0] == 1
     monkeypatch.setattr(sample_space, "_WORTH", 0)
     assert iterations()[0] > 1
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2000, 3000), (3000, 2000)])
+def test_auto_compares_the_multiplications_with_those_of_two_hundred_products(
+    rows, columns
+):
+    # Of J̃ J̃ᵀ or J̃ᵀ J̃, whichever is smaller; a product takes three forward passes.
+    limit = 2000 * 3000 * 2000 / (200 * 3)
+    for forward, is_small in ((1.01 * limit, True), (0.99 * limit, False)):
+        size = rows, columns, forward
+        system = SimpleNamespace(jacobian_size=lambda size=size: size)
+        assert sample_space._is_small(system) == is_small
 
 
 def test_what_it_does_not_solve_is_refused():
