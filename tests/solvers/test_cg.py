@@ -164,6 +164,15 @@ def test_negative_curvature_at_once_gives_the_preconditioned_gradient(scale):
         assert values[1] < values[0] == 0
 
 
+def test_a_preconditioner_that_turns_the_gradient_round_ends_the_run():
+    """Where rᵀP⁻¹r < 0, p points uphill, although pᵀA p is positive."""
+    a, b, x0, inverse = system(0)
+    for start in (None, x0):
+        result = solve(a, b, start, -inverse)
+        assert reason(result) == Reason.NONPOSITIVE_CURVATURE
+        np.testing.assert_array_equal(result.x, np.zeros(N) if start is None else x0)
+
+
 def test_negative_curvature_later_keeps_the_iterate():
     rng = np.random.default_rng(2)
     a = symmetric(rng, np.array([-0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]))
