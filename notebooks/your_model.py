@@ -454,7 +454,9 @@ plt.show()
 # Where many small steps pay, Adam is ahead: on the transformer, whose batches can be small, on
 # the variational autoencoder and, in these few seconds, on the graph network. On the
 # convolutional network and on the operator hfjax gets to a precision that Adam does not. With
-# the adapters alone it makes little of each update; why was not looked into.
+# the adapters alone its first update goes too far, and later ones gain little. One option of
+# the search for λ prevents this, and brings hfjax level with Adam: see
+# [low-rank adapters](../docs/models.md#low-rank-adapters).
 #
 # Six seconds are ten to thirty updates of hfjax. Once its curves fall, they keep falling here:
 # set `SECONDS` higher to see whether the lines cross. [How to choose](../docs/choosing.md) has

@@ -11,8 +11,12 @@ gets lower, or else −1, −2, …. The last step that was better is taken, by 
 | lower λ | lower by `tolerance` of the gain, and by more than rounding | yes |
 | lower λ | all changes below rounding, but M falls by 1.1 times as much | yes |
 | any | lower by more than 10 times what M predicts | as if f had not changed |
+| higher λ | any, if the best step so far breaks M's promise | yes |
+| lower λ | any, if the step breaks M's promise | no |
 | p = 1 | not taken | no, and p = −1 is next |
 | any other | | no, and the search ends |
+
+A step breaks M's promise if `lower` is given and f falls by less than this share of it.
 """
 
 from typing import NamedTuple
@@ -33,7 +37,11 @@ _MORE = 1.1
 
 
 def search_damping(
-    factor: Number, tolerance: Number, max_tries: int, cases: int | None
+    factor: Number,
+    tolerance: Number,
+    max_tries: int,
+    cases: int | None,
+    lower: Number | None,
 ) -> Backtracking:
     """Build the rule; the options are those of `hfjax.damping.searched`."""
 
@@ -51,7 +59,7 @@ def search_damping(
             assert step.undamped is not None, "known for the steps of `at_damping`"
             candidate = _Candidate(value, -step.undamped.astype(dtype), step)
             anchored = run.anchor is not None
-            return _next(search, candidate, before, tolerance, anchored=anchored)
+            return _next(search, candidate, before, tolerance, lower, anchored=anchored)
 
         # Placeholders: the first candidate, p = 0, is always taken.
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
@@ -96,6 +104,7 @@ def _next(
     candidate: _Candidate,
     before: Before,
     tolerance: Number,
+    lower: Number | None,
     *,
     anchored: bool,
 ) -> _Search:
@@ -117,6 +126,11 @@ def _next(
     invisible &= value <= before.value + before.noise
     goes_further = candidate.promised > _MORE * search.best.promised
     below = clearly_better | (invisible & goes_further)
+    lowest = search.lowest
+    if lower is not None:
+        forced = _breaks_promise(search.best, before, lower)
+        as_good, lowest = as_good | forced, jnp.where(forced, jnp.inf, lowest)
+        below &= ~_breaks_promise(candidate, before, lower)
     better = first | jnp.where(up, as_good, below)
     # Only the first higher λ can turn the search round; later failures end it.
     turns = up & ~better & (search.power == 0)
@@ -127,11 +141,18 @@ def _next(
         trial=power + direction,
         power=power,
         best=trees.select(better, candidate, search.best),
-        lowest=jnp.where(better, jnp.minimum(value, search.lowest), search.lowest),
+        lowest=jnp.where(better, jnp.minimum(value, lowest), search.lowest),
         first_value=jnp.where(first, candidate.value, search.first_value),
         tries=search.tries + 1,
         going=better | turns,
     )
+
+
+def _breaks_promise(candidate: _Candidate, before: Before, lower: Number) -> jax.Array:
+    """Return whether f falls by less than `lower` of what M predicts, as far as f shows."""
+    promised, fall = candidate.promised, before.value - candidate.value
+    enough = fall >= options.like(lower, promised) * promised
+    return (promised > before.noise) & ~enough
 
 
 def _slack(gain: jax.Array, noise: jax.Array, tolerance: Number) -> jax.Array:

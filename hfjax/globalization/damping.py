@@ -186,6 +186,7 @@ def searched(
     *,
     factor: Number = 4.0,
     tolerance: Number = 0.01,
+    lower: Number | None = None,
     max_tries: int = 8,
     cases: int | None = 2000,
     minimum: Number = 0.0,
@@ -210,6 +211,10 @@ def searched(
       init: first λ > 0; it may be wrong by orders of magnitude.
       factor: ratio > 1 of one λ to the next.
       tolerance: fraction of the decrease of f below which λ makes no difference.
+      lower: least share of the decrease predicted by M, as in `levenberg_marquardt`. λ is
+        raised until f falls by this share, and no lower λ is taken where f falls by less,
+        even if f is lowest there. Try 1/4 if the first updates have a ρ below 0.1 and
+        later ones gain little, as with low-rank adapters. `None` compares f alone.
       max_tries: the most evaluations of f.
       cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
         examples, f is evaluated on all of them.
@@ -238,6 +243,7 @@ def searched(
     """
     options.check_range("factor", factor, low=1.0, open_low=True)
     options.check_range("tolerance", tolerance, low=0.0, high=1.0)
+    options.check_range("lower", lower, low=0.0, high=1.0)
     options.check_count("max_tries", max_tries, low=1)
     if cases is not None:
         options.check_count("cases", cases, low=1)
@@ -257,7 +263,7 @@ def searched(
         found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
         return jnp.where(verdict.accepted, found, adapted)
 
-    search = search_damping(factor, tolerance, max_tries, cases)
+    search = search_damping(factor, tolerance, max_tries, cases, lower)
     return by_ratio._replace(update=update, backtracking=search)
 
 

@@ -129,8 +129,8 @@ def run_on(matvec, b, strength, **options):
     return solver.solve(cg.System(*given), None)
 
 
-@functools.partial(quick_jit, static_argnames=("max_tries",))
-def searched(entries, value, noise, tolerance, max_tries):
+@functools.partial(quick_jit, static_argnames=("max_tries", "lower"))
+def searched(entries, value, noise, tolerance, max_tries, lower):
     """Search where f is a table of powers, of one unknown with B = b = 1.
 
     The step is 1 / (1 + λ), which tells the power of λ.
@@ -144,17 +144,26 @@ def searched(entries, value, noise, tolerance, max_tries):
         return entries[power - LOW]
 
     rule = damping.searched(
-        factor=FACTOR, tolerance=tolerance, max_tries=max_tries
+        factor=FACTOR, tolerance=tolerance, max_tries=max_tries, lower=lower
     ).backtracking
     return rule.choose(run, value_fn, Before(value, noise, jnp.float64(LAMBDA)))
 
 
-def scripted(table, *, value=1.0, noise=0.0, scale=SCALE, tolerance=0.01, max_tries=8):
+def scripted(
+    table,
+    *,
+    value=1.0,
+    noise=0.0,
+    scale=SCALE,
+    tolerance=0.01,
+    max_tries=8,
+    lower=None,
+):
     """Return the choice, and the powers that were asked for."""
     ASKED.clear()
     entries = jnp.asarray([table.get(p, jnp.nan) for p in range(LOW, HIGH + 1)])
     numbers = map(jnp.float64, (scale * value, scale * noise, tolerance))
-    choice = searched(scale * entries, *numbers, max_tries)
+    choice = searched(scale * entries, *numbers, max_tries, lower)
     jax.effects_barrier()
     return choice, list(ASKED)
 
@@ -231,6 +240,26 @@ def test_a_fall_that_the_model_knows_nothing_of_is_not_believed():
     assert max(asked) == 3
     assert doubted.damping < believed.damping
     np.testing.assert_allclose(doubted.damping, LAMBDA * FACTOR**2, rtol=1e-12)
+
+
+def test_a_step_whose_fall_is_far_from_what_m_predicts_is_not_taken():
+    # M falls by (λ + ½) / (1 + λ)², with λ = 4^p / 2: the share ρ of it is scripted.
+    def falling(shares):
+        strengths = {p: LAMBDA * FACTOR**p for p in shares}
+        promised = {p: (x + 0.5) / (1 + x) ** 2 for p, x in strengths.items()}
+        return {p: 1 - share * promised[p] for p, share in shares.items()}
+
+    # The first two steps break the promise; the third keeps it, and the fourth is better.
+    values = falling({-1: 0.5, 0: 0.2, 1: 0.24, 2: 0.26, 3: 0.95})
+    for lower, power in ((None, -1), (0.25, 3)):
+        choice, _ = scripted(values, scale=1.0, lower=lower)
+        np.testing.assert_allclose(choice.damping, LAMBDA * FACTOR**power, rtol=1e-12)
+    # A lower λ lowers f, but by less than it promises.
+    values = falling({-1: 0.249, 0: 0.251, 1: 0.24})
+    assert values[-1] < values[0] - 0.01
+    for lower, power in ((None, -1), (0.25, 0)):
+        choice, _ = scripted(values, scale=1.0, lower=lower)
+        np.testing.assert_allclose(choice.damping, LAMBDA * FACTOR**power, rtol=1e-12)
 
 
 def test_the_best_of_a_quadratic_is_found_from_below_and_above():
@@ -449,6 +478,7 @@ def test_as_it_comes_the_optimizer_is_the_recipe():
     [
         ({"factor": 1.0}, ValueError, "`factor` must be above 1"),
         ({"tolerance": -0.1}, ValueError, "`tolerance` must be at least 0"),
+        ({"lower": 1.5}, ValueError, "`lower` must be at least 0.0 and at most 1"),
         ({"max_tries": 0}, ValueError, "`max_tries` must be at least 1"),
         ({"max_tries": 2.0}, TypeError, "`max_tries` must be a Python integer"),
         ({"cases": 0}, ValueError, "`cases` must be at least 1"),
