@@ -112,8 +112,11 @@ def test_a_bound_optimizer_takes_the_step_for_a_caller_that_passes_nothing():
     @quick_jit
     def both():
         plain = updates_of(hfjax.hessian_free(OBJECTIVE), batch=BATCH)
-        extra = {"objective": OBJECTIVE, "batch": BATCH}
-        return plain, updates_of(bound(by_objective(), **extra))
+        tx = bound(by_objective(), objective=OBJECTIVE, batch=BATCH)
+        # Kauldron asks for the name of the function, and EasyDeL names its arguments.
+        update = jax.named_call(tx.update)
+        grads = OBJECTIVE.value_and_grad(PARAMS, BATCH)[1]
+        return plain, update(updates=grads, state=tx.init(PARAMS), params=PARAMS)[0]
 
     plain, found = both()
     assert_close(found, plain)
