@@ -146,9 +146,7 @@ def unlike(params: Params, grads: Params) -> str | None:
 
 def invalid(params: Params, batch: Batch) -> str | None:
     """Check that parameters and data are finite, and weights valid."""
-    inputs, targets, weights = cases = as_cases(batch)
-    if weights.ndim > 1:
-        inputs, targets, _ = without_padding(cases)
+    inputs, targets, weights = without_padding(as_cases(batch))
     named = {"params": params, "inputs": inputs, "targets": targets, "weights": weights}
     for name, tree in named.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.arguments import ShapeError, describe
 from hfjax._core.types import Tree
-from hfjax.losses import _case_axes, _positions
+from hfjax.losses import _case_axes, positions
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
 _Curvature: TypeAlias = Callable[[jax.Array, jax.Array], LinearMap]
@@ -124,15 +124,15 @@ def with_weighted(loss: Loss, values: Callable[[Tree, Tree], Tree]) -> Loss:
 
     `values` returns those of `loss` before the positions are summed, as one array or a tree.
     """
-    weighted, meant = _positions.weighted_values(values), loss.targets
+    weighted, meant = positions.weighted_values(values), loss.targets
     of_pairs = None
     if meant is not None:
         of_pairs = Targets(meant.words, lambda z, pair: meant.allowed(z, pair[0]))
     twin = dataclasses.replace(
         loss,
         value=lambda z, pair: sum_to_cases(weighted(z, pair), z, "the loss"),
-        hessian=_positions.weighted_map(values, loss.hessian, lambda weights: weights),
-        factor=_positions.weighted_map(values, loss.factor, jnp.sqrt),
+        hessian=positions.weighted_map(values, loss.hessian, lambda weights: weights),
+        factor=positions.weighted_map(values, loss.factor, jnp.sqrt),
         targets=of_pairs,
     )
     return dataclasses.replace(loss, weighted=twin)

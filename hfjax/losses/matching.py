@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from hfjax._core import options
 from hfjax._core.types import Tree
 from hfjax._tracing.linearize import derivative_of_gradient
-from hfjax.losses import _positions, _repair
+from hfjax.losses import _repair, positions
 from hfjax.losses.loss import LinearMap, Targets, by_leaf, case_by_case
 from hfjax.losses.loss import Loss as Loss
 
@@ -128,9 +128,8 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
     one-hot targets.
 
     Returns:
-      The loss, in nats. An out-of-range label, a negative one included, yields NaN. To
-      leave out an example, give it the weight 0 and any valid label. Where positions have
-      weights, those of weight 0 may have any label.
+      The loss, in nats. An out-of-range label, a negative one included, yields NaN,
+      unless the example or the position has weight 0.
 
     Raises:
       TypeError: when the loss is evaluated, if the targets are not integers.
@@ -241,11 +240,11 @@ def from_function(
         options.check_choice("positive", positive, ("clip", "shift"))
 
     def whole(is_weighted: bool) -> Loss:
-        values = _positions.whole_batch_values(fn, is_weighted=is_weighted)
+        values = positions.whole_batch_values(fn, is_weighted=is_weighted)
         return _differentiated(values, positive)
 
     # The weights go into the function, as it may couple positions.
-    weighted = case_by_case(_positions.weighted_values(fn))
+    weighted = case_by_case(positions.weighted_values(fn))
     return dataclasses.replace(
         _differentiated(case_by_case(fn), positive),
         weighted=_differentiated(weighted, positive),

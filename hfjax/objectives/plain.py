@@ -19,7 +19,7 @@ from hfjax.objectives import cases as _cases
 from hfjax.objectives import decay
 from hfjax.objectives.cases import as_cases
 from hfjax.objectives.means import AxisName, Means
-from hfjax.objectives.positions import weighted_cases
+from hfjax.objectives.positions import weighted_cases, without_padding
 from hfjax.objectives.terms import Term, total
 from hfjax.objectives.whole_batch import as_one_case, check_whole_batch
 
@@ -39,7 +39,7 @@ class Objective:
 
         f(θ) = Σᵢₚ wᵢₚ Lₚ(F(θ, xᵢ), tᵢ) / Σᵢₚ wᵢₚ + ½ β ‖θ‖²
 
-    and a position of weight 0 may hold anything: a label of −100, or NaN.
+    An example or a position of weight 0 may hold anything: a label of −100, or NaN.
 
     Attributes:
       model_fn: `(params, inputs) -> outputs`. The outputs for an example must not depend
@@ -225,6 +225,9 @@ class Objective:
         """
 
         def values(params: Params, batch: Batch) -> jax.Array:
+            # Without its weights, an example of weight 0 has the loss of what it holds.
+            if as_cases(batch).weights.ndim == 1 and not self.whole_batch:
+                batch = batch[:2]
             (term,) = self._terms(batch)
             return term.case_values(params)
 
@@ -238,6 +241,10 @@ class Objective:
     def _terms(self, batch: Batch, name: str = "batch") -> tuple[Term, ...]:
         """Return the terms of f on a batch, or raise; `name` is for the error."""
         cases = as_cases(batch, name)
+        is_weighted = len(batch) > 2 and batch[2] is not None
+        if is_weighted:
+            compared = self.whole_batch and self.loss.whole is not None
+            cases = without_padding(cases, compared=compared)
         term = Term(
             coefficients=(),
             model_fn=self._outputs,
@@ -249,7 +256,6 @@ class Objective:
             by_position=cases.weights.ndim > 1,
         )
         if self.whole_batch:
-            is_weighted = len(batch) > 2 and batch[2] is not None
             return (as_one_case(term, is_weighted=is_weighted),)
         loss, cases = weighted_cases(self.loss, cases)
         return (term._replace(loss=loss, cases=cases),)

@@ -6,12 +6,16 @@
 So an example whose positions have weights is one of weight Wᵢ, and its loss is the mean
 over its positions. The shares wᵢₚ / Wᵢ travel with the targets. Nothing else has to know:
 microbatches, devices, curvature, factors and exact solutions are those of weights `[cases]`.
+
+An example or a position of weight 0 may hold anything, as 0 · NaN would be NaN: what stands
+there is replaced before model and loss see it.
 """
 
 import jax
 import jax.numpy as jnp
 
 from hfjax.losses import Loss
+from hfjax.losses.positions import counted
 from hfjax.objectives.cases import Cases
 
 
@@ -27,7 +31,7 @@ def weighted_cases(loss: Loss, cases: Cases) -> tuple[Loss, Cases]:
             "the loss by `hfjax.losses.from_function`."
         )
         raise ValueError(msg)
-    return loss.weighted, shared(without_padding(cases))
+    return loss.weighted, shared(cases)
 
 
 def shared(cases: Cases) -> Cases:
@@ -41,33 +45,16 @@ def shared(cases: Cases) -> Cases:
     return Cases(inputs, (targets, weights / divisor), whole)
 
 
-def without_padding(cases: Cases) -> Cases:
-    """Replace what positions of weight 0 hold, as far as it could do harm.
+def without_padding(cases: Cases, *, compared: bool = False) -> Cases:
+    """Replace what has weight 0, as far as it could do harm.
 
     Targets become 0: the loss would not take a label of −100. Inputs become 0 only where
     they are NaN or infinite, because a model may use the others at other positions, as
-    those of a prompt. Leaves that are not laid out by position belong to the example, and
-    are replaced if all of its positions have weight 0.
+    those of a prompt. If the loss has `compared` examples, the same holds for targets.
     """
-    empty = cases.weights == 0
-
-    def padding(leaf: jax.Array) -> jax.Array:
-        own = empty
-        if leaf.shape[: own.ndim] != own.shape:
-            own = jnp.all(own, axis=range(1, own.ndim))
-        return jnp.expand_dims(own, range(own.ndim, leaf.ndim))
-
-    def of_inputs(leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        harmful = padding(leaf) & ~jnp.isfinite(leaf)
-        return jnp.where(harmful, jnp.zeros((), leaf.dtype), leaf)
-
-    def of_targets(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return leaf
-        return jnp.where(padding(leaf), jnp.zeros((), leaf.dtype), leaf)
-
     inputs, targets, weights = jax.tree.map(jnp.asarray, cases)
-    inputs = jax.tree.map(of_inputs, inputs)
-    return Cases(inputs, jax.tree.map(of_targets, targets), weights)
+    return Cases(
+        counted(inputs, weights, finite_stay=True),
+        counted(targets, weights, finite_stay=compared),
+        weights,
+    )

@@ -49,7 +49,6 @@ def as_one_case(term: Term, *, is_weighted: bool) -> Term:
     if loss is not None and is_weighted:
         loss = loss.weighted
     if loss is not None:
-        # It may compare examples with those of weight 0, which therefore stay as they are.
         cases = shared(one)
     elif term.loss.weighted is not None:
         loss, cases = weighted_cases(term.loss, one)

@@ -104,23 +104,16 @@ def spoil(what, number):
         "input": (x.at[3, 1].set(number), t, weights),
         "target": (x, t.at[3, 0].set(number), weights),
         "weight": (x, t, weights.at[3].set(number)),
-        "input of a case of weight 0": (
-            x.at[3, 1].set(number),
-            t,
-            weights.at[3].set(0),
-        ),
         "every input": (jnp.full_like(x, number), t, weights),
     }[what]
 
 
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize(
-    "what", ["input", "target", "weight", "input of a case of weight 0", "every input"]
-)
+@pytest.mark.parametrize("what", ["input", "target", "weight", "every input"])
 def test_bad_data_cost_one_zero_update_and_no_more(what, number):
     params, state, _ = train(PARAMS, TX.init(PARAMS), BATCH, 3)
     after, spoilt = step_of(TX)(params, state, spoil(what, number))
-    saturates = np.isinf(number) and "input" in what and "0" not in what
+    saturates = np.isinf(number) and "input" in what
     if not saturates:  # tanh(±∞) is a number; its derivative may be one, too.
         assert reason(spoilt) is Rejection.NONFINITE_GRADIENT
         assert spoilt.damping == pytest.approx(1.5 * float(state.damping))

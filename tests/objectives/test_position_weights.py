@@ -239,6 +239,12 @@ def test_float32_stays_float32_where_nothing_is_promoted():
             assert after < before
 
 
+def test_values_of_examples_do_not_know_their_weights():
+    f, weights = hfjax.Objective(by_position, SQUARED), WEIGHTS[:, 0]
+    values = f.case_values(PARAMS, (X[:, 0], SOFT[:, 0], weights))
+    assert_equal(values, f.case_values(PARAMS, (X[:, 0], SOFT[:, 0])))
+
+
 def test_values_of_examples_are_means_over_their_positions():
     values = INTEGERS.objective().case_values(PARAMS, INTEGERS.batch)
     each = rows(INTEGERS)[0].reshape(WEIGHTS.shape)
@@ -424,15 +430,89 @@ def test_positions_of_no_weight_may_hold_anything(name, plain):
         jax.tree.map(lambda x, y: close(x, y, rtol=1e-13), bad, clean)
 
 
-def test_outputs_that_are_nan_at_positions_of_no_weight_do_no_harm():
-    def model_fn(params, inputs):
-        x, counts = inputs
-        nan = jnp.where(counts, 0.0, jnp.nan)
-        return causal(params, x) + nan[..., None]
+PARTS = hfjax.losses.tree(
+    {"ours": INTEGER, "own": SQUARED, "optax": PLAIN["squared_error"]}
+)
 
-    f = hfjax.Objective(model_fn, INTEGER, weight_decay=DECAY)
+
+@pytest.mark.parametrize(
+    ("positions", "options"),
+    [
+        (False, {}),
+        (False, {"microbatch_size": 5}),
+        (False, {"whole_batch": True}),
+        (True, {"whole_batch": True}),
+    ],
+    ids=["plain", "microbatches", "whole_batch", "positions_of_a_whole_batch"],
+)
+def test_what_has_no_weight_may_hold_anything_in_every_part_of_a_tree(
+    positions, options
+):
+    def model_fn(params, inputs):
+        x, shift = inputs
+        z = by_position(params, x + (shift[:, None] if positions else shift))
+        return {"ours": z, "own": jnp.sin(z), "optax": jnp.cos(z)}
+
+    weights = WEIGHTS if positions else WEIGHTS[:, 0]
+    own = np.index_exp[:] if positions else np.index_exp[:, 0]
+    x, labels, soft, shift = X[own], LABELS[own], SOFT[own], X[:, 0]
+    f = hfjax.Objective(model_fn, PARTS, weight_decay=DECAY, **options)
+
+    def made_of(number, label):
+        empty = weights == 0
+        t = jnp.where(empty[..., None], number, soft)
+        targets = {"ours": jnp.where(empty, label, labels), "own": t, "optax": t}
+        unread = jnp.where(LENGTHS[:, None] == 0, number, shift)
+        return (jnp.where(empty[..., None], number, x), unread), targets, weights
+
+    model = _factors.read(f, PARAMS, made_of(0.0, 0), 100)[0]
+
+    @quick_jit
+    def found(params, batch):
+        (term,) = terms_of(f, batch)
+        key = jax.random.key(0)
+        return (
+            f.value_and_grad(params, batch),
+            hfjax.curvature.ggn(f, params, batch)(VECTOR),
+            hfjax.curvature.hessian(f, params, batch)(VECTOR),
+            hfjax.diagonals.ggn_exact(f, params, batch),
+            hfjax.diagonals.ggn_rademacher(f, params, batch, key=key),
+            jacobian(f, params, batch).rows,
+            _factors.factors(term, params, model, key=key),
+        )
+
+    clean = found(PARAMS, made_of(0.0, 0))
+    for number in (jnp.nan, jnp.inf):
+        bad = found(PARAMS, made_of(number, -100))
+        jax.tree.map(lambda x, y: close(x, y, rtol=1e-13), bad, clean)
+
+
+def with_nan(params, inputs):
+    """Make outputs that are NaN where nothing counts."""
+    x, counts = inputs
+    nan = jnp.where(counts, 0.0, jnp.nan)
+    return causal(params, x) + nan[..., None]
+
+
+def test_outputs_that_are_nan_at_positions_of_no_weight_do_no_harm():
+    f = hfjax.Objective(with_nan, INTEGER, weight_decay=DECAY)
     batch = ((X, WEIGHTS > 0), LABELS, WEIGHTS)
     assert_true(quick_jit(functools.partial(quantities, f))(PARAMS, batch, VECTOR))
+
+
+def test_outputs_that_are_nan_do_no_harm_to_a_function_of_the_whole_batch():
+    loss = PLAIN["integer"]
+    f = hfjax.Objective(with_nan, loss, weight_decay=DECAY, whole_batch=True)
+
+    @quick_jit
+    def found(params, batch):
+        value, gradient = f.value_and_grad(params, batch)
+        matrix = dense(hfjax.curvature.ggn(f, params, batch))
+        return Truth(value, ravel_pytree(gradient)[0], matrix)
+
+    ours = found(PARAMS, ((X, WEIGHTS > 0), LABELS, WEIGHTS))
+    for mine, theirs in zip(ours, truth(INTEGERS), strict=True):
+        close(mine, theirs)
 
 
 def test_finite_inputs_at_positions_of_no_weight_reach_the_others():

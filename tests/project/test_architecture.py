@@ -39,7 +39,7 @@ PACKAGES = {
         "_outer",
         "_repair",
         "_case_axes",
-        "_positions",
+        "positions",
         "loss",
         "matching",
         "likelihoods",

@@ -6,7 +6,8 @@ multiplied by wₚ, and its part of S by √wₚ.
 
 A position of weight 0 counts for nothing, whatever the model returns for it: its outputs
 are replaced by 0 before the loss sees them, and what the loss makes of them by 0
-afterwards. So NaN there reaches neither values nor derivatives.
+afterwards. So NaN there reaches neither values nor derivatives. Only a loss that compares
+examples reads what it can read there, and gets 0 for NaN and infinity alone.
 """
 
 import functools
@@ -36,7 +37,7 @@ def weighted_values(values: _Values) -> Callable[[Tree, _Pair], jax.Array]:
     @functools.wraps(values)
     def weighted(outputs: Tree, pair: _Pair) -> jax.Array:
         targets, weights = pair
-        found = jax.tree.leaves(values(_counted(outputs, weights), targets))
+        found = jax.tree.leaves(values(counted(outputs, weights), targets))
         _check(found, weights)
         dtype = trees.widest(jnp.float32, *(leaf.dtype for leaf in found))
         axes = weights.ndim
@@ -54,8 +55,8 @@ def whole_batch_values(
     """Build `(outputs, (targets, weights)) -> Σᵢ wᵢ Lᵢ`, of a batch that is one example.
 
     All leaves have a leading axis of length 1, which `fn` does not see. It may compare the
-    examples of the batch with one another, so outputs and targets of those of weight 0
-    reach it as they are. It returns Lᵢ, or unless `is_weighted` their mean.
+    examples of the batch with one another, so outputs of those of weight 0 reach it if
+    they are finite. It returns Lᵢ, or unless `is_weighted` their mean.
     """
 
     @functools.wraps(fn)
@@ -63,6 +64,7 @@ def whole_batch_values(
         outputs, (targets, weights) = jax.tree.map(
             lambda x: jax.lax.squeeze(x, (0,)), (outputs, pair)
         )
+        outputs = counted(outputs, weights, finite_stay=True)
         values = jnp.asarray(fn(outputs, targets))
         is_mean = values.ndim == 0 and not is_weighted
         if not is_mean and values.shape[: weights.ndim] != weights.shape:
@@ -96,23 +98,34 @@ def weighted_map(values: _Values, build: _Build, scale: _Scale) -> _Build:
     def weighted(outputs: Tree, pair: _Pair) -> Callable[[Tree], Tree]:
         targets, weights = pair
         _check(jax.tree.leaves(jax.eval_shape(values, outputs, targets)), weights)
-        product = build(_counted(outputs, weights), targets)
+        product = build(counted(outputs, weights), targets)
         times = functools.partial(_times, scale(weights))
         return lambda v: jax.tree.map(times, product(v))
 
     return weighted
 
 
-def _counted(outputs: Tree, weights: jax.Array) -> Tree:
-    """Replace outputs at positions of weight 0 by 0."""
+def counted(tree: Tree, weights: jax.Array, *, finite_stay: bool = False) -> Tree:
+    """Replace what stands at positions of weight 0 by 0; or only NaN and infinities there.
 
-    def leaf(z: jax.Array) -> jax.Array:
-        # Outputs that are not laid out by position belong to the whole example.
-        if z.shape[: weights.ndim] != weights.shape:
-            return z
-        return jnp.where(_like(weights, z) == 0, jnp.zeros((), z.dtype), z)
+    An entry that is not laid out by position belongs to several: it is replaced if all of
+    them have weight 0. Random keys stay.
+    """
 
-    return jax.tree.map(leaf, outputs)
+    def leaf(x: jax.Array) -> jax.Array:
+        is_float = jnp.issubdtype(x.dtype, jnp.inexact)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        if is_key or (finite_stay and not is_float):
+            return x
+        empty = weights == 0
+        while x.shape[: empty.ndim] != empty.shape:
+            empty = jnp.all(empty, axis=-1)
+        empty = _like(empty, x)
+        if finite_stay:
+            empty &= ~jnp.isfinite(x)
+        return jnp.where(empty, jnp.zeros((), x.dtype), x)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _times(weights: jax.Array, x: jax.Array) -> jax.Array:
