@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from problems import layers, normal
-from zoo.specimen import KEY, Specimen, half_squares, linen, of_logits, spread
+from zoo.specimen import KEY, Specimen, equinox, half_squares, linen, of_logits
 
 import hfjax
 
@@ -15,8 +15,9 @@ SQUARED = hfjax.losses.squared_error()
 
 def neural_ode():
     """Follow dy/dt = MLP(y) by four-stage Runge-Kutta steps, in a scan."""
-    field = eqx.nn.MLP(2, 2, 5, 1, activation=jax.nn.softplus, key=KEY)
-    params, rest = eqx.partition(field, eqx.is_inexact_array)
+    params, rest = equinox(
+        lambda: eqx.nn.MLP(2, 2, 5, 1, activation=jax.nn.softplus, key=KEY)
+    )
 
     def model_fn(params, start):
         field, h = eqx.combine(params, rest), 0.3
@@ -33,7 +34,7 @@ def neural_ode():
 
     rng = np.random.default_rng(0)
     batch = (normal(rng, 3, 2), normal(rng, 3, 3, 2))
-    return Specimen(model_fn, SQUARED, half_squares, spread(params), batch)
+    return Specimen(model_fn, SQUARED, half_squares, params, batch)
 
 
 class Siren(nn.Module):
@@ -79,16 +80,18 @@ def fno():
 def deeponet():
     """Map functions, known at five sensors, to their values at points that all share."""
     rng = np.random.default_rng(3)
-    branch = eqx.nn.MLP(5, 3, 4, 1, activation=jnp.tanh, key=KEY)
-    trunk = eqx.nn.MLP(1, 3, 4, 1, activation=jnp.tanh, key=KEY)
+    nets, rest = equinox(
+        lambda: [
+            eqx.nn.MLP(size, 3, 4, 1, activation=jnp.tanh, key=KEY) for size in (5, 1)
+        ]
+    )
     points = jnp.linspace(0, 1, 4)[:, None]
-    nets, rest = eqx.partition((branch, trunk), eqx.is_inexact_array)
 
     def model_fn(params, sensed):
         branch, trunk = eqx.combine(params["nets"], rest)
         return jax.vmap(branch)(sensed) @ jax.vmap(trunk)(points).T + params["shift"]
 
-    params = spread({"nets": nets, "shift": jnp.zeros(())})
+    params = {"nets": nets, "shift": normal(rng)}
     batch = (normal(rng, 3, 5), normal(rng, 3, 4))
     return Specimen(model_fn, SQUARED, half_squares, params, batch)
 

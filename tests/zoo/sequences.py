@@ -1,7 +1,5 @@
 """Networks for sequences: transformers, recurrent cells, experts, adapters."""
 
-import functools
-
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -12,8 +10,10 @@ from problems import normal
 from zoo.specimen import (
     KEY,
     Specimen,
+    equinox,
     half_squares,
     linen,
+    nnx_module,
     of_labels,
     spread,
     summed_over_labels,
@@ -107,15 +107,18 @@ def gemma():
 
 
 class Seq2Seq(nn.Module):
-    """An LSTM reads a sequence of some length, and another goes on from its state."""
+    """An LSTM reads a sequence of some length, and another goes on from its state.
+
+    The kernels of the first one's gates are concatenated.
+    """
 
     @nn.compact
     def __call__(self, inputs):
         source, lengths, target = inputs
-        cell = functools.partial(nn.LSTMCell, 3, param_dtype=float)
-        encoder = nn.RNN(cell(name="encoder"), return_carry=True)
+        cell = nn.OptimizedLSTMCell(3, param_dtype=float, name="encoder")
+        encoder = nn.RNN(cell, return_carry=True)
         carry, _ = encoder(jax.nn.one_hot(source, 3), seq_lengths=lengths)
-        decoder = nn.RNN(cell(name="decoder"))
+        decoder = nn.RNN(nn.LSTMCell(3, param_dtype=float, name="decoder"))
         states = decoder(jax.nn.one_hot(target, 3), initial_carry=carry)
         return nn.Dense(3, name="out")(states)
 
@@ -147,16 +150,16 @@ def of_probabilities(p, t):
 
 
 def gru():
-    cell = eqx.nn.GRUCell(2, 4, key=KEY)
-    model = Classifier(cell, eqx.nn.Linear(4, 1, key=KEY))
-    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    params, rest = equinox(
+        lambda: Classifier(eqx.nn.GRUCell(2, 4, key=KEY), eqx.nn.Linear(4, 1, key=KEY))
+    )
 
     def model_fn(params, x):
         return jax.vmap(eqx.combine(params, rest))(x)[:, 0]
 
     x = normal(np.random.default_rng(3), 3, 4, 2)
     batch = (x, jnp.array([1.0, 0.0, 1.0]))
-    return Specimen(model_fn, of_probabilities, of_probabilities, spread(params), batch)
+    return Specimen(model_fn, of_probabilities, of_probabilities, params, batch)
 
 
 class Experts(nn.Module):
@@ -230,7 +233,36 @@ class Adapted(nnx.Module):
 
 def lora():
     x = normal(np.random.default_rng(6), 3, 4)
-    model = Adapted(nnx.Rngs(0))
+    model = nnx_module(lambda: Adapted(nnx.Rngs(0)))
     params = spread(nnx.state(model, nnx.LoRAParam))
     model_fn = nnx_model_fn(model, wrt=nnx.LoRAParam)
     return Specimen(model_fn, LABELLED, of_labels, params, (x, jnp.array([2, 0, 1])))
+
+
+class Causal(nn.Module):
+    """A causal convolution whose kernel is normalised, as in a temporal network."""
+
+    @nn.compact
+    def __call__(self, x):
+        conv = nn.Conv(3, (2,), padding="CAUSAL", name="conv")
+        return nn.Dense(2, name="out")(jnp.tanh(nn.WeightNorm(conv)(x)))
+
+
+def weight_norm():
+    rng = np.random.default_rng(7)
+    x, t = normal(rng, 3, 4, 2), normal(rng, 3, 4, 2)
+    model_fn, params = linen(Causal(), x)
+
+    def held(params, x):
+        (scale,) = jax.tree.leaves(params["WeightNorm_0"])
+        v, b = params["conv"]["kernel"], params["conv"]["bias"]
+        length = jnp.sqrt(jnp.sum(v**2, axis=(0, 1)))
+        kernel = scale * v / jax.lax.stop_gradient(length)
+        y = nn.Conv(3, (2,), padding="CAUSAL").apply(
+            {"params": {"kernel": kernel, "bias": b}}, x
+        )
+        return nn.Dense(2).apply({"params": params["out"]}, jnp.tanh(y))
+
+    loss = hfjax.losses.squared_error()
+    batch = (x, t, jnp.array([1.0, 0.5, 2.0]))
+    return Specimen(model_fn, loss, half_squares, params, batch, held=held)

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from problems import normal
+from reference import quick_jit
 
 import hfjax
 
@@ -25,6 +28,9 @@ class Specimen(NamedTuple):
       batch: `(inputs, targets)` or `(inputs, targets, weights)`.
       damping: a λ for which the full step lowers f.
       routed: whether each position goes to some of several experts.
+      whole_batch: whether the outputs depend on the whole batch.
+      held: the model with what factors leave out held fixed: how the scale of a kernel
+        depends on the kernel. `None` if there is no such thing.
     """
 
     model_fn: Callable
@@ -34,30 +40,58 @@ class Specimen(NamedTuple):
     batch: tuple
     damping: float = 1.0
     routed: bool = False
+    whole_batch: bool = False
+    held: Callable | None = None
 
     @property
     def objective(self):
         """Return f as a user writes it."""
-        return hfjax.Objective(self.model_fn, self.loss)
+        return hfjax.Objective(self.model_fn, self.loss, whole_batch=self.whole_batch)
+
+    @property
+    def read(self):
+        """Return the model that factors are of; a whole batch is its only example."""
+        model_fn = self.held or self.model_fn
+        if not self.whole_batch:
+            return model_fn
+        return lambda params, inputs: model_fn(params, inputs[0])[None]
 
 
 def spread(tree, scale=0.3):
     """Return parameters in float64, none of which is where it was initialised."""
     rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda x: jnp.float64(x) + normal(rng, *x.shape, scale=scale), tree
-    )
+
+    def leaf(x):  # In NumPy, which compiles nothing for each shape.
+        return jnp.asarray(
+            np.asarray(x) + np.asarray(normal(rng, *x.shape, scale=scale))
+        )
+
+    return jax.tree.map(leaf, tree)
 
 
 def linen(module, inputs, **collections):
     """Return a linen module's `model_fn` and parameters."""
-    variables = module.init(KEY, inputs)
+    variables = quick_jit(module.init)(KEY, inputs)
     collections |= {k: spread(v) for k, v in variables.items() if k == "batch_stats"}
 
     def model_fn(params, inputs):
         return module.apply({"params": params, **collections}, inputs)
 
     return model_fn, spread(variables["params"])
+
+
+def nnx_module(make):
+    """Return an nnx module, whose initial values are computed by one program."""
+    graph, _ = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, quick_jit(lambda: nnx.state(make()))())
+
+
+def equinox(make):
+    """Return the parameters of an Equinox module, and what else it consists of."""
+    shapes = eqx.filter_eval_shape(make)
+    _, rest = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    params = quick_jit(lambda: eqx.filter(make(), eqx.is_inexact_array))()
+    return spread(params), rest
 
 
 def of_labels(logits, labels):

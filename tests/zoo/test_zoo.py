@@ -25,6 +25,7 @@ pytestmark = pytest.mark.every
 KEY = jax.random.key(4)
 ZOO = {
     "cnn": vision.cnn,
+    "cnn_in_training": functools.partial(vision.cnn, in_training=True),
     "vae": densities.vae,
     "tagger": sequences.tagger,
     "gemma": sequences.gemma,
@@ -44,9 +45,14 @@ ZOO = {
     "experts": sequences.experts,
     "scanned": sequences.scanned,
     "lora": sequences.lora,
+    "weight_norm": sequences.weight_norm,
 }
 LAYERS = {
     "cnn": {
+        "factors": "conv1/kernel conv2/kernel out/kernel",
+        "diagonal": "norm/bias norm/scale",
+    },
+    "cnn_in_training": {
         "factors": "conv1/kernel conv2/kernel out/kernel",
         "diagonal": "norm/bias norm/scale",
     },
@@ -114,10 +120,14 @@ LAYERS = {
         "factors": "first/lora/lora_a first/lora/lora_b last/lora/lora_a "
         "last/lora/lora_b"
     },
+    "weight_norm": {
+        "factors": "conv/kernel out/kernel",
+        "diagonal": "WeightNorm_0/conv/kernel/scale conv/bias",
+    },
 }
 """What each parameter gets; those that are left out are biases of kernels."""
 
-QUICK = ("siren", "contrastive", "lora")
+QUICK = ("siren", "contrastive", "lora", "weight_norm")
 each = pytest.mark.parametrize(
     "name",
     [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in ZOO],
@@ -192,12 +202,13 @@ class Compared:
 
     @functools.cached_property
     def known(self):
-        term, program = self.term, truth.Program(self.specimen)
-        targets = term.cases.targets
+        term, model_fn = self.term, self.specimen.read
+        inputs, targets, _ = term.cases
+        program = truth.Program(model_fn, self.params, inputs)
 
         def of_case(params, example, back):
             alone, back = jax.tree.map(lambda x: x[None], (example, back))
-            outputs, to_params = jax.vjp(lambda p: term.model_fn(p, alone), params)
+            outputs, to_params = jax.vjp(lambda p: model_fn(p, alone), params)
             again, to_uses, read = jax.vjp(
                 lambda added: program(example, added), program.zeros(), has_aux=True
             )
@@ -211,11 +222,12 @@ class Compared:
             drawn = probes.probes(term.means, term.cases, KEY)
             signs = jax.vmap(lambda key, z: drawn.signs(key, 0, z))(drawn.data, outputs)
             cases = jax.vmap(of_case, (None, 0, 0))(params, inputs, factor(signs))
-            return matrix_of(factor, outputs), *cases
+            return matrix_of(factor, outputs), outputs, *cases
 
-        found = jax.tree.map(np.asarray, run(self.params, term.cases.inputs))
-        root, (outputs, again), read, errors, gradients = found
-        assert_close(again, outputs, rtol=1e-9, atol=1e-12)
+        found = jax.tree.map(np.asarray, run(self.params, inputs))
+        root, outputs, (held, again), read, errors, gradients = found
+        for ours in (held, again):
+            assert_close([x[:, 0] for x in ours], jax.tree.leaves(outputs), 1e-9, 1e-12)
         uses = [
             (n, *derivatives, back)
             for reads, back in zip(read, errors, strict=True)
@@ -334,7 +346,8 @@ def test_factors_are_those_of_the_inputs_and_errors_of_each_position(name):
     z = compared(name)
     found, gradients = z.ours["blocks"], z.known.gradients
     share = z.weights / np.sum(z.weights)
-    for n in z.model.others:
+    # Those of a whole batch are means over several draws (objectives/test_whole_batch.py).
+    for n in () if z.specimen.whole_batch else z.model.others:
         right = np.tensordot(share, gradients[n] ** 2, 1)
         assert_near(found.diagonals[n], right)
     for layer, pair in zip(z.model.layers, found.pairs, strict=True):

@@ -67,12 +67,12 @@ def dense(specimen) -> Dense:
 class Program:
     """The unrolled program of a model for one example."""
 
-    def __init__(self, specimen):
-        self.leaves = jax.tree.leaves(specimen.params)
-        first = jax.tree.map(lambda x: x[0], specimen.batch[0])
+    def __init__(self, model_fn, params, inputs):
+        self.leaves = jax.tree.leaves(params)
+        first = jax.tree.map(lambda x: x[0], inputs)
         alone = jax.tree.map(lambda x: x[None], first)
         with jax.disable_jit():
-            self.program = jax.make_jaxpr(specimen.model_fn)(specimen.params, alone)
+            self.program = jax.make_jaxpr(model_fn)(params, alone)
         self.results: list[Any] = []
 
         def results(first):
@@ -225,9 +225,10 @@ def rows_of(places, read, some, errors) -> Rows | None:
         used.reshape(-1, units), used[::units, None] + np.arange(units)
     )
     order = results[np.argsort(unit, kind="stable")].reshape(-1, units, positions[0])
+    # Where units of a kernel are scaled, their errors have the scales.
+    scales = np.abs(some[..., places]).max(axis=(2, 3, 4))[:, order]
     # [cases, blocks, units, positions, inputs]
-    inputs = read[..., places].sum(axis=(2, 4))[:, order]
+    inputs = read[..., places].sum(axis=(2, 4))[:, order] / scales[..., None]
     np.testing.assert_allclose(inputs, np.broadcast_to(inputs[:, :, :1], inputs.shape))
-    return Rows(
-        used[::units] // units, inputs[:, :, 0], errors[:, order].swapaxes(2, 3)
-    )
+    errors = (errors[:, order] * scales).swapaxes(2, 3)
+    return Rows(used[::units] // units, inputs[:, :, 0], errors)

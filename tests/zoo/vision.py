@@ -8,7 +8,15 @@ import numpy as np
 import optax
 from flax import nnx
 from problems import normal
-from zoo.specimen import KEY, Specimen, linen, of_labels, spread
+from zoo.specimen import (
+    KEY,
+    Specimen,
+    equinox,
+    linen,
+    nnx_module,
+    of_labels,
+    spread,
+)
 
 import hfjax
 from hfjax.flax import nnx_model_fn
@@ -31,13 +39,24 @@ class CNN(nnx.Module):
         return self.out(x.reshape(x.shape[0], -1))
 
 
-def cnn():
-    model, x = CNN(nnx.Rngs(0)), normal(np.random.default_rng(0), 3, 6, 6, 1)
-    model(2 * jnp.float32(x))  # Statistics that are not those it starts with.
-    model.eval()
-    loss = optax.softmax_cross_entropy_with_integer_labels
+def cnn(*, in_training=False):
+    model = nnx_module(lambda: CNN(nnx.Rngs(0)))
+    x = normal(np.random.default_rng(0), 3, 6, 6, 1)
     params = spread(nnx.state(model, nnx.Param))
-    return Specimen(nnx_model_fn(model), loss, of_labels, params, (x, LABELS))
+    nnx.update(model, jax.tree.map(jnp.float64, nnx.state(model, nnx.BatchStat)))
+    if not in_training:
+        nnx.jit(CNN.__call__)(
+            model, 2 * x
+        )  # Statistics that are not those it starts with.
+        model.eval()
+    return Specimen(
+        nnx_model_fn(model, whole_batch=in_training),
+        optax.softmax_cross_entropy_with_integer_labels,
+        of_labels,
+        params,
+        (x, LABELS),
+        whole_batch=in_training,
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -94,10 +113,10 @@ class VisionTransformer(eqx.Module):
 
 def vit():
     x = normal(np.random.default_rng(2), 3, 1, 4, 4)
-    params, rest = eqx.partition(VisionTransformer(KEY), eqx.is_inexact_array)
+    params, rest = equinox(lambda: VisionTransformer(KEY))
     loss = optax.softmax_cross_entropy_with_integer_labels
 
     def model_fn(params, x):
         return jax.vmap(eqx.combine(params, rest))(x)
 
-    return Specimen(model_fn, loss, of_labels, spread(params), (x, LABELS))
+    return Specimen(model_fn, loss, of_labels, params, (x, LABELS))
