@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import hfjax
+from benchmarks import cli
 from benchmarks.suites import derivatives
 from benchmarks.suites.curves import PIXELS
 from benchmarks.suites.equations import EXPERIMENTS
@@ -128,11 +129,35 @@ def recurrent(cases: int | None) -> Problem:
     )
 
 
+def transformer(blocks: int, cases: int | None) -> Problem:
+    """Return a transformer whose blocks are in a scan."""
+    try:  # Only these problems need Flax.
+        from benchmarks.micro import transformers
+    except ImportError as error:
+        msg = f"{error}: pip install 'hfjax[flax]'"
+        raise cli.RefusedError(msg) from error
+    model, cases = transformers.Scanned(blocks), cases or 100
+    steps = _shape(cases, transformers.STEPS, transformers.SYMBOLS + 2)
+    params = jax.eval_shape(model.init, jax.random.key(0), steps)
+    return Problem(
+        f"a transformer of {blocks} blocks in a scan, {cases:,} sequences",
+        hfjax.Objective(
+            model.apply, hfjax.losses.softmax_cross_entropy_with_integer_labels()
+        ),
+        params,
+        (steps, jax.ShapeDtypeStruct(steps.shape[:2], int)),
+        (),  # How often its softmax is in a program depends on how XLA writes it.
+        1,
+    )
+
+
 PROBLEMS: dict[str, Callable[[int | None], Problem]] = {
     "autoencoder": curves,
     "readme": readme,
     "poisson": poisson,
     "recurrent": recurrent,
+    "transformer2": functools.partial(transformer, 2),
+    "transformer12": functools.partial(transformer, 12),
 }
 """By the name on the command line."""
 

@@ -57,6 +57,39 @@ class Transformer(nn.Module):
         return nn.Dense(SYMBOLS + 1)(nn.LayerNorm()(x))
 
 
+class Block(nn.Module):
+    """Attention and dense layers, normalised before each."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[cases, steps, width]` to an array of the same shape."""
+        x += nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x))
+        y = nn.Dense(HIDDEN)(nn.LayerNorm()(x))
+        return x + nn.Dense(WIDTH)(y * nn.sigmoid(y))
+
+
+class Scanned(nn.Module):
+    """A transformer whose blocks are one program, in a scan.
+
+    Attributes:
+      blocks: how many there are.
+    """
+
+    blocks: int
+
+    @nn.compact
+    def __call__(self, steps: jax.Array) -> jax.Array:
+        """Map `[cases, steps, features]` to logits of the symbols and the blank."""
+        stack = nn.scan(
+            lambda block, x: (block(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.blocks,
+        )
+        x, _ = stack(Block(), nn.Dense(WIDTH)(steps))
+        return nn.Dense(SYMBOLS + 1)(nn.LayerNorm()(x))
+
+
 def problem(
     key: jax.Array, cases: int, *, experts: bool
 ) -> tuple[hfjax.Objective, Any, Any]:
