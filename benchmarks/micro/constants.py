@@ -65,7 +65,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "equations": {
         f"corrections={count}": _exact(MOMENTUM, count) for count in (0, 4, 8, 16, 32)
     }
-    | {"corrections=16, momentum=None": _exact(None, 16)},
+    | {"corrections=16, momentum=None": _exact(None, 16)}
+    | {
+        f"longest={share}": {"damping": damping.searched(longest=share)}
+        for share in (None, 0.25, 0.5, 0.75)
+    },
 }
 """Options of `hessian_free` in each run."""
 

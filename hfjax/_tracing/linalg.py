@@ -102,6 +102,13 @@ def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @_one_by_one
+def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return U, S and Vᵀ of the shorter side's length, and S in descending order."""
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+@_one_by_one
 def cholesky(matrix: jax.Array) -> jax.Array:
     """Return the lower Cholesky factor, or NaN; only the lower triangle is read."""
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)

@@ -17,6 +17,10 @@ gets lower, or else −1, −2, …. The last step that was better is taken, by 
 | any other | | no, and the search ends |
 
 A step breaks M's promise if `lower` is given and f falls by less than this share of it.
+
+With `longest`, a step is *good* if f falls by at least this share of M's promise, and f is not
+compared otherwise. From a good step for p = 0, p = −1, −2, … are tried, and the last good one
+is taken; else p = 1, 2, … until one is good.
 """
 
 from typing import NamedTuple
@@ -32,6 +36,9 @@ from hfjax.solvers.descent import Run, Step
 _CREDIBLE = 10.0
 """f may fall by at most this many times what M predicts."""
 
+_LONGEST = 0.5
+"""`longest` for steps that are solved exactly (`benchmarks/results/equations.md`)."""
+
 _MORE = 1.1
 """Where f shows nothing, lower λ if M then falls by this many times as much."""
 
@@ -39,9 +46,10 @@ _MORE = 1.1
 def search_damping(
     factor: Number,
     tolerance: Number,
+    lower: Number | None,
+    longest: Number | str | None,
     max_tries: int,
     cases: int | None,
-    lower: Number | None,
 ) -> Backtracking:
     """Build the rule; the options are those of `hfjax.damping.searched`."""
 
@@ -49,6 +57,9 @@ def search_damping(
         at_damping = run.at_damping
         assert at_damping is not None, "other runs get another rule"
         dtype = before.value.dtype
+        exact = run.iterates is None and lower is None
+        by_default = _LONGEST if exact else None
+        share = by_default if isinstance(longest, str) else longest
 
         def damping_at(power: jax.Array) -> jax.Array:
             return before.scalar * jnp.asarray(factor, dtype) ** power
@@ -58,6 +69,8 @@ def search_damping(
             value = trees.finite_or_inf(evaluate(step.at())).astype(dtype)
             assert step.undamped is not None, "known for the steps of `at_damping`"
             candidate = _Candidate(value, -step.undamped.astype(dtype), step)
+            if share is not None:
+                return _next_longest(search, candidate, before, share)
             anchored = run.anchor is not None
             return _next(search, candidate, before, tolerance, lower, anchored=anchored)
 
@@ -153,6 +166,33 @@ def _breaks_promise(candidate: _Candidate, before: Before, lower: Number) -> jax
     promised, fall = candidate.promised, before.value - candidate.value
     enough = fall >= options.like(lower, promised) * promised
     return (promised > before.noise) & ~enough
+
+
+def _next_longest(
+    search: _Search, candidate: _Candidate, before: Before, share: Number
+) -> _Search:
+    """Judge a candidate by itself, and say which λ to try next."""
+    first, promised = search.tries == 0, candidate.promised
+    fall = before.value - candidate.value
+    predicted = (fall >= options.like(share, fall) * promised) & (promised > 0)
+    # Changes that f cannot show are good as long as steps get longer.
+    longer = first | (promised > _MORE * search.best.promised)
+    unseen = longer & (fall >= -before.noise)
+    good = jnp.where(promised > before.noise, predicted, unseen)
+    good &= ~(fall > _CREDIBLE * jnp.maximum(promised, before.noise))
+    down = jnp.where(first, good, search.trial < 0)
+    # If none is good, the best will do: the line search and the verdict on it follow.
+    as_low = candidate.value < search.best.value
+    better = first | good | (~down & as_low)
+    return _Search(
+        trial=search.trial + jnp.where(down, -1, 1).astype(search.trial.dtype),
+        power=jnp.where(better, search.trial, search.power),
+        best=trees.select(better, candidate, search.best),
+        lowest=search.lowest,
+        first_value=jnp.where(first, candidate.value, search.first_value),
+        tries=search.tries + 1,
+        going=good == down,
+    )
 
 
 def _slack(gain: jax.Array, noise: jax.Array, tolerance: Number) -> jax.Array:

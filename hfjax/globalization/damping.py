@@ -187,21 +187,24 @@ def searched(
     factor: Number = 4.0,
     tolerance: Number = 0.01,
     lower: Number | None = None,
+    longest: Number | str | None = "auto",
     max_tries: int = 8,
     cases: int | None = 2000,
     minimum: Number = 0.0,
+    matrix: str | DampingMatrix | Builder = "identity",
     structural: NumberOrSchedule | None = None,
     tied: bool = True,
 ) -> Damping:
-    """Search for the λ with the lowest f in every update.
+    """Search for the best λ in every update, by evaluating f.
 
     After a run with λ, the step for λ · `factor`^p is cheap: it takes a small system in
     the subspace of the run of conjugate gradients, or one more factorisation by
     `hfjax.sample_space`. f is evaluated at its end for p = 0, then 1, 2, … as long as f
     gets lower, or else −1, −2, …. The last step that was better is taken, and its λ is
-    used for the next update. So a λ that is wrong by orders of magnitude costs
-    evaluations of f, not updates. If λ makes no difference, the larger one is taken; with
-    momentum λ then stays, because the step tends to the last one, not to 0, as λ → ∞.
+    used for the next update. (`lower` and `longest` change what is better.) So a λ that is
+    wrong by orders of magnitude costs evaluations of f, not updates. If λ makes no
+    difference, the larger one is taken; with momentum λ then stays, because the step tends
+    to the last one, not to 0, as λ → ∞.
 
     λ is adapted by ρ, as in `levenberg_marquardt`, if the solver does not provide these
     steps, if another rule is passed as `backtracking`, or if the step is rejected or too
@@ -215,19 +218,26 @@ def searched(
         raised until f falls by this share, and no lower λ is taken where f falls by less,
         even if f is lowest there. Try 1/4 if the first updates have a ρ below 0.1 and
         later ones gain little, as with low-rank adapters. `None` compares f alone.
+      longest: take the longest step along which f falls by at least this share of what M
+        predicts, in place of the step to the lowest f. The lowest f of each update does not
+        make the lowest f of a run: in a narrow valley longer steps get further. `None`
+        compares f; `"auto"` is 0.5 for `hfjax.sample_space` without `lower`, else `None`.
       max_tries: the most evaluations of f.
       cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
         examples, f is evaluated on all of them.
       minimum: as in `levenberg_marquardt`.
+      matrix: D, as in `levenberg_marquardt`. A search needs D = I or, with
+        `hfjax.sample_space`, `"curvature_diagonal"`: classical Levenberg-Marquardt steps,
+        for parameters of very different scales.
       structural: as in `levenberg_marquardt`; μ stays the same during a search.
       tied: as in `levenberg_marquardt`.
 
     Returns:
-      The rule, with D = I.
+      The rule.
 
     Raises:
-      TypeError: if a count is not a Python integer.
-      ValueError: if an option is out of range.
+      TypeError: if a count is not a Python integer, or `matrix` has the wrong type.
+      ValueError: if an option is out of range, or a name is unknown.
 
     Example:
       λ = 100 is far too much for f = ½(x − 2)², and one run finds that out:
@@ -244,11 +254,18 @@ def searched(
     options.check_range("factor", factor, low=1.0, open_low=True)
     options.check_range("tolerance", tolerance, low=0.0, high=1.0)
     options.check_range("lower", lower, low=0.0, high=1.0)
+    if isinstance(longest, str):
+        options.check_choice("longest", longest, ("auto",))
+    else:
+        options.check_range("longest", longest, low=0.0, high=1.0, open_low=True)
+        if longest is not None and lower is not None:
+            msg = "Pass `lower` or `longest`: one asks for the lowest f, one does not."
+            raise ValueError(msg)
     options.check_count("max_tries", max_tries, low=1)
     if cases is not None:
         options.check_count("cases", cases, low=1)
     by_ratio = levenberg_marquardt(
-        init, minimum=minimum, structural=structural, tied=tied
+        init, minimum=minimum, matrix=matrix, structural=structural, tied=tied
     )
 
     def update(
@@ -263,7 +280,7 @@ def searched(
         found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
         return jnp.where(verdict.accepted, found, adapted)
 
-    search = search_damping(factor, tolerance, max_tries, cases, lower)
+    search = search_damping(factor, tolerance, lower, longest, max_tries, cases)
     return by_ratio._replace(update=update, backtracking=search)
 
 

@@ -53,9 +53,12 @@ class DampingMatrix(NamedTuple):
     Attributes:
       build: `(objective, params, batch, curvature, key) -> Matrix`, where `curvature` is
         v ↦ B v, and `key` a typed key, new in each update.
+      of_diagonal: diag(G) ↦ the diagonal of D, if D is diagonal and made of nothing else;
+        solvers that have the Jacobian need no `build` then.
     """
 
     build: Callable[..., Matrix]
+    of_diagonal: Callable[[Tree], Tree] | None = None
 
 
 Builder: TypeAlias = Callable[[Objective, Params, Batch], tuple[Matvec, Tree]]
@@ -119,6 +122,9 @@ def diagonal(
     options.check_range("exponent", exponent, low=0.0, high=1.0)
     options.check_range("kappa", kappa, low=0.0)
 
+    def entries_of(d: Tree) -> Tree:
+        return trees.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+
     def build(
         objective: Objective, params: Params, batch: Batch, _: Matvec, key: jax.Array
     ) -> Matrix:
@@ -130,14 +136,14 @@ def diagonal(
             few = most <= _FEW_OUTPUTS
             chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
         d = with_key(chosen, key)(objective, params, batch)
-        entries = trees.interpolate(d, exponent=exponent, kappa=kappa, scale=scale)
+        entries = entries_of(d)
 
         def matvec(v: Tree) -> Tree:
             return jax.tree.map(lambda d, x: (d * x).astype(x.dtype), entries, v)
 
         return Matrix(matvec, entries)
 
-    return DampingMatrix(build)
+    return DampingMatrix(build, entries_of if estimate is None else None)
 
 
 def reparameterization(original: Callable[[Params], Tree]) -> DampingMatrix:

@@ -105,10 +105,11 @@ class System(NamedTuple):
       preconditioner: `() -> (r ↦ P⁻¹r)`, or `() -> None`. The call builds P, so make it
         once, outside of loops; P is not built without it.
       jacobian: `() -> (J̃, weight_decay)`; the call computes the Jacobian of
-        `hfjax.sample_space`. `weight_decay` is a number, or a vector like `b`.
+        `hfjax.sample_space`. `weight_decay` is a number, a vector like `b`, or `None`.
       jacobian_size: `() -> (rows, columns, multiplications of a forward pass)`, as Python
         integers.
       tikhonov: whether D = I, so that steps for other λ can be found in a subspace.
+      of_diagonal: diag(J̃ᵀJ̃) ↦ D, if D is diagonal and made of that; else `None`.
     """
 
     matvec: Matvec
@@ -119,9 +120,10 @@ class System(NamedTuple):
     batch_value: ValueFn
     value_and_grad: ValueAndGradFn
     preconditioner: Callable[[], Preconditioner | None] = lambda: None
-    jacobian: Callable[[], tuple[Any, Tree]] | None = None
+    jacobian: Callable[[], tuple[Any, Tree | None]] | None = None
     jacobian_size: Callable[[], tuple[int, int, int]] | None = None
     tikhonov: bool = True
+    of_diagonal: Callable[[Tree], Tree] | None = None
 
 
 class RunStats(NamedTuple):

@@ -16,27 +16,18 @@ Each other λ costs one Cholesky factor, so `hfjax.damping.searched` works here,
 same factor corrects the step for the nonlinearity of the outputs (`corrections`), and one
 update then goes as far as tens without. Use it for fits to 1e-6 and far below, where G is
 ill-conditioned, as it is for differential equations.
+
+These matrices are squares of J̃, and a square has half of the digits: its rounding hides
+singular values of J̃ below √ε of the largest. Where λ is as small as that rounding, J̃
+itself is decomposed into singular values, which serve all λ of the update.
 """
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
-import optax
-from jax.flatten_util import ravel_pytree
 
-from hfjax._core import options, sharding, trees
-from hfjax._core.refusal import without_derivative
+from hfjax._core import options, trees
 from hfjax._core.types import NumberOrSchedule, Tree
-from hfjax._tracing import linalg
-from hfjax.curvature.jacobian import Jacobian
-from hfjax.solvers._correction import corrected
-from hfjax.solvers.descent import Reason, Run, RunStats, Solver, Step, System
-
-_ROUNDING = 100
-"""−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
+from hfjax.solvers._exact_steps import solved, solved_within
+from hfjax.solvers.descent import Run, Solver, System
 
 # 200 and the momentum were measured on differential equations
 # (`benchmarks/results/equations.md`).
@@ -56,11 +47,13 @@ def cholesky(
     momentum: NumberOrSchedule | None = None,
     corrections: int = 16,
 ) -> Solver:
-    """Solve for the direction exactly, by a Cholesky factor.
+    """Solve for the direction exactly, by a Cholesky factor, or by singular values.
 
-    (G + λI) δ = −∇f + λφ, where φ = `momentum` · (the last step): λ keeps the step near φ
-    instead of near 0. G is the Gauss-Newton matrix and D = I; no preconditioner is built.
-    The model needs derivatives in reverse mode only.
+    (G + λD) δ = −∇f + λDφ, where φ = `momentum` · (the last step): λ keeps the step near φ
+    instead of near 0. G is the Gauss-Newton matrix. D is I, or the diagonal of G if the
+    damping rule has `matrix="curvature_diagonal"`, as in the classical method of Levenberg
+    and Marquardt. No preconditioner is built. The model needs derivatives in reverse mode
+    only.
 
     The result is δ + c. With residuals r̃ such that J̃ᵀr̃ is the gradient of the loss, c
     corrects for the error of their linear model,
@@ -79,9 +72,11 @@ def cholesky(
     | its matrix, n rows | 2 n · rows · params |
     | each λ | n³ / 3; with several weight decays and J̃J̃ᵀ, also that matrix |
     | each correction | a forward pass, 4 · rows · params and 2 n² |
+    | singular values of J̃ | some 10 n · rows · params, and three copies of J̃ |
 
-    All of it is in float32 or wider. λ counts as at least ε times the trace of the
-    matrix.
+    All of it is in float32 or wider. J̃ is decomposed where λ starts below 1000 ε times the
+    trace of the matrix, and J̃ has at most 1e8 numbers; λ may then go down to (ε · rows)² or
+    (ε · params)² times the largest eigenvalue of the matrix, otherwise to ε times its trace.
 
     Args:
       space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"` of them.
@@ -133,9 +128,61 @@ def cholesky(
         return trees.scale(options.read(momentum, count), direction)
 
     def solve(system: System, x0: Tree | None) -> Run:
-        return _solve(system, x0, space, corrections)
+        return solved(system, x0, space, corrections)
 
     return Solver(start, solve, reads="jacobian")
+
+
+def trust_region(*, corrections: int = 16, scaled: bool = False) -> Solver:
+    """Solve exactly within a trust region, for `damping=hfjax.trust_region.radius()`.
+
+    δ minimises M over ‖δ‖ ≤ radius. It is the step of `cholesky` for the least λ ≥ 0 with
+    which it is so short, to a tenth of the radius. One decomposition of J̃, into singular
+    values, finds λ; so λ may be as low as the rounding of J̃ allows. Of δ + c and δ, the one
+    with the lower f is taken, and δ if c is longer than 0.375 ‖δ‖.
+
+    Apart from f and ∇f, an update costs J̃, its singular values (some 10 · rows · params ·
+    min(rows, params) operations), the corrections as in `cholesky`, and f twice. A search
+    for λ costs more and takes longer steps; a region holds back steps into places that M
+    knows nothing about. It is the better choice for models of few parameters that mean
+    something, from a start that may be far off.
+
+    Args:
+      corrections: as in `cholesky`.
+      scaled: measure δ by √D δ, where D is the diagonal of G: for parameters of very
+        different scales.
+
+    Returns:
+      The solver.
+
+    Raises:
+      TypeError: if `corrections` is not a Python integer.
+      ValueError: if it is negative.
+
+    Example:
+      A radius of 0.5, and a step of 1 without it:
+
+      >>> import hfjax, jax.numpy as jnp
+      >>> f = hfjax.Objective(lambda p, x: x * p, hfjax.losses.squared_error())
+      >>> region = hfjax.trust_region.radius(init=0.5)
+      >>> tx = hfjax.hessian_free(f, damping=region, solver=trust_region())
+      >>> params, batch = jnp.zeros(1), (jnp.ones((1, 1)), jnp.ones((1, 1)))
+      >>> value, grads = f.value_and_grad(params, batch)
+      >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> print(updates.round(3), state.damping)  # the next radius
+      [0.5] 0.75
+
+    References:
+      Moré (1978), "The Levenberg-Marquardt algorithm: implementation and theory".
+    """
+    options.check_count("corrections", corrections, low=0)
+
+    def solve(system: System, _: Tree | None) -> Run:
+        if scaled and system.of_diagonal is None:
+            system = system._replace(of_diagonal=lambda diagonal: diagonal)
+        return solved_within(system, corrections)
+
+    return Solver(lambda *_: None, solve, scalar="radius", reads="jacobian")
 
 
 def where_small(otherwise: Solver) -> Solver:
@@ -192,157 +239,3 @@ def _is_small(system: System) -> bool:
     cost = rows * columns * min(rows, columns)
     worth = cost <= max(_WORTH * 3 * forward, _NOTHING)
     return worth and rows * columns <= _MOST_NUMBERS
-
-
-def _solve(system: System, before: Tree | None, space: str, corrections: int) -> Run:
-    """Solve with the λ of the run, and return how to solve with others."""
-    assert system.jacobian is not None, "every update provides it"
-    jacobian, decays = system.jacobian()
-    decay, excess = _split(decays)
-    rows, columns = len(jacobian.residuals), optax.tree.size(system.b)
-    in_samples = space == "samples" or (space == "smaller" and rows <= columns)
-    build = _in_samples if in_samples else _in_parameters
-    matrix = build(jacobian, decay, excess, system.b, before)
-    b, dtype = system.b, trees.scalar_dtype(system.b)
-
-    def at_damping(damping: jax.Array) -> Step:
-        change, inverse = matrix.solve(damping)
-        step = change if before is None else trees.add(change, before)
-        correction = None
-        if corrections:
-            correction = corrected(jacobian, inverse, step, corrections)
-        square = trees.dot(step, step)
-        curved = jnp.sum(jnp.square(jacobian.product(step))) + decay * square
-        if excess is not None:
-            curved += trees.dot(step, _times(excess, step)).astype(curved.dtype)
-        undamped = (0.5 * curved - trees.dot(b, step)).astype(dtype)
-        model = undamped + (0.5 * system.scalar * square).astype(dtype)
-        return Step(step, model, jnp.ones((), jnp.int32), correction, undamped)
-
-    # The step is not tested: if other λ are tried, the one for this λ is never used.
-    finite = jnp.isfinite(matrix.trace) & jnp.isfinite(jnp.sum(jacobian.residuals))
-    reason = jnp.where(finite, Reason.RESIDUAL_ZERO, Reason.NONFINITE)
-    last = without_derivative("A corrected step", at_damping(system.scalar))
-    models = jnp.stack([jnp.zeros((), dtype), last.model])
-    stats = RunStats(jnp.ones((), jnp.int32), reason.astype(jnp.int32), models)
-    return Run(last, stats, at_damping=at_damping, anchor=before)
-
-
-class _System(NamedTuple):
-    """(J̃ᵀJ̃ + μI) δ = −∇f, for any λ."""
-
-    # λ ↦ δ − φ, and u ↦ (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu by the same factor.
-    solve: Callable[[jax.Array], tuple[Tree, Callable[[jax.Array], Tree]]]
-    # That of the matrix, which tells whether all of it is finite.
-    trace: jax.Array
-
-
-def _split(decays: Tree) -> tuple[jax.Array, Tree | None]:
-    """Return the least weight decay, and the excess of each parameter's, if any."""
-    if jax.tree_util.all_leaves([decays]) and jnp.ndim(decays) == 0:
-        return jnp.asarray(decays), None
-    dtype = trees.scalar_dtype(decays)
-    least = [jnp.min(x, initial=jnp.inf) for x in jax.tree.leaves(decays)]
-    least = jnp.min(jnp.stack([x.astype(dtype) for x in least]))
-    return least, jax.tree.map(lambda x: x - least.astype(x.dtype), decays)
-
-
-def _times(numbers: Tree, vectors: Tree) -> Tree:
-    """Multiply a vector, or a stack of them, entry by entry."""
-
-    def leaf(number: jax.Array, x: jax.Array) -> jax.Array:
-        number = number.astype(x.dtype)
-        return (number if x.ndim == number.ndim else number[None]) * x
-
-    return jax.tree.map(leaf, numbers, vectors)
-
-
-def _in_samples(
-    jacobian: Jacobian,
-    decay: jax.Array,
-    excess: Tree | None,
-    b: Tree,
-    before: Tree | None,
-) -> _System:
-    """Solve with J̃W⁻¹J̃ᵀ."""
-    # `within` is c in the module's notation, and `beyond` is d. Residuals have the dtype
-    # of the outputs, rows that of the parameters.
-    within = -jacobian.residuals.astype(trees.scalar_dtype(jacobian.rows))
-    # d is not 0 if ∇f is of other data than J̃, or has a part from weight decay. If it is
-    # only rounding, it is set to 0, because the step contains d / μ.
-    spanned = trees.cast_like(jacobian.transpose(within), b)
-    beyond = jax.tree.map(jnp.subtract, b, spanned)
-    eps = jnp.finfo(within.dtype).eps
-    size = trees.norm(b) + trees.norm(spanned)
-    seen = trees.norm(beyond) > _ROUNDING * eps * size
-    beyond = jax.tree.map(lambda x: jnp.where(seen, x, 0), beyond)
-    # For δ − φ, the right-hand side loses (J̃ᵀJ̃ + weight_decay · I) φ.
-    if before is not None:
-        within -= jacobian.product(before).astype(within.dtype)
-        beyond = trees.axpy(-decay, before, beyond)
-        if excess is not None:
-            beyond = jax.tree.map(jnp.subtract, beyond, _times(excess, before))
-    along = jacobian.product(beyond)
-    matrix = trees.gram(jacobian.rows, jacobian.rows)
-
-    def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
-        weigh, scaled, along_d, mu = lambda x: x, matrix, along, damping + decay
-        if excess is not None:
-            # W depends on λ, and so does the matrix, which is computed again for each.
-            mu = jnp.maximum(mu.astype(matrix.dtype), linalg.least_damping(matrix))
-            weigh = functools.partial(_times, _inverse_weights(mu, excess))
-            scaled = trees.gram(weigh(jacobian.rows), jacobian.rows)
-            along_d = jacobian.product(weigh(beyond))
-        factor, mu = linalg.damped_cholesky(scaled, mu)
-
-        def inverse(u: jax.Array) -> Tree:
-            u = u.astype(matrix.dtype)
-            solved = jacobian.transpose(linalg.cho_solve(factor, u))
-            return weigh(sharding.like(trees.cast_like(solved, beyond), beyond))
-
-        step = trees.axpy(1 / mu, weigh(beyond), inverse(within - along_d / mu))
-        return step, inverse
-
-    return _System(solve, jnp.trace(matrix))
-
-
-def _inverse_weights(mu: jax.Array, excess: Tree) -> Tree:
-    """Return the diagonal of W⁻¹, for μ > 0."""
-    return jax.tree.map(lambda x: mu.astype(x.dtype) / (mu.astype(x.dtype) + x), excess)
-
-
-def _in_parameters(
-    jacobian: Jacobian,
-    decay: jax.Array,
-    excess: Tree | None,
-    b: Tree,
-    before: Tree | None,
-) -> _System:
-    """Solve with J̃ᵀJ̃ + `excess`; the parameters, which are few, form one vector."""
-    dtype = trees.widest(*(leaf.dtype for leaf in jax.tree.leaves((jacobian.rows, b))))
-
-    def in_one(tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-    rows = jax.vmap(lambda row: ravel_pytree(row)[0])(in_one(jacobian.rows))
-    matrix = sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
-    if excess is not None:
-        matrix += jnp.diag(ravel_pytree(in_one(excess))[0])
-    rhs, unravel = ravel_pytree(in_one(b))
-    if before is not None:
-        phi = ravel_pytree(in_one(before))[0]
-        rhs -= jnp.matmul(matrix, phi, precision=trees.EXACT) + decay * phi
-
-    def solve(damping: jax.Array) -> tuple[Tree, Callable[[jax.Array], Tree]]:
-        factor, _ = linalg.damped_cholesky(matrix, damping + decay)
-
-        def solved(rhs: jax.Array) -> Tree:
-            found = unravel(linalg.cho_solve(factor, rhs).astype(rhs.dtype))
-            return trees.cast_like(found, b)
-
-        def inverse(u: jax.Array) -> Tree:
-            return solved(ravel_pytree(in_one(jacobian.transpose(u)))[0])
-
-        return solved(rhs), inverse
-
-    return _System(solve, jnp.trace(matrix))

@@ -81,9 +81,10 @@ def fitted(
         check_part("preconditioner", preconditioner, PreconditionerRule, none=True)
     check_curvature(objective, damping, curvature)
 
-    # Exact solvers build G + λI from the Jacobian: B and D must be the plain ones.
-    plain = curvature is ggn and damping.matrix is identity()
-    chosen = _solver_of(solver, damping, plain=plain)
+    # Exact solvers make G and D of the Jacobian.
+    made = damping.matrix is identity() or _is_of_diagonal(damping)
+    made |= damping.scalar == "radius" == getattr(solver, "scalar", None)
+    chosen = _solver_of(solver, damping, plain=curvature is ggn and made)
     _check_scalars(chosen, damping)
     asks = chosen.reads == "products"
     if isinstance(preconditioner, str):
@@ -149,7 +150,8 @@ def check_curvature(objective: Objective, damping: Damping, curvature: Any) -> N
 def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver:
     """Return the solver, or raise an error if it cannot solve with B and D.
 
-    `plain` says whether B is the Gauss-Newton matrix and D the identity.
+    `plain` says whether B is the Gauss-Newton matrix, and D the identity or made of the
+    diagonal of B.
     """
     options.check_choice(
         "solver.reads", getattr(solver, "reads", "products"), ("products", "jacobian")
@@ -164,16 +166,23 @@ def _solver_of(solver: Solver | str, damping: Damping, *, plain: bool) -> Solver
     if solver.reads == "products" or plain:
         return solver
     came = "another `curvature`"
-    if damping.matrix is not identity():
-        came = "a damping matrix"
+    if not (damping.matrix is identity() or _is_of_diagonal(damping)):
+        came = "another damping matrix"
         if damping.scalar == "radius":
-            came = "a trust-region radius: pass `damping=hfjax.damping.searched()`"
+            came = "a trust-region radius: take `sample_space.trust_region()`"
     msg = (
-        "`solver=sample_space.cholesky()` solves with G + λI: it needs "
+        "`solver=sample_space.cholesky()` solves with G + λD: it needs "
         "`curvature=hfjax.curvature.ggn` and `damping` with "
-        f'`matrix="identity"`, got {came}. Take `cg.conjugate_gradient()`, or `"auto"`.'
+        '`matrix="identity"`, or without structural damping `"curvature_diagonal"`, got '
+        f'{came}. Take `cg.conjugate_gradient()`, or `"auto"`.'
     )
     raise ValueError(msg)
+
+
+def _is_of_diagonal(damping: Damping) -> bool:
+    """Return whether D is made of diag(G), which the Jacobian shows without its penalty."""
+    made = getattr(damping.matrix, "of_diagonal", None)
+    return made is not None and damping.structural is None
 
 
 def _check_scalars(solver: Solver, damping: Damping) -> None:

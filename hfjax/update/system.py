@@ -172,6 +172,7 @@ def assemble(
         jacobian=lambda: _written_out(point, mu, packed),
         jacobian_size=lambda: jacobian.size(objective, params, batch),
         tikhonov=rule.matrix is identity(),
+        of_diagonal=_of_diagonal(rule, packed),
     )
     return Assembled(point, system, packed, penalty, memory)
 
@@ -211,6 +212,14 @@ def _damping(
         distance = ggn(hidden_distance(objective), params, batch)
         penalties.append((mu, of_vectors("matvec", distance)))
     return total, diagonal, penalties
+
+
+def _of_diagonal(rule: Damping, packed: Packing) -> Callable[[Tree], Tree] | None:
+    """Return packed diag(G) ↦ packed D, if D is made of that alone."""
+    made = None if rule.matrix is None else rule.matrix.of_diagonal
+    if made is None:
+        return None
+    return lambda d: packed.pack(made(packed.unpack(d)))
 
 
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
@@ -276,7 +285,7 @@ def _lazily(
 
 def _written_out(
     point: Point, mu: jax.Array | None, packed: Packing
-) -> tuple[Jacobian, Tree]:
+) -> tuple[Jacobian, Tree | None]:
     """Compute J̃ of f and of the structural penalty, packed, and the weight decay."""
     objective, params, batch = point.objective, point.params, point.batch
     found = jacobian.jacobian(objective, params, batch)
@@ -289,6 +298,8 @@ def _written_out(
     )
     none = jnp.zeros((), point.scalar.dtype)
     decay = with_decays(terms_of(objective, batch), none, params)
+    if decay is none:  # All of it is known to be 0.
+        return of_rows, None
     return of_rows, decay if jax.tree_util.all_leaves([decay]) else packed.pack(decay)
 
 

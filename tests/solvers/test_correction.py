@@ -18,7 +18,7 @@ from test_sample_space import exact_system
 import hfjax
 from hfjax import damping, sample_space
 from hfjax.objectives.objective import weighted_sum
-from hfjax.solvers import _correction
+from hfjax.solvers import _exact_steps
 
 SPACES = ("samples", "parameters")
 SQUARED_ERROR = hfjax.losses.squared_error()
@@ -197,7 +197,7 @@ def test_terms_of_a_sum_and_the_last_step_are_part_of_it(momentum):
 
 def test_the_first_correction_of_a_short_step_is_the_geodesic_acceleration(monkeypatch):
     """C = −½ (J̃ᵀJ̃ + λI)⁻¹ J̃ᵀ d²r/dt² along δ, but for third derivatives."""
-    monkeypatch.setattr(_correction, "_ENOUGH", 0.0)
+    monkeypatch.setattr(_exact_steps, "_ENOUGH", 0.0)
     f, params, batch = bent()
     strong = 1e5
     straight, bending = (

@@ -121,7 +121,7 @@ def test_an_update_starts_from_the_last_step_and_hands_its_own_on():
     np.testing.assert_allclose(flat(second), flat(x), rtol=1e-9)
 
 
-def two_terms():
+def two_terms(weight_decay=0.0):
     """Return a sum of a slope and values, its batch, parameters and residuals."""
     rng = np.random.default_rng(0)
     params = {
@@ -138,7 +138,7 @@ def two_terms():
     f = weighted_sum(
         [
             (0.5, hfjax.Objective(slopes, SQUARED_ERROR)),
-            (4.0, hfjax.Objective(values, SQUARED_ERROR)),
+            (4.0, hfjax.Objective(values, SQUARED_ERROR, weight_decay=weight_decay)),
         ]
     )
     x, y = (jnp.asarray(rng.normal(size=(n, 1))) for n in (6, 3))
@@ -153,6 +153,109 @@ def two_terms():
         )
 
     return f, params, batch, residuals
+
+
+def ill_conditioned(rows, columns):
+    """Return J with singular values from 1 to 1e-12, and c, as large in each direction."""
+    rng = np.random.default_rng(rows)
+    few = min(rows, columns)
+    left, right = (np.linalg.qr(rng.normal(size=(n, few)))[0] for n in (rows, columns))
+    scales = np.geomspace(1, 1e-12, few)
+    return (left * scales) @ right.T, left @ (scales * rng.normal(size=few))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 6), (6, 9), (7, 7)])
+@pytest.mark.parametrize("searched", [1.0, 100.0])
+def test_below_the_rounding_of_the_square_the_step_is_that_of_the_jacobian(
+    rows, columns, searched
+):
+    """Of a λ of 1e-18 of the largest eigenvalue: its square has lost six of the scales."""
+    j, c = ill_conditioned(rows, columns)
+    tiny = 1e-18
+    x, t = jnp.asarray(j * np.sqrt(rows)), jnp.asarray(c * np.sqrt(rows))
+    objective = hfjax.Objective(lambda p, x: x @ p, SQUARED_ERROR)
+    solver = sample_space.cholesky(corrections=0)
+    system = exact_system(objective, jnp.zeros(columns), (x, t), searched * tiny)
+    found = solver.solve(system, None).at_damping(jnp.float64(tiny)).direction
+    augmented = np.concatenate([j, np.sqrt(tiny) * np.eye(columns)])
+    step = np.linalg.lstsq(augmented, np.concatenate([c, np.zeros(columns)]), rcond=0)
+    np.testing.assert_allclose(found, step[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("weak", [1.0, 1e-15])
+@pytest.mark.parametrize("marquardt", [False, True])
+def test_weight_decay_and_marquardts_matrix_are_those_of_the_dense_system(
+    space, weak, marquardt
+):
+    """(G + β + λD) δ = −∇f with several β, M there, and so if λ is below the rounding."""
+    f, params, batch, residuals = two_terms({"v": 0.01, "w": 0.2})
+    theta, unravel = ravel_pytree(params)
+    j = np.asarray(jax.jacfwd(lambda p: residuals(unravel(p)))(theta))
+    betas = 4 * np.repeat([0.01, 0.2], 5)  # The second term counts four times.
+    solver = sample_space.cholesky(space=space, corrections=0)
+    name = "curvature_diagonal" if marquardt else "identity"
+    rule = damping.constant(LAMBDA * weak, matrix=name)
+    found, state = step_of(f, params, batch, solver, damping=rule)
+    matrix = j.T @ j + np.diag(betas)
+    b = -j.T @ np.asarray(residuals(params)) - betas * np.asarray(theta)
+    d = np.diag(matrix) if marquardt else np.ones(10)
+    step = np.linalg.solve(matrix + weak * LAMBDA * np.diag(d), b)
+    np.testing.assert_allclose(flat(found), step, rtol=1e-6)
+    predicted = 0.5 * step @ matrix @ step - b @ step
+    np.testing.assert_allclose(state.info.predicted_change, predicted, rtol=1e-8)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(9, 5), (5, 9)])
+def test_in_a_trust_region_it_is_the_least_damped_step_that_is_short_enough(
+    rows, columns, scaled
+):
+    """(G + λD) δ = −∇f with λ ≥ 0, and ‖√D δ‖ close to the radius unless λ is 0."""
+    rng = np.random.default_rng(0)
+    j = rng.normal(size=(rows, columns)) * np.geomspace(1, 100, columns)
+    c = rng.normal(size=rows)
+    batch = tuple(jnp.asarray(np.sqrt(rows) * x) for x in (j, c))
+    objective = hfjax.Objective(lambda p, x: x @ p, SQUARED_ERROR)
+    solver = sample_space.trust_region(corrections=0, scaled=scaled)
+    d = np.sum(j**2, axis=0) if scaled else np.ones(columns)
+    whole = np.linalg.lstsq(j / np.sqrt(d), c)[0]
+    for share in (0.1, 0.5, 2.0):
+        radius = share * np.linalg.norm(whole)
+        run = solver.solve(
+            exact_system(objective, jnp.zeros(columns), batch, radius), None
+        )
+        found = np.sqrt(d) * run.last.direction
+        inside = run.stats.reason == hfjax.cg.Reason.RESIDUAL_ZERO
+        assert inside == (share > 1)
+        left = (j / np.sqrt(d)).T @ (c - j @ run.last.direction)
+        if inside:
+            np.testing.assert_allclose(found, whole, rtol=1e-9)
+            continue
+        length = np.linalg.norm(found)
+        assert 0.9 * radius <= length <= (1 + 1e-12) * radius
+        lam = (found @ left) / length**2
+        assert lam > 0
+        np.testing.assert_allclose(left, lam * found, rtol=1e-7, atol=1e-9)
+
+
+def test_in_a_trust_region_a_correction_is_short_and_pays():
+    """Or it is left out; the plain step of this problem is corrected by a tenth."""
+    f, params, batch, _ = two_terms()
+    steps = {}
+    for radius in (0.1, 1.0, 3.0):
+        for corrections in (0, 16):
+            solver = sample_space.trust_region(corrections=corrections)
+            rule = hfjax.trust_region.radius(init=radius)
+            steps[corrections], _ = step_of(f, params, batch, solver, damping=rule)
+        plain, bent = (flat(steps[n]) for n in (0, 16))
+        assert np.linalg.norm(bent - plain) <= 0.375 * np.linalg.norm(plain)
+        ends = [
+            f.value(jax.tree.map(jnp.add, params, x), batch) for x in steps.values()
+        ]
+        assert ends[1] <= ends[0]
+        if radius == 0.1:
+            assert np.any(bent != plain)
 
 
 @pytest.mark.slow
@@ -187,32 +290,46 @@ def test_terms_of_a_sum_are_rows_of_one_system(space):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
-def test_other_lambdas_are_searched_as_with_conjugate_gradients(space):
-    """The λ that is found, of the powers of 4 around, is that of the lowest f."""
+@pytest.mark.parametrize(
+    ("longest", "first"), [(None, 100.0), (0.9, 100.0), (0.9, 1e-4), ("auto", 1e-6)]
+)
+def test_other_lambdas_are_searched_as_with_conjugate_gradients(space, longest, first):
+    """By the lowest f, or by the longest step that M predicts, of the powers of 4."""
     f, params, batch, residuals = two_terms()
     found, state = step_of(
         f,
         params,
         batch,
         sample_space.cholesky(space=space, corrections=0),
-        damping=hfjax.damping.searched(init=100.0, tolerance=0.0),
+        damping=hfjax.damping.searched(init=first, tolerance=0.0, longest=longest),
         backtracking="auto",
     )
     theta, unravel = ravel_pytree(params)
     r, j = residuals(params), jax.jacfwd(lambda p: residuals(unravel(p)))(theta)
 
-    def value(damping):
+    def look(power):
+        damping = first * 4.0**power
         step = np.linalg.solve(j.T @ j + damping * np.eye(len(theta)), -j.T @ r)
-        return 0.5 * np.sum(np.square(residuals(unravel(theta + step)))), step
+        there = 0.5 * np.sum(np.square(residuals(unravel(theta + step))))
+        model = 0.5 * np.sum(np.square(j @ step + r))
+        start = 0.5 * np.sum(np.square(r))
+        return step, there, (start - there) / (start - model)
 
-    tried = [value(100.0 / 4.0**k) for k in range(7)]
-    values = [one for one, _ in tried]
-    # Down from 100 while f falls.
-    best = next(k for k in range(7) if k == 6 or values[k + 1] >= values[k])
-    assert best > 0
-    np.testing.assert_allclose(state.damping, 100.0 / 4.0**best, rtol=1e-12)
-    np.testing.assert_allclose(flat(found), tried[best][1], rtol=1e-7)
-    np.testing.assert_allclose(state.info.value_after, values[best], rtol=1e-7)
+    if longest is None:  # Down from 100 while f falls.
+        best = next(k for k in range(7) if k == 6 or look(-k - 1)[1] >= look(-k)[1])
+        assert best > 0
+        best = -best
+    else:
+        least = 0.5 if longest == "auto" else longest
+        good = [look(k)[2] >= least for k in range(-8, 8)]
+        # Down to the last good one without a gap, or up to the first.
+        up, down = good[8:], good[8::-1]
+        best = 1 - down.index(False) if good[8] else up.index(True)
+        assert best != 0
+    step, value, _ = look(best)
+    np.testing.assert_allclose(state.damping, first * 4.0**best, rtol=1e-12)
+    np.testing.assert_allclose(flat(found), step, rtol=1e-7)
+    np.testing.assert_allclose(state.info.value_after, value, rtol=1e-7)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -316,8 +433,9 @@ def test_auto_is_exact_where_a_matrix_is_small_and_else_conjugate_gradients(
     assert iterations() == (1, hfjax.cg.Reason.RESIDUAL_ZERO)
     # What a matrix of outputs does not solve.
     assert iterations(curvature=hfjax.curvature.hessian)[0] > 1
-    by_diagonal = damping.levenberg_marquardt(matrix="curvature_diagonal")
-    assert iterations(damping=by_diagonal)[0] > 1
+    for matrix, exactly in (("curvature", False), ("curvature_diagonal", True)):
+        rule = damping.levenberg_marquardt(matrix=matrix)
+        assert (iterations(damping=rule)[0] == 1) == exactly
     monkeypatch.setattr(sample_space, "_NOTHING", 0)
     assert iterations()[0] == 1
     monkeypatch.setattr(sample_space, "_WORTH", 0)
@@ -340,10 +458,10 @@ def test_what_it_does_not_solve_is_refused():
     objective, exact = PROBLEMS[0].objective(), sample_space.cholesky()
     for options in (
         {"curvature": hfjax.curvature.hessian},
-        {"damping": damping.levenberg_marquardt(matrix="curvature_diagonal")},
+        {"damping": damping.levenberg_marquardt(matrix="curvature")},
         {"damping": hfjax.trust_region.radius()},
     ):
-        with pytest.raises(ValueError, match=r"solves with G \+ λI"):
+        with pytest.raises(ValueError, match=r"solves with G \+ λD"):
             hfjax.hessian_free(objective, solver=exact, **options)
     with pytest.raises(ValueError, match=r"`solver` must be one of 'auto'"):
         hfjax.hessian_free(objective, solver="cholesky")

@@ -51,6 +51,7 @@ SOLVERS = {
     ),
     "krylov": hfjax.krylov.subspace_descent(dimension=5),
     "cholesky": hfjax.sample_space.cholesky(),
+    "exact_region": hfjax.sample_space.trust_region(),
     "auto": "auto",
     "own": cg.Solver(*CG[:3]),
 }
@@ -93,21 +94,24 @@ ADAPTED = {
     "own_searched",
 }
 """One that declares nothing may adapt."""
-MATRICES = {"constant_curvature", "lm_diagonal", "own_searched"}
+REGIONS = {"region", "ball", "exact_region"}
 ALL = list(itertools.product(SOLVERS, RULES, CHOICES, PRECONDITIONERS))
 
 
 def refusal(solver, rule, choice, preconditioner):
     """Say what a combination is refused with; `None` if it is admitted."""
-    if solver == "cholesky" and rule in {*MATRICES, "radius"}:
-        return r"solves with G \+ λI"
-    if solver in {"region", "ball"} and rule != "radius":
+    exact = solver in {"cholesky", "exact_region"}
+    if exact and (
+        rule == "constant_curvature" or (solver, rule) == ("cholesky", "radius")
+    ):
+        return r"solves with G \+ λD"
+    if solver in REGIONS and rule != "radius":
         return r"Pass `damping=hfjax.trust_region.radius\(\)`"
-    if rule == "radius" and solver not in {"region", "ball"}:
+    if rule == "radius" and solver not in REGIONS:
         return r"Pass `damping=hfjax.damping.searched\(\)` or `levenberg_marquardt\(\)`"
     if solver == "krylov" and rule in ADAPTED:
         return r"Pass `damping=hfjax.damping.constant\(0.0\)`"
-    if solver == "cholesky" and preconditioner not in {"default", "none"}:
+    if exact and preconditioner not in {"default", "none"}:
         return "`solver` never asks for one"
     return None
 
@@ -221,8 +225,8 @@ def test_the_admitted_combinations_take_the_step_of_the_dense_matrix(names):
             "got another `curvature`",
         ),
         (
-            {"solver": SOLVERS["cholesky"], "damping": RULES["lm_diagonal"]},
-            "got a damping matrix",
+            {"solver": SOLVERS["cholesky"], "damping": RULES["constant_curvature"]},
+            "got another damping matrix",
         ),
         (
             {
