@@ -1,4 +1,4 @@
-"""A tanh network, and its derivatives by the coordinates in one sweep.
+"""A network, and derivatives by the coordinates in one sweep.
 
 A partial differential equation contains u, ∇u and Δu at many points. `of_network` carries
 all three through the layers together (the forward Laplacian; Li et al., 2023). An affine
@@ -9,14 +9,18 @@ layer maps each of them affinely, and for s = tanh(a) with s′ = 1 − s² and 
 so that d + 2 vectors of a layer's width are computed, where nested forward mode needs
 about 2d + 1. A Gauss-Newton vector product of the residuals then takes half to a third of
 the time, and half of the memory.
+
+`Taylor` is for everything else: other units, functions of the coordinates as inputs, and
+derivatives of any order along a coordinate, by Taylor mode.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.jet import jet
 
 from benchmarks.suites.images import Layers
 
@@ -33,6 +37,50 @@ class Derivatives(NamedTuple):
     value: jax.Array
     gradient: jax.Array
     laplacian: jax.Array
+
+
+class Taylor(NamedTuple):
+    """The same of any function, and higher derivatives, computed when asked for.
+
+    Attributes:
+      u: the function, `points -> [cases]`.
+      points: `[cases, coordinates]`.
+      spatial: the coordinates that the Laplacian is over.
+    """
+
+    u: Callable[[jax.Array], jax.Array]
+    points: jax.Array
+    spatial: Sequence[int] = ()
+
+    def along(self, axis: int, order: int) -> list[jax.Array]:
+        """Compute u, ∂u, …, ∂ᵒʳᵈᵉʳu along a coordinate, each `[cases]`.
+
+        Example:
+          >>> u = Taylor(lambda points: points[:, 0] ** 3, jnp.full((1, 2), 2.0))
+          >>> print([float(found[0]) for found in u.along(0, 3)])
+          [8.0, 12.0, 12.0, 6.0]
+        """
+        still = jnp.zeros_like(self.points)
+        series = [still.at[:, axis].set(1), *[still] * (order - 1)]
+        value, found = jet(self.u, (self.points,), (series,))
+        return [value, *found]
+
+    @property
+    def value(self) -> jax.Array:
+        """Compute u, `[cases]`."""
+        return self.u(self.points)
+
+    @property
+    def gradient(self) -> jax.Array:
+        """Compute ∇u by all coordinates, `[cases, coordinates]`."""
+        axes = range(self.points.shape[1])
+        return jnp.stack([self.along(axis, 1)[1] for axis in axes], axis=1)
+
+    @property
+    def laplacian(self) -> jax.Array:
+        """Compute Σᵢ ∂ᵢ²u over the spatial coordinates, `[cases]`."""
+        seconds = [self.along(axis, 2)[2] for axis in self.spatial]
+        return jnp.sum(jnp.stack(seconds), axis=0)
 
 
 def init(key: jax.Array, sizes: Sequence[int]) -> Layers:
@@ -62,10 +110,10 @@ def init(key: jax.Array, sizes: Sequence[int]) -> Layers:
 
 
 def network(params: Layers, points: jax.Array) -> jax.Array:
-    """Compute u: tanh layers, and a linear one of one output.
+    """Compute u: layers of tanh or sine units, and a linear one of one output.
 
     Args:
-      params: of `init`.
+      params: of `init`. A layer with a `log_frequency` is one of sines.
       points: `[cases, coordinates]`, or of one case `[coordinates]`.
 
     Returns:
@@ -73,14 +121,18 @@ def network(params: Layers, points: jax.Array) -> jax.Array:
     """
     x = points
     for layer in params[:-1]:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        x = x @ layer["kernel"] + layer["bias"]
+        if "log_frequency" in layer:
+            x = jnp.sin(jnp.exp(layer["log_frequency"]) * x)
+        else:
+            x = jnp.tanh(x)
     return (x @ params[-1]["kernel"] + params[-1]["bias"])[..., 0]
 
 
 def of_network(
     params: Layers, points: jax.Array, spatial: Sequence[int]
 ) -> Derivatives:
-    """Derive `network`, all derivatives in one sweep through its layers.
+    """Derive a `network` of tanh units, all in one sweep through its layers.
 
     Args:
       params: of `init`.

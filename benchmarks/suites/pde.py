@@ -19,9 +19,11 @@ The last equation is for q = log p, where dX = −½X dt + √2 dW starts from N
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.suites.derivatives import Derivatives
 
@@ -40,19 +42,22 @@ class Equation:
       title: in a few words.
       coordinates: of a point, time included.
       spatial: those that the Laplacian is over.
-      residual: `(points, derivatives) -> [cases]`, 0 for the solution.
+      residual: `(points, derivatives) -> [cases]`, 0 for the solution. The derivatives
+        are `Derivatives`, or `Taylor` if it needs others than those.
       solution: u.
       inside: draws points of the domain, uniformly; errors are measured on such.
       given: draws points where u is given.
+      moving: draws points where its derivative by the first coordinate is given too.
     """
 
     title: str
     coordinates: int
     spatial: tuple[int, ...]
-    residual: Callable[[jax.Array, Derivatives], jax.Array]
+    residual: Callable[[jax.Array, Any], jax.Array]
     solution: Solution
     inside: Draw
     given: Draw
+    moving: Draw | None = None
 
 
 def poisson(
@@ -197,6 +202,19 @@ def sum_of_pairs(norm: float) -> tuple[Solution, Solution]:
         return jnp.sum(points[..., ::2] * points[..., 1::2], axis=-1) / norm
 
     return solution, lambda points: jnp.zeros(points.shape[:-1], points.dtype)
+
+
+def waves(numbers: tuple[int, ...]) -> tuple[Solution, Solution]:
+    """Return the mean of sin(wπx₁) sin(wπx₂) over the numbers w, and f, of `poisson`."""
+
+    def mean(points: jax.Array, power: int) -> jax.Array:
+        w = np.array(numbers)
+        x, y = points[..., :1], points[..., 1:]
+        return jnp.mean(
+            w**power * jnp.sin(w * math.pi * x) * jnp.sin(w * math.pi * y), axis=-1
+        )
+
+    return lambda p: mean(p, 0), lambda p: 2 * math.pi**2 * mean(p, 2)
 
 
 def squared_norm(dimension: int, norm: float) -> tuple[Solution, Solution]:

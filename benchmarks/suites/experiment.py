@@ -1,0 +1,251 @@
+"""Networks that solve equations: f, the points it is measured on, and the errors.
+
+f is ½ mean r² of the equation's residual on points inside, plus ½ mean (u_θ − u)² on
+points where u is given, each with its weight. The value is the relative L2 error against
+the exact solution, ‖u_θ − u‖ / ‖u‖, on points that no update learns from.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import hfjax
+from benchmarks.suites import derivatives
+from benchmarks.suites.pde import Equation
+from benchmarks.suites.pde_networks import Network
+from benchmarks.suites.problem import Kind, Measure, Minibatches, Problem, Summary
+
+
+class Levels(NamedTuple):
+    """The lowest error within the budget by optimizer; `None` if it was not run.
+
+    Attributes:
+      hf: PyTorchHessianFree, without a preconditioner.
+      kfac: the better of KFAC and KFAC*.
+      engd: energy natural gradient, with the whole matrix or its diagonal blocks.
+      lbfgs: PyTorch's.
+      adam: the best learning rate of 50.
+      sgd: the best learning rate and momentum of 50.
+      spring: SPRING, or ENGD-W, which is the same without momentum, of a later source
+        (`andresguzco/rla-pinns`), in up to 7,000 s.
+    """
+
+    hf: float | None = None
+    kfac: float | None = None
+    engd: float | None = None
+    lbfgs: float | None = None
+    adam: float | None = None
+    sgd: float | None = None
+    spring: float | None = None
+
+    def known(self) -> dict[str, float]:
+        """Return those that were run, by name for people."""
+        words = ("HF", "KFAC", "ENGD", "L-BFGS", "Adam", "SGD", "SPRING")
+        named = zip(words, self, strict=True)
+        return {name: level for name, level in named if level is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A network that solves an equation.
+
+    Attributes:
+      number: of the experiment; with `s` behind it, its other problem.
+      equation: with its solution.
+      hidden: units of the layers.
+      budget: what the published runs had: seconds on a GPU, or in words.
+      levels: the lowest errors in the logs.
+      relative: published errors that are relative, by name, of other sources.
+      interior: points inside.
+      boundary: points where the solution is given.
+      redrawn: steps after which points are drawn anew; 0 is never.
+      evaluation: points inside that errors are measured on, drawn once.
+      network: of the layers.
+      weights: of the terms inside, where u is given, and where its derivative by time is.
+    """
+
+    number: str
+    equation: Equation
+    hidden: tuple[int, ...]
+    budget: float | str
+    levels: Levels = dataclasses.field(default_factory=Levels)
+    relative: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    interior: int = 3000
+    boundary: int = 500
+    redrawn: int = 1
+    evaluation: int = 30_000
+    network: Network = dataclasses.field(default_factory=Network)
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Units of all layers, from the inputs to the output."""
+        return (self.network.inputs or self.equation.coordinates, *self.hidden, 1)
+
+    @property
+    def parameters(self) -> int:
+        """Count the parameters."""
+        shapes = jax.eval_shape(self.start, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    @property
+    def title(self) -> str:
+        """Say in a few words what it is."""
+        layers = "-".join(map(str, self.hidden))
+        counts = [self.interior, *([self.boundary] if self.boundary else [])]
+        points = " + ".join(f"{count:,}" for count in counts) + " points"
+        every = f"every {self.redrawn} steps" if self.redrawn > 1 else "each step"
+        return (
+            f"{self.number} {self.equation.title}, {self.network.title} {layers} "
+            f"({self.parameters:,} parameters), {points}"
+            f"{f', new {every}' if self.redrawn else ''}"
+        )
+
+    def start(self, key: jax.Array) -> Any:
+        """Draw the parameters."""
+        return self.network.init(key, self.sizes)
+
+    def residual(self, params: Any, points: jax.Array) -> jax.Array:
+        """Compute the equation's residual at points inside, `[cases]`."""
+        found = self.network.derive(params, points, self.equation.spatial)
+        return self.equation.residual(points, found)
+
+    def value(self, params: Any, points: jax.Array) -> jax.Array:
+        """Compute u at points, `[cases]`."""
+        return self.network(params, points)
+
+    def speed(self, params: Any, points: jax.Array) -> jax.Array:
+        """Compute ∂u/∂t at points, `[cases]`."""
+        u = functools.partial(self.value, params)
+        return derivatives.Taylor(u, points).along(0, 1)[1]
+
+    @functools.cached_property
+    def objective(self) -> Any:
+        """½ mean r² inside plus ½ mean (u − its solution)² where that is given."""
+        squared_error = hfjax.losses.squared_error()
+        models = [self.residual]
+        models += [self.value] if self.boundary else []
+        models += [self.speed] if self.equation.moving else []
+        terms = [hfjax.Objective(model, squared_error) for model in models]
+        return hfjax.objective.weighted_sum(
+            list(zip(self.weights, terms, strict=False))
+        )
+
+    def batch(self, key: jax.Array, updates: jax.Array | int = 0) -> Any:
+        """Draw what an update learns from.
+
+        Returns:
+          A batch of `objective`: points inside and zeros; points and u where it is given,
+          if it is; points and ∂u/∂t where that is given, if it is.
+        """
+        if self.redrawn:
+            key = jax.random.fold_in(key, updates // self.redrawn)
+        inside, given = jax.random.split(key)
+        points = self.equation.inside(inside, self.interior)
+        terms = [(points, jnp.zeros(self.interior, points.dtype))]
+        if self.boundary:
+            known = self.equation.given(given, self.boundary)
+            terms.append((known, self.equation.solution(known)))
+        if self.equation.moving:
+            start = self.equation.moving(jax.random.fold_in(given, 1), self.boundary)
+            u = derivatives.Taylor(self.equation.solution, start)
+            terms.append((start, u.along(0, 1)[1]))
+        return tuple(terms)
+
+    def data(self, seed: int) -> Any:
+        """Return what updates learn from: a batch, or a key if that is redrawn."""
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return key if self.redrawn else jax.jit(self.batch)(key)
+
+    def evaluation_points(self) -> jax.Array:
+        """Draw the points that errors are measured on, the same for all seeds."""
+        return self.equation.inside(jax.random.key(0), self.evaluation)
+
+    def size(self, points: jax.Array) -> jax.Array:
+        """Compute the root of the mean square of the solution."""
+        return jnp.sqrt(jnp.mean(jnp.square(self.equation.solution(points))))
+
+    def error(self, params: Any, points: jax.Array, truth: jax.Array) -> jax.Array:
+        """Compute the relative L2 error, where the truth is the solution at the points."""
+        wrong = self.value(params, points) - truth
+        return jnp.sqrt(jnp.mean(jnp.square(wrong)) / jnp.mean(jnp.square(truth)))
+
+    def measurer(self, params: Any, seed: int) -> Measure:
+        """Measure f and the error. Redrawn points: f on a draw that no update sees."""
+        data, where = self.data(seed), self.evaluation_points()
+        truth = jax.jit(self.equation.solution)(where)
+        # Updates are counted from 0, so that none of them has the draw of minus one.
+        batch = jax.jit(self.batch)(data, -1) if self.redrawn else data
+
+        def both(params: Any, batch: Any, where: jax.Array, truth: jax.Array) -> Any:
+            value = self.objective.value(params, batch)
+            return value, self.error(params, where, truth)
+
+        compiled = jax.jit(both).lower(params, batch, where, truth).compile()
+
+        def measure(params: Any, updates: int) -> tuple[float, float]:
+            del updates
+            loss, error = jax.device_get(compiled(params, batch, where, truth))
+            return float(loss), float(error)
+
+        return measure
+
+    def relative_levels(self) -> dict[str, float]:
+        """Return the published errors, relative to the solution, by name."""
+        size = float(self.size(self.evaluation_points()))
+        levels = {name: level / size for name, level in self.levels.known().items()}
+        return {**levels, **self.relative}
+
+    def summary(self) -> Summary:
+        """Say what tables and pictures need; milestones are the published levels."""
+        levels = self.relative_levels()
+        listed = ", ".join(f"{name} {level:.2g}" for name, level in levels.items())
+        known = dict(levels)
+        others = [
+            known.pop(name) for name in ("L-BFGS", "Adam", "SGD") if name in known
+        ]
+        known.update({"others": min(others)} if others else {})
+        budget = self.budget
+        within = budget if isinstance(budget, str) else f"{budget:g} s on a GPU"
+        first = " Others: the best of L-BFGS, Adam and SGD." if others else ""
+        return Summary(
+            title=self.title,
+            value="relative L2 error",
+            milestones={f"{name} {level:.2g}": level for name, level in known.items()},
+            lowest=True,
+            note=(
+                f"Error: ‖u_θ − u‖ / ‖u‖ on {self.evaluation:,} points. Published, "
+                f"{within}: {listed}.{first}"
+            ),
+        )
+
+    def problem(self) -> Problem:
+        """Build the problem; all points are in each update."""
+
+        def draw(
+            data: Any, updates: jax.Array, order: Any, key: jax.Array
+        ) -> tuple[Any, Any]:
+            del key
+            return (self.batch(data, updates) if self.redrawn else data), order
+
+        terms = jax.eval_shape(self.batch, jax.random.key(0))
+        return Problem(
+            summary=self.summary(),
+            objective=self.objective,
+            start=self.start,
+            data=self.data,
+            measurer=self.measurer,
+            minibatches=Minibatches(draw, "all points"),
+            redraw=self.batch if self.redrawn else None,
+            options={"solver": "auto"},
+            rows=sum(leaf.shape[0] for _, leaf in terms),
+        )
+
+
+def kind(experiment: Experiment) -> Kind:
+    """Return what builds an experiment's problem."""
+    return Kind(experiment.title, lambda data_dir: experiment.problem())
