@@ -58,7 +58,7 @@ _fixed = functools.partial(
 _drawn = functools.partial(Experiment, budget=3000)
 _long = functools.partial(Experiment, budget=6000, boundary=1000)
 # DSGNAR had 2¹⁵ points inside and 2¹⁴ where u is given, drawn once.
-_few = functools.partial(Experiment, interior=2048, boundary=512)
+_few = functools.partial(Experiment, interior=1024, boundary=256)
 
 LEVELS = {
     "09": Levels(3.21e-7, 1.99e-7, 6.12e-8, 1.56e-4, 9.40e-5, 2.72e-5),

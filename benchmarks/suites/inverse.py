@@ -1,8 +1,8 @@
 """An inverse problem: the viscosity of Burgers' equation, and its error bar, from data.
 
 u is measured at some points, with noise. The network's parameters and log ν are fitted
-together; u(0, x) is known. ν then has the standard error σ √(C_νν), where C is the inverse
-of the Gauss-Newton matrix of Σ (u_θ − data)² and of the residuals, at their weight.
+together; u(0, x) is known. To first order ν = ν₀ + Σ gᵢ εᵢ, where εᵢ is the noise of a
+measurement and σ its deviation, so that the standard error of ν is σ √(Σ gᵢ²).
 """
 
 import dataclasses
@@ -72,16 +72,16 @@ class Inverse(Experiment):
             return jnp.concatenate([c * r for c, r in zip(scales, parts, strict=True)])
 
         jacobian = np.asarray(jax.jit(jax.jacfwd(weighted))(vector))
-        place = ravel_pytree(
-            {**jax.tree.map(jnp.zeros_like, params), "log_ν": jnp.ones(())}
-        )[0]
-        column = jacobian @ np.asarray(place)
+        is_viscosity = {**jax.tree.map(jnp.zeros_like, params), "log_ν": jnp.ones(())}
+        chosen = np.asarray(ravel_pytree(is_viscosity)[0]) > 0
+        column = jacobian[:, chosen][:, 0]
         # What no change of the other parameters can undo.
-        others, _ = np.linalg.qr(jacobian[:, np.asarray(place) == 0])
+        others, _ = np.linalg.qr(jacobian[:, ~chosen])
         left = column - others @ (others.T @ column)
+        scale = (self.weights[1] / where.shape[0]) ** 0.5
+        slopes = scale * left[points.shape[0] :] / (left @ left)
         deviation = self.noise * float(self.size(self.evaluation_points()))
-        variance = self.weights[1] * deviation**2 / where.shape[0]
-        return float(np.sqrt(variance / (left @ left)))
+        return deviation * float(np.linalg.norm(slopes))
 
     def summary(self) -> Summary:
         """Say what tables and pictures need; milestones are powers of ten."""
