@@ -40,8 +40,8 @@ _heat1 = pde.heat(1, pde.decaying_sines(1))
 _heat4 = pde.heat(4, pde.decaying_sum)
 _heat10 = pde.heat(10, pde.decaying_sum)
 _waves = pde.poisson(2, "waves", *pde.waves((4, 8, 12, 16)))
-_VISCOSITY = 0.01 / math.pi
-_burgers = evolution.burgers(_VISCOSITY, "0.01/π")
+_burgers = evolution.burgers(0.01 / math.pi, "0.01/π")
+_smooth = evolution.burgers(0.01, "0.01")
 _from_sine = Network(
     pde_networks.glorot, pde_networks.periodic(), 3, evolution.from_sine
 )
@@ -152,7 +152,7 @@ EXPERIMENTS = {
     ),
     "burgers_smooth": _few(
         "b3s",
-        evolution.burgers(0.01, "0.01"),
+        _smooth,
         (40,) * 4,
         budget="144 s on a GPU",
         relative={"DSGNAR": 1.9e-12},
@@ -187,16 +187,18 @@ EXPERIMENTS = {
         network=_modes,
         weights=(1e-8, 1.0),
     ),
+    # The weight lets noise move u by far less than the equation does.
     "burgers_inverse": Inverse(
         "inv",
-        dataclasses.replace(_burgers, given=_burgers.inside),
+        dataclasses.replace(_smooth, given=_smooth.inside),
         (20,) * 3,
         budget="",
-        interior=2000,
-        boundary=2000,
+        interior=4000,
+        boundary=1000,
         redrawn=0,
         network=_from_sine,
-        viscosity=_VISCOSITY,
+        weights=(100.0, 1.0),
+        viscosity=0.01,
     ),
 }
 """By name."""

@@ -96,7 +96,8 @@ class Experiment:
     def title(self) -> str:
         """Say in a few words what it is."""
         layers = "-".join(map(str, self.hidden))
-        counts = [self.interior, *([self.boundary] if self.boundary else [])]
+        given = [self.boundary] * (2 if self.equation.moving else 1)
+        counts = [self.interior, *(count for count in given if count)]
         points = " + ".join(f"{count:,}" for count in counts) + " points"
         every = f"every {self.redrawn} steps" if self.redrawn > 1 else "each step"
         return (

@@ -29,7 +29,7 @@ class Inverse(Experiment):
     """
 
     viscosity: float = 1.0
-    guess: float = 0.01
+    guess: float = 0.03
     noise: float = 0.01
 
     def start(self, key: jax.Array) -> Any:
