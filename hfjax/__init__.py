@@ -17,7 +17,6 @@ from hfjax.inspection import diagnostics as diagnostics
 from hfjax.inspection import spectrum as spectrum
 from hfjax.inspection import verify as verify
 from hfjax.models import initializers as initializers
-from hfjax.models import minibatching as minibatching
 from hfjax.models import scan as scan
 from hfjax.objectives import objective as objective
 from hfjax.objectives.objective import Objective as Objective
@@ -26,6 +25,8 @@ from hfjax.solvers import iterates as iterates
 from hfjax.solvers import krylov as krylov
 from hfjax.solvers import sample_space as sample_space
 from hfjax.solvers import stopping as stopping
+from hfjax.training import minibatching as minibatching
+from hfjax.training.least_squares import least_squares as least_squares
 from hfjax.update import recipes as recipes
 from hfjax.update import state as state
 from hfjax.update import transform as transform

@@ -135,6 +135,18 @@ def is_traceable(function: Callable[..., Tree], *args: Tree) -> bool:
     return True
 
 
+def has_tangent(function: Callable[[Tree], Tree], at: Tree) -> bool:
+    """Return whether J v exists, and not only Jᵀu."""
+
+    def tangent(v: Tree) -> Tree:
+        return jax.jvp(function, (at,), (v,))[1]
+
+    try:
+        return not _backward_only(tangent, at)
+    except Exception:  # A user's function may raise anything.
+        return False
+
+
 def noted(error: BaseException) -> str | None:
     """Return the note of this module that was added to an error, if any."""
     notes = getattr(error, "__notes__", ())

@@ -7,7 +7,7 @@ quadratic model is the least-squares problem min ‖J̃δ + r̃‖².
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from hfjax._core import sharding, trees
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import linalg, programs
 from hfjax._tracing.convolutions import for_loops
-from hfjax._tracing.linearize import noting_no_reverse
+from hfjax._tracing.linearize import has_tangent, noting_no_reverse
+from hfjax.losses.loss import is_elementwise
 from hfjax.objectives.cases import Cases
+from hfjax.objectives.means import Means
 from hfjax.objectives.plain import Objective, terms_of
 from hfjax.objectives.terms import Term
 
@@ -75,9 +77,12 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
     return Size(rows, optax.tree.size(params), forward)
 
 
-@noting_no_reverse()
 def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
-    """Compute J̃ and r̃, by one backward pass for each output of an example.
+    """Compute J̃ and r̃.
+
+    A row takes a backward pass over its example, and a column a forward pass over all
+    examples. `"auto"` takes columns if there are fewer parameters than outputs of an
+    example, and the model has forward derivatives.
 
     J̃ has rows · parameters entries. Microbatches bound what the passes hold, but not
     J̃. Weight decay is left out.
@@ -128,21 +133,18 @@ def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> J
 def _of_term(params: Params, term: Term) -> Jacobian:
     cases, means = sharding.alike(term.cases), term.means
     local = means.local(sharding.gathered(params, cases))
+    differentiate = _by_columns if _goes_forward(term, local) else _by_rows
 
     def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, jax.Array]:
         inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
-        outputs, transpose = jax.vjp(lambda params: term.outputs(params, inputs), local)
-        flat, unflatten = _ravelled(outputs)
-        factor = term.loss.factor(outputs, targets)
-        identity = jnp.eye(flat.size, dtype=flat.dtype)
-        units = jax.vmap(lambda unit: factor(unflatten(unit)))(identity)
-        # An S that is the same for all examples is not marked as varying over devices.
-        columns = trees.cast_like(means.local(units), outputs)
-        rows = jax.vmap(lambda v: transpose(v)[0])(columns)
+
+        def run(params: Params) -> Tree:
+            return term.outputs(params, inputs)
+
+        outputs, times = differentiate(run, local, means)
+        factor, inverse = _factor(term, outputs, targets)
         # Leave out parameters without entries: they cannot be gathered, or mapped over.
-        rows = [leaf for leaf in jax.tree.leaves(rows) if leaf.size]
-        transposed = jax.vmap(lambda unit: _ravelled(unit)[0])(units)
-        inverse = _pseudoinverse(transposed.T, flat.dtype)
+        rows = [leaf for leaf in jax.tree.leaves(times(factor)) if leaf.size]
         return rows, _solved(term, inverse, outputs, targets), inverse
 
     def of_cases(compute: Callable, *trees: Tree) -> Tree:
@@ -176,10 +178,83 @@ def _of_term(params: Params, term: Term) -> Jacobian:
     return Jacobian(jax.tree.map(of_leaf, params), residuals, residuals_at)
 
 
+def _goes_forward(term: Term, params: Params) -> bool:
+    """Return whether to compute J by columns."""
+    if term.mode != "auto":
+        return term.mode == "forward"
+    if optax.tree.size(params) >= term.outputs_per_case(params):
+        return False
+    inputs = sharding.first_case(term.cases.inputs)
+    return has_tangent(lambda params: term.outputs(params, inputs), params)
+
+
+_Times: TypeAlias = Callable[[jax.Array], Tree]
+"""S ↦ SᵀJ, with the rows of J as trees; S is a matrix, or the vector of its diagonal."""
+
+
+@noting_no_reverse()
+def _by_rows(
+    run: Callable[[Params], Tree], params: Params, means: Means
+) -> tuple[Tree, _Times]:
+    """Return the outputs of an example, and SᵀJ by a backward pass for each of its rows."""
+    outputs, transpose = jax.vjp(run, params)
+    _, unflatten = _ravelled(outputs)
+
+    def times(factor: jax.Array) -> Tree:
+        columns = jnp.diag(factor) if factor.ndim == 1 else factor.T
+        # An S that is the same for all examples is not marked as varying over devices.
+        units = means.local(jax.vmap(unflatten)(columns))
+        with noting_no_reverse():
+            return jax.vmap(lambda v: transpose(trees.cast_like(v, outputs))[0])(units)
+
+    return outputs, times
+
+
+def _by_columns(
+    run: Callable[[Params], Tree], params: Params, means: Means
+) -> tuple[Tree, _Times]:
+    """Return the outputs of an example, and SᵀJ by a forward pass for each parameter."""
+    flat, unflatten = _ravelled(params)
+    units = jax.vmap(unflatten)(jnp.eye(flat.size, dtype=flat.dtype))
+    units = means.local(trees.cast_like(units, params))
+
+    def tangent(v: Params) -> jax.Array:
+        return _ravelled(jax.jvp(run, (params,), (v,))[1])[0]
+
+    outputs, columns = run(params), jax.vmap(tangent, out_axes=1)(units)
+
+    def times(factor: jax.Array) -> Tree:
+        if factor.ndim == 1:
+            rows = factor.astype(columns.dtype)[:, None] * columns
+        else:
+            rows = jnp.matmul(factor.T, columns, precision=trees.EXACT)
+        return jax.vmap(unflatten)(rows.astype(flat.dtype))
+
+    return outputs, times
+
+
+def _factor(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.Array]:
+    """Return S of an example and S⁺: matrices, or vectors if they are diagonal."""
+    flat, unflatten = _ravelled(outputs)
+    factor = term.loss.factor(outputs, targets)
+
+    def column(unit: jax.Array) -> jax.Array:
+        return _ravelled(factor(unflatten(unit)))[0]
+
+    if is_elementwise(term.loss, outputs, targets):
+        diagonal = column(jnp.ones_like(flat))
+        wide = diagonal.astype(trees.wide(diagonal.dtype))
+        return diagonal, jnp.where(wide == 0, 0, 1 / jnp.where(wide == 0, 1, wide))
+    matrix = jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+    return matrix, _pseudoinverse(matrix, flat.dtype)
+
+
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
     """Return S⁺∇L for an example: the shortest r with the least ‖S r − ∇L‖."""
     slope = jax.grad(lambda z: jnp.sum(term.loss.value(z, targets)))(outputs)
     slope = _ravelled(slope)[0].astype(inverse.dtype)
+    if inverse.ndim == 1:
+        return inverse * slope
     return jnp.matmul(inverse, slope, precision=trees.EXACT)
 
 
@@ -205,7 +280,5 @@ def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # The cutoff is the rounding of the dtype in which S was computed, not of the wider one.
     # Otherwise singular values that should be 0 would be inverted.
     factor = factor.astype(trees.wide(factor.dtype))
-    if factor.size > 1:
-        eps = float(jnp.finfo(dtype).eps)
-        return linalg.pinv(factor, jnp.asarray(10 * len(factor) * eps, factor.dtype))
-    return jnp.where(factor == 0, 0, 1 / jnp.where(factor == 0, 1, factor))
+    eps = float(jnp.finfo(dtype).eps)
+    return linalg.pinv(factor, jnp.asarray(10 * len(factor) * eps, factor.dtype))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.arguments import ShapeError, describe
 from hfjax._core.types import Tree
-from hfjax.losses import _case_axes, positions
+from hfjax.losses import _case_axes, _coupling, positions
 
 LinearMap: TypeAlias = Callable[[Tree], Tree]
 _Curvature: TypeAlias = Callable[[jax.Array, jax.Array], LinearMap]
@@ -147,6 +147,17 @@ def _on_trees(targets: Targets, met: Callable[..., tuple]) -> Targets:
         return jax.tree.reduce(jnp.logical_and, jax.tree.map(leaf, outputs, targets))
 
     return Targets(targets.words, allowed)
+
+
+def is_elementwise(loss: Loss, outputs: Tree, targets: Tree) -> bool:
+    """Return whether S is diagonal, so that each output has a loss of its own.
+
+    `outputs` and `targets` are those of one example, with its leading axis. If the program
+    of S leaves it open, the answer is no.
+    """
+    program = _coupling.trace(loss.factor, outputs, targets)
+    blocks = _coupling.blocks(program, [z.shape for z in jax.tree.leaves(outputs)])
+    return len(set(blocks.tolist())) == len(blocks)
 
 
 def _check_targets(outputs: Tree, targets: Tree, label_axes: int) -> None:

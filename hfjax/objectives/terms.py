@@ -39,6 +39,7 @@ class Term(NamedTuple):
       by_position: whether each position of an example has its own weight; the targets
         then hold their shares in the example's.
       whole_batch: whether the only example is a whole batch, as `whole_batch` makes it.
+      mode: how J̃ is computed where it is written out, as in `hfjax.least_squares`.
     """
 
     coefficients: tuple[Any, ...]
@@ -50,6 +51,7 @@ class Term(NamedTuple):
     cases: Cases
     by_position: bool = False
     whole_batch: bool = False
+    mode: str = "auto"
 
     @property
     def weight(self) -> Any:

@@ -45,7 +45,7 @@ PACKAGES = {
         "likelihoods",
         "combined",
     ],
-    "models": ["scan", "initializers", "minibatching", "recurrent"],
+    "models": ["scan", "initializers", "recurrent"],
     "objectives": [
         "cases",
         "means",
@@ -124,6 +124,14 @@ PACKAGES = {
         "_figures",
         "diagnostics",
     ],
+    "training": [
+        "minibatching",
+        "_run",
+        "_residuals",
+        "_covariance",
+        "_descent",
+        "least_squares",
+    ],
 }
 """Bottom to top. A module imports from packages before its own, and from modules before it
 in its own; a name with an underscore is for its own package alone."""
@@ -138,7 +146,7 @@ LEAVES = {
 """Modules that must not know certain others, though these stand before them."""
 
 SHORTEST, LONGEST, LONGEST_BODY = 60, 350, 60
-MOST_MODULES, MOST_ENTRIES = 12, 14
+MOST_MODULES, MOST_ENTRIES = 12, 15
 
 FOLDER = pathlib.Path(hfjax.__file__).parent
 FILES = {
@@ -259,6 +267,7 @@ def test_only_jax_optax_and_numpy_are_needed_at_run_time():
         "math",
         "numbers",
         "operator",
+        "sys",
         "time",
         "typing",
         "weakref",

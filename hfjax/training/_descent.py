@@ -1,0 +1,240 @@
+"""A whole run of nonlinear least squares as one loop, which `jit` and `vmap` take.
+
+In each round, J and r are computed, the tests of MINPACK and one for rounding are made,
+and an update of `hfjax.hessian_free` is done. The update computes J again, in the same
+way from the same numbers, so that the compiler merges both.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hfjax._core import trees
+from hfjax._core.types import Batch, Params, Tree
+from hfjax._tracing import compiled
+from hfjax.curvature.jacobian import Jacobian, jacobian
+from hfjax.globalization.damping import Damping
+from hfjax.solvers.descent import Solver
+from hfjax.training._covariance import as_matrix, column_lengths
+from hfjax.training._residuals import Residuals
+from hfjax.training._run import History, Reason, empty_history
+from hfjax.update.state import HessianFreeInfo, HessianFreeState
+from hfjax.update.system import rounding_noise
+from hfjax.update.transform import hessian_free
+
+_HIDDEN = 3, 30
+"""So many updates in a row that rounding hides end a run; the second if λ still falls."""
+_REJECTED = 30
+"""So many rejected updates in a row end a run."""
+
+
+class Tolerances(NamedTuple):
+    """When a run ends; see `hfjax.least_squares`."""
+
+    gtol: jax.Array
+    xtol: jax.Array
+    ftol: jax.Array
+
+
+class Run(NamedTuple):
+    """A run so far: what a fit holds, and what its tests count."""
+
+    params: Params
+    state: HessianFreeState
+    value: jax.Array
+    history: History
+    reason: jax.Array
+    count: jax.Array
+    hidden: jax.Array  # updates in a row that rounding hides
+    rejected: jax.Array  # updates in a row that were rejected
+
+
+class Problem(NamedTuple):
+    """What defines a run, apart from arrays."""
+
+    residual_fn: Callable[..., Tree]
+    loss: str
+    scale: float
+    mode: str
+    solver: Solver
+    damping: Damping
+    max_updates: int
+
+    def objective(self) -> Residuals:
+        """Return f."""
+        return Residuals(
+            self.residual_fn, loss=self.loss, scale=self.scale, mode=self.mode
+        )
+
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """Return what does an update."""
+        return hessian_free(self.objective(), damping=self.damping, solver=self.solver)
+
+    def start(self, params: Params, state: HessianFreeState | None) -> Run:
+        """Return the run before its first update."""
+        dtype = trees.scalar_dtype(params)
+        return Run(
+            params=params,
+            state=self.optimizer().init(params) if state is None else state,
+            value=jnp.full((), jnp.nan, dtype),
+            history=empty_history(self.max_updates, dtype),
+            reason=jnp.zeros((), jnp.int32),
+            count=jnp.zeros((), jnp.int32),
+            hidden=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
+        )
+
+    def rows(self, params: Params, args: tuple) -> Tree:
+        """Return J, a tree like the parameters with a leading axis of residuals."""
+
+        def rows(params: Params, args: tuple) -> Tree:
+            objective = self.objective()
+            return jacobian(objective, params, objective.batch(params, args)).rows
+
+        return compiled.run(rows, params, args)
+
+
+def runner(problem: Problem) -> Callable[..., Run]:
+    """Return `(run, args, tolerances, limit) -> run`, which ends a run or interrupts it.
+
+    It is the same function for the same problem, so that it is traced once.
+    """
+    try:
+        return _kept(problem)
+    except TypeError:  # A function or a component that has no hash.
+        return _kept.__wrapped__(problem)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(problem: Problem) -> Callable[..., Run]:
+    return compiled.once(functools.partial(_advance, problem))
+
+
+def _advance(
+    problem: Problem, run: Run, args: tuple, tolerances: Tolerances, limit: jax.Array
+) -> Run:
+    objective, tx = problem.objective(), problem.optimizer()
+    batch = objective.batch(run.params, args)
+
+    def going(run: Run) -> jax.Array:
+        return (run.reason == Reason.RUNNING) & (run.count < limit)
+
+    def step(run: Run) -> Run:
+        found = jacobian(objective, run.params, batch)
+        return _updated(tx, run, batch, found, tolerances)
+
+    return jax.lax.while_loop(going, step, run)
+
+
+class _Place(NamedTuple):
+    """What J and r tell of the present parameters."""
+
+    gradient: Params
+    cosine: jax.Array  # the largest |Jⱼᵀr| / (‖Jⱼ‖ ‖r‖)
+    lengths: jax.Array  # ‖Jⱼ‖
+    square: jax.Array  # ½ ‖e‖², with e how far rounding θ moves r
+    noise: jax.Array  # |rᵀe| at random, and ½ ‖e‖²
+    finite: jax.Array
+
+
+def _place(found: Jacobian, params: Params) -> _Place:
+    matrix, r = as_matrix(found.rows), found.residuals
+    r = r.astype(matrix.dtype)
+    lengths = column_lengths(matrix)
+    gradient = found.transpose(r)
+    flat = as_matrix(jax.tree.map(lambda x: x[None], gradient))[0]
+    product = lengths * trees.norm(r)
+    cosines = jnp.abs(flat) / jnp.where(product > 0, product, 1)
+    # Each parameter is off by up to half of its rounding, and so is what a model computes
+    # from it: e is the order of magnitude of both.
+    theta = as_matrix(jax.tree.map(lambda x: jnp.abs(x)[None], params))[0]
+    errors = jnp.matmul(jnp.abs(matrix), theta.astype(matrix.dtype))
+    errors *= jnp.finfo(r.dtype).eps
+    square = 0.5 * jnp.sum(jnp.square(errors))
+    finite = jnp.isfinite(jnp.sum(lengths)) & jnp.isfinite(jnp.sum(r * r))
+    return _Place(
+        gradient=trees.cast_like(gradient, params),
+        cosine=jnp.max(cosines, initial=0),
+        lengths=lengths,
+        square=square,
+        noise=square + trees.norm(r * errors),
+        finite=finite,
+    )
+
+
+def _updated(
+    tx: optax.GradientTransformationExtraArgs,
+    run: Run,
+    batch: Batch,
+    found: Jacobian,
+    tolerances: Tolerances,
+) -> Run:
+    """Test whether the run ends here, and if not, update."""
+    here = _place(found, run.params)
+    step, state = tx.update(here.gradient, run.state, run.params, batch=batch)
+    before, info = state.info.value_before, state.info
+    params = optax.apply_updates(run.params, step)
+
+    early = _first(
+        (~here.finite, Reason.NONFINITE),
+        (before <= here.square, Reason.ZERO),
+        (here.cosine <= tolerances.gtol, Reason.GRADIENT),
+    )
+    settled = state.damping >= run.state.damping
+    noise = rounding_noise(before) + here.noise.astype(before.dtype)
+    promised, fall = -info.predicted_change, before - info.value_after
+    hidden = (promised <= noise) & (fall <= noise)
+    hidden = jnp.where(hidden, run.hidden + 1, 0)
+    rejected = jnp.where(info.accepted, 0, run.rejected + 1)
+    late = _first(
+        (settled & _is_short(here, run.params, step, tolerances), Reason.STEP),
+        (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
+        ((hidden >= _HIDDEN[0]) & settled | (hidden >= _HIDDEN[1]), Reason.ROUNDING),
+        (rejected >= _REJECTED, Reason.STUCK),
+    )
+    row = History(info.value_after, here.cosine, state.damping, info.update_norm)
+    history = jax.tree.map(
+        lambda kept, x: kept.at[run.count].set(x.astype(kept.dtype)), run.history, row
+    )
+    new = Run(
+        params=params,
+        state=state,
+        value=info.value_after.astype(run.value.dtype),
+        history=history,
+        reason=late,
+        count=run.count + 1,
+        hidden=hidden.astype(jnp.int32),
+        rejected=rejected.astype(jnp.int32),
+    )
+    value = jnp.where(here.finite, before, jnp.nan).astype(run.value.dtype)
+    ended = run._replace(reason=early, value=value)
+    return trees.select(early == Reason.RUNNING, new, ended)
+
+
+def _first(*tests: tuple[jax.Array, Reason]) -> jax.Array:
+    """Return the reason of the first test that holds, or `RUNNING`."""
+    reason = jnp.zeros((), jnp.int32)
+    for holds, code in reversed(tests):
+        reason = jnp.where(holds, jnp.int32(code), reason)
+    return reason
+
+
+def _is_short(
+    here: _Place, params: Params, step: Params, tolerances: Tolerances
+) -> jax.Array:
+    """Return whether ‖D δ‖ ≤ xtol ‖D θ‖ for a step that is not 0."""
+    delta, theta = (
+        trees.norm(here.lengths * as_matrix(jax.tree.map(lambda x: x[None], x))[0])
+        for x in (step, params)
+    )
+    return (delta > 0) & (delta <= tolerances.xtol * theta)
+
+
+def _has_stopped(info: HessianFreeInfo, ftol: jax.Array) -> jax.Array:
+    """Return whether f has fallen by at most ftol · f, and was expected to."""
+    fall, least = info.value_before - info.value_after, ftol * info.value_before
+    return info.accepted & (fall <= least) & (-info.predicted_change <= least)

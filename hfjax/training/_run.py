@@ -1,0 +1,163 @@
+"""What all runs share: their results, their history, reasons of ending, and progress."""
+
+import dataclasses
+import enum
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from hfjax._core.arguments import check_function, describe
+from hfjax._core.types import Params, Tree
+
+_EVERY = 1.0
+"""Seconds from one line of progress to the next."""
+
+
+class _Sentences(enum.IntEnum):
+    """Numbers, so that they exist inside of `jit`, each with a sentence."""
+
+    words: str
+
+    def __new__(cls, code: int, words: str) -> Self:
+        """Make a number that carries its sentence."""
+        self = int.__new__(cls, code)
+        self._value_, self.words = code, words
+        return self
+
+
+class Reason(_Sentences):
+    """Why a run has ended; `reason.words` is a sentence.
+
+    Under `jax.jit` or `jax.vmap` a fit holds the number, and `Reason(int(number))` is the
+    reason.
+    """
+
+    RUNNING = 0, "The run has not ended."
+    """The run has not ended."""
+    GRADIENT = 1, "The gradient is zero to the tolerance `gtol`."
+    """The residuals are orthogonal to their derivatives, to the tolerance `gtol`."""
+    STEP = 2, "The last step was shorter than the tolerance `xtol`."
+    """The last step changed the parameters by no more than `xtol`, relative to them."""
+    VALUE = 3, "f has stopped falling, to the tolerance."
+    """f fell by no more than the tolerance, relative to f, and nor was it expected to."""
+    ZERO = 4, "The residuals are zero to the rounding of the parameters."
+    """Rounding the parameters would change the residuals by as much as is left of them."""
+    ROUNDING = 5, "Any further progress is hidden by rounding."
+    """The model predicts that f could only fall by less than the rounding of f."""
+    STUCK = (
+        6,
+        "No step lowers f: the derivatives may be wrong, or f may have a kink here.",
+    )
+    """Many updates in a row have been rejected, although λ grew."""
+    UPDATES = 7, "The largest number of updates was reached."
+    """The largest number of updates was reached, or an iterator of batches was empty."""
+    NONFINITE = 8, "The residuals, f or a derivative are not finite."
+    """The residuals, f or a derivative are NaN or infinite at these parameters."""
+    CALLBACK = 9, "The callback ended the run."
+    """The callback returned True."""
+
+
+class History(NamedTuple):
+    """What each update did, as arrays of shape `[updates]`.
+
+    Under `jax.jit` they are as long as the largest number of updates, and end in NaN.
+
+    Attributes:
+      value: f after the update.
+      gradient: how far the gradient was from zero before the update: for `hfjax.fit` its
+        norm; for `hfjax.least_squares` the largest cosine of the angle between the
+        residuals and their derivative by a parameter, which no unit of a parameter or of
+        the residuals changes.
+      damping: λ for the next update; NaN if the optimizer has none.
+      step: norm of the change of the parameters, 0 if the step was rejected.
+    """
+
+    value: jax.Array
+    gradient: jax.Array
+    damping: jax.Array
+    step: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The result of a run.
+
+    Attributes:
+      params: the parameters at the end, a tree like those at the start.
+      state: the state of the optimizer; hand it back as `state=` to go on.
+      value: f at `params`.
+      history: what each update did.
+      reason: why the run has ended.
+    """
+
+    params: Params
+    state: Any
+    value: jax.Array
+    history: History
+    reason: Any
+
+
+class Watch:
+    """Tells a callback and a stream what each update did."""
+
+    def __init__(
+        self, progress: bool | TextIO, callback: Callable[[dict], Any] | None
+    ) -> None:
+        if callback is not None:
+            check_function("callback", callback, "row -> None")
+        if not isinstance(progress, bool) and not hasattr(progress, "write"):
+            msg = f"`progress` must be a bool or a stream, got {describe(progress)}."
+            raise TypeError(msg)
+        self.stream = sys.stderr if progress is True else progress or None
+        self.callback = callback
+        self.start = self.last = time.perf_counter()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anybody wants to know of single updates."""
+        return self.stream is not None or self.callback is not None
+
+    def tell(self, update: int, row: History, params: Params) -> bool:
+        """Tell of an update, and return whether the callback ends the run."""
+        now = time.perf_counter()
+        if self.stream is not None and now - self.last >= _EVERY:
+            self.last = now
+            self._write(update, row, now - self.start)
+        if self.callback is None:
+            return False
+        numbers = {name: float(x) for name, x in row._asdict().items()}
+        told = {"update": update, "seconds": now - self.start, **numbers}
+        return self.callback(told | {"params": params}) is True
+
+    def end(self, update: int, row: History | None, words: str) -> None:
+        """Tell how the run has ended, if any of it was told."""
+        now = time.perf_counter()
+        if self.stream is not None and row is not None and self.last > self.start:
+            self._write(update, row, now - self.start, words)
+
+    def _write(
+        self, update: int, row: History, seconds: float, words: str = ""
+    ) -> None:
+        assert self.stream is not None, "asked before"
+        value, gradient, damping, step = map(float, row)
+        end = f"  {words}" if words else ""
+        self.stream.write(
+            f"update {update}  {seconds:.1f} s  f {value:.6g}  gradient {gradient:.2g}  "
+            f"λ {damping:.2g}  step {step:.2g}{end}\n"
+        )
+        self.stream.flush()
+
+
+def is_traced(*trees: Tree) -> bool:
+    """Return whether any array is traced, by `jax.jit` or another transformation."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
+def empty_history(updates: int, dtype: jax.typing.DTypeLike) -> History:
+    """Return the history before the first update: NaN, each an array of its own."""
+    return History(*(jnp.full(updates, jnp.nan, dtype) for _ in History._fields))
