@@ -16,10 +16,10 @@ import optax
 from hfjax._core import trees
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
-from hfjax.curvature.jacobian import Jacobian, jacobian
+from hfjax.curvature.jacobian import jacobian
 from hfjax.globalization.damping import Damping
 from hfjax.solvers.descent import Solver
-from hfjax.training._covariance import as_matrix, column_lengths
+from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
 from hfjax.training._residuals import Residuals
 from hfjax.training._run import History, Reason, empty_history
 from hfjax.update.state import HessianFreeInfo, HessianFreeState
@@ -28,6 +28,8 @@ from hfjax.update.transform import hessian_free
 
 _HIDDEN = 3, 30
 """So many updates in a row that rounding hides end a run; the second if λ still falls."""
+_ROUNDINGS = 10
+"""f is off by several times what a rounding of the parameters changes."""
 _REJECTED = 30
 """So many rejected updates in a row end a run."""
 
@@ -88,14 +90,14 @@ class Problem(NamedTuple):
             rejected=jnp.zeros((), jnp.int32),
         )
 
-    def rows(self, params: Params, args: tuple) -> Tree:
-        """Return J, a tree like the parameters with a leading axis of residuals."""
+    def linear(self, params: Params, args: tuple) -> tuple[Tree, jax.Array]:
+        """Return J, a tree like the parameters that leads with the residuals, and r."""
 
-        def rows(params: Params, args: tuple) -> Tree:
+        def linear(params: Params, args: tuple) -> tuple[Tree, jax.Array]:
             objective = self.objective()
-            return jacobian(objective, params, objective.batch(params, args)).rows
+            return jacobian(objective, params, objective.batch(params, args))[:2]
 
-        return compiled.run(rows, params, args)
+        return compiled.run(linear, params, args)
 
 
 def runner(problem: Problem) -> Callable[..., Run]:
@@ -124,8 +126,8 @@ def _advance(
         return (run.reason == Reason.RUNNING) & (run.count < limit)
 
     def step(run: Run) -> Run:
-        found = jacobian(objective, run.params, batch)
-        return _updated(tx, run, batch, found, tolerances)
+        here = _place(objective, run.params, batch)
+        return _updated(tx, run, batch, here, tolerances)
 
     return jax.lax.while_loop(going, step, run)
 
@@ -137,32 +139,41 @@ class _Place(NamedTuple):
     cosine: jax.Array  # the largest |Jⱼᵀr| / (‖Jⱼ‖ ‖r‖)
     lengths: jax.Array  # ‖Jⱼ‖
     square: jax.Array  # ½ ‖e‖², with e how far rounding θ moves r
-    noise: jax.Array  # |rᵀe| at random, and ½ ‖e‖²
+    noise: jax.Array  # how far e moves f
     finite: jax.Array
+    polished: Callable[
+        [jax.Array], tuple[Params, jax.Array]
+    ]  # a step, and f at its end
 
 
-def _place(found: Jacobian, params: Params) -> _Place:
-    matrix, r = as_matrix(found.rows), found.residuals
-    r = r.astype(matrix.dtype)
+def _place(objective: Residuals, params: Params, batch: Batch) -> _Place:
+    found = jacobian(objective, params, batch)
+    matrix = as_matrix(found.rows)
+    r = found.residuals.astype(matrix.dtype)
     lengths = column_lengths(matrix)
     gradient = found.transpose(r)
-    flat = as_matrix(jax.tree.map(lambda x: x[None], gradient))[0]
     product = lengths * trees.norm(r)
-    cosines = jnp.abs(flat) / jnp.where(product > 0, product, 1)
+    cosines = jnp.abs(_flat(gradient)) / jnp.where(product > 0, product, 1)
     # Each parameter is off by up to half of its rounding, and so is what a model computes
     # from it: e is the order of magnitude of both.
-    theta = as_matrix(jax.tree.map(lambda x: jnp.abs(x)[None], params))[0]
-    errors = jnp.matmul(jnp.abs(matrix), theta.astype(matrix.dtype))
-    errors *= jnp.finfo(r.dtype).eps
+    theta = jnp.abs(_flat(params)).astype(matrix.dtype)
+    errors = jnp.finfo(r.dtype).eps * jnp.matmul(jnp.abs(matrix), theta)
     square = 0.5 * jnp.sum(jnp.square(errors))
-    finite = jnp.isfinite(jnp.sum(lengths)) & jnp.isfinite(jnp.sum(r * r))
+
+    def polished(limit: jax.Array) -> tuple[Params, jax.Array]:
+        step = gauss_newton(found.rows, r, params)
+        value = objective.value(optax.apply_updates(params, step), batch)
+        good = value <= limit  # NaN is not.
+        return jax.tree.map(lambda x: jnp.where(good, x, 0), step), value
+
     return _Place(
         gradient=trees.cast_like(gradient, params),
         cosine=jnp.max(cosines, initial=0),
         lengths=lengths,
         square=square,
-        noise=square + trees.norm(r * errors),
-        finite=finite,
+        noise=_ROUNDINGS * (square + trees.norm(r * errors)),
+        finite=jnp.isfinite(jnp.sum(lengths)) & jnp.isfinite(jnp.sum(r * r)),
+        polished=polished,
     )
 
 
@@ -170,40 +181,45 @@ def _updated(
     tx: optax.GradientTransformationExtraArgs,
     run: Run,
     batch: Batch,
-    found: Jacobian,
+    here: _Place,
     tolerances: Tolerances,
 ) -> Run:
     """Test whether the run ends here, and if not, update."""
-    here = _place(found, run.params)
     step, state = tx.update(here.gradient, run.state, run.params, batch=batch)
     before, info = state.info.value_before, state.info
-    params = optax.apply_updates(run.params, step)
-
+    noise = rounding_noise(before) + here.noise.astype(before.dtype)
     early = _first(
         (~here.finite, Reason.NONFINITE),
         (before <= here.square, Reason.ZERO),
         (here.cosine <= tolerances.gtol, Reason.GRADIENT),
     )
+    # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
+    # down to its own rounding.
+    after = info.value_after
+    step, after = jax.lax.cond(
+        run.hidden > 0,
+        lambda: trees.cast_like(here.polished(before + noise), (step, after)),
+        lambda: (step, after),
+    )
+
     settled = state.damping >= run.state.damping
-    noise = rounding_noise(before) + here.noise.astype(before.dtype)
-    promised, fall = -info.predicted_change, before - info.value_after
-    hidden = (promised <= noise) & (fall <= noise)
+    hidden = (-info.predicted_change <= noise) & (before - info.value_after <= noise)
     hidden = jnp.where(hidden, run.hidden + 1, 0)
     rejected = jnp.where(info.accepted, 0, run.rejected + 1)
     late = _first(
-        (settled & _is_short(here, run.params, step, tolerances), Reason.STEP),
+        (settled & _is_short(here, run.params, step, tolerances.xtol), Reason.STEP),
         (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
         ((hidden >= _HIDDEN[0]) & settled | (hidden >= _HIDDEN[1]), Reason.ROUNDING),
         (rejected >= _REJECTED, Reason.STUCK),
     )
-    row = History(info.value_after, here.cosine, state.damping, info.update_norm)
+    row = History(before, here.cosine, state.damping, trees.norm(step))
     history = jax.tree.map(
         lambda kept, x: kept.at[run.count].set(x.astype(kept.dtype)), run.history, row
     )
     new = Run(
-        params=params,
+        params=optax.apply_updates(run.params, step),
         state=state,
-        value=info.value_after.astype(run.value.dtype),
+        value=after.astype(run.value.dtype),
         history=history,
         reason=late,
         count=run.count + 1,
@@ -223,18 +239,17 @@ def _first(*tests: tuple[jax.Array, Reason]) -> jax.Array:
     return reason
 
 
-def _is_short(
-    here: _Place, params: Params, step: Params, tolerances: Tolerances
-) -> jax.Array:
+def _is_short(here: _Place, params: Params, step: Params, xtol: jax.Array) -> jax.Array:
     """Return whether ‖D δ‖ ≤ xtol ‖D θ‖ for a step that is not 0."""
-    delta, theta = (
-        trees.norm(here.lengths * as_matrix(jax.tree.map(lambda x: x[None], x))[0])
-        for x in (step, params)
-    )
-    return (delta > 0) & (delta <= tolerances.xtol * theta)
+    delta, theta = (trees.norm(here.lengths * _flat(x)) for x in (step, params))
+    return (delta > 0) & (delta <= xtol * theta)
 
 
 def _has_stopped(info: HessianFreeInfo, ftol: jax.Array) -> jax.Array:
     """Return whether f has fallen by at most ftol · f, and was expected to."""
     fall, least = info.value_before - info.value_after, ftol * info.value_before
     return info.accepted & (fall <= least) & (-info.predicted_change <= least)
+
+
+def _flat(params: Params) -> jax.Array:
+    return as_matrix(jax.tree.map(lambda x: x[None], params))[0]

@@ -67,7 +67,7 @@ class History(NamedTuple):
     Under `jax.jit` they are as long as the largest number of updates, and end in NaN.
 
     Attributes:
-      value: f after the update.
+      value: f before the update.
       gradient: how far the gradient was from zero before the update: for `hfjax.fit` its
         norm; for `hfjax.least_squares` the largest cosine of the angle between the
         residuals and their derivative by a parameter, which no unit of a parameter or of

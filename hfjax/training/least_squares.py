@@ -26,7 +26,7 @@ from hfjax._tracing import compiled
 from hfjax.globalization.damping import Damping, searched
 from hfjax.solvers.descent import Solver
 from hfjax.solvers.sample_space import cholesky
-from hfjax.training import _covariance
+from hfjax.training import _factors
 from hfjax.training._descent import Problem, Run, Tolerances, runner
 from hfjax.training._residuals import RHO
 from hfjax.training._run import Fit, Reason, Watch, is_traced
@@ -81,8 +81,8 @@ class LeastSquaresFit(Fit):
           ... )
           3.0 [[1.1667]] 1.1667
         """
-        rows = self.problem.rows(self.params, self.args)
-        found = compiled.run(_covariance.spread, rows)
+        rows, residuals = self.problem.linear(self.params, self.args)
+        found = compiled.run(_factors.spread, rows, residuals)
         count = len(jax.tree.leaves(rows)[0])
         free = count - optax.tree.size(self.params)
         if free < int(scale):
@@ -92,7 +92,7 @@ class LeastSquaresFit(Fit):
             )
             raise ValueError(msg)
         if not is_traced(found):
-            _covariance.check_known(found.share, self.params)
+            _factors.check_known(found.share, self.params)
         variance = 2 * self.value / max(free, 1) if scale else jnp.ones(())
         return variance.astype(found.covariance.dtype) * found.covariance
 

@@ -128,7 +128,7 @@ PACKAGES = {
         "minibatching",
         "_run",
         "_residuals",
-        "_covariance",
+        "_factors",
         "_descent",
         "least_squares",
     ],
