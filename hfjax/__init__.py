@@ -26,6 +26,7 @@ from hfjax.solvers import krylov as krylov
 from hfjax.solvers import sample_space as sample_space
 from hfjax.solvers import stopping as stopping
 from hfjax.training import minibatching as minibatching
+from hfjax.training.fit import fit as fit
 from hfjax.training.least_squares import least_squares as least_squares
 from hfjax.update import recipes as recipes
 from hfjax.update import state as state

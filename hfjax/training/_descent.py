@@ -1,8 +1,7 @@
 """A whole run of nonlinear least squares as one loop, which `jit` and `vmap` take.
 
 In each round, J and r are computed, the tests of MINPACK and one for rounding are made,
-and an update of `hfjax.hessian_free` is done. The update computes J again, in the same
-way from the same numbers, so that the compiler merges both.
+and an update of `hfjax.hessian_free` is done, whose solver is handed this J.
 """
 
 import functools
@@ -14,16 +13,18 @@ import jax.numpy as jnp
 import optax
 
 from hfjax._core import trees
+from hfjax._core.packing import packing
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
-from hfjax.curvature.jacobian import jacobian
+from hfjax.curvature.jacobian import Jacobian, jacobian
 from hfjax.globalization.damping import Damping
-from hfjax.solvers.descent import Solver
+from hfjax.solvers.descent import Run as RunOfSolver
+from hfjax.solvers.descent import Solver, System
 from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
 from hfjax.training._residuals import Residuals
 from hfjax.training._run import History, Reason, empty_history
 from hfjax.update.state import HessianFreeInfo, HessianFreeState
-from hfjax.update.system import rounding_noise
+from hfjax.update.system import in_packing, rounding_noise
 from hfjax.update.transform import hessian_free
 
 _HIDDEN = 3, 30
@@ -72,9 +73,12 @@ class Problem(NamedTuple):
             self.residual_fn, loss=self.loss, scale=self.scale, mode=self.mode
         )
 
-    def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """Return what does an update."""
-        return hessian_free(self.objective(), damping=self.damping, solver=self.solver)
+    def optimizer(
+        self, solver: Solver | None = None
+    ) -> optax.GradientTransformationExtraArgs:
+        """Return what does an update, perhaps with a solver that is handed J."""
+        solver = self.solver if solver is None else solver
+        return hessian_free(self.objective(), damping=self.damping, solver=solver)
 
     def start(self, params: Params, state: HessianFreeState | None) -> Run:
         """Return the run before its first update."""
@@ -119,17 +123,30 @@ def _kept(problem: Problem) -> Callable[..., Run]:
 def _advance(
     problem: Problem, run: Run, args: tuple, tolerances: Tolerances, limit: jax.Array
 ) -> Run:
-    objective, tx = problem.objective(), problem.optimizer()
+    objective = problem.objective()
     batch = objective.batch(run.params, args)
 
     def going(run: Run) -> jax.Array:
         return (run.reason == Reason.RUNNING) & (run.count < limit)
 
     def step(run: Run) -> Run:
-        here = _place(objective, run.params, batch)
+        found = jacobian(objective, run.params, batch)
+        here = _place(objective, run.params, batch, found)
+        tx = problem.optimizer(_handed(problem.solver, found, run.params))
         return _updated(tx, run, batch, here, tolerances)
 
     return jax.lax.while_loop(going, step, run)
+
+
+def _handed(solver: Solver, found: Jacobian, params: Params) -> Solver:
+    """Return a solver that reads a Jacobian that is known, and does not compute it."""
+    packed = in_packing(found, packing(trees.widen(params)))
+    decay = jnp.zeros((), trees.scalar_dtype(params))
+
+    def solve(system: System, x0: Tree | None) -> RunOfSolver:
+        return solver.solve(system._replace(jacobian=lambda: (packed, decay)), x0)
+
+    return solver._replace(solve=solve)
 
 
 class _Place(NamedTuple):
@@ -146,8 +163,9 @@ class _Place(NamedTuple):
     ]  # a step, and f at its end
 
 
-def _place(objective: Residuals, params: Params, batch: Batch) -> _Place:
-    found = jacobian(objective, params, batch)
+def _place(
+    objective: Residuals, params: Params, batch: Batch, found: Jacobian
+) -> _Place:
     matrix = as_matrix(found.rows)
     r = found.residuals.astype(matrix.dtype)
     lengths = column_lengths(matrix)

@@ -53,7 +53,7 @@ class Reason(_Sentences):
         "No step lowers f: the derivatives may be wrong, or f may have a kink here.",
     )
     """Many updates in a row have been rejected, although λ grew."""
-    UPDATES = 7, "The largest number of updates was reached."
+    UPDATES = 7, "All updates were made."
     """The largest number of updates was reached, or an iterator of batches was empty."""
     NONFINITE = 8, "The residuals, f or a derivative are not finite."
     """The residuals, f or a derivative are NaN or infinite at these parameters."""
@@ -83,7 +83,7 @@ class History(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Fit:
     """The result of a run.
 
@@ -100,6 +100,11 @@ class Fit:
     value: jax.Array
     history: History
     reason: Any
+
+    def __repr__(self) -> str:
+        names = ("params", "value", "reason")  # The others may be long.
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({shown})"
 
 
 class Watch:

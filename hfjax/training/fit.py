@@ -82,7 +82,7 @@ def fit(
       >>> batch = (x, x @ jnp.array([1.0, -1.0]))
       >>> run = fit(objective, jnp.zeros(2), batch, updates=20)
       >>> print(run.params.round(4), run.reason.words, len(run.history.value))
-      [ 1. -1.] The largest number of updates was reached. 20
+      [ 1. -1.] All updates were made. 20
     """
     check_objective(objective)
     options.check_count("updates", updates, low=1)

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 from hfjax._core import options, trees
 from hfjax._core.arguments import as_params, check_function, describe
+from hfjax._core.refusal import without_derivative
 from hfjax._core.types import Params, Tree
 from hfjax._tracing import compiled
 from hfjax.globalization.damping import Damping, searched
@@ -30,6 +31,7 @@ from hfjax.training import _factors
 from hfjax.training._descent import Problem, Run, Tolerances, runner
 from hfjax.training._residuals import RHO
 from hfjax.training._run import Fit, Reason, Watch, is_traced
+from hfjax.update.fitting import check_part
 from hfjax.update.state import HessianFreeState
 
 
@@ -38,7 +40,7 @@ from hfjax.update.state import HessianFreeState
     data_fields=["params", "state", "value", "history", "reason", "args"],
     meta_fields=["problem"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LeastSquaresFit(Fit):
     """The result of `least_squares`.
 
@@ -201,6 +203,9 @@ def least_squares(
     problem = _problem(residual_fn, loss, scale, jacobian, solver, damping, max_updates)
     for name, tolerance in (("gtol", gtol), ("xtol", xtol), ("ftol", ftol)):
         options.check_range(name, tolerance, low=0.0)
+    if not (state is None or isinstance(state, HessianFreeState)):
+        msg = f"`state` must be that of an earlier fit, got {describe(state)}."
+        raise TypeError(msg)
     watch = Watch(progress, callback)
     params, args = as_params(params), jax.tree.map(_as_array, args)
     start = problem.start(params, state)
@@ -214,7 +219,8 @@ def least_squares(
     def result(end: Run) -> LeastSquaresFit:
         reached = (end.reason == Reason.RUNNING) & (end.count >= max_updates)
         reason = jnp.where(reached, Reason.UPDATES, end.reason)
-        return LeastSquaresFit(*end[:4], reason, args, problem)
+        found = LeastSquaresFit(*end[:4], reason, args, problem)
+        return without_derivative("A fit", found)
 
     if is_traced(start, args):
         if watch.is_needed:
@@ -248,6 +254,8 @@ def _problem(
     options.check_choice("loss", loss, tuple(RHO))
     options.check_range("scale", scale, low=0.0, open_low=True)
     options.check_choice("jacobian", mode, ("auto", "forward", "reverse"))
+    check_part("solver", solver, Solver)
+    check_part("damping", damping, Damping)
     options.check_count("max_updates", max_updates, low=1)
     if not options.is_plain_number(scale):
         msg = f"`scale` must be a Python number, got {describe(scale)}."

@@ -292,15 +292,21 @@ def _written_out(
     if mu is not None:
         distance = jacobian.jacobian(hidden_distance(objective), params, batch)
         found = jacobian.with_penalty(found, mu, distance)
-    of_rows = found._replace(
-        rows=jax.vmap(packed.pack)(found.rows),
-        residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
-    )
     none = jnp.zeros((), point.scalar.dtype)
     decay = with_decays(terms_of(objective, batch), none, params)
     if decay is none:  # All of it is known to be 0.
-        return of_rows, None
-    return of_rows, decay if jax.tree_util.all_leaves([decay]) else packed.pack(decay)
+        return in_packing(found, packed), None
+    if not jax.tree_util.all_leaves([decay]):
+        decay = packed.pack(decay)
+    return in_packing(found, packed), decay
+
+
+def in_packing(found: Jacobian, packed: Packing) -> Jacobian:
+    """Return J̃ of packed parameters."""
+    return found._replace(
+        rows=jax.vmap(packed.pack)(found.rows),
+        residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
+    )
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:

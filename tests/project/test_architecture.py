@@ -127,6 +127,7 @@ PACKAGES = {
     "training": [
         "minibatching",
         "_run",
+        "fit",
         "_residuals",
         "_factors",
         "_descent",
