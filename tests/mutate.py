@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = {"_core": "core", "_tracing": "tracing", "flax": "models/test_flax.py"}
+FOLDERS |= {"training": "fitting"}
 """Tests of packages whose tests are not in the folder of the same name."""
 UPDATE = ["tests/update/test_transform.py", "tests/update/test_contract.py"]
 NOTHING_TO_RUN = 5

@@ -27,10 +27,16 @@ from hfjax.update.state import HessianFreeInfo, HessianFreeState
 from hfjax.update.system import in_packing, rounding_noise
 from hfjax.update.transform import hessian_free
 
-_HIDDEN = 3, 30
-"""So many updates in a row that rounding hides end a run; the second if λ still falls."""
+_HIDDEN = 30
+"""So many updates in a row that rounding hides end a run."""
+_QUIET = 3
+"""So many of them in which the gradient has not fallen do, if λ has not either."""
+_FALLS = 0.5
+"""The gradient has fallen if it is below this share of the lowest one."""
 _ROUNDINGS = 10
 """f is off by several times what a rounding of the parameters changes."""
+_PART = 0.05
+"""λ has no part in a step if it is less than this of what the slope promises."""
 _REJECTED = 30
 """So many rejected updates in a row end a run."""
 
@@ -53,6 +59,8 @@ class Run(NamedTuple):
     reason: jax.Array
     count: jax.Array
     hidden: jax.Array  # updates in a row that rounding hides
+    quiet: jax.Array  # those since the gradient last fell, as far as it can be seen to
+    lowest: jax.Array  # the cosine then
     rejected: jax.Array  # updates in a row that were rejected
 
 
@@ -91,6 +99,8 @@ class Problem(NamedTuple):
             reason=jnp.zeros((), jnp.int32),
             count=jnp.zeros((), jnp.int32),
             hidden=jnp.zeros((), jnp.int32),
+            quiet=jnp.zeros((), jnp.int32),
+            lowest=jnp.full((), jnp.inf, dtype),
             rejected=jnp.zeros((), jnp.int32),
         )
 
@@ -213,6 +223,8 @@ def _updated(
     )
     # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
     # down to its own rounding.
+    settled = state.damping >= run.state.damping
+    settled |= _is_undamped(here, step, info)
     after = info.value_after
     step, after = jax.lax.cond(
         run.hidden > 0,
@@ -220,14 +232,17 @@ def _updated(
         lambda: (step, after),
     )
 
-    settled = state.damping >= run.state.damping
     hidden = (-info.predicted_change <= noise) & (before - info.value_after <= noise)
+    falls = here.cosine < _FALLS * run.lowest
+    lowest = jnp.where(falls, here.cosine, run.lowest)
+    lowest = jnp.where(hidden, lowest, jnp.inf).astype(run.lowest.dtype)
+    quiet = jnp.where(hidden & ~falls, run.quiet + 1, 0)
     hidden = jnp.where(hidden, run.hidden + 1, 0)
     rejected = jnp.where(info.accepted, 0, run.rejected + 1)
     late = _first(
         (settled & _is_short(here, run.params, step, tolerances.xtol), Reason.STEP),
         (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
-        ((hidden >= _HIDDEN[0]) & settled | (hidden >= _HIDDEN[1]), Reason.ROUNDING),
+        ((quiet >= _QUIET) & settled | (hidden >= _HIDDEN), Reason.ROUNDING),
         (rejected >= _REJECTED, Reason.STUCK),
     )
     row = History(before, here.cosine, state.damping, trees.norm(step))
@@ -242,6 +257,8 @@ def _updated(
         reason=late,
         count=run.count + 1,
         hidden=hidden.astype(jnp.int32),
+        quiet=quiet.astype(jnp.int32),
+        lowest=lowest,
         rejected=rejected.astype(jnp.int32),
     )
     value = jnp.where(here.finite, before, jnp.nan).astype(run.value.dtype)
@@ -255,6 +272,14 @@ def _first(*tests: tuple[jax.Array, Reason]) -> jax.Array:
     for holds, code in reversed(tests):
         reason = jnp.where(holds, jnp.int32(code), reason)
     return reason
+
+
+def _is_undamped(here: _Place, step: Params, info: HessianFreeInfo) -> jax.Array:
+    """Return whether λ had no part in a step, which is then no shorter for it."""
+    # From (G + λD) δ = −g, M(δ) = ½ gᵀδ − ½ λ δᵀDδ. Without λ, M is half of gᵀδ, and if λ
+    # is all that matters, it is all of it.
+    slope = trees.dot(here.gradient, step)
+    return info.accepted & (info.predicted_change >= (0.5 + _PART) * slope)
 
 
 def _is_short(here: _Place, params: Params, step: Params, xtol: jax.Array) -> jax.Array:

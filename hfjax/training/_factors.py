@@ -48,7 +48,7 @@ def factors(rows: Tree, residuals: jax.Array) -> Factors:
     lengths = jnp.where(lengths > 0, lengths, 1)
     # With r as one more column, the triangle of a QR holds Qᵀr as well.
     r = residuals.astype(matrix.dtype)[:, None]
-    values, vectors, along = _decomposed(jnp.hstack([matrix / lengths, r]))
+    values, vectors, along = _decomposed(jnp.hstack([matrix / lengths[None], r]))
     limit = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * jnp.max(values)
     seen = values > limit
     inverse = jnp.where(seen, 1 / jnp.where(seen, values, 1), 0)
@@ -89,9 +89,9 @@ class Spread(NamedTuple):
 def spread(rows: Tree, residuals: jax.Array) -> Spread:
     """Compute (JᵀJ)⁻¹."""
     lengths, inverse, vectors, _ = factors(rows, residuals)
-    half = (vectors * inverse) / lengths[:, None]
+    half = (vectors * inverse[None]) / lengths[:, None]
     covariance = jnp.matmul(half, half.T, precision=trees.EXACT)
-    share = jnp.linalg.norm(vectors * (inverse == 0), axis=1)
+    share = jnp.linalg.norm(vectors * (inverse == 0)[None], axis=1)
     unknown = share > _SHOWN
     infinite = unknown[:, None] | unknown[None, :]
     return Spread(
@@ -109,7 +109,7 @@ def column_lengths(matrix: jax.Array) -> jax.Array:
     """Return the norm of each column, without overflow or underflow."""
     largest = jnp.max(jnp.abs(matrix), axis=0)
     unit = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(jnp.square(matrix / unit), axis=0))
+    return largest * jnp.sqrt(jnp.sum(jnp.square(matrix / unit[None]), axis=0))
 
 
 def check_known(share: jax.Array, params: Params) -> None:
