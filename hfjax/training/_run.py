@@ -2,17 +2,19 @@
 
 import dataclasses
 import enum
-import sys
+import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from hfjax._core.arguments import check_function, describe
+from hfjax._core.arguments import check_function
 from hfjax._core.types import Params, Tree
 
+LOGGER = logging.getLogger("hfjax")
+"""Where lines of progress go."""
 _EVERY = 1.0
 """Seconds from one line of progress to the next."""
 
@@ -108,54 +110,53 @@ class Fit:
 
 
 class Watch:
-    """Tells a callback and a stream what each update did."""
+    """Tells a function of each update, and writes lines of progress."""
 
     def __init__(
-        self, progress: bool | TextIO, callback: Callable[[dict], Any] | None
+        self,
+        progress: bool | Callable[[str], Any],
+        callback: Callable[[dict], Any] | None,
     ) -> None:
         if callback is not None:
             check_function("callback", callback, "row -> None")
-        if not isinstance(progress, bool) and not hasattr(progress, "write"):
-            msg = f"`progress` must be a bool or a stream, got {describe(progress)}."
-            raise TypeError(msg)
-        self.stream = sys.stderr if progress is True else progress or None
-        self.callback = callback
+        if not isinstance(progress, bool):
+            check_function("progress", progress, "line -> None")
+        heard = LOGGER.isEnabledFor(logging.INFO)
+        self.show = progress if callable(progress) else LOGGER.info
+        self.shows = callable(progress) or (progress and heard)
+        self.call = callback
         self.start = self.last = time.perf_counter()
 
     @property
     def is_needed(self) -> bool:
         """Whether anybody wants to know of single updates."""
-        return self.stream is not None or self.callback is not None
+        return self.shows or self.call is not None
 
     def tell(self, update: int, row: History, params: Params) -> bool:
         """Tell of an update, and return whether the callback ends the run."""
         now = time.perf_counter()
-        if self.stream is not None and now - self.last >= _EVERY:
+        if self.shows and now - self.last >= _EVERY:
             self.last = now
-            self._write(update, row, now - self.start)
-        if self.callback is None:
+            self.show(_line(update, row, now - self.start))
+        if self.call is None:
             return False
         numbers = {name: float(x) for name, x in row._asdict().items()}
         told = {"update": update, "seconds": now - self.start, **numbers}
-        return self.callback(told | {"params": params}) is True
+        return self.call(told | {"params": params}) is True
 
     def end(self, update: int, row: History | None, words: str) -> None:
-        """Tell how the run has ended, if any of it was told."""
-        now = time.perf_counter()
-        if self.stream is not None and row is not None and self.last > self.start:
-            self._write(update, row, now - self.start, words)
+        """Write how the run has ended, if it took long enough for a line of progress."""
+        if self.shows and row is not None and self.last > self.start:
+            seconds = time.perf_counter() - self.start
+            self.show(f"{_line(update, row, seconds)}  {words}")
 
-    def _write(
-        self, update: int, row: History, seconds: float, words: str = ""
-    ) -> None:
-        assert self.stream is not None, "asked before"
-        value, gradient, damping, step = map(float, row)
-        end = f"  {words}" if words else ""
-        self.stream.write(
-            f"update {update}  {seconds:.1f} s  f {value:.6g}  gradient {gradient:.2g}  "
-            f"λ {damping:.2g}  step {step:.2g}{end}\n"
-        )
-        self.stream.flush()
+
+def _line(update: int, row: History, seconds: float) -> str:
+    value, gradient, damping, step = map(float, row)
+    return (
+        f"update {update}  {seconds:.1f} s  f {value:.6g}  gradient {gradient:.2g}  "
+        f"λ {damping:.2g}  step {step:.2g}"
+    )
 
 
 def is_traced(*trees: Tree) -> bool:

@@ -10,7 +10,7 @@ It is the usual training loop around one compiled update, no more. Write that lo
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     updates: int = 100,
     tolerance: float | None = None,
-    progress: bool | TextIO = True,
+    progress: bool | Callable[[str], Any] = True,
     callback: Callable[[dict], Any] | None = None,
     state: optax.OptState | None = None,
 ) -> Fit:
@@ -61,8 +61,10 @@ def fit(
       tolerance: end when f has fallen by at most `tolerance` · |f| over the last 10
         updates; 0 is not at all. `None` never ends a run. It needs a single batch, since
         f is of other data in each of several.
-      progress: write a line to `sys.stderr`, or to this stream, once a second; a run of
-        less than a second writes nothing. `False` is silent.
+      progress: log a line once a second, and one at the end of a run that took so long,
+        with the level `INFO` of the logger `hfjax`. Python shows these lines after
+        `logging.basicConfig(level=logging.INFO)`. A function is called with the lines
+        instead, such as `print`. `False` writes nothing.
       callback: called after each update with a dictionary: `update`, `seconds`, the
         fields of `History`, and `params`. If it returns `True`, the run ends.
       state: `state` of an earlier fit, to go on from its `params` with the same optimizer.

@@ -12,7 +12,7 @@ problems, differential equations with unknown coefficients. For a network with b
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def least_squares(
     xtol: float = 0.0,
     ftol: float = 0.0,
     max_updates: int = 1000,
-    progress: bool | TextIO = False,
+    progress: bool | Callable[[str], Any] = False,
     callback: Callable[[dict], Any] | None = None,
     state: HessianFreeState | None = None,
 ) -> LeastSquaresFit:
@@ -163,7 +163,8 @@ def least_squares(
         columns of J on the diagonal of D.
       ftol: end when f falls by at most `ftol` · f, and was expected to.
       max_updates: the most updates.
-      progress: write a line to `sys.stderr`, or to this stream, once a second.
+      progress: as in `hfjax.fit`: `True` logs a line once a second, and a function such as
+        `print` is called with it.
       callback: called after each update with a dictionary: `update`, `seconds`, the
         fields of `History`, and `params`. If it returns `True`, the run ends.
       state: `state` of an earlier fit, to go on from its `params`.

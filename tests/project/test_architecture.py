@@ -265,10 +265,10 @@ def test_only_jax_optax_and_numpy_are_needed_at_run_time():
     standard |= {
         "inspect",
         "itertools",
+        "logging",
         "math",
         "numbers",
         "operator",
-        "sys",
         "time",
         "typing",
         "weakref",
