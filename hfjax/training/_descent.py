@@ -6,7 +6,7 @@ and an update of `hfjax.hessian_free` is done, whose solver is handed this J.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     """A run so far: what a fit holds, and what its tests count."""
 
     params: Params
-    state: HessianFreeState
+    state: Any  # a `HessianFreeState`
     value: jax.Array
     history: History
     reason: jax.Array
@@ -167,7 +167,8 @@ class _Place(NamedTuple):
     lengths: jax.Array  # ‖Jⱼ‖
     square: jax.Array  # ½ ‖e‖², with e how far rounding θ moves r
     noise: jax.Array  # how far e moves f
-    finite: jax.Array
+    known: jax.Array  # whether f is finite
+    finite: jax.Array  # whether J is, too
     polished: Callable[
         [jax.Array], tuple[Params, jax.Array]
     ]  # a step, and f at its end
@@ -200,6 +201,7 @@ def _place(
         lengths=lengths,
         square=square,
         noise=_ROUNDINGS * (square + trees.norm(r * errors)),
+        known=jnp.isfinite(jnp.sum(r * r)),
         finite=jnp.isfinite(jnp.sum(lengths)) & jnp.isfinite(jnp.sum(r * r)),
         polished=polished,
     )
@@ -213,7 +215,8 @@ def _updated(
     tolerances: Tolerances,
 ) -> Run:
     """Test whether the run ends here, and if not, update."""
-    step, state = tx.update(here.gradient, run.state, run.params, batch=batch)
+    step, new = tx.update(here.gradient, run.state, run.params, batch=batch)
+    state = cast("HessianFreeState", new)
     before, info = state.info.value_before, state.info
     noise = rounding_noise(before) + here.noise.astype(before.dtype)
     early = _first(
@@ -261,7 +264,7 @@ def _updated(
         lowest=lowest,
         rejected=rejected.astype(jnp.int32),
     )
-    value = jnp.where(here.finite, before, jnp.nan).astype(run.value.dtype)
+    value = jnp.where(here.known, before, jnp.nan).astype(run.value.dtype)
     ended = run._replace(reason=early, value=value)
     return trees.select(early == Reason.RUNNING, new, ended)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from hfjax._core.arguments import check_function
 from hfjax._core.types import Params, Tree
@@ -161,7 +162,7 @@ def _line(update: int, row: History, seconds: float) -> str:
 
 def is_traced(*trees: Tree) -> bool:
     """Return whether any array is traced, by `jax.jit` or another transformation."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
 
 
 def empty_history(updates: int, dtype: jax.typing.DTypeLike) -> History:

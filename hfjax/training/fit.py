@@ -10,7 +10,7 @@ It is the usual training loop around one compiled update, no more. Write that lo
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +102,14 @@ def fit(
     params = as_params(params)
     state = tx.init(params) if state is None else state
     step, rows, reason = _kept(objective, tx), [], Reason.UPDATES
+    last: Batch = ()
     for count in range(updates):
         own = batch if batches is None else next(batches, None)
         if own is None:
             break
-        batch = own
-        params, state, row = step(params, state, batch, jnp.asarray(count))
-        rows.append(History(*map(float, row)))
+        last = cast("Batch", own)
+        params, state, row = step(params, state, last, jnp.asarray(count))
+        rows.append(jax.device_get(row))
         reason = _ended(rows, tolerance)
         if watch.tell(count + 1, rows[-1], params):
             reason = Reason.CALLBACK
@@ -120,7 +121,7 @@ def fit(
         raise ValueError(msg)
     watch.end(len(rows), rows[-1], reason.words)
     columns = [jnp.asarray(np.array(column)) for column in zip(*rows, strict=True)]
-    value = objective.at(len(rows)).value(params, batch)
+    value = _now(objective, state, len(rows)).value(params, last)
     return Fit(params, state, value, History(*columns), reason)
 
 
@@ -184,8 +185,7 @@ def _step(
     count: jax.Array,
 ) -> tuple[Params, optax.OptState, History]:
     """Do one update."""
-    known = optax.tree.get_all_with_path(state, "count")
-    now = objective.at(known[0][1] if known else count)
+    now = _now(objective, state, count)
     value, grads = now.value_and_grad(params, batch)
     changes, state = optax.with_extra_args_support(tx).update(
         grads, state, params, batch=batch, value=value, grad=grads, value_fn=now.value
@@ -194,3 +194,9 @@ def _step(
     damping = damping[0][1] if damping else jnp.full((), jnp.nan)
     row = History(value, trees.norm(grads), damping, trees.norm(changes))
     return optax.apply_updates(params, changes), state, row
+
+
+def _now(objective: Objective, state: optax.OptState, count: Any) -> Objective:
+    """Return f with its schedules at the count that the optimizer keeps, if it keeps one."""
+    known = optax.tree.get_all_with_path(state, "count")
+    return objective.at(known[0][1] if known else count)

@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_with_its_schedules(monkeypatch):
     assert lines[-1].endswith("  The callback ended the run.")
     whole = fit()
     rest = fit(params=part.params, state=part.state, updates=4)
-    assert_close(rest.params, whole.params, rtol=1e-7)
+    assert_close((rest.params, rest.value), (whole.params, whole.value), rtol=1e-7)
     np.testing.assert_allclose(rest.history, np.array(whole.history)[:, 2:], rtol=1e-7)
 
 

@@ -233,10 +233,15 @@ def test_a_run_that_does_not_converge_says_why():
     assert found.reason is Reason.STUCK
     np.testing.assert_array_equal(found.params, [1.0, 2.0])
 
-    # √ has no derivative at the minimum, where a step of a linear model leads.
-    kink = hfjax.least_squares(lambda p: jnp.sqrt(jnp.abs(p)), jnp.array([1.0]))
-    assert kink.reason in {Reason.NONFINITE, Reason.STUCK, Reason.ZERO}
-    assert np.all(np.isfinite(kink.params))
+    @jax.custom_jvp
+    def broken(p):
+        return p
+
+    broken.defjvp(lambda p, v: (p[0], jnp.where(p[0] < 0.5, jnp.nan, 1) * v[0]))
+    found = hfjax.least_squares(broken, jnp.array([1.0]))
+    assert found.reason is Reason.NONFINITE
+    assert found.params < 0.5
+    np.testing.assert_allclose(found.value, found.params[0] ** 2 / 2, rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -258,7 +263,7 @@ def test_an_outlier_hardly_moves_a_robust_fit(loss):
     found = fit(y, loss=loss, scale=0.2)
     assert found.reason is Reason.ROUNDING
     off, moved = (np.abs(entries(f) - truth()).max() for f in (found, fit(y)))
-    assert off < 0.15 * moved
+    assert off < 0.2 * moved
 
     def gradient(theta):
         r, jacobian = residuals(theta, y)
