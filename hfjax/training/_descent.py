@@ -169,9 +169,9 @@ class _Place(NamedTuple):
     noise: jax.Array  # how far e moves f
     known: jax.Array  # whether f is finite
     finite: jax.Array  # whether J is, too
-    polished: Callable[
-        [jax.Array], tuple[Params, jax.Array]
-    ]  # a step, and f at its end
+    # A step, f at its end, a limit ↦ the same, or the step without damping and f there if
+    # that is below the limit.
+    polished: Callable[[Params, jax.Array, jax.Array], tuple[Params, jax.Array]]
 
 
 def _place(
@@ -189,11 +189,12 @@ def _place(
     errors = jnp.finfo(r.dtype).eps * jnp.matmul(jnp.abs(matrix), theta)
     square = 0.5 * jnp.sum(jnp.square(errors))
 
-    def polished(limit: jax.Array) -> tuple[Params, jax.Array]:
-        step = gauss_newton(found.rows, r, params)
-        value = objective.value(optax.apply_updates(params, step), batch)
-        good = value <= limit  # NaN is not.
-        return jax.tree.map(lambda x: jnp.where(good, x, 0), step), value
+    def polished(step: Params, value: jax.Array, limit: jax.Array) -> tuple:
+        last = gauss_newton(found.rows, r, params)
+        there = objective.value(optax.apply_updates(params, last), batch)
+        there = there.astype(value.dtype)
+        # NaN is not good either.
+        return trees.select(there <= limit, (last, there), (step, value))
 
     return _Place(
         gradient=trees.cast_like(gradient, params),
@@ -231,7 +232,7 @@ def _updated(
     after = info.value_after
     step, after = jax.lax.cond(
         run.hidden > 0,
-        lambda: trees.cast_like(here.polished(before + noise), (step, after)),
+        lambda: here.polished(step, after, before + noise),
         lambda: (step, after),
     )
 

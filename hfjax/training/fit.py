@@ -100,7 +100,7 @@ def fit(
         )
         raise TypeError(msg)
     params = as_params(params)
-    state = tx.init(params) if state is None else state
+    now: Any = tx.init(params) if state is None else state
     step, rows, reason = _kept(objective, tx), [], Reason.UPDATES
     last: Batch = ()
     for count in range(updates):
@@ -108,7 +108,7 @@ def fit(
         if own is None:
             break
         last = cast("Batch", own)
-        params, state, row = step(params, state, last, jnp.asarray(count))
+        params, now, row = step(params, now, last, jnp.asarray(count))
         rows.append(jax.device_get(row))
         reason = _ended(rows, tolerance)
         if watch.tell(count + 1, rows[-1], params):
@@ -121,8 +121,8 @@ def fit(
         raise ValueError(msg)
     watch.end(len(rows), rows[-1], reason.words)
     columns = [jnp.asarray(np.array(column)) for column in zip(*rows, strict=True)]
-    value = _now(objective, state, len(rows)).value(params, last)
-    return Fit(params, state, value, History(*columns), reason)
+    value = _at(objective, now, len(rows)).value(params, last)
+    return Fit(params, now, value, History(*columns), reason)
 
 
 def _batches(batch: Any) -> Iterator[Batch] | None:
@@ -185,7 +185,7 @@ def _step(
     count: jax.Array,
 ) -> tuple[Params, optax.OptState, History]:
     """Do one update."""
-    now = _now(objective, state, count)
+    now = _at(objective, state, count)
     value, grads = now.value_and_grad(params, batch)
     changes, state = optax.with_extra_args_support(tx).update(
         grads, state, params, batch=batch, value=value, grad=grads, value_fn=now.value
@@ -196,7 +196,7 @@ def _step(
     return optax.apply_updates(params, changes), state, row
 
 
-def _now(objective: Objective, state: optax.OptState, count: Any) -> Objective:
+def _at(objective: Objective, state: optax.OptState, count: Any) -> Objective:
     """Return f with its schedules at the count that the optimizer keeps, if it keeps one."""
     known = optax.tree.get_all_with_path(state, "count")
     return objective.at(known[0][1] if known else count)

@@ -245,6 +245,19 @@ def test_a_run_that_does_not_converge_says_why():
 
 
 @pytest.mark.slow
+def test_the_value_is_that_at_the_end_even_where_last_steps_without_damping_fail():
+    # Freudenstein and Roth's function, at a minimum where J is nearly singular.
+    def residual(x):
+        first = -13 + x[0] + ((5 - x[1]) * x[1] - 2) * x[1]
+        return jnp.stack([first, -29 + x[0] + ((x[1] + 1) * x[1] - 14) * x[1]])
+
+    found = hfjax.least_squares(residual, jnp.array([0.5, -2.0]))
+    assert found.reason is Reason.ROUNDING
+    at_end = 0.5 * jnp.sum(residual(found.params) ** 2)
+    np.testing.assert_allclose([found.value, at_end], 48.98425368 / 2, rtol=1e-9)
+
+
+@pytest.mark.slow
 def test_in_float32_a_run_ends_at_the_rounding_of_float32():
     with jax.enable_x64(False):
         found = fit(jnp.float32(NOISY))
