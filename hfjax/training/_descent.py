@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from hfjax._core import trees
 from hfjax._core.packing import packing
@@ -62,6 +63,7 @@ class Run(NamedTuple):
     quiet: jax.Array  # those since the gradient last fell, as far as it can be seen to
     lowest: jax.Array  # the cosine then
     rejected: jax.Array  # updates in a row that were rejected
+    lengths: jax.Array  # the largest ‖Jⱼ‖ so far
 
 
 class Problem(NamedTuple):
@@ -102,6 +104,7 @@ class Problem(NamedTuple):
             quiet=jnp.zeros((), jnp.int32),
             lowest=jnp.full((), jnp.inf, dtype),
             rejected=jnp.zeros((), jnp.int32),
+            lengths=jnp.zeros(optax.tree.size(params), dtype),
         )
 
     def linear(self, params: Params, args: tuple) -> tuple[Tree, jax.Array]:
@@ -142,19 +145,35 @@ def _advance(
     def step(run: Run) -> Run:
         found = jacobian(objective, run.params, batch)
         here = _place(objective, run.params, batch, found)
-        tx = problem.optimizer(_handed(problem.solver, found, run.params))
-        return _updated(tx, run, batch, here, tolerances)
+        longest = jnp.maximum(run.lengths, here.lengths.astype(run.lengths.dtype))
+        run = _in_region(problem.solver, run._replace(lengths=longest))
+        tx = problem.optimizer(_handed(problem.solver, found, run))
+        return _updated(problem, tx, run, batch, here, tolerances)
 
     return jax.lax.while_loop(going, step, run)
 
 
-def _handed(solver: Solver, found: Jacobian, params: Params) -> Solver:
-    """Return a solver that reads a Jacobian that is known, and does not compute it."""
-    packed = in_packing(found, packing(trees.widen(params)))
-    decay = jnp.zeros((), trees.scalar_dtype(params))
+def _in_region(solver: Solver, run: Run) -> Run:
+    """Multiply the first radius of a run by ‖Dθ‖, D with the lengths on its diagonal."""
+    if solver.scalar != "radius":
+        return run
+    size = trees.norm(run.lengths * _flat(run.params))
+    first = (run.state.count == 0) & (size > 0)
+    given = run.state.damping
+    radius = given * jnp.where(first, size, 1).astype(given.dtype)
+    return run._replace(state=run.state._replace(damping=radius))
+
+
+def _handed(solver: Solver, found: Jacobian, run: Run) -> Solver:
+    """Return a solver that reads a Jacobian that is known, and the D of the whole run."""
+    packed = packing(trees.widen(run.params))
+    rows = in_packing(found, packed)
+    d = packed.pack(_like(run.params, jnp.square(run.lengths)))
 
     def solve(system: System, x0: Tree | None) -> RunOfSolver:
-        return solver.solve(system._replace(jacobian=lambda: (packed, decay)), x0)
+        if solver.scalar == "radius":
+            system = system._replace(of_diagonal=lambda _: d)
+        return solver.solve(system._replace(jacobian=lambda: (rows, None)), x0)
 
     return solver._replace(solve=solve)
 
@@ -209,6 +228,7 @@ def _place(
 
 
 def _updated(
+    problem: Problem,
     tx: optax.GradientTransformationExtraArgs,
     run: Run,
     batch: Batch,
@@ -227,7 +247,10 @@ def _updated(
     )
     # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
     # down to its own rounding.
-    settled = state.damping >= run.state.damping
+    # A λ that still falls, or a radius that still grows, has more to show.
+    scalars = state.damping, run.state.damping
+    is_radius = problem.solver.scalar == "radius"
+    settled = (jnp.less_equal if is_radius else jnp.greater_equal)(*scalars)
     settled |= _is_undamped(here, step, info)
     after = info.value_after
     step, after = jax.lax.cond(
@@ -264,6 +287,7 @@ def _updated(
         quiet=quiet.astype(jnp.int32),
         lowest=lowest,
         rejected=rejected.astype(jnp.int32),
+        lengths=run.lengths,
     )
     value = jnp.where(here.known, before, jnp.nan).astype(run.value.dtype)
     ended = run._replace(reason=early, value=value)
@@ -300,3 +324,8 @@ def _has_stopped(info: HessianFreeInfo, ftol: jax.Array) -> jax.Array:
 
 def _flat(params: Params) -> jax.Array:
     return as_matrix(jax.tree.map(lambda x: x[None], params))[0]
+
+
+def _like(params: Params, flat: jax.Array) -> Params:
+    """Return a vector of numbers as a tree like the parameters."""
+    return ravel_pytree(trees.widen(params))[1](flat)

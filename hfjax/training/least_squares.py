@@ -24,9 +24,10 @@ from hfjax._core.arguments import as_params, check_function, describe
 from hfjax._core.refusal import without_derivative
 from hfjax._core.types import Params, Tree
 from hfjax._tracing import compiled
+from hfjax.globalization import trust_region
 from hfjax.globalization.damping import Damping, searched
+from hfjax.solvers import sample_space
 from hfjax.solvers.descent import Solver
-from hfjax.solvers.sample_space import cholesky
 from hfjax.training import _factors
 from hfjax.training._descent import Problem, Run, Tolerances, runner
 from hfjax.training._residuals import RHO
@@ -119,8 +120,8 @@ def least_squares(
     loss: str = "linear",
     scale: float = 1.0,
     jacobian: str = "auto",
-    solver: Solver = cholesky(),
-    damping: Damping = searched(),
+    solver: Solver | None = None,
+    damping: Damping | None = None,
     gtol: float = 0.0,
     xtol: float = 0.0,
     ftol: float = 0.0,
@@ -131,11 +132,13 @@ def least_squares(
 ) -> LeastSquaresFit:
     """Minimise f(θ) = ½ Σ r², where r = `residual_fn(params, *args)`.
 
-    Each update solves (JᵀJ + λI) δ = −Jᵀr exactly, where J is the derivative of r, for
-    several λ, corrects δ for the nonlinearity of r, and takes the step that lowers f most
-    (`hfjax.sample_space.cholesky`, `hfjax.damping.searched`). By default a run goes on
-    until rounding hides all further progress; a tolerance ends it sooner. Weights are
-    yours to apply: return r / σ.
+    Each update solves (JᵀJ + λD²) δ = −Jᵀr exactly, where J is the derivative of r, with
+    the least λ ≥ 0 for which ‖D δ‖ is within a radius, and corrects δ for the nonlinearity
+    of r (`hfjax.sample_space.trust_region`). D has the largest norm so far of each column
+    of J on its diagonal, so that the units of parameters do not matter. The first radius
+    is ‖D θ‖; it adapts to how well J predicts r (`hfjax.trust_region.radius`). By default
+    a run goes on until rounding hides all further progress; a tolerance ends it sooner.
+    Weights are yours to apply: return r / σ.
 
     The run is compiled once for each `residual_fn` and shapes of `params` and `args`: pass
     data as `args`, and the same function again. As with `jax.jit`, arrays that a function
@@ -155,12 +158,13 @@ def least_squares(
         "reverse", by a backward pass for each residual; "auto", forward if there are
         fewer parameters than residuals. Forward mode also differentiates
         `jax.lax.while_loop`.
-      solver: from `hfjax.sample_space`.
-      damping: from `hfjax.damping`.
+      solver: from `hfjax.sample_space`; `None` is `trust_region(scaled=True)`.
+      damping: the rule for λ or the radius; `None` is `hfjax.damping.searched()`, or
+        `hfjax.trust_region.radius(shrink=1 / 4, grow=2)`. A first radius counts in units
+        of ‖D θ‖.
       gtol: end when the largest cosine between the residuals and their derivative by a
         parameter is at most this, |Jⱼᵀr| ≤ `gtol` ‖Jⱼ‖ ‖r‖ for all j.
-      xtol: end when a step is at most this, ‖D δ‖ ≤ `xtol` ‖D θ‖, with the norms of the
-        columns of J on the diagonal of D.
+      xtol: end when a step is at most this, ‖D δ‖ ≤ `xtol` ‖D θ‖.
       ftol: end when f falls by at most `ftol` · f, and was expected to.
       max_updates: the most updates.
       progress: as in `hfjax.fit`: `True` logs a line once a second, and a function such as
@@ -247,16 +251,20 @@ def _problem(
     loss: str,
     scale: float,
     mode: str,
-    solver: Solver,
-    damping: Damping,
+    solver: Solver | None,
+    damping: Damping | None,
     max_updates: int,
 ) -> Problem:
     check_function("residual_fn", residual_fn, "(params, *args) -> residuals")
     options.check_choice("loss", loss, tuple(RHO))
     options.check_range("scale", scale, low=0.0, open_low=True)
     options.check_choice("jacobian", mode, ("auto", "forward", "reverse"))
-    check_part("solver", solver, Solver)
-    check_part("damping", damping, Damping)
+    check_part("solver", solver, Solver, none=True)
+    check_part("damping", damping, Damping, none=True)
+    # The same parts in each call, or the run would be compiled again.
+    solver = _within() if solver is None else solver
+    if damping is None:
+        damping = _region() if solver.scalar == "radius" else _search()
     options.check_count("max_updates", max_updates, low=1)
     if not options.is_plain_number(scale):
         msg = f"`scale` must be a Python number, got {describe(scale)}."
@@ -264,6 +272,13 @@ def _problem(
     return Problem(
         residual_fn, loss, float(scale), mode, solver, damping, int(max_updates)
     )
+
+
+_search = functools.cache(searched)
+_within = functools.cache(functools.partial(sample_space.trust_region, scaled=True))
+_region = functools.cache(
+    functools.partial(trust_region.radius, shrink=1 / 4, grow=2.0)
+)
 
 
 def _as_array(leaf: Any) -> jax.Array:
