@@ -78,6 +78,21 @@ def check_statistics(names):
     assert jnp.all(kept[1]["BatchNorm_0"]["var"] != 1)
 
 
+@pytest.mark.slow
+def test_curves_are_fitted_with_their_errors(capsys):
+    names = {}
+    for block in blocks("least_squares.md"):
+        exec(block, names)
+    *found, end, lifetimes = capsys.readouterr().out.splitlines()
+    assert [line.split(" = ")[0] for line in found] == list(names["start"])
+    for line, truth in zip(found, (200, 1.5, 20), strict=True):
+        value, error = map(float, line.split(" = ")[1].split(" ± "))
+        assert 0 < error < 0.1 * truth
+        assert abs(value - truth) < error
+    assert end.startswith("Any further progress is hidden by rounding. χ² = ")
+    assert lifetimes == "[1.  1.5 2. ]"
+
+
 def helpers():
     """Return what the page of trainers defines without any trainer."""
     names = {}
