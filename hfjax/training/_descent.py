@@ -38,8 +38,8 @@ _ROUNDINGS = 10
 """f is off by several times what a rounding of the parameters changes."""
 _PART = 0.05
 """λ has no part in a step if it is less than this of what the slope promises."""
-_REJECTED = 30
-"""So many rejected updates in a row end a run."""
+_REJECTED, _SHRUNK = 30, 10
+"""So many rejected updates in a row end a run; the second if steps are now hidden."""
 
 
 class Tolerances(NamedTuple):
@@ -62,8 +62,7 @@ class Run(NamedTuple):
     hidden: jax.Array  # updates in a row that rounding hides
     quiet: jax.Array  # those since the gradient last fell, as far as it can be seen to
     lowest: jax.Array  # the cosine then
-    rejected: jax.Array  # updates in a row that were rejected
-    lengths: jax.Array  # the largest ‖Jⱼ‖ so far
+    rejected: jax.Array  # updates in a row that were rejected, and which f could show
 
 
 class Problem(NamedTuple):
@@ -93,9 +92,15 @@ class Problem(NamedTuple):
     def start(self, params: Params, state: HessianFreeState | None) -> Run:
         """Return the run before its first update."""
         dtype = trees.scalar_dtype(params)
+        if state is None:
+            # No solver here has a preconditioner. Its place in the state is for D, so that
+            # a run that goes on from its state does so with the same D.
+            state = cast("HessianFreeState", self.optimizer().init(params))
+            lengths = jnp.zeros(optax.tree.size(params), dtype)
+            state = state._replace(preconditioner=lengths)
         return Run(
             params=params,
-            state=self.optimizer().init(params) if state is None else state,
+            state=state,
             value=jnp.full((), jnp.nan, dtype),
             history=empty_history(self.max_updates, dtype),
             reason=jnp.zeros((), jnp.int32),
@@ -104,7 +109,6 @@ class Problem(NamedTuple):
             quiet=jnp.zeros((), jnp.int32),
             lowest=jnp.full((), jnp.inf, dtype),
             rejected=jnp.zeros((), jnp.int32),
-            lengths=jnp.zeros(optax.tree.size(params), dtype),
         )
 
     def linear(self, params: Params, args: tuple) -> tuple[Tree, jax.Array]:
@@ -145,30 +149,31 @@ def _advance(
     def step(run: Run) -> Run:
         found = jacobian(objective, run.params, batch)
         here = _place(objective, run.params, batch, found)
-        longest = jnp.maximum(run.lengths, here.lengths.astype(run.lengths.dtype))
-        run = _in_region(problem.solver, run._replace(lengths=longest))
+        run = _in_region(problem.solver, run, here.lengths)
         tx = problem.optimizer(_handed(problem.solver, found, run))
         return _updated(problem, tx, run, batch, here, tolerances)
 
     return jax.lax.while_loop(going, step, run)
 
 
-def _in_region(solver: Solver, run: Run) -> Run:
-    """Multiply the first radius of a run by ‖Dθ‖, D with the lengths on its diagonal."""
-    if solver.scalar != "radius":
-        return run
-    size = trees.norm(run.lengths * _flat(run.params))
-    first = (run.state.count == 0) & (size > 0)
-    given = run.state.damping
-    radius = given * jnp.where(first, size, 1).astype(given.dtype)
-    return run._replace(state=run.state._replace(damping=radius))
+def _in_region(solver: Solver, run: Run, lengths: jax.Array) -> Run:
+    """Let D hold the largest ‖Jⱼ‖ so far, and multiply the first radius by ‖D θ‖."""
+    d = run.state.preconditioner
+    d = jnp.maximum(d, lengths.astype(d.dtype))
+    state = run.state._replace(preconditioner=d)
+    if solver.scalar == "radius":
+        size = trees.norm(d * _flat(run.params))
+        first = (state.count == 0) & (size > 0)
+        times = jnp.where(first, size, 1).astype(state.damping.dtype)
+        state = state._replace(damping=times * state.damping)
+    return run._replace(state=state)
 
 
 def _handed(solver: Solver, found: Jacobian, run: Run) -> Solver:
     """Return a solver that reads a Jacobian that is known, and the D of the whole run."""
     packed = packing(trees.widen(run.params))
     rows = in_packing(found, packed)
-    d = packed.pack(_like(run.params, jnp.square(run.lengths)))
+    d = packed.pack(_like(run.params, jnp.square(run.state.preconditioner)))
 
     def solve(system: System, x0: Tree | None) -> RunOfSolver:
         if solver.scalar == "radius":
@@ -236,8 +241,10 @@ def _updated(
     tolerances: Tolerances,
 ) -> Run:
     """Test whether the run ends here, and if not, update."""
-    step, new = tx.update(here.gradient, run.state, run.params, batch=batch)
+    given = run.state._replace(preconditioner=None)
+    step, new = tx.update(here.gradient, given, run.params, batch=batch)
     state = cast("HessianFreeState", new)
+    state = state._replace(preconditioner=run.state.preconditioner)
     before, info = state.info.value_before, state.info
     noise = rounding_noise(before) + here.noise.astype(before.dtype)
     early = _first(
@@ -245,14 +252,14 @@ def _updated(
         (before <= here.square, Reason.ZERO),
         (here.cosine <= tolerances.gtol, Reason.GRADIENT),
     )
-    # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
-    # down to its own rounding.
     # A λ that still falls, or a radius that still grows, has more to show.
     scalars = state.damping, run.state.damping
     is_radius = problem.solver.scalar == "radius"
     settled = (jnp.less_equal if is_radius else jnp.greater_equal)(*scalars)
     settled |= _is_undamped(here, step, info)
     after = info.value_after
+    # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
+    # down to its own rounding.
     step, after = jax.lax.cond(
         run.hidden > 0,
         lambda: here.polished(step, after, before + noise),
@@ -265,12 +272,12 @@ def _updated(
     lowest = jnp.where(hidden, lowest, jnp.inf).astype(run.lowest.dtype)
     quiet = jnp.where(hidden & ~falls, run.quiet + 1, 0)
     hidden = jnp.where(hidden, run.hidden + 1, 0)
-    rejected = jnp.where(info.accepted, 0, run.rejected + 1)
+    rejected = jnp.where(info.accepted, 0, run.rejected + (hidden == 0))
     late = _first(
         (settled & _is_short(here, run.params, step, tolerances.xtol), Reason.STEP),
         (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
+        (rejected >= jnp.where(hidden > 0, _SHRUNK, _REJECTED), Reason.STUCK),
         ((quiet >= _QUIET) & settled | (hidden >= _HIDDEN), Reason.ROUNDING),
-        (rejected >= _REJECTED, Reason.STUCK),
     )
     row = History(before, here.cosine, state.damping, trees.norm(step))
     history = jax.tree.map(
@@ -287,7 +294,6 @@ def _updated(
         quiet=quiet.astype(jnp.int32),
         lowest=lowest,
         rejected=rejected.astype(jnp.int32),
-        lengths=run.lengths,
     )
     value = jnp.where(here.known, before, jnp.nan).astype(run.value.dtype)
     ended = run._replace(reason=early, value=value)
