@@ -39,7 +39,7 @@ _ROUNDINGS = 10
 _PART = 0.05
 """λ has no part in a step if it is less than this of what the slope promises."""
 _REJECTED, _SHRUNK = 30, 10
-"""So many rejected updates in a row end a run; the second if steps are now hidden."""
+"""So many failed updates in a row end a run; the second if rounding now hides steps."""
 
 
 class Tolerances(NamedTuple):
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     hidden: jax.Array  # updates in a row that rounding hides
     quiet: jax.Array  # those since the gradient last fell, as far as it can be seen to
     lowest: jax.Array  # the cosine then
-    rejected: jax.Array  # updates in a row that were rejected, and which f could show
+    rejected: jax.Array  # updates in a row that were to lower f visibly, and did not
 
 
 class Problem(NamedTuple):
@@ -272,7 +272,8 @@ def _updated(
     lowest = jnp.where(hidden, lowest, jnp.inf).astype(run.lowest.dtype)
     quiet = jnp.where(hidden & ~falls, run.quiet + 1, 0)
     hidden = jnp.where(hidden, run.hidden + 1, 0)
-    rejected = jnp.where(info.accepted, 0, run.rejected + (hidden == 0))
+    fell = before - info.value_after > noise
+    rejected = jnp.where(fell, 0, run.rejected + (hidden == 0))
     late = _first(
         (settled & _is_short(here, run.params, step, tolerances.xtol), Reason.STEP),
         (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
