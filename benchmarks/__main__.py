@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 from benchmarks import compare
 from benchmarks.cli import Parser, RefusedError
-from benchmarks.micro import constants, costs, precision, preconditioners, product
+from benchmarks.micro import (
+    constants,
+    costs,
+    least_squares,
+    precision,
+    preconditioners,
+    product,
+)
 
 _COMMANDS = {
     "compare": compare,
@@ -14,6 +21,7 @@ _COMMANDS = {
     "preconditioners": preconditioners,
     "precision": precision,
     "constants": constants,
+    "least_squares": least_squares,
 }
 
 

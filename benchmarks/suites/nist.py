@@ -59,6 +59,39 @@ class Problem(NamedTuple):
         """Return model − y."""
         return self.model(b, x) - y
 
+    def digits(self, b: np.ndarray, deviations: np.ndarray | None = None) -> float:
+        """Count the digits that are right in all parameters: 11 at most, as certified.
+
+        Args:
+          b: the parameters of a fit.
+          deviations: count the digits of these standard deviations instead.
+
+        Returns:
+          A number from 0 to 11, with decimals.
+        """
+        order, signs = _certified_order(self.model, b)
+        found, certified = (b * signs)[order], self.certified
+        if deviations is not None:
+            found, certified = deviations[order], self.deviations
+        error = np.max(np.abs(found / certified - 1))
+        return float(np.clip(-np.log10(max(error, 1e-11)), 0, 11))
+
+
+def _certified_order(model: Model, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return in which order, with which signs, b is to be compared.
+
+    Some formulas have terms that may change places, or parameters that may change their
+    signs together.
+    """
+    order, signs = np.arange(len(b)), np.ones(len(b))
+    if model is _mgh17 and b[3] > b[4]:
+        order = np.array([0, 2, 1, 4, 3])
+    if model is _lanczos:
+        order = order.reshape(3, 2)[np.argsort(b[1::2])].ravel()
+    if model is _eckerle4:
+        signs[:2] = np.sign(b[1])
+    return order, signs
+
 
 def _misra1a(b: jax.Array, x: jax.Array) -> jax.Array:
     return b[0] * (1 - exp(-b[1] * x))
