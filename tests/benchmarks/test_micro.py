@@ -19,6 +19,7 @@ from benchmarks.micro import (
     constants,
     cost_problems,
     costs,
+    least_squares,
     preconditioners,
     product,
     shares,
@@ -219,6 +220,28 @@ def test_every_change_of_a_constant_is_a_set_up():
     for changes in constants.CHANGES.values():
         for options in changes.values():
             hfjax.hessian_free(objective, **options)
+
+
+def test_curve_fits_are_compared_by_their_digits(tmp_path, monkeypatch, capsys):
+    names = "hfjax,leastsq,jaxopt-lm"
+    words = ("least_squares", "--problem", "Misra1a", "--solvers", names)
+
+    def missing(*_):
+        raise ImportError
+
+    monkeypatch.setitem(least_squares.SOLVERS, "jaxopt-lm", missing)
+    found = command(tmp_path / "l.json", *words)
+    assert list(found["rows"]) == ["hfjax", "leastsq"]
+    for first, second in found["rows"].values():
+        assert (first["start"], second["start"]) == (1, 2)
+        assert first["first"] > first["again"] > 0
+        assert second["first"] is None
+        for row in (first, second):
+            assert 7 < row["digits"] <= 11
+            assert 1 < row["updates"] < row["evaluations"]
+    printed = capsys.readouterr().out
+    assert "jaxopt-lm is left out" in printed
+    assert printed.count("is not right in: none") == 2
 
 
 def test_m_in_float32_is_held_against_float64(tmp_path, capsys):

@@ -30,6 +30,23 @@ def test_certified_parameters_give_what_else_is_certified():
         np.testing.assert_allclose(deviations, problem.deviations, rtol=1e-9)
 
 
+def test_parameters_of_the_same_curve_are_right():
+    same = {
+        "MGH17": ([0, 2, 1, 4, 3], 1),
+        "Lanczos2": ([4, 5, 0, 1, 2, 3], 1),
+        "Eckerle4": ([0, 1, 2], [-1, -1, 1]),
+    }
+    for name, (order, signs) in same.items():
+        problem = nist.load()[name]
+        b = problem.certified[order] * np.array(signs)
+        np.testing.assert_allclose(
+            problem.model(b, problem.x), problem.model(problem.certified, problem.x)
+        )
+        assert problem.digits(b) == 11
+        assert problem.digits(b * (1 + 1e-5)) == pytest.approx(5, abs=1e-3)
+        assert problem.digits(b, problem.deviations[order]) == 11
+
+
 @pytest.mark.parametrize("name", nist.MODELS)
 def test_fits_have_the_certified_digits_from_both_starts(name):
     problem = nist.load()[name]
