@@ -95,8 +95,8 @@ def _optimistix(name: str, residuals: Residuals, data: tuple) -> Fit:
 
     def fit(start: np.ndarray) -> tuple[Any, Any]:
         options = {"args": data, "max_steps": _MOST, "throw": False}
-        start = jnp.asarray(start)
-        found = optimistix.least_squares(unpacked, solver, start, **options)
+        at = jnp.asarray(start)
+        found = optimistix.least_squares(unpacked, solver, at, **options)
         return found.value, found.stats["num_steps"]
 
     return fit

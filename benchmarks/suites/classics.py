@@ -67,12 +67,12 @@ def _brown_badly_scaled(x: jax.Array) -> jax.Array:
 
 def _beale(x: jax.Array) -> jax.Array:
     powers = np.arange(1.0, 4.0)
-    return np.array([1.5, 2.25, 2.625]) - x[0] * (1 - x[1] ** powers)
+    return x[0] * (1 - x[1] ** powers) - np.array([1.5, 2.25, 2.625])
 
 
 def _jennrich_sampson(x: jax.Array) -> jax.Array:
     i = np.arange(1.0, 11.0)
-    return 2 + 2 * i - (exp(i * x[0]) + exp(i * x[1]))
+    return exp(i * x[0]) + exp(i * x[1]) - (2 + 2 * i)
 
 
 def _helical_valley(x: jax.Array) -> jax.Array:
@@ -90,7 +90,7 @@ _BARD = _numbers("""
 def _bard(x: jax.Array) -> jax.Array:
     u = np.arange(1.0, 16.0)
     v, w = 16 - u, np.minimum(u, 16 - u)
-    return _BARD - (x[0] + u / (v * x[1] + w * x[2]))
+    return x[0] + u / (v * x[1] + w * x[2]) - _BARD
 
 
 _GAUSSIAN = _numbers("""
@@ -158,7 +158,7 @@ _KOWALIK_OSBORNE = _numbers("""
 
 def _kowalik_osborne(x: jax.Array) -> jax.Array:
     u = np.array([4, 2, 1, 0.5, 0.25, 0.167, 0.125, 0.1, 0.0833, 0.0714, 0.0625])
-    return _KOWALIK_OSBORNE - x[0] * (u**2 + u * x[1]) / (u**2 + u * x[2] + x[3])
+    return x[0] * (u**2 + u * x[1]) / (u**2 + u * x[2] + x[3]) - _KOWALIK_OSBORNE
 
 
 def _brown_dennis(x: jax.Array) -> jax.Array:
@@ -176,7 +176,7 @@ _OSBORNE_1 = _numbers("""
 
 def _osborne_1(x: jax.Array) -> jax.Array:
     t = 10 * np.arange(33.0)
-    return _OSBORNE_1 - (x[0] + x[1] * exp(-t * x[3]) + x[2] * exp(-t * x[4]))
+    return x[0] + x[1] * exp(-t * x[3]) + x[2] * exp(-t * x[4]) - _OSBORNE_1
 
 
 def _biggs(x: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ _OSBORNE_2 = _numbers("""
 def _osborne_2(x: jax.Array) -> jax.Array:
     t = np.arange(65.0) / 10
     peaks = sum(x[k] * exp(-((t - x[k + 7]) ** 2) * x[k + 4]) for k in (1, 2, 3))
-    return _OSBORNE_2 - (x[0] * exp(-t * x[4]) + peaks)
+    return x[0] * exp(-t * x[4]) + peaks - _OSBORNE_2
 
 
 def _watson(x: jax.Array) -> jax.Array:
@@ -271,7 +271,7 @@ def _linear(x: jax.Array) -> jax.Array:
 
 def _linear_rank_1(x: jax.Array) -> jax.Array:
     total = jnp.sum(np.arange(1.0, len(x) + 1) * x)
-    return np.arange(1.0, _ROWS + 1) * total - 1
+    return total * np.arange(1.0, _ROWS + 1) - 1
 
 
 def _linear_rank_1_zeros(x: jax.Array) -> jax.Array:
