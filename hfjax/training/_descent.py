@@ -19,6 +19,8 @@ from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
 from hfjax.curvature.jacobian import Jacobian, jacobian
 from hfjax.globalization.damping import Damping
+from hfjax.globalization.linesearch import armijo
+from hfjax.solvers.descent import Reason as SolverReason
 from hfjax.solvers.descent import Run as RunOfSolver
 from hfjax.solvers.descent import Solver, System
 from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
@@ -87,7 +89,11 @@ class Problem(NamedTuple):
     ) -> optax.GradientTransformationExtraArgs:
         """Return what does an update, perhaps with a solver that is handed J."""
         solver = self.solver if solver is None else solver
-        return hessian_free(self.objective(), damping=self.damping, solver=solver)
+        # A step that raises f is evidence about the region, not about its own length.
+        search = None if solver.scalar == "radius" else armijo()
+        return hessian_free(
+            self.objective(), damping=self.damping, solver=solver, line_search=search
+        )
 
     def start(self, params: Params, state: HessianFreeState | None) -> Run:
         """Return the run before its first update."""
@@ -159,10 +165,10 @@ def _advance(
 def _in_region(solver: Solver, run: Run, lengths: jax.Array) -> Run:
     """Let D hold the largest ‖Jⱼ‖ so far, and multiply the first radius by ‖D θ‖."""
     d = run.state.preconditioner
-    d = jnp.maximum(d, lengths.astype(d.dtype))
+    d = jnp.fmax(d, lengths.astype(d.dtype))  # NaN must not stay.
     state = run.state._replace(preconditioner=d)
     if solver.scalar == "radius":
-        size = trees.norm(d * _flat(run.params))
+        size = trees.norm(jnp.where(d > 0, d, 1) * _flat(run.params))
         first = (state.count == 0) & (size > 0)
         times = jnp.where(first, size, 1).astype(state.damping.dtype)
         state = state._replace(damping=times * state.damping)
@@ -176,7 +182,7 @@ def _handed(solver: Solver, found: Jacobian, run: Run) -> Solver:
     d = packed.pack(_like(run.params, jnp.square(run.state.preconditioner)))
 
     def solve(system: System, x0: Tree | None) -> RunOfSolver:
-        if solver.scalar == "radius":
+        if solver.scalar == "radius" or system.of_diagonal is not None:
             system = system._replace(of_diagonal=lambda _: d)
         return solver.solve(system._replace(jacobian=lambda: (rows, None)), x0)
 
@@ -252,11 +258,10 @@ def _updated(
         (before <= here.square, Reason.ZERO),
         (here.cosine <= tolerances.gtol, Reason.GRADIENT),
     )
-    # A λ that still falls, or a radius that still grows, has more to show.
-    scalars = state.damping, run.state.damping
-    is_radius = problem.solver.scalar == "radius"
-    settled = (jnp.less_equal if is_radius else jnp.greater_equal)(*scalars)
+    settled = state.damping >= run.state.damping
     settled |= _is_undamped(here, step, info)
+    if problem.solver.scalar == "radius":  # At a minimum it holds no step back.
+        settled = info.cg_reason != int(SolverReason.BOUNDARY)
     after = info.value_after
     # Where f shows no more, the gradient does: Gauss-Newton steps without damping bring it
     # down to its own rounding.

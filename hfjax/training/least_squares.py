@@ -277,7 +277,7 @@ def _problem(
 _search = functools.cache(searched)
 _within = functools.cache(functools.partial(sample_space.trust_region, scaled=True))
 _region = functools.cache(
-    functools.partial(trust_region.radius, shrink=1 / 4, grow=2.0)
+    functools.partial(trust_region.radius, shrink=1 / 4, grow=2.0, maximum=1e30)
 )
 
 
