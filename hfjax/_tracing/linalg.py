@@ -109,6 +109,16 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @_one_by_one
+def svd_and_side(both: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return S, V and Uᵀr, where [A, r] is the matrix and A = U S Vᵀ."""
+    # The triangle of a QR of [A, r] holds Qᵀr as well, so Q is not needed.
+    triangle = jnp.linalg.qr(both, mode="r")
+    left, values, right = jnp.linalg.svd(triangle[:, :-1], full_matrices=False)
+    along = jnp.matmul(left.T, triangle[:, -1], precision="highest")
+    return values, right.T, along
+
+
+@_one_by_one
 def cholesky(matrix: jax.Array) -> jax.Array:
     """Return the lower Cholesky factor, or NaN; only the lower triangle is read."""
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)

@@ -46,22 +46,13 @@ def factors(rows: Tree, residuals: jax.Array) -> Factors:
     matrix = as_matrix(rows)
     lengths = column_lengths(matrix)
     lengths = jnp.where(lengths > 0, lengths, 1)
-    # With r as one more column, the triangle of a QR holds Qᵀr as well.
     r = residuals.astype(matrix.dtype)[:, None]
-    values, vectors, along = _decomposed(jnp.hstack([matrix / lengths[None], r]))
+    both = jnp.hstack([matrix / lengths[None], r])
+    values, vectors, along = linalg.svd_and_side(both)
     limit = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * jnp.max(values)
     seen = values > limit
     inverse = jnp.where(seen, 1 / jnp.where(seen, values, 1), 0)
     return Factors(lengths, inverse, vectors, along)
-
-
-@linalg._one_by_one
-def _decomposed(both: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return S, V and Uᵀr of a matrix with r as its last column."""
-    triangle = jnp.linalg.qr(both, mode="r")
-    left, values, right = jnp.linalg.svd(triangle[:, :-1], full_matrices=False)
-    along = jnp.matmul(left.T, triangle[:, -1], precision=trees.EXACT)
-    return values, right.T, along
 
 
 def gauss_newton(rows: Tree, residuals: jax.Array, params: Params) -> Params:
