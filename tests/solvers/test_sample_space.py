@@ -239,6 +239,7 @@ def test_in_a_trust_region_it_is_the_least_damped_step_that_is_short_enough(
         np.testing.assert_allclose(left, lam * found, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_in_a_trust_region_a_correction_is_short_and_pays():
     """Or it is left out; the plain step of this problem is corrected by a tenth."""
     f, params, batch, _ = two_terms()
