@@ -23,7 +23,7 @@ from hfjax.curvature.jacobian import Jacobian
 _ROUNDING = 100
 """−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
 _HALVINGS = 60
-"""From any λ to a millionth of its logarithm."""
+"""From any λ to another one, which differ by hundreds of powers of ten, to rounding."""
 
 
 class Problem(NamedTuple):
@@ -266,6 +266,8 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
         left, values, right = decompose(rows)
     else:
         left, values, right = jax.lax.cond(needed, decompose, nothing, rows)
+    floor = max(rows.shape) * jnp.finfo(values.dtype).eps * values[0]
+    values = jnp.where(values > floor, values, 0)
     basis = jacobian._replace(rows=jax.vmap(unravel)(right))
     along = basis.product(beyond).astype(values.dtype)
     sides = jnp.matmul(within.astype(values.dtype), left, precision=trees.EXACT)

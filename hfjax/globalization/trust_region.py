@@ -193,7 +193,8 @@ def radius(
       ratio: how to measure ρ.
 
     Returns:
-      The rule, for `hessian_free(damping=…, solver=trust_region.steihaug_toint())`.
+      The rule, for `hessian_free(damping=…, solver=trust_region.steihaug_toint())` or
+      `solver=sample_space.trust_region()`.
 
     Raises:
       ValueError: if a plain number is out of range.

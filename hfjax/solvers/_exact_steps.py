@@ -143,12 +143,12 @@ def _run(problem: Problem, form: Form, last: Step, reason: jax.Array) -> Run:
 
 def _root(system: System, jacobian: Jacobian, decays: Tree | None) -> Tree | None:
     """Return √D of a diagonal D, 1 for entries of 0, or `None` if D = I."""
-    if system.of_diagonal is None:
+    if system.root is None:
         return None
     d = jax.tree.map(lambda rows: jnp.sum(jnp.square(rows), axis=0), jacobian.rows)
     if decays is not None:
         d = trees.damped(d, decays)
-    return jax.tree.map(jnp.sqrt, trees.ones_for_zeros(system.of_diagonal(d)))
+    return trees.ones_for_zeros(system.root(d))
 
 
 def _in_units(
@@ -186,7 +186,9 @@ def _form(problem: Problem, space: str, damping: jax.Array) -> Form:
     rows, columns = len(problem.jacobian.residuals), optax.tree.size(problem.b)
     few = rows <= columns if space == "smaller" else space == "samples"
     square = (in_samples if few else in_parameters)(problem)
-    if rows_decomposed(problem) * columns > _MOST_DECOMPOSED:
+    # What lies on several devices by its type is not gathered into one matrix.
+    spread = any(map(sharding.may_be_sharded, jax.tree.leaves(problem.b)))
+    if spread or rows_decomposed(problem) * columns > _MOST_DECOMPOSED:
         return square
     coarse = _COARSE * jnp.finfo(problem.dtype).eps * square.trace
     needed = damping + problem.decay < coarse

@@ -109,7 +109,7 @@ class System(NamedTuple):
       jacobian_size: `() -> (rows, columns, multiplications of a forward pass)`, as Python
         integers.
       tikhonov: whether D = I, so that steps for other λ can be found in a subspace.
-      of_diagonal: diag(J̃ᵀJ̃) ↦ D, if D is diagonal and made of that; else `None`.
+      root: diag(J̃ᵀJ̃) ↦ √D, if D is diagonal and made of that; else `None`.
     """
 
     matvec: Matvec
@@ -123,7 +123,7 @@ class System(NamedTuple):
     jacobian: Callable[[], tuple[Any, Tree | None]] | None = None
     jacobian_size: Callable[[], tuple[int, int, int]] | None = None
     tikhonov: bool = True
-    of_diagonal: Callable[[Tree], Tree] | None = None
+    root: Callable[[Tree], Tree] | None = None
 
 
 class RunStats(NamedTuple):

@@ -23,6 +23,7 @@ itself is decomposed into singular values, which serve all λ of the update.
 """
 
 import jax
+import jax.numpy as jnp
 
 from hfjax._core import options, trees
 from hfjax._core.types import NumberOrSchedule, Tree
@@ -142,7 +143,8 @@ def trust_region(*, corrections: int = 16, scaled: bool = False) -> Solver:
     with the lower f is taken, and δ if c is longer than 0.375 ‖δ‖.
 
     Apart from f and ∇f, an update costs J̃, its singular values (some 10 · rows · params ·
-    min(rows, params) operations), the corrections as in `cholesky`, and f twice. A search
+    min(rows, params) operations, more with several weight decays), the corrections as in
+    `cholesky`, and f twice. J̃ must fit on one device, with three copies. A search
     for λ costs more and takes longer steps; a region holds back steps into places that M
     knows nothing about. It is the better choice for models of few parameters that mean
     something, from a start that may be far off.
@@ -178,8 +180,8 @@ def trust_region(*, corrections: int = 16, scaled: bool = False) -> Solver:
     options.check_count("corrections", corrections, low=0)
 
     def solve(system: System, _: Tree | None) -> Run:
-        if scaled and system.of_diagonal is None:
-            system = system._replace(of_diagonal=lambda diagonal: diagonal)
+        if scaled and system.root is None:
+            system = system._replace(root=lambda d: jax.tree.map(jnp.sqrt, d))
         return solved_within(system, corrections)
 
     return Solver(lambda *_: None, solve, scalar="radius", reads="jacobian")

@@ -179,11 +179,11 @@ def _handed(solver: Solver, found: Jacobian, run: Run) -> Solver:
     """Return a solver that reads a Jacobian that is known, and the D of the whole run."""
     packed = packing(trees.widen(run.params))
     rows = in_packing(found, packed)
-    d = packed.pack(_like(run.params, jnp.square(run.state.preconditioner)))
+    root = packed.pack(_like(run.params, run.state.preconditioner))
 
     def solve(system: System, x0: Tree | None) -> RunOfSolver:
-        if solver.scalar == "radius" or system.of_diagonal is not None:
-            system = system._replace(of_diagonal=lambda _: d)
+        if solver.scalar == "radius" or system.root is not None:
+            system = system._replace(root=lambda _: root)
         return solver.solve(system._replace(jacobian=lambda: (rows, None)), x0)
 
     return solver._replace(solve=solve)
@@ -215,8 +215,11 @@ def _place(
     cosines = jnp.abs(_flat(gradient)) / jnp.where(product > 0, product, 1)
     # Each parameter is off by up to half of its rounding, and so is what a model computes
     # from it: e is the order of magnitude of both.
-    theta = jnp.abs(_flat(params)).astype(matrix.dtype)
-    errors = jnp.finfo(r.dtype).eps * jnp.matmul(jnp.abs(matrix), theta)
+    roundings = jax.tree.map(
+        lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x), params
+    )
+    theta = _flat(roundings).astype(matrix.dtype)
+    errors = jnp.matmul(jnp.abs(matrix), theta)
     square = 0.5 * jnp.sum(jnp.square(errors))
 
     def polished(step: Params, value: jax.Array, limit: jax.Array) -> tuple:
@@ -278,7 +281,8 @@ def _updated(
     quiet = jnp.where(hidden & ~falls, run.quiet + 1, 0)
     hidden = jnp.where(hidden, run.hidden + 1, 0)
     fell = before - info.value_after > noise
-    rejected = jnp.where(fell, 0, run.rejected + (hidden == 0))
+    rejected = run.rejected + (hidden == 0).astype(jnp.int32)
+    rejected = jnp.where(fell, 0, rejected)
     late = _first(
         (settled & _is_short(here, run.params, step, tolerances.xtol), Reason.STEP),
         (settled & _has_stopped(info, tolerances.ftol), Reason.VALUE),
@@ -340,4 +344,6 @@ def _flat(params: Params) -> jax.Array:
 
 def _like(params: Params, flat: jax.Array) -> Params:
     """Return a vector of numbers as a tree like the parameters."""
-    return ravel_pytree(trees.widen(params))[1](flat)
+    with jax.numpy_dtype_promotion("standard"):
+        like, unravel = ravel_pytree(trees.widen(params))
+        return unravel(flat.astype(like.dtype))

@@ -59,8 +59,9 @@ def gauss_newton(rows: Tree, residuals: jax.Array, params: Params) -> Params:
     """Return the shortest step to the least ‖J δ + r‖, in the units that D makes."""
     found = factors(rows, residuals)
     step = jnp.matmul(found.vectors, found.inverse * found.along, precision=trees.EXACT)
-    unravel = ravel_pytree(params)[1]
-    return unravel((-step / found.lengths).astype(ravel_pytree(params)[0].dtype))
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = ravel_pytree(params)
+        return unravel((-step / found.lengths).astype(flat.dtype))
 
 
 class Spread(NamedTuple):
@@ -82,7 +83,7 @@ def spread(rows: Tree, residuals: jax.Array) -> Spread:
     lengths, inverse, vectors, _ = factors(rows, residuals)
     half = (vectors * inverse[None]) / lengths[:, None]
     covariance = jnp.matmul(half, half.T, precision=trees.EXACT)
-    share = jnp.linalg.norm(vectors * (inverse == 0)[None], axis=1)
+    share = jnp.linalg.norm(jnp.where((inverse == 0)[None], vectors, 0), axis=1)
     unknown = share > _SHOWN
     infinite = unknown[:, None] | unknown[None, :]
     return Spread(

@@ -75,7 +75,7 @@ class History(NamedTuple):
         norm; for `hfjax.least_squares` the largest cosine of the angle between the
         residuals and their derivative by a parameter, which no unit of a parameter or of
         the residuals changes.
-      damping: λ for the next update; NaN if the optimizer has none.
+      damping: λ for the next update, or the radius of a trust region; NaN if the optimizer has none.
       step: norm of the change of the parameters, 0 if the step was rejected.
     """
 

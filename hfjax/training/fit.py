@@ -54,7 +54,8 @@ def fit(
       params: where to start, a tree of arrays of floats.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`, for all updates; or an
         iterable of batches, such as a generator, for one update each. One that can be
-        iterated again, such as a data loader, is.
+        iterated again, such as a data loader, is. A tuple or list is always one batch:
+        pass `iter(batches)` for a list of them.
       optimizer: from Optax or hfjax; `None` is `hfjax.hessian_free(objective)`. Its
         `update` is given `batch`, `value`, `grad` and `value_fn`, as far as it takes them.
       updates: the most updates.
@@ -99,7 +100,8 @@ def fit(
             f"`optimizer` must be a gradient transformation, got {describe(optimizer)}."
         )
         raise TypeError(msg)
-    params = as_params(params)
+    # Of no weak type, as those that an update returns: it is compiled once.
+    params = jax.tree.map(lambda x: x.astype(x.dtype), as_params(params))
     now: Any = tx.init(params) if state is None else state
     step, rows, reason = _kept(objective, tx), [], Reason.UPDATES
     last: Batch = ()
@@ -111,7 +113,7 @@ def fit(
         params, now, row = step(params, now, last, jnp.asarray(count))
         rows.append(jax.device_get(row))
         reason = _ended(rows, tolerance)
-        if watch.tell(count + 1, rows[-1], params):
+        if watch.tell(count + 1, rows[-1], params) and reason == Reason.RUNNING:
             reason = Reason.CALLBACK
         if reason != Reason.RUNNING:
             break
@@ -190,13 +192,21 @@ def _step(
     changes, state = optax.with_extra_args_support(tx).update(
         grads, state, params, batch=batch, value=value, grad=grads, value_fn=now.value
     )
-    damping = optax.tree.get_all_with_path(state, "damping")
-    damping = damping[0][1] if damping else jnp.full((), jnp.nan)
+    damping = _fields(state, "damping")
+    damping = damping[0] if damping else jnp.full((), jnp.nan)
     row = History(value, trees.norm(grads), damping, trees.norm(changes))
     return optax.apply_updates(params, changes), state, row
 
 
 def _at(objective: Objective, state: optax.OptState, count: Any) -> Objective:
     """Return f with its schedules at the count that the optimizer keeps, if it keeps one."""
-    known = optax.tree.get_all_with_path(state, "count")
-    return objective.at(known[0][1] if known else count)
+    known = _fields(state, "count")
+    return objective.at(known[0] if known else count)
+
+
+def _fields(state: optax.OptState, name: str) -> list[Any]:
+    """Return the fields of a name in a state, and no parameters that are called so."""
+    found = optax.tree.get_all_with_path(state, name)
+    return [
+        x for path, x in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    ]

@@ -109,8 +109,9 @@ class LeastSquaresFit(Fit):
           A tree like `params`.
         """
         variances = jnp.diag(self.covariance(scale=scale))
-        like = ravel_pytree(self.params)[1]
-        return like(jnp.sqrt(variances))
+        with jax.numpy_dtype_promotion("standard"):
+            flat, like = ravel_pytree(self.params)
+            return like(jnp.sqrt(variances).astype(flat.dtype))
 
 
 def least_squares(
@@ -136,9 +137,9 @@ def least_squares(
     the least λ ≥ 0 for which ‖D δ‖ is within a radius, and corrects δ for the nonlinearity
     of r (`hfjax.sample_space.trust_region`). D has the largest norm so far of each column
     of J on its diagonal, so that the units of parameters do not matter. The first radius
-    is ‖D θ‖; it adapts to how well J predicts r (`hfjax.trust_region.radius`). By default
-    a run goes on until rounding hides all further progress; a tolerance ends it sooner.
-    Weights are yours to apply: return r / σ.
+    is ‖D θ‖, or 1 if that is 0; it adapts to how well J predicts r
+    (`hfjax.trust_region.radius`). By default a run goes on until rounding hides all further
+    progress; a tolerance ends it sooner. Weights are yours to apply: return r / σ.
 
     The run is compiled once for each `residual_fn` and shapes of `params` and `args`: pass
     data as `args`, and the same function again. As with `jax.jit`, arrays that a function
@@ -212,7 +213,9 @@ def least_squares(
         msg = f"`state` must be that of an earlier fit, got {describe(state)}."
         raise TypeError(msg)
     watch = Watch(progress, callback)
-    params, args = as_params(params), jax.tree.map(_as_array, args)
+    # Of no weak type, as the result is of none: the same program goes on from it.
+    params = jax.tree.map(lambda x: x.astype(x.dtype), as_params(params))
+    args = jax.tree.map(_as_array, args)
     start = problem.start(params, state)
     dtype = trees.scalar_dtype(params)
     tolerances = Tolerances(*(jnp.asarray(x, dtype) for x in (gtol, xtol, ftol)))
@@ -227,14 +230,17 @@ def least_squares(
         found = LeastSquaresFit(*end[:4], reason, args, problem)
         return without_derivative("A fit", found)
 
-    if is_traced(start, args):
+    # A function that closes over what is traced shows it only in what it returns.
+    end = advance(start, 1 if watch.is_needed else max_updates)
+    if is_traced(end, args):
         if watch.is_needed:
             msg = (
                 "`progress` and `callback` are not available inside of `jit` or `vmap`."
             )
             raise ValueError(msg)
-        return result(advance(start, max_updates))
-    end = _watched(start, advance, max_updates, watch)
+        return result(end)
+    if watch.is_needed:
+        end = _watched(end, advance, max_updates, watch)
     if end.reason == Reason.NONFINITE and end.count == 0:
         msg = (
             "The residuals, or their derivatives, are not finite at the start: "
@@ -298,17 +304,18 @@ def _watched(
     max_updates: int,
     watch: Watch,
 ) -> Run:
-    """Run outside of `jit`, one update at a time if anybody watches."""
-    if not watch.is_needed:
-        return advance(start, max_updates)
-    run, row, ended = start, None, False
-    while run.reason == Reason.RUNNING and not ended and run.count < max_updates:
-        count = int(run.count)
-        run = advance(run, count + 1)
-        if run.count > count:
-            row = jax.tree.map(lambda x, k=count: x[k], run.history)
-            ended = watch.tell(count + 1, row, run.params)
-    if ended:
-        run = run._replace(reason=jnp.asarray(int(Reason.CALLBACK), jnp.int32))
-    watch.end(int(run.count), row, Reason(int(run.reason)).words)
-    return run
+    """Run on from the first update, outside of `jit`, one update at a time."""
+    run, row, told, ended = start, None, 0, False
+    while True:
+        if run.count > told:
+            told = int(run.count)
+            row = jax.tree.map(lambda x, k=told - 1: x[k], run.history)
+            ended = watch.tell(told, row, run.params)
+        if ended or run.reason != Reason.RUNNING or run.count >= max_updates:
+            break
+        run = advance(run, told + 1)
+    reason = Reason(int(run.reason))
+    if reason == Reason.RUNNING:
+        reason = Reason.CALLBACK if ended else Reason.UPDATES
+    watch.end(told, row, reason.words)
+    return run._replace(reason=jnp.asarray(int(reason), jnp.int32))

@@ -172,7 +172,7 @@ def assemble(
         jacobian=lambda: _written_out(point, mu, packed),
         jacobian_size=lambda: jacobian.size(objective, params, batch),
         tikhonov=rule.matrix is identity(),
-        of_diagonal=_of_diagonal(rule, packed),
+        root=_root(rule, packed),
     )
     return Assembled(point, system, packed, penalty, memory)
 
@@ -214,12 +214,12 @@ def _damping(
     return total, diagonal, penalties
 
 
-def _of_diagonal(rule: Damping, packed: Packing) -> Callable[[Tree], Tree] | None:
-    """Return packed diag(G) ↦ packed D, if D is made of that alone."""
+def _root(rule: Damping, packed: Packing) -> Callable[[Tree], Tree] | None:
+    """Return packed diag(G) ↦ packed √D, if D is made of that alone."""
     made = None if rule.matrix is None else rule.matrix.of_diagonal
     if made is None:
         return None
-    return lambda d: packed.pack(made(packed.unpack(d)))
+    return lambda d: jax.tree.map(jnp.sqrt, packed.pack(made(packed.unpack(d))))
 
 
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:

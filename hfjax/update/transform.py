@@ -85,12 +85,12 @@ def hessian_free(
       objective: f, including its weight decay.
       learning_rate: first α that the line search tries; a number or a schedule.
       damping: rule of `hfjax.damping` for λ, D and μ. λ has the units of the curvature of
-        f. With the solver `hfjax.trust_region.steihaug_toint()` pass
-        `hfjax.trust_region.radius()`.
+        f. With a solver in a trust region, `hfjax.trust_region.steihaug_toint()` or
+        `hfjax.sample_space.trust_region()`, pass `hfjax.trust_region.radius()`.
       solver: from `hfjax.cg`, `hfjax.trust_region`, `hfjax.krylov` or
         `hfjax.sample_space`. `"auto"` solves small problems exactly, by
         `sample_space.where_small(cg.conjugate_gradient())`, if `curvature` is `ggn` and the
-        damping is λI without structural damping; otherwise it is
+        damping is λI or λ diag(G) without structural damping; otherwise it is
         `cg.conjugate_gradient()`.
       preconditioner: from `hfjax.preconditioners`; `None` is the identity. `"auto"` is
         `kronecker()` if the solver uses a preconditioner, else `None`.
@@ -112,8 +112,8 @@ def hessian_free(
         component of its kind, or in `update`, if `params` or `batch` is missing.
       ValueError: if an option is out of range, or if two components do not fit together: a
         trust-region solver with a rule for λ, or the reverse; `krylov.subspace_descent()`
-        with a λ that changes; `sample_space.cholesky()` with a preconditioner, a damping
-        matrix or another curvature; structural damping without a `hidden_loss`.
+        with a λ that changes; `sample_space.cholesky()` with a preconditioner, another
+        damping matrix than I or diag(G), or another curvature; structural damping without a `hidden_loss`.
 
     Example:
       Without damping, one update solves a linear least-squares problem:

@@ -260,7 +260,9 @@ def test_the_value_is_that_at_the_end_even_where_last_steps_without_damping_fail
 @pytest.mark.slow
 def test_in_float32_a_run_ends_at_the_rounding_of_float32():
     with jax.enable_x64(False):
-        found = fit(jnp.float32(NOISY))
+        found = hfjax.least_squares(
+            residual_fn, START, jnp.float32(X), jnp.float32(NOISY)
+        )
     assert found.value.dtype == jnp.float32
     assert found.reason is Reason.ROUNDING
     assert len(found.history.value) < 40
@@ -297,3 +299,21 @@ def test_a_call_inside_of_jit_is_that_from_outside():
     inside = quick_jit(fit)(jnp.asarray(NOISY))
     assert_close(inside.params, fit().params, rtol=1e-9)
     assert inside.reason == Reason.ROUNDING
+
+
+def test_parameters_that_only_their_product_shows_stay_alike():
+    """The undamped step is the shortest, so none goes along what no residual shows."""
+
+    def product(p, x, y):
+        return p[0] * p[1] * jnp.exp(-p[2] * x) - y
+
+    found = hfjax.least_squares(product, jnp.ones(3), X, NOISY)
+    np.testing.assert_allclose(found.params[0], found.params[1], rtol=1e-2)
+
+
+def test_a_function_that_closes_over_what_is_mapped_fits_each():
+    def slope(y):
+        return hfjax.least_squares(lambda p: p * X - y, jnp.zeros(())).params
+
+    slopes = jax.vmap(slope)(jnp.stack([X, 3 * X]))
+    np.testing.assert_allclose(slopes, [1.0, 3.0], rtol=1e-12)
