@@ -57,7 +57,7 @@ class Taylor(NamedTuple):
 
         Example:
           >>> u = Taylor(lambda points: points[:, 0] ** 3, jnp.full((1, 2), 2.0))
-          >>> print([float(found[0]) for found in u.along(0, 3)])
+          >>> print([round(float(found[0]), 6) for found in u.along(0, 3)])
           [8.0, 12.0, 12.0, 6.0]
         """
         still = jnp.zeros_like(self.points)

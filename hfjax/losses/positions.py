@@ -105,9 +105,12 @@ def weighted_map(values: _Values, build: _Build, scale: _Scale) -> _Build:
     return weighted
 
 
-def counted(tree: Tree, weights: jax.Array, *, finite_stay: bool = False) -> Tree:
-    """Replace what stands at positions of weight 0 by 0; or only NaN and infinities there.
+def counted(
+    tree: Tree, weights: jax.Array, *, finite_stay: bool = False, fill: int = 0
+) -> Tree:
+    """Replace what stands at positions of weight 0; or only NaN and infinities there.
 
+    Integers become 0, a label that every loss takes, and floats `fill`.
     An entry that is not laid out by position belongs to several: it is replaced if all of
     them have weight 0. Random keys stay.
     """
@@ -123,7 +126,10 @@ def counted(tree: Tree, weights: jax.Array, *, finite_stay: bool = False) -> Tre
         empty = _like(empty, x)
         if finite_stay:
             empty &= ~jnp.isfinite(x)
-        return jnp.where(empty, jnp.zeros((), x.dtype), x)
+        if x.dtype == jnp.bool_:
+            return x & ~empty
+        # Labels may have the dtype of another precision mode, in which no 0 can be made.
+        return jnp.where(empty, fill if is_float else x - x, x)
 
     return jax.tree.map(leaf, tree)
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from hfjax import losses
 from hfjax._core import options, trees
@@ -226,8 +227,9 @@ class Objective:
 
         def values(params: Params, batch: Batch) -> jax.Array:
             # Without its weights, an example of weight 0 has the loss of what it holds.
-            if as_cases(batch).weights.ndim == 1 and not self.whole_batch:
-                batch = batch[:2]
+            weights = as_cases(batch).weights
+            if weights.ndim == 1 and not self.whole_batch:
+                batch = (*batch[:2], jnp.ones_like(weights))
             (term,) = self._terms(batch)
             return term.case_values(params)
 

@@ -48,13 +48,14 @@ def shared(cases: Cases) -> Cases:
 def without_padding(cases: Cases, *, compared: bool = False) -> Cases:
     """Replace what has weight 0, as far as it could do harm.
 
-    Targets become 0: the loss would not take a label of −100. Inputs become 0 only where
+    Labels become 0 and other targets 1, which losses take that divide by their norm or take
+    their logarithm; they would not take a label of −100. Inputs become 0 only where
     they are NaN or infinite, because a model may use the others at other positions, as
     those of a prompt. If the loss has `compared` examples, the same holds for targets.
     """
     inputs, targets, weights = jax.tree.map(jnp.asarray, cases)
     return Cases(
         counted(inputs, weights, finite_stay=True),
-        counted(targets, weights, finite_stay=compared),
+        counted(targets, weights, finite_stay=compared, fill=1),
         weights,
     )
