@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from hfjax import losses
 from hfjax._core import options, trees
@@ -226,11 +225,11 @@ class Objective:
         """
 
         def values(params: Params, batch: Batch) -> jax.Array:
-            # Without its weights, an example of weight 0 has the loss of what it holds.
-            weights = as_cases(batch).weights
-            if weights.ndim == 1 and not self.whole_batch:
-                batch = (*batch[:2], jnp.ones_like(weights))
             (term,) = self._terms(batch)
+            cases = as_cases(batch)
+            if cases.weights.ndim == 1 and not self.whole_batch:
+                # Here an example of weight 0 has the loss of what it holds.
+                term = term._replace(cases=cases)
             return term.case_values(params)
 
         return compiled.run(values, as_params(params), batch)
