@@ -325,6 +325,7 @@ def test_the_hessian_of_f_is_not_that_of_the_fisher_matrix():
         np.testing.assert_allclose(product, dense @ ravel_pytree(v)[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_with_a_set_up_of_a_gaussian():
     params, batch = small_regression()
     f = hfjax.Objective(heteroscedastic, losses.gaussian())

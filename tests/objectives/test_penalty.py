@@ -199,6 +199,7 @@ def test_training_with_a_penalty_and_a_schedule_reaches_its_minimum():
     assert found[4] < found[-1]  # The heavier penalty had its turn.
 
 
+@pytest.mark.slow
 def test_devices_count_a_penalty_once():
     axis = "cases"
     f = weighted_sum(

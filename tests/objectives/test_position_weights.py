@@ -402,6 +402,7 @@ def test_an_update_is_that_of_the_positions_as_examples(options, loss):
 
 
 @pytest.mark.parametrize("options", [{}, EXACT], ids=["default", "exact"])
+@pytest.mark.slow
 def test_an_update_does_not_depend_on_what_has_no_weight(options):
     batch = (X, LABELS, WEIGHTS)
     clean = ending(by_position, INTEGER, batch, **options)

@@ -43,6 +43,7 @@ def quick_parts(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 def test_models_that_change_are_compiled_once_and_trained():
     # In float32, as users run it: Flax would widen statistics of float64 inputs.
     with jax.enable_x64(False):
