@@ -113,7 +113,8 @@ def hessian_free(
       ValueError: if an option is out of range, or if two components do not fit together: a
         trust-region solver with a rule for λ, or the reverse; `krylov.subspace_descent()`
         with a λ that changes; `sample_space.cholesky()` with a preconditioner, another
-        damping matrix than I or diag(G), or another curvature; structural damping without a `hidden_loss`.
+        damping matrix than I or diag(G), or another curvature; structural damping without
+        a `hidden_loss`.
 
     Example:
       Without damping, one update solves a linear least-squares problem:

@@ -319,6 +319,41 @@ def test_a_tied_kernel_has_the_trace_of_both_products_and_shares_of_their_factor
     np.testing.assert_allclose(np.trace(found) * np.trace(pair.units), traces)
 
 
+def test_a_normalised_kernel_has_the_factors_of_its_product_and_scaled_errors():
+    params = {"v": normal(RNG, 4, 3), "gain": 1 + normal(RNG, 3), "b": normal(RNG, 3)}
+
+    def model_fn(params, x, added=0.0):
+        lengths = jnp.linalg.norm(params["v"], axis=0)
+        h = x @ (params["gain"] * params["v"] / lengths) + params["b"]
+        return jnp.tanh(h + added)
+
+    f, batch = objective_of(model_fn), batch_of(model_fn, params, SEQUENCE)
+    (model,) = _factors.read(f, params, batch, 8192)
+    (term,) = terms_of(f, batch)
+    ((pair,), diagonals) = quick_jit(
+        lambda: _factors.factors(term, params, model, key=KEY)
+    )()
+    drawn = probes.probes(term.means, term.cases, KEY)
+    zeros = jnp.zeros((6, 5, 3))
+    outputs, transpose = jax.vjp(lambda z: model_fn(params, SEQUENCE, z), zeros)
+    (errors,) = transpose(
+        jax.vmap(lambda k, z: drawn.signs(k, 0, z))(drawn.data, outputs)
+    )
+    weights = np.asarray(batch[2]) / np.sum(batch[2])
+    scale = np.asarray(params["gain"] / np.linalg.norm(params["v"], axis=0))
+
+    def gram(rows):
+        return np.einsum("n,nti,ntj->ij", weights, rows, rows)
+
+    np.testing.assert_allclose(pair.inputs, gram(SEQUENCE) / 5, rtol=1e-9)
+    np.testing.assert_allclose(pair.units, gram(errors * scale), rtol=1e-9)
+    # The bias is not scaled: it has the exact diagonal of a shift. So has no gain.
+    (place,) = diagonals
+    assert place == 0
+    squares = np.sum(errors, axis=1) ** 2
+    np.testing.assert_allclose(diagonals[place], weights @ squares, rtol=1e-9)
+
+
 def test_a_long_embedding_has_factors_though_no_other_side_may_be_so_long():
     model_fn, params, x = TWINS["embedding"][:3]
     batch, f = batch_of(model_fn, params, x), objective_of(model_fn)
