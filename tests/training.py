@@ -14,6 +14,18 @@ def train_step(objective, tx, params, state, batch):
     return optax.apply_updates(params, updates), state
 
 
+def counted(function):
+    """Return a function compiled, and a list with an entry for each time it is traced."""
+    # JAX counts what its fast path knows, which may be nothing late in a long process.
+    traces = []
+
+    def traced(*arguments):
+        traces.append(None)
+        return function(*arguments)
+
+    return quick_jit(traced), traces
+
+
 def one_update(objective, tx, params, batch, *, grads=None, state=None, **extra):
     """Return the updates and the state after one update, which is compiled.
 

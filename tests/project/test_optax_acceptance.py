@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from reference import assert_close, quick_jit
+from reference import assert_close
 
 import hfjax
 from hfjax.curvature import Curvature, ggn, hessian
@@ -201,11 +201,13 @@ def test_parameters_in_float16_reach_the_minimum_too():
     # The only dtype that `test_contract.py` does not train in.
     tx, params = MAKE(), PARAMS.astype(jnp.float16)
     batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), BATCH)
-    step = quick_jit(functools.partial(training.train_step, PARABOLA.objective, tx))
+    step, traces = training.counted(
+        functools.partial(training.train_step, PARABOLA.objective, tx)
+    )
     state = tx.init(params)
     for _ in range(10):
         params, state = step(params, state, batch)
-    assert step._cache_size() == 1
+    assert len(traces) == 1
     assert params.dtype == jnp.float16
     eps = float(jnp.finfo(jnp.float16).eps)
     np.testing.assert_allclose(params, PARABOLA.minimum, atol=eps)
