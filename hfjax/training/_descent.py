@@ -24,12 +24,13 @@ from hfjax.solvers.descent import Reason as SolverReason
 from hfjax.solvers.descent import Run as RunOfSolver
 from hfjax.solvers.descent import Solver, System
 from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
-from hfjax.training._residuals import Residuals
+from hfjax.training._residuals import Args, Residuals
 from hfjax.training._run import History, Reason, empty_history
 from hfjax.update.state import HessianFreeInfo, HessianFreeState
 from hfjax.update.system import in_packing, rounding_noise
 from hfjax.update.transform import hessian_free
 
+_Ended = tuple[Params, jax.Array]  # a step, and f at its end
 _HIDDEN = 30
 """So many updates in a row that rounding hides end a run."""
 _QUIET = 3
@@ -117,10 +118,10 @@ class Problem(NamedTuple):
             rejected=jnp.zeros((), jnp.int32),
         )
 
-    def linear(self, params: Params, args: tuple) -> tuple[Tree, jax.Array]:
+    def linear(self, params: Params, args: Args) -> tuple[Tree, jax.Array]:
         """Return J, a tree like the parameters that leads with the residuals, and r."""
 
-        def linear(params: Params, args: tuple) -> tuple[Tree, jax.Array]:
+        def linear(params: Params, args: Args) -> tuple[Tree, jax.Array]:
             objective = self.objective()
             return jacobian(objective, params, objective.batch(params, args))[:2]
 
@@ -144,7 +145,7 @@ def _kept(problem: Problem) -> Callable[..., Run]:
 
 
 def _advance(
-    problem: Problem, run: Run, args: tuple, tolerances: Tolerances, limit: jax.Array
+    problem: Problem, run: Run, args: Args, tolerances: Tolerances, limit: jax.Array
 ) -> Run:
     objective = problem.objective()
     batch = objective.batch(run.params, args)
@@ -201,7 +202,7 @@ class _Place(NamedTuple):
     finite: jax.Array  # whether J is, too
     # A step, f at its end, a limit ↦ the same, or the step without damping and f there if
     # that is below the limit.
-    polished: Callable[[Params, jax.Array, jax.Array], tuple[Params, jax.Array]]
+    polished: Callable[[Params, jax.Array, jax.Array], _Ended]
 
 
 def _place(
@@ -222,7 +223,7 @@ def _place(
     errors = jnp.matmul(jnp.abs(matrix), theta)
     square = 0.5 * jnp.sum(jnp.square(errors))
 
-    def polished(step: Params, value: jax.Array, limit: jax.Array) -> tuple:
+    def polished(step: Params, value: jax.Array, limit: jax.Array) -> _Ended:
         last = gauss_newton(found.rows, r, params)
         there = objective.value(optax.apply_updates(params, last), batch)
         there = there.astype(value.dtype)

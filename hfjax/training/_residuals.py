@@ -29,6 +29,9 @@ from hfjax.losses.loss import LinearMap, by_leaf
 from hfjax.objectives.plain import Objective
 from hfjax.objectives.terms import Term
 
+Args = tuple[Any, ...]
+"""What follows the parameters in a call of `residual_fn`."""
+
 _LEAST = 0.1
 """The least curvature of an outlier, as a share of ρ′."""
 
@@ -56,7 +59,7 @@ class Residuals(Objective):
         super().__init__(model_fn, robust(loss, scale))
         vars(self).update(mode=mode)
 
-    def batch(self, params: Params, args: tuple) -> Batch:
+    def batch(self, params: Params, args: Args) -> Batch:
         """Return the batch of `args`: one example, whose targets are zeros."""
         inputs = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
         shape = jax.eval_shape(self.model_fn, params, inputs)

@@ -30,7 +30,7 @@ from hfjax.solvers import sample_space
 from hfjax.solvers.descent import Solver
 from hfjax.training import _factors
 from hfjax.training._descent import Problem, Run, Tolerances, runner
-from hfjax.training._residuals import RHO
+from hfjax.training._residuals import RHO, Args
 from hfjax.training._run import Fit, Reason, Watch, is_traced
 from hfjax.update.fitting import check_part
 from hfjax.update.state import HessianFreeState
@@ -50,7 +50,7 @@ class LeastSquaresFit(Fit):
       problem: what else defines the residuals.
     """
 
-    args: tuple
+    args: Args
     problem: Problem
 
     def covariance(self, *, scale: bool = True) -> jax.Array:
