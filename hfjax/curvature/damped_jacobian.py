@@ -46,23 +46,17 @@ class Problem(NamedTuple):
     @property
     def dtype(self) -> jnp.dtype:
         """Return the widest dtype of J̃ and b."""
-        leaves = jax.tree.leaves((self.jacobian.rows, self.b))
-        return trees.widest(*(leaf.dtype for leaf in leaves))
+        return trees.widest(self.jacobian.dtype, trees.scalar_dtype(self.b))
 
     def in_one(self, tree: Tree) -> Tree:
         """Return a tree with all leaves in the widest dtype, as one vector needs them."""
         return jax.tree.map(lambda x: x.astype(self.dtype), tree)
 
-    def flat_rows(self) -> jax.Array:
-        """Return J̃ as one matrix."""
-        rows = self.in_one(self.jacobian.rows)
-        return jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
-
     def sides(self) -> tuple[jax.Array, Tree]:
         """Return c and d, so that J̃ᵀc + d is the right-hand side for δ − φ."""
         # Residuals have the dtype of the outputs, rows that of the parameters.
         jacobian, before = self.jacobian, self.before
-        within = -jacobian.residuals.astype(trees.scalar_dtype(jacobian.rows))
+        within = -jacobian.residuals.astype(jacobian.dtype)
         # d is not 0 if ∇f is of other data than J̃, or has a part from weight decay. If it
         # is only rounding, it is set to 0, because the step contains d / μ.
         spanned = trees.cast_like(jacobian.transpose(within), self.b)
@@ -117,7 +111,7 @@ def in_samples(problem: Problem) -> Form:
     jacobian, decay, excess, *_ = problem
     within, beyond = problem.sides()  # c and d in the notation of `hfjax.sample_space`
     along = jacobian.product(beyond)
-    matrix = trees.gram(jacobian.rows, jacobian.rows)
+    matrix = jacobian.of_samples()
 
     def weigh(mu: jax.Array, vectors: Tree) -> Tree:
         """Apply W⁻¹, for μ > 0."""
@@ -134,7 +128,7 @@ def in_samples(problem: Problem) -> Form:
         if excess is not None:
             # W depends on λ, and so does the matrix, which is computed again for each.
             mu = jnp.maximum(mu.astype(matrix.dtype), linalg.least_damping(matrix))
-            scaled = trees.gram(weigh(mu, jacobian.rows), jacobian.rows)
+            scaled = jacobian.of_samples(functools.partial(weigh, mu))
         return linalg.damped_cholesky(scaled, mu)
 
     def inverse(factored: tuple[jax.Array, jax.Array], u: jax.Array) -> Tree:
@@ -155,8 +149,8 @@ def in_samples(problem: Problem) -> Form:
 def in_parameters(problem: Problem) -> Form:
     """Solve with a Cholesky factor of J̃ᵀJ̃; the parameters, which are few, form one vector."""
     jacobian, decay, excess, b, before = problem
-    in_one, rows = problem.in_one, problem.flat_rows()
-    matrix = sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
+    in_one = problem.in_one
+    matrix = jacobian.of_parameters().astype(problem.dtype)
     if excess is not None:
         matrix += jnp.diag(ravel_pytree(in_one(excess))[0])
     rhs, unravel = ravel_pytree(in_one(b))
@@ -245,7 +239,8 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
     """
     jacobian, decay, excess, b, _ = problem
     within, beyond = problem.sides()
-    rows, (_, unravel) = problem.flat_rows(), ravel_pytree(problem.in_one(b))
+    rows = jacobian.matrix().astype(problem.dtype)
+    _, unravel = ravel_pytree(problem.in_one(b))
     count = len(rows)
     if excess is not None:
         roots = jnp.sqrt(ravel_pytree(problem.in_one(excess))[0])

@@ -25,6 +25,8 @@ from hfjax.objectives.means import Means
 from hfjax.objectives.plain import Objective, terms_of
 from hfjax.objectives.terms import Term
 
+Map: TypeAlias = Callable[[Tree], Tree]
+
 
 class Jacobian(NamedTuple):
     """J̃ and r̃ for the examples of all devices, in float32 or wider.
@@ -40,6 +42,11 @@ class Jacobian(NamedTuple):
     residuals: jax.Array
     residuals_at: Callable[[Tree], jax.Array]
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Return the widest dtype of the rows, and float32 at least."""
+        return trees.scalar_dtype(self.rows)
+
     def product(self, v: Tree) -> jax.Array:
         """Return J̃ v, shape `[rows]`."""
         return trees.gram(self.rows, jax.tree.map(lambda x: x[None], v))[:, 0]
@@ -47,6 +54,32 @@ class Jacobian(NamedTuple):
     def transpose(self, u: jax.Array) -> Tree:
         """Return J̃ᵀu, like the parameters."""
         return trees.combination(u, self.rows)
+
+    def squares(self) -> Tree:
+        """Return the diagonal of J̃ᵀJ̃, like the parameters."""
+        return jax.tree.map(lambda rows: jnp.sum(rows * rows, axis=0), self.rows)
+
+    def matrix(self) -> jax.Array:
+        """Return J̃ as one matrix, its columns in the order of `ravel_pytree`."""
+        return jax.vmap(lambda row: ravelled(row)[0])(self.rows)
+
+    def of_parameters(self) -> jax.Array:
+        """Return J̃ᵀJ̃, in the order of `matrix`."""
+        rows = self.matrix()
+        return sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
+
+    def of_samples(self, weigh: Map | None = None) -> jax.Array:
+        """Return J̃J̃ᵀ, or J̃W⁻¹J̃ᵀ if rows are to be weighed by W⁻¹."""
+        left = self.rows if weigh is None else weigh(self.rows)
+        return trees.gram(left, self.rows)
+
+    def after(self, into: Map, transposed: Map) -> "Jacobian":
+        """Return J̃A for a linear map A = `into`; Aᵀ = `transposed`."""
+        return Jacobian(
+            jax.vmap(transposed)(self.rows),
+            self.residuals,
+            lambda v: self.residuals_at(into(v)),
+        )
 
 
 class Size(NamedTuple):
@@ -102,7 +135,7 @@ def _joined(*arrays: jax.Array) -> jax.Array:
     return jnp.concatenate([x.astype(dtype) for x in arrays])
 
 
-def _ravelled(tree: Tree) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
+def ravelled(tree: Tree) -> tuple[jax.Array, Callable[[jax.Array], Tree]]:
     """Return a tree as one vector, in the widest dtype, and the inverse of this."""
     with jax.numpy_dtype_promotion("standard"):
         return ravel_pytree(tree)
@@ -132,7 +165,38 @@ def with_penalty(of_f: Jacobian, strength: jax.Array, of_penalty: Jacobian) -> J
 
 def _of_term(params: Params, term: Term) -> Jacobian:
     cases, means = sharding.alike(term.cases), term.means
-    local = means.local(sharding.gathered(params, cases))
+    rows, residuals, inverses = rows_of(params, term, cases)
+    total = means.total(cases.weights)
+
+    def laid_out(x: jax.Array) -> jax.Array:
+        x = sharding.gathered(weighted(term, cases, total, x), cases)
+        return means.gathered(x.reshape(-1, *x.shape[2:]))
+
+    def residuals_at(step: Tree) -> jax.Array:
+        there = trees.add(params, step)
+        return laid_out(residuals_of(there, term, cases, inverses))
+
+    rows, residuals = jax.tree.map(laid_out, (rows, residuals))
+    rows = with_empty(rows, trees.widen(params), len(residuals))
+    return Jacobian(rows, residuals, residuals_at)
+
+
+def with_empty(rows: list[jax.Array], like: Tree, count: int) -> Tree:
+    """Return rows as a tree, in which `rows_of` has left out the leaves without entries."""
+    found = iter(rows)
+    return jax.tree.map(
+        lambda x: next(found) if x.size else jnp.zeros((count, *x.shape), x.dtype), like
+    )
+
+
+def rows_of(
+    params: Params, term: Term, cases: Cases
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Return rows and residuals of examples, `[cases, rows, …]` without weights, and the Sᵢ⁺.
+
+    The rows are those of the leaves of the parameters that are not empty.
+    """
+    local = term.means.local(sharding.gathered(params, cases))
     differentiate = _by_columns if _goes_forward(term, local) else _by_rows
 
     def of_case(inputs: Tree, targets: Tree) -> tuple[Tree, jax.Array, jax.Array]:
@@ -141,41 +205,35 @@ def _of_term(params: Params, term: Term) -> Jacobian:
         def run(params: Params) -> Tree:
             return term.outputs(params, inputs)
 
-        outputs, times = differentiate(run, local, means)
-        factor, inverse = _factor(term, outputs, targets)
+        outputs, times = differentiate(run, local, term.means)
+        factor, inverse = factor_of(term, outputs, targets)
         # Leave out parameters without entries: they cannot be gathered, or mapped over.
         rows = [leaf for leaf in jax.tree.leaves(times(factor)) if leaf.size]
         return rows, _solved(term, inverse, outputs, targets), inverse
 
-    def of_cases(compute: Callable, *trees: Tree) -> Tree:
-        if means.microbatch_size is None:
-            return jax.vmap(compute)(*trees)
-        size = means.microbatch_size
-        compute = for_loops(compute)
-        return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
+    return _of_cases(term, of_case, cases.inputs, cases.targets)
 
-    weighted = _weighted(term, cases)
-    rows, residuals, inverses = of_cases(of_case, cases.inputs, cases.targets)
 
-    def residuals_at(step: Tree) -> jax.Array:
-        there = means.local(sharding.gathered(trees.add(params, step), cases))
+def residuals_of(
+    params: Params, term: Term, cases: Cases, inverses: jax.Array
+) -> jax.Array:
+    """Return residuals of examples, `[cases, rows]` without weights, with Sᵢ⁺ as given."""
+    there = term.means.local(sharding.gathered(params, cases))
 
-        def of_case(inputs: Tree, targets: Tree, inverse: jax.Array) -> jax.Array:
-            inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
-            return _solved(term, inverse, term.outputs(there, inputs), targets)
+    def of_case(inputs: Tree, targets: Tree, inverse: jax.Array) -> jax.Array:
+        inputs, targets = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
+        return _solved(term, inverse, term.outputs(there, inputs), targets)
 
-        known = sharding.alike((cases.inputs, cases.targets, inverses))
-        return weighted(of_cases(of_case, *known))
+    known = sharding.alike((cases.inputs, cases.targets, inverses))
+    return _of_cases(term, of_case, *known)
 
-    rows, residuals = jax.tree.map(weighted, (rows, residuals))
-    found = iter(rows)
 
-    def of_leaf(leaf: jax.Array) -> jax.Array:
-        if leaf.size:
-            return next(found)
-        return jnp.zeros((len(residuals), *leaf.shape), trees.wide(leaf.dtype))
-
-    return Jacobian(jax.tree.map(of_leaf, params), residuals, residuals_at)
+def _of_cases(term: Term, compute: Callable[..., Tree], *trees: Tree) -> Tree:
+    size = term.means.microbatch_size
+    if size is None:
+        return jax.vmap(compute)(*trees)
+    compute = for_loops(compute)
+    return jax.lax.map(lambda case: compute(*case), trees, batch_size=size)
 
 
 def _goes_forward(term: Term, params: Params) -> bool:
@@ -198,7 +256,7 @@ def _by_rows(
 ) -> tuple[Tree, _Times]:
     """Return the outputs of an example, and SᵀJ by a backward pass for each of its rows."""
     outputs, transpose = jax.vjp(run, params)
-    _, unflatten = _ravelled(outputs)
+    _, unflatten = ravelled(outputs)
 
     def times(factor: jax.Array) -> Tree:
         columns = jnp.diag(factor) if factor.ndim == 1 else factor.T
@@ -214,12 +272,12 @@ def _by_columns(
     run: Callable[[Params], Tree], params: Params, means: Means
 ) -> tuple[Tree, _Times]:
     """Return the outputs of an example, and SᵀJ by a forward pass for each parameter."""
-    flat, unflatten = _ravelled(params)
+    flat, unflatten = ravelled(params)
     units = jax.vmap(unflatten)(jnp.eye(flat.size, dtype=flat.dtype))
     units = means.local(trees.cast_like(units, params))
 
     def tangent(v: Params) -> jax.Array:
-        return _ravelled(jax.jvp(run, (params,), (v,))[1])[0]
+        return ravelled(jax.jvp(run, (params,), (v,))[1])[0]
 
     outputs, columns = run(params), jax.vmap(tangent, out_axes=1)(units)
 
@@ -233,13 +291,13 @@ def _by_columns(
     return outputs, times
 
 
-def _factor(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.Array]:
+def factor_of(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.Array]:
     """Return S of an example and S⁺: matrices, or vectors if they are diagonal."""
-    flat, unflatten = _ravelled(outputs)
+    flat, unflatten = ravelled(outputs)
     factor = term.loss.factor(outputs, targets)
 
     def column(unit: jax.Array) -> jax.Array:
-        return _ravelled(factor(unflatten(unit)))[0]
+        return ravelled(factor(unflatten(unit)))[0]
 
     if is_elementwise(term.loss, outputs, targets):
         diagonal = column(jnp.ones_like(flat))
@@ -252,27 +310,19 @@ def _factor(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.Ar
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
     """Return S⁺∇L for an example: the shortest r with the least ‖S r − ∇L‖."""
     slope = jax.grad(lambda z: jnp.sum(term.loss.value(z, targets)))(outputs)
-    slope = _ravelled(slope)[0].astype(inverse.dtype)
+    slope = ravelled(slope)[0].astype(inverse.dtype)
     if inverse.ndim == 1:
         return inverse * slope
     return jnp.matmul(inverse, slope, precision=trees.EXACT)
 
 
-def _weighted(term: Term, cases: Cases) -> Callable[[jax.Array], jax.Array]:
-    """Scale each example's values by √(c w / Σ w), and concatenate them."""
-    total = term.means.total(cases.weights)
-    weight = 1 if term.weight is None else term.weight
-
-    def weighted(x: jax.Array) -> jax.Array:
-        x = x.astype(trees.wide(x.dtype))
-        # Compute in the dtype of the rows, as weights may have a narrower one.
-        numbers = (cases.weights, total, weight)
-        w, all_of_them, c = (jnp.asarray(number, x.dtype) for number in numbers)
-        x *= jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
-        x = sharding.gathered(x, cases)
-        return term.means.gathered(x.reshape(-1, *x.shape[2:]))
-
-    return weighted
+def weighted(term: Term, cases: Cases, total: jax.Array, x: jax.Array) -> jax.Array:
+    """Scale values of examples, `[cases, …]`, by √(c w / Σ w)."""
+    x = x.astype(trees.wide(x.dtype))
+    # Compute in the dtype of the rows, as weights may have a narrower one.
+    numbers = (cases.weights, total, 1 if term.weight is None else term.weight)
+    w, all_of_them, c = (jnp.asarray(number, x.dtype) for number in numbers)
+    return x * jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:

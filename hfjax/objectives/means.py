@@ -83,6 +83,14 @@ class Means(NamedTuple):
         whole = jax.lax.dynamic_update_index_in_dim(whole, rows, number, 0)
         return self.over_devices(whole).reshape(-1, *rows.shape[1:])
 
+    def share(self, rows: jax.Array) -> jax.Array:
+        """Return this device's rows of what `gathered` has returned."""
+        if self.axis_name is None:
+            return rows
+        count = jax.lax.axis_size(self.axis_name)
+        own = rows.reshape(count, -1, *rows.shape[1:])
+        return trees.row(own, jax.lax.axis_index(self.axis_name))
+
     def over_devices(self, sums: Tree) -> Tree:
         """Sum over the devices."""
         return sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)

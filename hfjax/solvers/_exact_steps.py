@@ -42,6 +42,7 @@ from hfjax.curvature.damped_jacobian import (
     times,
 )
 from hfjax.curvature.jacobian import Jacobian
+from hfjax.curvature.streamed_jacobian import StreamedJacobian
 from hfjax.solvers.descent import Reason, Run, RunStats, Step, System
 
 _ENOUGH = 0.1
@@ -54,9 +55,11 @@ _MOST_DECOMPOSED = 10**8
 """The most numbers of a J̃ that is decomposed, which takes some copies of it."""
 
 
-def solved(system: System, before: Tree | None, space: str, corrections: int) -> Run:
+def solved(
+    system: System, before: Tree | None, space: str, corrections: int, stored: int
+) -> Run:
     """Solve with the λ of the run, and return how to solve with others."""
-    problem, root = _posed(system, before)
+    problem, root = _posed(system, before, stored)
     form = _form(problem, space, system.scalar)
 
     def at_damping(damping: jax.Array) -> Step:
@@ -73,7 +76,7 @@ def solved(system: System, before: Tree | None, space: str, corrections: int) ->
 
 def solved_within(system: System, corrections: int) -> Run:
     """Solve in the trust region, and take the corrected step or the one without."""
-    problem, root = _posed(system, None)
+    problem, root = _posed(system, None, None)
     spectrum = decomposed(problem)
     damping = spectrum.damping_within(system.scalar)
     form = by_singular_values(problem, spectrum)
@@ -92,10 +95,12 @@ def solved_within(system: System, corrections: int) -> Run:
     return _run(problem, form, _as_given(step, root), reason.astype(jnp.int32))
 
 
-def _posed(system: System, before: Tree | None) -> tuple[Problem, Tree | None]:
+def _posed(
+    system: System, before: Tree | None, stored: int | None
+) -> tuple[Problem, Tree | None]:
     """Return the problem for √D δ in place of δ, and √D, which is `None` if D = I."""
     assert system.jacobian is not None, "every update provides it"
-    jacobian, decays = system.jacobian()
+    jacobian, decays = system.jacobian(stored)
     root, b = _root(system, jacobian, decays), system.b
     if root is not None:
         jacobian, decays = _in_units(root, jacobian, decays)
@@ -145,7 +150,7 @@ def _root(system: System, jacobian: Jacobian, decays: Tree | None) -> Tree | Non
     """Return √D of a diagonal D, 1 for entries of 0, or `None` if D = I."""
     if system.root is None:
         return None
-    d = jax.tree.map(lambda rows: jnp.sum(jnp.square(rows), axis=0), jacobian.rows)
+    d = jacobian.squares()
     if decays is not None:
         d = trees.damped(d, decays)
     return trees.ones_for_zeros(system.root(d))
@@ -155,11 +160,8 @@ def _in_units(
     root: Tree, jacobian: Jacobian, decays: Tree | None
 ) -> tuple[Jacobian, Tree | None]:
     """Return J̃ and the weight decay for √D δ in place of δ."""
-    scaled = Jacobian(
-        over(jacobian.rows, root),
-        jacobian.residuals,
-        lambda step: jacobian.residuals_at(over(step, root)),
-    )
+    by_root = functools.partial(over, numbers=root)
+    scaled = jacobian.after(by_root, by_root)
     if decays is None:
         return scaled, None
     decays = jax.tree.map(
@@ -188,6 +190,7 @@ def _form(problem: Problem, space: str, damping: jax.Array) -> Form:
     square = (in_samples if few else in_parameters)(problem)
     # What lies on several devices by its type is not gathered into one matrix.
     spread = any(map(sharding.may_be_sharded, jax.tree.leaves(problem.b)))
+    spread |= isinstance(problem.jacobian, StreamedJacobian)
     if spread or rows_decomposed(problem) * columns > _MOST_DECOMPOSED:
         return square
     coarse = _COARSE * jnp.finfo(problem.dtype).eps * square.trace

@@ -104,8 +104,9 @@ class System(NamedTuple):
       value_and_grad: x ↦ (f, ∇f)(θ + x) on the evaluation data.
       preconditioner: `() -> (r ↦ P⁻¹r)`, or `() -> None`. The call builds P, so make it
         once, outside of loops; P is not built without it.
-      jacobian: `() -> (J̃, weight_decay)`; the call computes the Jacobian of
-        `hfjax.sample_space`. `weight_decay` is a number, a vector like `b`, or `None`.
+      jacobian: `stored -> (J̃, weight_decay)`; the call computes the Jacobian of
+        `hfjax.sample_space`, and stores it if it has at most so many numbers; `None` is
+        no limit. `weight_decay` is a number, a vector like `b`, or `None`.
       jacobian_size: `() -> (rows, columns, multiplications of a forward pass)`, as Python
         integers.
       tikhonov: whether D = I, so that steps for other λ can be found in a subspace.
@@ -120,7 +121,7 @@ class System(NamedTuple):
     batch_value: ValueFn
     value_and_grad: ValueAndGradFn
     preconditioner: Callable[[], Preconditioner | None] = lambda: None
-    jacobian: Callable[[], tuple[Any, Tree | None]] | None = None
+    jacobian: Callable[[int | None], tuple[Any, Tree | None]] | None = None
     jacobian_size: Callable[[], tuple[int, int, int]] | None = None
     tikhonov: bool = True
     root: Callable[[Tree], Tree] | None = None

@@ -11,7 +11,9 @@ least of them. Let W be 1 + (β − min β)/μ on its diagonal; then
 
     δ = W⁻¹J̃ᵀ(J̃W⁻¹J̃ᵀ + μI)⁻¹(c − J̃W⁻¹d/μ) + W⁻¹d/μ.
 
-By default, the smaller of both matrices is used. J̃ is stored: rows · parameters numbers.
+By default, the smaller of both matrices is used. J̃ is stored if it has at most 5e8 numbers;
+a larger one is computed in parts, as often as it is needed, so that any number of examples
+and parameters will do as long as one of both is at most some 10,000.
 Each other λ costs one Cholesky factor, so `hfjax.damping.searched` works here, too. The
 same factor corrects the step for the nonlinearity of the outputs (`corrections`), and one
 update then goes as far as tens without. Use it for fits to 1e-6 and far below, where G is
@@ -36,8 +38,10 @@ _WORTH = 200
 """For `"auto"`, the matrix may cost as many multiplications as this many products."""
 _NOTHING = 10**7
 """Multiplications that `"auto"` neglects: some milliseconds."""
-_MOST_NUMBERS = 5 * 10**8
-"""The most numbers of J̃ for `"auto"`: 4 GB in float64."""
+_MOST_STORED = 5 * 10**8
+"""The most numbers of J̃ that are stored: 4 GB in float64."""
+_LARGEST = 10**4
+"""For `"auto"`, the most rows of the matrix: 800 MB in float64, and its factor."""
 _MOMENTUM = 0.5
 """The momentum for `"auto"`."""
 
@@ -47,6 +51,7 @@ def cholesky(
     space: str = "smaller",
     momentum: NumberOrSchedule | None = None,
     corrections: int = 16,
+    stored: int = _MOST_STORED,
 ) -> Solver:
     """Solve for the direction exactly, by a Cholesky factor, or by singular values.
 
@@ -86,12 +91,17 @@ def cholesky(
       corrections: the most corrections of a step; 0 takes the damped Gauss-Newton step
         itself. For squared errors and a model linear in θ, c = 0. Corrected steps are
         longer: if f has several minima, they may lead to another one than the nearest.
+      stored: the most numbers, rows · params, of a J̃ that is kept in memory. A larger one
+        is computed in parts of half as many, of whole examples and at most a microbatch: once
+        for J̃ᵀJ̃, once for each pair of parts for J̃J̃ᵀ; and the model is run again in each
+        correction. Then no singular values are computed. Arrays that are sharded by their
+        type, structural damping, and f of a whole batch store J̃ whatever its size.
 
     Returns:
       The solver.
 
     Raises:
-      TypeError: if `corrections` is not a Python integer.
+      TypeError: if `stored` or `corrections` is not a Python integer.
       ValueError: if an option is out of range, or `space` is unknown.
 
     Example:
@@ -122,6 +132,7 @@ def cholesky(
     options.check_choice("space", space, ("smaller", "samples", "parameters"))
     options.check_range("momentum", momentum, low=0.0, high=1.0)
     options.check_count("corrections", corrections, low=0)
+    options.check_count("stored", stored, low=0)
 
     def start(direction: Tree, count: jax.Array) -> Tree | None:
         if momentum is None:
@@ -129,7 +140,7 @@ def cholesky(
         return trees.scale(options.read(momentum, count), direction)
 
     def solve(system: System, x0: Tree | None) -> Run:
-        return solved(system, x0, space, corrections)
+        return solved(system, x0, space, corrections, stored)
 
     return Solver(start, solve, reads="jacobian")
 
@@ -190,8 +201,8 @@ def trust_region(*, corrections: int = 16, scaled: bool = False) -> Solver:
 def where_small(otherwise: Solver) -> Solver:
     """Solve exactly if that is cheap, and else by `otherwise`; this is `solver="auto"`.
 
-    The sizes decide, when the update is traced. J̃ must have at most 5e8 numbers. The
-    matrix of `cholesky` costs rows · params · min(rows, params) multiplications, which
+    The sizes decide, when the update is traced. The matrix of `cholesky` must have at most
+    10,000 rows. It costs rows · params · min(rows, params) multiplications, which
     may be at most 1e7, or those of 200 products with G, of three forward passes each
     (counted in the traced model, in matrix products and convolutions). Conjugate
     gradients may need as many products if G is ill-conditioned, and a matrix product runs
@@ -240,4 +251,4 @@ def _is_small(system: System) -> bool:
     rows, columns, forward = system.jacobian_size()
     cost = rows * columns * min(rows, columns)
     worth = cost <= max(_WORTH * 3 * forward, _NOTHING)
-    return worth and rows * columns <= _MOST_NUMBERS
+    return worth and min(rows, columns) <= _LARGEST

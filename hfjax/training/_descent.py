@@ -27,7 +27,7 @@ from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
 from hfjax.training._residuals import Args, Residuals
 from hfjax.training._run import History, Reason, empty_history
 from hfjax.update.state import HessianFreeInfo, HessianFreeState
-from hfjax.update.system import in_packing, rounding_noise
+from hfjax.update.system import rounding_noise
 from hfjax.update.transform import hessian_free
 
 _Ended = tuple[Params, jax.Array]  # a step, and f at its end
@@ -179,13 +179,13 @@ def _in_region(solver: Solver, run: Run, lengths: jax.Array) -> Run:
 def _handed(solver: Solver, found: Jacobian, run: Run) -> Solver:
     """Return a solver that reads a Jacobian that is known, and the D of the whole run."""
     packed = packing(trees.widen(run.params))
-    rows = in_packing(found, packed)
+    rows = found.after(packed.unpack, packed.pack)
     root = packed.pack(_like(run.params, run.state.preconditioner))
 
     def solve(system: System, x0: Tree | None) -> RunOfSolver:
         if solver.scalar == "radius" or system.root is not None:
             system = system._replace(root=lambda _: root)
-        return solver.solve(system._replace(jacobian=lambda: (rows, None)), x0)
+        return solver.solve(system._replace(jacobian=lambda _: (rows, None)), x0)
 
     return solver._replace(solve=solve)
 

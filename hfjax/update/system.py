@@ -27,6 +27,7 @@ from hfjax._core.types import (
 from hfjax._tracing.convolutions import for_loops
 from hfjax.curvature import Curvature, ggn, jacobian
 from hfjax.curvature.jacobian import Jacobian
+from hfjax.curvature.streamed_jacobian import StreamedJacobian, bounded_jacobian
 from hfjax.curvature.structural import hidden_distance, with_structural_loss
 from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
@@ -169,7 +170,7 @@ def assemble(
         batch_value=_value_on(point, packed, batch),
         value_and_grad=for_loops(value_and_grad),
         preconditioner=precondition,
-        jacobian=lambda: _written_out(point, mu, packed),
+        jacobian=lambda stored: _written_out(point, mu, packed, stored),
         jacobian_size=lambda: jacobian.size(objective, params, batch),
         tikhonov=rule.matrix is identity(),
         root=_root(rule, packed),
@@ -284,29 +285,26 @@ def _lazily(
 
 
 def _written_out(
-    point: Point, mu: jax.Array | None, packed: Packing
-) -> tuple[Jacobian, Tree | None]:
+    point: Point, mu: jax.Array | None, packed: Packing, stored: int | None
+) -> tuple[Jacobian | StreamedJacobian, Tree | None]:
     """Compute J̃ of f and of the structural penalty, packed, and the weight decay."""
     objective, params, batch = point.objective, point.params, point.batch
-    found = jacobian.jacobian(objective, params, batch)
-    if mu is not None:
-        distance = jacobian.jacobian(hidden_distance(objective), params, batch)
-        found = jacobian.with_penalty(found, mu, distance)
+    if mu is None:
+        found = bounded_jacobian(objective, params, batch, stored)
+    else:
+        of_f, of_distance = (
+            jacobian.jacobian(f, params, batch)
+            for f in (objective, hidden_distance(objective))
+        )
+        found = jacobian.with_penalty(of_f, mu, of_distance)
+    found = found.after(packed.unpack, packed.pack)
     none = jnp.zeros((), point.scalar.dtype)
     decay = with_decays(terms_of(objective, batch), none, params)
     if decay is none:  # All of it is known to be 0.
-        return in_packing(found, packed), None
+        return found, None
     if not jax.tree_util.all_leaves([decay]):
         decay = packed.pack(decay)
-    return in_packing(found, packed), decay
-
-
-def in_packing(found: Jacobian, packed: Packing) -> Jacobian:
-    """Return J̃ of packed parameters."""
-    return found._replace(
-        rows=jax.vmap(packed.pack)(found.rows),
-        residuals_at=lambda x: found.residuals_at(packed.unpack(x)),
-    )
+    return found, decay
 
 
 def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:

@@ -62,6 +62,7 @@ PACKAGES = {
         "_linear_mean",
         "products",
         "jacobian",
+        "streamed_jacobian",
         "damped_jacobian",
         "_case_gradients",
         "probes",
