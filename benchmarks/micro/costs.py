@@ -5,6 +5,7 @@
     python -m benchmarks costs --problem recurrent --only microbatches
     JAX_PLATFORMS=cpu python -m benchmarks costs --gpu DESCRIPTION
     python -m benchmarks costs --shares
+    taskset -c 0 python -m benchmarks costs --exact poisson3d
 
 An update is compiled as a user compiles it, with its gradient, and with the data as an
 argument. It is never run, because XLA's plan does not depend on numbers. Each set-up is
@@ -22,7 +23,7 @@ as XLA's `GpuTargetConfigProto` in text form, and jax[cuda12] is installed. The 
 then what an update launches.
 
 With `--shares` updates of the autoencoder do run, and their time is divided among their
-parts.
+parts; with `--exact` those of the exact solver, on a differential equation.
 """
 
 import argparse
@@ -45,8 +46,9 @@ from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.table import rich_table
-from benchmarks.micro import programs, shares
+from benchmarks.micro import exact_update, programs, shares
 from benchmarks.micro.cost_problems import FLOAT64, PROBLEMS, Problem
+from benchmarks.suites.equations import EXPERIMENTS
 from hfjax import cg, damping, iterates, krylov, preconditioners, recipes, trust_region
 
 Build = Callable[..., Any]
@@ -144,6 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", help="set-ups with this in their name; default: " + ", ".join(USUAL))
     add("--gpu", help="file that describes a GPU to compile for; default: the CPU")
     add("--shares", action="store_true", help="run updates, and divide their time")
+    add("--exact", choices=tuple(EXPERIMENTS), help="divide an exact update's time")
+    add("--updates", type=cli.count, default=12, help="before it; default: 12")
     add("--rounds", type=cli.count, default=7, help="of timing shares; default: 7")
     add("--out", default="runs/costs.json", help="default: runs/costs.json")
 
@@ -154,6 +158,12 @@ def run(args: argparse.Namespace) -> int:
     if args.shares and (args.problem != "autoencoder" or asked or args.gpu):
         msg = "--shares is for the autoencoder and the default set-up, on this machine"
         raise cli.RefusedError(msg)
+    if args.exact:
+        path = cli.output_file(args.out)
+        with jax.enable_x64(True):
+            return exact_update.run(
+                args.exact, args.updates, args.rounds, path, console
+            )
     with jax.enable_x64(args.problem in FLOAT64):
         problem = PROBLEMS[args.problem](args.cases)
     names = [

@@ -11,6 +11,8 @@ batch is decomposed as a batch.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,13 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hfjax._core import sharding, trees
+from hfjax._core.types import Tree
+
+_BLOCKS, _SMALL = 4, 400
+"""Blocks on a side of a symmetric matrix, if it is not small."""
+_CHUNK = 1024
+"""So many rows are transposed at once, within the processor's cache."""
 _RAISE, _TRIES = 10.0, 20
 """μ is raised by this factor, at most this often, until a Cholesky factor is finite."""
 
@@ -94,11 +103,56 @@ def _on_each_device(
     return mapped
 
 
+def square(matrix: jax.Array) -> jax.Array:
+    """Return A Aᵀ of a matrix that is not sharded by its type."""
+    # A product of rows runs faster than one of columns on a CPU. With four blocks on a
+    # side, those above the diagonal, which are known, are three eighths of the work.
+    rows, precision = len(matrix), jax.lax.Precision.HIGHEST
+    if rows < _SMALL:
+        return jnp.matmul(matrix, matrix.T, precision=precision)
+    ends = [rows * n // _BLOCKS for n in range(_BLOCKS + 1)]
+    lower = []
+    for start, end in itertools.pairwise(ends):
+        block = jnp.matmul(matrix[start:end], matrix[:end].T, precision=precision)
+        lower.append(jnp.pad(block, ((0, 0), (0, rows - end))))
+    found = jnp.concatenate(lower)
+    return jnp.tril(found) + jnp.tril(found, -1).T
+
+
+def squared_columns(rows: Tree, dtype: jnp.dtype) -> jax.Array:
+    """Return AᵀA, where the leaves hold the columns of A and lead with its rows."""
+    leaves = [x.reshape(len(x), math.prod(x.shape[1:])) for x in jax.tree.leaves(rows)]
+    total, columns = len(leaves[0]), sum(x.shape[1] for x in leaves)
+
+    def of_some(start: jax.Array | int, count: int) -> jax.Array:
+        some = [jax.lax.dynamic_slice_in_dim(x, start, count) for x in leaves]
+        columns = jnp.concatenate([x.T.astype(dtype) for x in some])
+        # XLA transposes by reading in another order, and the product takes half as long
+        # again on a CPU. As a vector, the transpose has to be written out.
+        vector = jax.lax.optimization_barrier(columns.reshape(-1))
+        return square(vector.reshape(columns.shape))
+
+    if total < 2 * _CHUNK:
+        return of_some(0, total)
+    count, left = divmod(total, _CHUNK)
+    zeros = jnp.zeros((columns, columns), dtype)
+    zeros = sharding.vary(zeros, tuple(sharding.varying(leaves[0])))
+    found = trees.summed(lambda k: of_some(k * _CHUNK, _CHUNK), count, zeros)
+    return found + of_some(count * _CHUNK, left) if left else found
+
+
 @_one_by_one
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return eigenvalues, in ascending order, and eigenvectors of a symmetric matrix."""
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
+
+
+@_one_by_one
+def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return Q, with orthonormal columns, and the triangle R."""
+    q, r = jnp.linalg.qr(matrix)
+    return q, r
 
 
 @_one_by_one

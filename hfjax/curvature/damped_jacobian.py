@@ -7,7 +7,7 @@ lost. The third form decomposes J̃ itself, once for all λ.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from hfjax.curvature.jacobian import Jacobian
 
 _ROUNDING = 100
 """−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
+_TALL = 1.5
+"""With so many times as many rows as columns, a triangle is decomposed."""
 _HALVINGS = 60
 """From any λ to another one, which differ by hundreds of powers of ten, to rounding."""
 
@@ -181,7 +183,7 @@ class Spectrum(NamedTuple):
     """J̃ = U S Vᵀ, and the right-hand side in its terms.
 
     Attributes:
-      left: U, without the rows of weight decay.
+      left: U without the rows of weight decay, in factors.
       values: S.
       basis: V, as rows like those of J̃.
       sides: S Uᵀc + Vᵀd, the right-hand side along V.
@@ -190,13 +192,20 @@ class Spectrum(NamedTuple):
       size: the longer side of J̃; singular values below ε times that of the largest are 0.
     """
 
-    left: jax.Array
+    left: Sequence[jax.Array]
     values: jax.Array
     basis: Jacobian
     sides: jax.Array
     rest: Tree | None
     decay: jax.Array
     size: int
+
+    def along(self, u: jax.Array) -> jax.Array:
+        """Return Uᵀu."""
+        found = u.astype(self.values.dtype)
+        for factor in self.left:
+            found = jnp.matmul(found, factor, precision=trees.EXACT)
+        return found
 
     def mu(self, damping: jax.Array) -> jax.Array:
         """Return λ + β, but at least the square of what rounding leaves of a 0 in S."""
@@ -245,16 +254,22 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
     if excess is not None:
         roots = jnp.sqrt(ravel_pytree(problem.in_one(excess))[0])
         rows = jnp.concatenate([rows, jnp.diag(roots)])
-    most = min(rows.shape)
+    most, is_tall = min(rows.shape), len(rows) > _TALL * rows.shape[1]
 
-    def decompose(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def decompose(rows: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         # LAPACK is many times slower on numbers whose squares underflow.
         tiny = jnp.max(jnp.abs(rows)) * jnp.finfo(rows.dtype).eps ** 3
-        left, values, right = linalg.svd(jnp.where(jnp.abs(rows) < tiny, 0, rows))
-        return left[:count], values, right
+        rows, left = jnp.where(jnp.abs(rows) < tiny, 0, rows), []
+        if is_tall:
+            q, rows = linalg.qr(rows)
+            left = [q]
+        u, values, right = linalg.svd(rows)
+        left.append(u)
+        return [left[0][:count], *left[1:]], values, right
 
-    def nothing(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        parts = rows[:count, :most], rows[0, :most], rows[:most]
+    def nothing(rows: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+        square = [rows[:most]] * is_tall
+        parts = [rows[:count, :most], *square], rows[0, :most], rows[:most]
         return jax.tree.map(jnp.zeros_like, parts)
 
     if needed is None:
@@ -265,13 +280,12 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
     values = jnp.where(values > floor, values, 0)
     basis = jacobian._replace(rows=jax.vmap(unravel)(right))
     along = basis.product(beyond).astype(values.dtype)
-    sides = jnp.matmul(within.astype(values.dtype), left, precision=trees.EXACT)
     rest = None
     if most < rows.shape[1]:
         spanned = trees.cast_like(basis.transpose(along), beyond)
         rest = jax.tree.map(jnp.subtract, beyond, spanned)
-    sides = values * sides + along
-    return Spectrum(left, values, basis, sides, rest, decay, max(rows.shape))
+    found = Spectrum(left, values, basis, along, rest, decay, max(rows.shape))
+    return found._replace(sides=values * found.along(within) + along)
 
 
 def by_singular_values(problem: Problem, spectrum: Spectrum) -> Form:
@@ -280,15 +294,14 @@ def by_singular_values(problem: Problem, spectrum: Spectrum) -> Form:
     (J̃ᵀJ̃ + μI)⁻¹J̃ᵀu = V (S² + μ)⁻¹S Uᵀu, with products as long as those with J̃. (The
     formula V = J̃ᵀUS⁻¹ would take no memory, but has lost the digits that this is about.)
     """
-    left, values, basis, sides, rest, *_ = spectrum
+    _, values, basis, sides, rest, *_ = spectrum
 
     def combined(coefficients: jax.Array) -> Tree:
         found = trees.cast_like(basis.transpose(coefficients), problem.b)
         return sharding.like(found, problem.b)
 
     def inverse(mu: jax.Array, u: jax.Array) -> Tree:
-        along = jnp.matmul(u.astype(values.dtype), left, precision=trees.EXACT)
-        return combined(along * values / (jnp.square(values) + mu))
+        return combined(spectrum.along(u) * values / (jnp.square(values) + mu))
 
     def step(mu: jax.Array) -> Tree:
         found = combined(sides / (jnp.square(values) + mu))

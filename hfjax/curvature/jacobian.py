@@ -65,13 +65,19 @@ class Jacobian(NamedTuple):
 
     def of_parameters(self) -> jax.Array:
         """Return J̃ᵀJ̃, in the order of `matrix`."""
-        rows = self.matrix()
-        return sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
+        leaves = jax.tree.leaves(self.rows)
+        if any(map(sharding.may_be_sharded, leaves)):
+            rows = self.matrix()
+            return sharding.contracted(rows, rows, ((0,), (0,)), trees.EXACT)
+        return linalg.squared_columns(self.rows, self.dtype)
 
     def of_samples(self, weigh: Map | None = None) -> jax.Array:
         """Return J̃J̃ᵀ, or J̃W⁻¹J̃ᵀ if rows are to be weighed by W⁻¹."""
-        left = self.rows if weigh is None else weigh(self.rows)
-        return trees.gram(left, self.rows)
+        if weigh is not None:
+            return trees.gram(weigh(self.rows), self.rows)
+        if any(map(sharding.may_be_sharded, jax.tree.leaves(self.rows))):
+            return trees.gram(self.rows, self.rows)
+        return linalg.square(self.matrix())
 
     def after(self, into: Map, transposed: Map) -> "Jacobian":
         """Return J̃A for a linear map A = `into`; Aᵀ = `transposed`."""

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from hfjax._core import sharding, trees
 from hfjax._core.types import Batch, Params, Tree
+from hfjax._tracing import linalg
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import Linearized, linearized
 from hfjax.curvature.jacobian import (
@@ -119,8 +119,7 @@ class StreamedJacobian(NamedTuple):
         zeros = jnp.zeros((columns, columns), self.dtype)
 
         def of_rows(rows: Tree) -> jax.Array:
-            matrix = self._flat(rows)
-            return sharding.contracted(matrix, matrix, ((0,), (0,)), trees.EXACT)
+            return linalg.squared_columns(rows, self.dtype)
 
         found = [part.summed(of_rows, zeros) for part in self.parts]
         return functools.reduce(jnp.add, found)
@@ -152,10 +151,6 @@ class StreamedJacobian(NamedTuple):
             parts=[of_part(part) for part in self.parts],
             residuals_at=lambda v: self.residuals_at(into(v)),
         )
-
-    def _flat(self, rows: Tree) -> jax.Array:
-        rows = jax.tree.map(lambda x: x.astype(self.dtype), rows)
-        return jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
 
 
 def bounded_jacobian(
@@ -215,8 +210,13 @@ def _of_term(
 
     def product(k: jax.Array, v: Tree) -> jax.Array:
         cases = take(k)
-        outputs = _linear(params, term, cases).tangent(trees.cast_like(v, params))
-        return means.gathered(scaled(cases, outputs))
+        try:
+            found = _linear(params, term, cases).tangent(trees.cast_like(v, params))
+            found = scaled(cases, found)
+        except Exception:  # There is no J v: whatever a backward rule may raise.
+            v = jax.tree.map(lambda x: x[None], v)
+            found = trees.gram(rows(k), v)[:, 0]
+        return means.gathered(found)
 
     def transpose(k: jax.Array, u: jax.Array) -> Tree:
         cases = take(k)

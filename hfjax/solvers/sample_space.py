@@ -75,10 +75,10 @@ def cholesky(
     | what | operations |
     |---|---|
     | J̃ | a backward pass for each output of an example |
-    | its matrix, n rows | 2 n · rows · params |
+    | its matrix, n rows | 5/4 n · rows · params |
     | each λ | n³ / 3; with several weight decays and J̃J̃ᵀ, also that matrix |
     | each correction | a forward pass, 4 · rows · params and 2 n² |
-    | singular values of J̃ | some 10 n · rows · params, and three copies of J̃ |
+    | singular values of J̃ | some 4 n · rows · params and 20 n³, and three copies of J̃ |
 
     All of it is in float32 or wider. J̃ is decomposed where λ starts below 1000 ε times the
     trace of the matrix, and J̃ has at most 1e8 numbers; λ may then go down to (ε · rows)² or

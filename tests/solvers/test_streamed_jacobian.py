@@ -88,14 +88,29 @@ def test_a_corrected_step_does_not_depend_on_whether_rows_are_stored(space):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
-def test_a_model_without_forward_derivatives_will_do(space):
-    """With the derivative of a custom rule, products come from the backward pass."""
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_model_without_forward_derivatives_will_do(space, opaque):
+    """Of a backward rule that can be transposed, or, from a callback, cannot."""
+
+    def pull(y, u):
+        if not opaque:
+            return ((1 - y * y) * u,)
+        like = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return (
+            jax.pure_callback(
+                lambda y, u: (1 - np.square(y)) * u,
+                like,
+                y,
+                u,
+                vmap_method="expand_dims",
+            ),
+        )
 
     @jax.custom_vjp
     def tanh(x):
         return jnp.tanh(x)
 
-    tanh.defvjp(lambda x: (jnp.tanh(x),) * 2, lambda y, u: ((1 - y * y) * u,))
+    tanh.defvjp(lambda x: (jnp.tanh(x),) * 2, pull)
 
     def same_fn(params, x):
         return tanh(x @ params["w"] + params["b"][None]) @ params["v"]

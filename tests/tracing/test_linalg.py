@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mapped import mesh, needs_devices
+from reference import quick_jit
 
 import hfjax
 from hfjax._tracing import linalg
@@ -173,3 +175,31 @@ def test_on_two_threads_no_build_waits_for_another_for_ever():
         check=False,
     )
     assert run.stdout.strip() == "done", run.stderr[-1000:]
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(("rows", "columns"), [(2100, 9), (7, 450)])
+def test_squares_are_those_of_the_whole_matrix(rows, columns):
+    """By chunks of rows, of which the last is shorter, and by blocks."""
+    a = np.random.default_rng(0).normal(size=(rows, columns))
+    x, y = jnp.asarray(a[:, :4]).reshape(rows, 2, 2), jnp.asarray(a[:, 4:])
+
+    def squared(x, y):
+        return linalg.squared_columns({"x": x, "y": y}, x.dtype)
+
+    found = quick_jit(squared)(x, y)
+    np.testing.assert_allclose(found, a.T @ a, rtol=1e-12, atol=1e-12 * rows)
+    np.testing.assert_array_equal(found, np.asarray(found).T)
+
+
+@needs_devices
+def test_devices_square_their_own_rows():
+    def squared(x):
+        return jax.lax.psum(linalg.squared_columns(x, x.dtype), "cases")
+
+    a = np.random.default_rng(0).normal(size=(4 * 2100, 5))
+    spread = jax.shard_map(
+        squared, mesh=mesh(), in_specs=PartitionSpec("cases"), out_specs=PartitionSpec()
+    )
+    found = quick_jit(spread)(jnp.asarray(a))
+    np.testing.assert_allclose(found, a.T @ a, rtol=1e-12, atol=1e-10)
