@@ -12,6 +12,7 @@ from benchmarks.micro import (
     precision,
     preconditioners,
     product,
+    rows,
 )
 
 _COMMANDS = {
@@ -22,6 +23,7 @@ _COMMANDS = {
     "precision": precision,
     "constants": constants,
     "least_squares": least_squares,
+    "rows": rows,
 }
 
 

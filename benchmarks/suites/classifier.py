@@ -3,6 +3,8 @@
 The examples can be told apart, so that f goes to 0.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,19 +26,23 @@ SIZES = (784, 100, 100, 10)
 _CASES = 10_000
 
 
-def classification(images: np.ndarray, labels: np.ndarray) -> Problem:
-    """Build the problem of a classifier."""
+def classification(
+    images: np.ndarray,
+    labels: np.ndarray,
+    sizes: Sequence[int] = SIZES,
+    curvature: str = "full",
+) -> Problem:
+    """Build the problem of a classifier, with a curvature of its loss."""
 
     def model_fn(params: Layers, x: jax.Array) -> jax.Array:
         for layer in params[:-1]:
             x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
         return x @ params[-1]["kernel"] + params[-1]["bias"]
 
-    objective = hfjax.Objective(
-        model_fn, hfjax.losses.softmax_cross_entropy_with_integer_labels()
-    )
+    loss = hfjax.losses.softmax_cross_entropy_with_integer_labels(curvature=curvature)
+    objective = hfjax.Objective(model_fn, loss)
     batch = (jnp.asarray(images), jnp.asarray(labels))
-    layers = "-".join(map(str, SIZES))
+    layers = "-".join(map(str, sizes))
     return Problem(
         summary=Summary(
             title=f"Classifier of {len(images):,} MNIST digits, {layers}, tanh",
@@ -44,7 +50,7 @@ def classification(images: np.ndarray, labels: np.ndarray) -> Problem:
             milestones=excess_over((1.0, 0.3, 0.1, 0.01, 0.001)),
         ),
         objective=objective,
-        start=sparse_layers(SIZES),
+        start=sparse_layers(sizes),
         data=lambda seed: batch,
         measurer=full_batch_measurer(objective, batch, 0.0),
         minibatches=shuffled(batch),

@@ -160,7 +160,8 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
     """Compute diag(G) exactly: the mean of Σₖ (Jᵢᵀ Sᵢ eₖ)² over the outputs k.
 
     This takes one back-propagation for each output of an example, where every unit at
-    every time step counts, so use it for few outputs.
+    every time step counts, so use it for few outputs. Outputs whose column of Sᵢ is 0
+    take none.
 
     Args:
       objective: the objective that defines G; weight decay is added.
@@ -182,19 +183,21 @@ def ggn_exact(objective: Objective, params: Params, batch: Batch) -> Params:
     """
 
     def of_term(term: Term, params: Params, _: None) -> Params:
+        columns = term.columns(params)
+
         def case_gradient(params: Params, case: Cases, index: jax.Array) -> Params:
-            # The unit vector eₖ for k = `index`, with entries numbered over all leaves.
+            # The unit vector eₖ of a column k, with entries numbered over all leaves.
+            column = jnp.asarray(columns, index.dtype)[index]
             outputs, transpose, factor = _factored(term, params, case)
             leaves, structure = jax.tree.flatten(outputs)
             units, at = [], 0
             for z in leaves:
                 place = jnp.arange(at, at + z.size, dtype=index.dtype)
-                units.append((place.reshape(z.shape) == index).astype(z.dtype))
+                units.append((place.reshape(z.shape) == column).astype(z.dtype))
                 at += z.size
             return transpose(term.means.local(factor(structure.unflatten(units))))
 
-        count = term.outputs_per_case(params)
-        return _mean_of_squares(term, params, case_gradient, count)
+        return _mean_of_squares(term, params, case_gradient, len(columns))
 
     return _summed(of_term, objective, params, batch)
 

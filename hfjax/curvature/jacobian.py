@@ -1,9 +1,10 @@
 """The Jacobian of the outputs as an explicit matrix: G = J̃ᵀJ̃ + weight_decay · I.
 
 The row of J̃ for output k of example i is √(c wᵢ / Σ w) (Sᵢ eₖ)ᵀJᵢ, with SᵢSᵢᵀ = L″ᵢ
-and c the weight of the term in a sum. If Sᵢ is regular, the gradient of the data's part
-of f is J̃ᵀr̃ with r̃ᵢ = √(c wᵢ / Σ w) Sᵢ⁻¹∇Lᵢ. Then, for any loss, minimising the
-quadratic model is the least-squares problem min ‖J̃δ + r̃‖².
+and c the weight of the term in a sum. Columns Sᵢeₖ that are 0 for any example have no
+row. If ∇Lᵢ is in the range of Sᵢ, the gradient of the data's part of f is J̃ᵀr̃ with
+r̃ᵢ = √(c wᵢ / Σ w) Sᵢ⁺∇Lᵢ. Then, for any loss, minimising the quadratic model is the
+least-squares problem min ‖J̃δ + r̃‖².
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import linalg, programs
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import has_tangent, noting_no_reverse
-from hfjax.losses.loss import is_elementwise
+from hfjax.losses.loss import are_disjoint, columns
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.means import Means
 from hfjax.objectives.plain import Objective, terms_of
@@ -92,7 +93,7 @@ class Size(NamedTuple):
     """The size of J̃ and the cost of a forward pass, as Python integers.
 
     Attributes:
-      rows: the number of outputs of all examples on this device.
+      rows: those for all examples on this device; mostly one for each output.
       columns: the number of parameters.
       forward: the multiplications of a forward pass over these examples.
     """
@@ -107,11 +108,11 @@ def size(objective: Objective, params: Params, batch: Batch) -> Size:
     rows = forward = 0
     for term in terms_of(objective, batch):
         count = term.cases.weights.shape[0]
-        inputs = sharding.first_case(term.cases.inputs)
+        inputs, targets = sharding.first_case(term.cases[:2])
         local = term.means.local(sharding.gathered(params, term.cases))
         # The examples are alike, so one is enough.
         program, shapes = jax.make_jaxpr(term.outputs, return_shape=True)(local, inputs)
-        rows += count * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        rows += count * len(columns(term.loss, shapes, targets))
         forward += count * programs.multiplications(program)
     return Size(rows, optax.tree.size(params), forward)
 
@@ -120,7 +121,7 @@ def jacobian(objective: Objective, params: Params, batch: Batch) -> Jacobian:
     """Compute J̃ and r̃.
 
     A row takes a backward pass over its example, and a column a forward pass over all
-    examples. `"auto"` takes columns if there are fewer parameters than outputs of an
+    examples. `"auto"` takes columns if there are fewer parameters than rows of an
     example, and the model has forward derivatives.
 
     J̃ has rows · parameters entries. Microbatches bound what the passes hold, but not
@@ -246,7 +247,7 @@ def _goes_forward(term: Term, params: Params) -> bool:
     """Return whether to compute J by columns."""
     if term.mode != "auto":
         return term.mode == "forward"
-    if optax.tree.size(params) >= term.outputs_per_case(params):
+    if optax.tree.size(params) >= len(term.columns(params)):
         return False
     inputs = sharding.first_case(term.cases.inputs)
     return has_tangent(lambda params: term.outputs(params, inputs), params)
@@ -305,12 +306,16 @@ def factor_of(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.
     def column(unit: jax.Array) -> jax.Array:
         return ravelled(factor(unflatten(unit)))[0]
 
-    if is_elementwise(term.loss, outputs, targets):
+    known = columns(term.loss, outputs, targets)
+    disjoint = are_disjoint(term.loss, outputs, targets, known)
+    if disjoint and len(known) == flat.size:
         diagonal = column(jnp.ones_like(flat))
         wide = diagonal.astype(trees.wide(diagonal.dtype))
         return diagonal, jnp.where(wide == 0, 0, 1 / jnp.where(wide == 0, 1, wide))
-    matrix = jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
-    return matrix, _pseudoinverse(matrix, flat.dtype)
+    units = jax.nn.one_hot(jnp.asarray(known, int), flat.size, dtype=flat.dtype)
+    matrix = jax.vmap(column, out_axes=1)(units)
+    inverse = _of_disjoint(matrix) if disjoint else _pseudoinverse(matrix, flat.dtype)
+    return matrix, inverse
 
 
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
@@ -329,6 +334,17 @@ def weighted(term: Term, cases: Cases, total: jax.Array, x: jax.Array) -> jax.Ar
     numbers = (cases.weights, total, 1 if term.weight is None else term.weight)
     w, all_of_them, c = (jnp.asarray(number, x.dtype) for number in numbers)
     return x * jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _of_disjoint(factor: jax.Array) -> jax.Array:
+    """Return S⁺ if no two columns of S have an entry in the same row."""
+    factor = factor.astype(trees.wide(factor.dtype))
+    # Scaled to a largest entry of 1, as squares of small entries would underflow.
+    size = jnp.max(jnp.abs(factor), axis=0, keepdims=True)
+    size = jnp.where(size > 0, size, 1)
+    scaled = factor / size
+    square = jnp.sum(jnp.square(scaled), axis=0, keepdims=True)
+    return (scaled / (size * jnp.where(square > 0, square, 1))).T
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:

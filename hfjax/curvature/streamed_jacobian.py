@@ -165,7 +165,7 @@ def bounded_jacobian(
     if most is None:
         return jacobian(objective, params, batch)
     terms = terms_of(objective, batch)
-    rows = [term.outputs_per_case(params) * len(term.cases.weights) for term in terms]
+    rows = [len(term.columns(params)) * len(term.cases.weights) for term in terms]
     columns = optax.tree.size(params)
     leaves = jax.tree.leaves((params, [term.cases for term in terms]))
     if sum(rows) * columns <= most or any(map(sharding.may_be_sharded, leaves)):

@@ -129,10 +129,10 @@ def diagonal(
         objective: Objective, params: Params, batch: Batch, _: Matvec, key: jax.Array
     ) -> Matrix:
         chosen = estimate
-        # The exact diagonal costs a gradient per output.
+        # The exact diagonal costs a gradient per column of S, mostly one per output.
         if chosen is None:
             terms = terms_of(objective, batch)
-            most = max(term.outputs_per_case(params) for term in terms)
+            most = max(len(term.columns(params)) for term in terms)
             few = most <= _FEW_OUTPUTS
             chosen = diagonals.ggn_exact if few else diagonals.ggn_rademacher
         d = with_key(chosen, key)(objective, params, batch)

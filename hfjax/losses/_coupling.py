@@ -46,11 +46,7 @@ def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
     `program` is the result of `trace`, and `shapes` are those of the leaves of v.
     """
     entries = numbered(shapes)
-    jaxpr = program.jaxpr
-    known = len(jaxpr.invars) - len(entries)
-    given = [None] * known + entries
-    walk = _Blocks([])
-    results = walk.program(jaxpr, given)  # Fills `walk.edges`.
+    walk, results = _followed(program, entries)
     count = sum(entry.size for entry in entries)
     # L″ᵢⱼ ≠ 0 couples outputs i and j: connect each result with the entry of v at its
     # place.
@@ -58,6 +54,29 @@ def blocks(program: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
         if result is not None:
             walk.connect(entry, result)
     return _connected(walk.edges, count)
+
+
+def columns(program: Any, shapes: Sequence[tuple[int, ...]]) -> Sequence[int]:
+    """Return which entries of v the result may depend on, in the order of v's leaves.
+
+    The arguments are those of `blocks`. An entry is ignored only if a slice leaves it out.
+    """
+    count = sum(map(math.prod, shapes))
+    if not programs.contains(program.jaxpr, "slice"):
+        return range(count)
+    walk, results = _followed(program, numbered(shapes))
+    groups = _connected(walk.edges, count)
+    seen = [x[x != _INDEPENDENT] for x in results if x is not None]
+    used = np.isin(groups, groups[np.concatenate([np.zeros(0, int), *seen])])
+    return np.flatnonzero(used).tolist()
+
+
+def _followed(program: Any, entries: list[np.ndarray]) -> tuple["_Blocks", list[Any]]:
+    """Follow numbered entries of v through a program; return the walk and the results."""
+    jaxpr, walk = program.jaxpr, _Blocks([])
+    known = len(jaxpr.invars) - len(entries)
+    results = walk.program(jaxpr, [None] * known + entries)  # Fills `walk.edges`.
+    return walk, results
 
 
 class _Blocks(NamedTuple):

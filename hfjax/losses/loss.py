@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -39,7 +39,9 @@ class Loss:
         called once and the product many times, so compute in advance what does not depend
         on `v`. If L″ is indefinite, this may be a positive matrix that takes its place in
         G, as in `gaussian`.
-      factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`.
+      factor: `(outputs, targets) -> (v -> S v)` with `S Sᵀ = L″`, where `v` is like the
+        outputs. If L″ has a low rank, let S v read a slice of `v` alone: the other columns
+        of S are 0, and no row of a Jacobian is computed for them.
       predict: outputs to predictions, the link function (identity, logistic, softmax).
       targets: which targets the loss is meant for; `None` if any will do.
       coarse: `(outputs, targets) -> str | None`, for a single example: why `factor` only
@@ -149,15 +151,26 @@ def _on_trees(targets: Targets, met: Callable[..., tuple]) -> Targets:
     return Targets(targets.words, allowed)
 
 
-def is_elementwise(loss: Loss, outputs: Tree, targets: Tree) -> bool:
-    """Return whether S is diagonal, so that each output has a loss of its own.
+def columns(loss: Loss, outputs: Tree, targets: Tree) -> Sequence[int]:
+    """Return which columns of S may differ from 0, of one for each output.
 
-    `outputs` and `targets` are those of one example, with its leading axis. If the program
-    of S leaves it open, the answer is no.
+    `outputs` and `targets` are those of one example, with its leading axis.
+    """
+    program = _coupling.trace(loss.factor, outputs, targets)
+    return _coupling.columns(program, [z.shape for z in jax.tree.leaves(outputs)])
+
+
+def are_disjoint(
+    loss: Loss, outputs: Tree, targets: Tree, columns: Sequence[int]
+) -> bool:
+    """Return whether no output depends on two of these columns of S.
+
+    If all columns are disjoint, S is diagonal: each output has a loss of its own. If the
+    program of S leaves it open, the answer is no.
     """
     program = _coupling.trace(loss.factor, outputs, targets)
     blocks = _coupling.blocks(program, [z.shape for z in jax.tree.leaves(outputs)])
-    return len(set(blocks.tolist())) == len(blocks)
+    return len(set(blocks[list(columns)].tolist())) == len(columns)
 
 
 def _check_targets(outputs: Tree, targets: Tree, label_axes: int) -> None:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from hfjax._core import options
 from hfjax._core.types import Tree
 from hfjax._tracing.linearize import derivative_of_gradient
-from hfjax.losses import _repair, positions
+from hfjax.losses import _repair, _softmax, positions
 from hfjax.losses.loss import LinearMap, Targets, by_leaf, case_by_case
 from hfjax.losses.loss import Loss as Loss
 
@@ -117,15 +117,28 @@ def softmax_cross_entropy() -> Loss:
         return -jnp.sum(t * jax.nn.log_softmax(z), axis=-1)
 
     positive = Targets("0 or more", lambda z, t: t >= 0)
-    curvature = _softmax_curvature(lambda t: jnp.sum(t, axis=-1, keepdims=True))
+    curvature = _softmax.curvature(lambda t: jnp.sum(t, axis=-1, keepdims=True))
     return by_leaf(value, *curvature, jax.nn.softmax, targets=positive)
 
 
-def softmax_cross_entropy_with_integer_labels() -> Loss:
+def softmax_cross_entropy_with_integer_labels(*, curvature: str = "full") -> Loss:
     """Return −log softmax(z)[t] per example, for integer labels `t`.
 
     `t` lacks the last axis of `z`. The curvature is that of `softmax_cross_entropy` with
-    one-hot targets.
+    one-hot targets. Let p be the probability of the true class, q those of the other
+    classes if it is none of them (0 for the true class), and a = eₜ − q. Then
+
+        L″ = p (1 − p) a aᵀ + (1 − p) (diag(q) − q qᵀ).
+
+    The first part is the curvature of the true class against all others, the second that
+    among the others. Both are positive semi-definite, and for two classes the second is 0.
+    The first is the largest multiple of ∇L∇Lᵀ that does not exceed L″. Without the second,
+    the Jacobian that `hfjax.sample_space` writes out has one row for each label instead of
+    one for each class, and the matrix that it factors is smaller by as much.
+
+    Args:
+      curvature: `"full"` for L″, `"true_class"` for its first part, which then takes the
+        place of L″ in G. Values and gradients are the same.
 
     Returns:
       The loss, in nats. An out-of-range label, a negative one included, yields NaN,
@@ -133,13 +146,19 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
 
     Raises:
       TypeError: when the loss is evaluated, if the targets are not integers.
+      ValueError: if `curvature` is unknown.
 
     Example:
       >>> loss = softmax_cross_entropy_with_integer_labels()
       >>> value = loss.value(jnp.zeros((2, 4)), jnp.array([0, 3]))
       >>> bool(jnp.allclose(value, jnp.log(4)))
       True
+
+    References:
+      Korbit & Zanon (2026), "Fast Gauss-Newton for multiclass cross-entropy"
+      (`"true_class"`).
     """
+    options.check_choice("curvature", curvature, ("full", "true_class"))
 
     def exists(z: jax.Array, t: jax.Array) -> jax.Array:
         label = t.astype(jnp.int32)
@@ -159,8 +178,10 @@ def softmax_cross_entropy_with_integer_labels() -> Loss:
         return -jnp.take_along_axis(log_probabilities, t[..., None], axis=-1)[..., 0]
 
     labels = Targets("labels of the classes there are, from 0", exists)
-    curvature = _softmax_curvature(lambda t: 1.0)
-    return by_leaf(value, *curvature, jax.nn.softmax, label_axes=1, targets=labels)
+    maps = _softmax.curvature(lambda t: 1.0)
+    if curvature == "true_class":
+        maps = _softmax.of_true_class, _softmax.factor_of_true_class
+    return by_leaf(value, *maps, jax.nn.softmax, label_axes=1, targets=labels)
 
 
 def from_function(
@@ -277,33 +298,3 @@ def _differentiated(
         return _repair.coarse(curvature, outputs, targets, positive)
 
     return Loss(value, hessian, factor, lambda outputs: outputs, coarse=coarse)
-
-
-def _softmax_curvature(
-    mass: Callable[[jax.Array], jax.Array | float],
-) -> tuple[Callable[..., LinearMap], Callable[..., LinearMap]]:
-    """Return `hessian` and `factor` of softmax; `mass` maps the targets to their sum τ."""
-
-    def hessian(z: jax.Array, t: jax.Array) -> LinearMap:
-        p, weight = jax.nn.softmax(z), mass(t)
-        winner = jnp.argmax(z, axis=-1, keepdims=True)
-
-        def product(v: jax.Array) -> jax.Array:
-            # The product is p (v − pᵀv). L″ ignores a shift of v, so we subtract its entry
-            # at the winning class: then nothing cancels when that class has p ≈ 1.
-            v = v - jnp.take_along_axis(v, winner, axis=-1)
-            return weight * p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
-
-        return product
-
-    def factor(z: jax.Array, t: jax.Array) -> LinearMap:
-        p, weight = jax.nn.softmax(z), jnp.sqrt(mass(t))
-        root = jnp.sqrt(p)
-
-        def product(v: jax.Array) -> jax.Array:
-            # S Sᵀ = τ (diag(p) − 2 p pᵀ + p (Σ p) pᵀ) = τ (diag(p) − p pᵀ), as Σ p = 1.
-            return weight * (root * v - p * jnp.sum(root * v, axis=-1, keepdims=True))
-
-        return product
-
-    return hessian, factor

@@ -19,6 +19,7 @@ from hfjax._core.arguments import ShapeError, noting_call
 from hfjax._core.types import Params, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
+from hfjax.losses.loss import columns
 from hfjax.objectives import decay
 from hfjax.objectives.cases import Cases, check_outputs, split, unfold
 from hfjax.objectives.means import Means
@@ -81,11 +82,14 @@ class Term(NamedTuple):
             check_outputs(outputs, cases[0])
         return outputs
 
-    def outputs_per_case(self, params: Params) -> int:
-        """Count the outputs for one example: units times steps, over all leaves."""
-        inputs = sharding.first_case(self.cases.inputs)
-        shapes = jax.eval_shape(self.outputs, params, inputs)  # Traced, not run.
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    def columns(self, params: Params) -> Sequence[int]:
+        """Return which columns of S are not 0, of one for each output of an example.
+
+        Most losses have them all: units times steps, over all leaves.
+        """
+        inputs, targets = sharding.first_case(self.cases[:2])
+        outputs = jax.eval_shape(self.outputs, params, inputs)  # Traced, not run.
+        return columns(self.loss, outputs, targets)
 
     def forward(self, params: Params, cases: Cases) -> Tree:
         """Run the model, in microbatches if their linearisations are to be kept."""

@@ -74,7 +74,7 @@ def cholesky(
 
     | what | operations |
     |---|---|
-    | J̃ | a backward pass for each output of an example |
+    | J̃ | a backward pass for each row of an example, mostly one for each output |
     | its matrix, n rows | 5/4 n · rows · params |
     | each λ | n³ / 3; with several weight decays and J̃J̃ᵀ, also that matrix |
     | each correction | a forward pass, 4 · rows · params and 2 n² |

@@ -22,6 +22,7 @@ from benchmarks.micro import (
     least_squares,
     preconditioners,
     product,
+    rows,
     shares,
 )
 from benchmarks.suites import images
@@ -244,6 +245,30 @@ def test_curve_fits_are_compared_by_their_digits(tmp_path, monkeypatch, capsys):
     assert printed.count("is not right in: none") == 2
 
 
+@pytest.mark.slow
+def test_rows_for_classes_and_for_labels_start_alike_and_learn(
+    tmp_path, monkeypatch, capsys
+):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(rows.mnist, "images", lambda _: rng.random((40, 784)))
+    monkeypatch.setattr(
+        rows.mnist, "labels", lambda _: np.arange(40, dtype=np.int32) % 10
+    )
+    monkeypatch.setattr(rows, "_SIZES", (196, 3, 10))
+    words = ("--cases", "20", "--updates", "1,3")
+    found = command(tmp_path / "rows.json", "rows", *words)["rows"]
+    assert [row["way"] for row in found] == ["each class", "each label"]
+    assert all(len(row["losses"]) == 2 and row["seconds"] > 0 for row in found)
+    assert all(row["losses"][1] < row["losses"][0] for row in found)
+    assert "f, 3 updates" in capsys.readouterr().out
+
+
+def test_halved_images_are_means_of_four_pixels():
+    image = np.arange(784.0).reshape(1, 784)
+    assert rows.halved(image).shape == (1, 196)
+    assert rows.halved(image)[0, 15] == np.mean([58, 59, 86, 87])
+
+
 def test_m_in_float32_is_held_against_float64(tmp_path, capsys):
     words = ("precision", "--size", "60", "--iterations", "20")
     found = command(tmp_path / "precision.json", *words)
@@ -256,7 +281,7 @@ def test_m_in_float32_is_held_against_float64(tmp_path, capsys):
     assert "more than 10, got 3" in capsys.readouterr().err
 
 
-COMMANDS = ["product", "costs", "preconditioners", "precision", "constants"]
+COMMANDS = ["product", "costs", "preconditioners", "precision", "constants", "rows"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,7 +8,7 @@ from reference import assert_close, quick_jit
 
 import hfjax
 from hfjax.curvature.jacobian import jacobian
-from hfjax.losses.loss import is_elementwise
+from hfjax.losses.loss import are_disjoint
 
 F64 = jnp.float64
 CASES, UNITS = 3, 4
@@ -67,9 +67,9 @@ def test_rows_and_columns_are_the_same_jacobian(name):
     assert_close(ours, truth, rtol=1e-10, atol=1e-13)
 
 
-def test_only_losses_without_coupled_outputs_are_elementwise():
-    one = (jnp.ones((1, 5), F64), jnp.full((1, 5), 0.2, F64))
-    known = {name: is_elementwise(loss, *one) for name, loss in LOSSES.items()}
+def test_only_losses_without_coupled_outputs_have_disjoint_columns():
+    one = (jnp.ones((1, 5), F64), jnp.full((1, 5), 0.2, F64), range(5))
+    known = {name: are_disjoint(loss, *one) for name, loss in LOSSES.items()}
     assert known.pop("softmax") is False
     assert all(known.values())
 

@@ -308,7 +308,7 @@ ONE_CASE = {
         SQUEEZED, PARAMS, BATCH, key=KEY
     ),
     "exact": lambda: hfjax.diagonals.ggn_exact(SQUEEZED, PARAMS, BATCH),
-    "count": lambda: terms_of(SQUEEZED, BATCH)[0].outputs_per_case(PARAMS),
+    "count": lambda: terms_of(SQUEEZED, BATCH)[0].columns(PARAMS),
     "cg_run": lambda: hfjax.diagnostics.cg_run(
         SQUEEZED,
         PARAMS,

@@ -63,7 +63,7 @@ def test_a_parameter_without_entries_has_an_empty_block():
 def test_outputs_of_a_sum_are_counted_term_by_term():
     f = hfjax.objective.weighted_sum([(1.0, objective()), (1.0, objective())])
     batch = ((X, T), (X, T))
-    assert [term.outputs_per_case(PARAMS) for term in terms_of(f, batch)] == [1, 1]
+    assert [len(term.columns(PARAMS)) for term in terms_of(f, batch)] == [1, 1]
 
 
 Z = jnp.array([[0.3, -1.0, 0.5], [1.0, 0.2, -0.7]])

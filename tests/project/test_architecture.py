@@ -35,6 +35,7 @@ PACKAGES = {
         "layers",
     ],
     "losses": [
+        "_softmax",
         "_coupling",
         "_outer",
         "_repair",
