@@ -10,7 +10,9 @@ import pytest
 import reference
 import training
 from jax.flatten_util import ravel_pytree
-from reference import flat, matrix_of, quick_jit
+from mapped import axis_name, needs_devices, run
+from problems import Problem
+from reference import assert_close, flat, matrix_of, quick_jit
 
 import hfjax
 from hfjax.curvature.jacobian import jacobian, size
@@ -174,6 +176,24 @@ def test_signs_of_a_single_label_are_squared_so_estimates_are_exact():
     _, squares = dense(x @ p, batch[1])
     diagonal = np.einsum("in,iaa->na", np.square(x), squares) / CASES
     np.testing.assert_allclose(exact, diagonal, rtol=1e-10)
+
+
+@needs_devices
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["shard_map_check_vma", "jit_with_shardings", "vmap"])
+def test_devices_change_no_row(way):
+    x, labels = jnp.sin(jnp.arange(24.0)).reshape(12, 2), jnp.arange(12) % CLASSES
+    problem = Problem("", PARAMS["w"], lambda p, x: x @ p, NAME, (x, labels))
+
+    def of_device(params, batch, v, name):
+        f = hfjax.Objective(problem.model_fn, LOSS, axis_name=name)
+        j = jacobian(f, params, batch)
+        diagonal = hfjax.diagonals.ggn_exact(f, params, batch)
+        return j.transpose(j.residuals), j.transpose(j.product(v)), diagonal
+
+    known = of_device(problem.params, problem.batch, problem.direction, None)
+    given = functools.partial(of_device, name=axis_name(way))
+    assert_close(run(way, given, problem), known, rtol=1e-10, atol=1e-13)
 
 
 def of_factor(factor):
