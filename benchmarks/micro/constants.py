@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import cli
@@ -23,7 +24,7 @@ from benchmarks.harness.table import rich_table
 from benchmarks.optimizers import MOMENTUM, default
 from benchmarks.suites import equations, images
 from benchmarks.suites.problem import Problem
-from hfjax import cg, damping, preconditioners, sample_space, stopping
+from hfjax import cg, damping, linesearch, preconditioners, sample_space, stopping
 
 SUITES = {"images": images.SUITE, "equations": equations.SUITE}
 UPDATE = {"images": 6, "equations": 1}
@@ -32,6 +33,24 @@ UPDATE = {"images": 6, "equations": 1}
 
 def _exact(momentum: float | None, corrections: int) -> dict[str, Any]:
     return {"solver": sample_space.cholesky(momentum=momentum, corrections=corrections)}
+
+
+def _whatever_f_does(
+    along: linesearch.Along, value: Any, slope: Any, first: Any, known: Any
+) -> linesearch.StepSize:
+    del value, slope, known
+    found = along(first)
+    return linesearch.StepSize(first, found, jnp.isfinite(found))
+
+
+def _fixed(momentum: float) -> dict[str, Any]:
+    """Take a tenth of a step that is hardly damped, as SPRING does."""
+    return _exact(momentum, 0) | {
+        "damping": damping.constant(1e-7),
+        "learning_rate": 0.1,
+        "line_search": linesearch.LineSearch(_whatever_f_does),
+        "backtracking": None,
+    }
 
 
 FACTORS = {
@@ -66,6 +85,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         f"corrections={count}": _exact(MOMENTUM, count) for count in (0, 4, 8, 16, 32)
     }
     | {"corrections=16, momentum=None": _exact(None, 16)}
+    | {
+        f"searched, momentum={share}": _exact(share, 16)
+        for share in (0.5, 0.8, 0.9, 0.98)
+    }
+    | {f"fixed, momentum={share}": _fixed(share) for share in (0.5, 0.8, 0.9, 0.98)}
     | {
         f"longest={share}": {"damping": damping.searched(longest=share)}
         for share in (None, 0.25, 0.5, 0.75)

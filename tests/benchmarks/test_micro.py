@@ -255,12 +255,16 @@ def test_rows_for_classes_and_for_labels_start_alike_and_learn(
         rows.mnist, "labels", lambda _: np.arange(40, dtype=np.int32) % 10
     )
     monkeypatch.setattr(rows, "_SIZES", (196, 3, 10))
+    monkeypatch.setattr(rows, "_DIGITS", 40)
     words = ("--cases", "20", "--updates", "1,3")
     found = command(tmp_path / "rows.json", "rows", *words)["rows"]
     assert [row["way"] for row in found] == ["each class", "each label"]
-    assert all(len(row["losses"]) == 2 and row["seconds"] > 0 for row in found)
+    assert all(len(row["losses"]) == 3 and row["seconds"] > 0 for row in found)
+    spent = [row["updates"] * row["seconds"] for row in found]
+    assert found[0]["updates"] == 3 <= found[1]["updates"]
+    assert spent[1] > 0.999 * spent[0]
     assert all(row["losses"][1] < row["losses"][0] for row in found)
-    assert "f, 3 updates" in capsys.readouterr().out
+    assert "f on all digits" in capsys.readouterr().out
 
 
 def test_halved_images_are_means_of_four_pixels():
