@@ -4,6 +4,7 @@ To add one, write a function `(problem, params, seed) -> Racer` and a line in
 `OPTIMIZERS`. Each is compiled before it runs, so that the time this takes is known.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ MUON_RATES = (0.2, 0.05, 0.02, 0.005)
 
 MOMENTUM = 0.5
 """Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), as `solver="auto"` has it."""
+
+BALANCE = 0.05
+"""Of DSGNAR (Webb, Jerad & Cartis, 2026)."""
 
 _STRUCTURAL = 0.03  # μ / λ in Sutskever's program
 _WARM_START = 0.95  # likewise
@@ -85,6 +89,12 @@ def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
 def uncorrected(problem: Problem, params: Any, seed: int) -> Racer:
     """Build the same without corrections: damped Gauss-Newton steps."""
     return exact(problem, params, seed, corrections=0)
+
+
+def balanced(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `default` with terms that are balanced in the run."""
+    f = hfjax.objective.weighted_sum(problem.objective.parts, balance=BALANCE)
+    return default(dataclasses.replace(problem, objective=f), params, seed)
 
 
 def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
@@ -203,7 +213,8 @@ def ours(
 
     def step(carry: Carry, data: Any) -> Carry:
         handed = hand(problem.batch(data, carry.updates), carry.updates)
-        _, grads = objective.value_and_grad(carry.params, handed.gradient)
+        now = objective.at(carry.state.count, carry.state.scales)
+        _, grads = now.value_and_grad(carry.params, handed.gradient)
         updates, state = tx.update(
             grads,
             carry.state,
@@ -283,6 +294,10 @@ def _not_cg(problem: Problem) -> str | None:
     return None if problem.options else "it is what hfjax does here by default"
 
 
+def _no_terms(problem: Problem) -> str | None:
+    return None if hasattr(problem.objective, "parts") else "its f has a single term"
+
+
 def _no_hidden_states(problem: Problem) -> str | None:
     return None if problem.hidden else "it is for recurrent networks"
 
@@ -297,6 +312,9 @@ OPTIMIZERS = {
     ),
     "uncorrected": Optimizer(
         "spring with corrections=0", uncorrected, unfit=_not_exact
+    ),
+    "balanced": Optimizer(
+        f"hfjax with weighted_sum(…, balance={BALANCE:g})", balanced, unfit=_no_terms
     ),
     "martens2010": Optimizer("hfjax.recipes.martens2010", martens2010),
     "curvature_guarded": Optimizer(

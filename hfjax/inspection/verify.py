@@ -20,6 +20,7 @@ from hfjax._tracing.linearize import NO_FORWARD, linearized
 from hfjax.curvature import ggn
 from hfjax.inspection import _faults, _finite_differences
 from hfjax.inspection._setup import Setup, flat, invalid, relative, rows, unlike, unrows
+from hfjax.objectives.balance import number_of_scales
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import alone, check_objective, terms_of
 
@@ -97,7 +98,7 @@ def products(
       Martens & Sutskever (2012), section 7.2.
     """
     check_objective(objective)
-    if _is_sum(objective.at(0), batch):
+    if _is_sum(_at_start(objective), batch):
         msg = (
             "`objective` is a weighted sum: `products` tries its parts, one at a time."
         )
@@ -209,8 +210,9 @@ def check(
         check_objective(objective)
         if fault := unlike(params, grads):
             return [fault]
-        check = _check_sum if _is_sum(objective.at(0), batch) else _check
-        return check(objective.at(0), tx, params, batch, grads)
+        now = _at_start(objective)
+        check = _check_sum if _is_sum(now, batch) else _check
+        return check(now, tx, params, batch, grads)
     except ShapeError as error:
         return [str(error)]
 
@@ -286,6 +288,11 @@ def _check_sum(
     elif tx is not None and objective.axis_name is None:
         fault = _faults.bad_transformation(tx, given, batch, grads, judge=True)
     return [fault] if fault else []
+
+
+def _at_start(objective: Objective) -> Objective:
+    scales = number_of_scales(objective)
+    return objective.at(0, jnp.ones(scales) if scales else None)
 
 
 def _is_sum(objective: Objective, batch: Batch) -> bool:

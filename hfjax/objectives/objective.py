@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from hfjax._core import options
 from hfjax._core.arguments import ShapeError, check_function, describe
-from hfjax._core.types import Batch, NumberOrSchedule, Params, Tree
+from hfjax._core.types import Batch, Number, NumberOrSchedule, Params, Tree
+from hfjax.objectives.balance import Balanced
+from hfjax.objectives.balance import balanced as balanced
 from hfjax.objectives.plain import Objective as Objective
 from hfjax.objectives.terms import Term
 
 
-def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objective:
+def weighted_sum(
+    parts: Sequence[tuple[NumberOrSchedule, Objective]], *, balance: Number = 0.0
+) -> Objective:
     """Build f(θ) = Σₖ cₖ fₖ(θ), where each fₖ has its own model, loss and batch.
 
     Use it for the interior, boundary and data terms of a differential equation, or for
@@ -30,18 +34,32 @@ def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objecti
     its weight. Structural damping is not supported, and attributes of a single term, such
     as `model_fn` or `microbatch_size`, do not exist.
 
+    If you do not know good weights, or the terms fall at different rates, let the terms be
+    balanced: in each update the large ones lose weight and the small ones gain it, by at
+    most a factor of 100 between two (`balanced` has the formula). The scales of the weights
+    are in the state of the optimizer:
+
+        f = weighted_sum([(1.0, interior), (1.0, boundary)], balance=0.05)
+        now = f.at(state.count, state.scales)
+        value, grads = now.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+
+    f is then another function in each update: do not compare its values between updates.
+
     Args:
       parts: pairs (cₖ, fₖ); cₖ ≥ 0 is a number or a schedule (evaluated by `at`), and fₖ
         an `Objective` or another sum.
+      balance: how far an update of `hfjax.hessian_free` balances the terms, from 0, not
+        at all, to 1, all the way.
 
     Returns:
       The objective. Its `case_values` returns a tuple with one entry for each part.
 
     Raises:
       TypeError: if `parts` is not a list of such pairs.
-      ValueError: if `parts` is empty, a plain cₖ is negative, or an fₖ has a
-        `hidden_loss`; when evaluated, if the batch is not a tuple with one batch for each
-        part.
+      ValueError: if `parts` is empty, a plain cₖ is negative, an fₖ has a `hidden_loss`
+        or is balanced itself; when evaluated, if the batch is not a tuple with one batch
+        for each part.
 
     Example:
       Let u(x) = p x have slope 2 at two points, and be 1 at x = 1:
@@ -86,7 +104,13 @@ def weighted_sum(parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> Objecti
                 "sum."
             )
             raise ValueError(msg)
-    return _Sum([(weight, objective) for weight, objective in parts])
+        if getattr(objective, "balance", 0):
+            msg = f"`parts[{k}]` is balanced itself: balance the outermost sum alone."
+            raise ValueError(msg)
+    options.check_range("balance", balance, low=0.0, high=1.0)
+    if balance:
+        parts = [(Balanced(weight), objective) for weight, objective in parts]
+    return _Sum(parts, balance)
 
 
 def penalty(fn: Callable[[Params], jax.Array]) -> Objective:
@@ -147,6 +171,7 @@ class _Sum(Objective):
     """Σₖ cₖ fₖ(θ) of `weighted_sum`; `parts` are the pairs (cₖ, fₖ)."""
 
     parts: tuple[tuple[NumberOrSchedule, Objective], ...]
+    balance: Number
     hidden_loss: None
 
     _no_hidden = (
@@ -155,8 +180,13 @@ class _Sum(Objective):
     )
 
     # `Objective` is a frozen dataclass, whose constructor would want a model and a loss.
-    def __init__(self, parts: Sequence[tuple[NumberOrSchedule, Objective]]) -> None:
-        vars(self).update(parts=tuple(parts), hidden_loss=None)
+    def __init__(
+        self,
+        parts: Sequence[tuple[NumberOrSchedule, Objective]],
+        balance: Number = 0.0,
+    ) -> None:
+        parts = tuple((c, part) for c, part in parts)
+        vars(self).update(parts=parts, balance=balance, hidden_loss=None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "axis_name":
@@ -170,12 +200,25 @@ class _Sum(Objective):
     def __repr__(self) -> str:
         return f"weighted_sum({list(self.parts)!r})"
 
-    def at(self, count: jax.Array | int) -> "_Sum":
-        """Return f at an update, with the values of any schedules."""
+    def at(self, count: jax.Array | int, scales: Tree = None) -> "_Sum":
+        """Return f at an update, with the values of any schedules, times `scales`."""
         now = jnp.asarray(count)
-        weights = [options.read(c, now) if callable(c) else c for c, _ in self.parts]
+        weights = [c for c, _ in self.parts]
+        if scales is not None:
+            scales = jnp.asarray(scales)
+            if scales.shape != (len(weights),):
+                msg = (
+                    f"`scales` must be {len(weights)} numbers, one for each part, got "
+                    f"shape {scales.shape}."
+                )
+                raise ValueError(msg)
+            weights = [c.weight if isinstance(c, Balanced) else c for c in weights]
+        weights = [options.read(c, now) if callable(c) else c for c in weights]
+        if scales is not None:
+            pairs = zip(scales, weights, strict=True)
+            weights = [s * options.like(c, s) for s, c in pairs]
         parts = [part.at(count) for _, part in self.parts]
-        return _Sum(list(zip(weights, parts, strict=True)))
+        return _Sum(list(zip(weights, parts, strict=True)), self.balance)
 
     def case_values(self, params: Params, batch: Batch) -> tuple:
         """Compute each part's `case_values`, as a tuple because their sizes differ."""
@@ -203,7 +246,8 @@ class _Sum(Objective):
         )
 
     def _each(self, change: Callable[[Objective], Objective]) -> "_Sum":
-        return _Sum([(c, part._each(change)) for c, part in self.parts])
+        parts = [(c, part._each(change)) for c, part in self.parts]
+        return _Sum(parts, self.balance)
 
     def _subsample(self, batch: Batch, cases: int) -> Batch:
         fewer = tuple(

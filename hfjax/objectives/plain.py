@@ -91,8 +91,7 @@ class Objective:
       >>> loss = hfjax.losses.softmax_cross_entropy_with_integer_labels()
       >>> f = Objective(lambda p, x: x @ p, loss)
       >>> x, labels = jnp.ones((2, 2, 3)), jnp.array([[0, 1], [1, -100]])
-      >>> weights = labels != -100
-      >>> print(f.value(jnp.zeros((3, 2)), (x, labels, weights)).round(4))
+      >>> print(f.value(jnp.zeros((3, 2)), (x, labels, labels != -100)).round(4))
       0.6931
 
     References:
@@ -146,25 +145,30 @@ class Objective:
             whole_batch=whole_batch,
         )
 
-    def at(self, count: jax.Array | int) -> "Objective":
+    def at(self, count: jax.Array | int, scales: Tree = None) -> "Objective":
         """Return f at an update, with the values of schedules of the weight decay.
 
         Args:
           count: the number of updates so far, `state.count`.
+          scales: of the weights of a sum; `state.scales` for one that is balanced.
 
         Returns:
-          An objective whose weight decay has no schedules.
+          An objective without schedules, whose weights are fixed.
+
+        Raises:
+          TypeError: if there are `scales`, and the objective is not a sum.
 
         Example:
           >>> import hfjax, optax
-          >>> f = Objective(
-          ...     lambda p, x: x * p,
-          ...     hfjax.losses.squared_error(),
-          ...     weight_decay=optax.piecewise_constant_schedule(0.5, {100: 0.0}),
-          ... )
+          >>> decay = optax.piecewise_constant_schedule(0.5, {100: 0.0})
+          >>> loss = hfjax.losses.squared_error()
+          >>> f = Objective(lambda p, x: x * p, loss, weight_decay=decay)
           >>> print(f.at(0).weight_decay, f.at(100).weight_decay)
           0.5 0.0
         """
+        if scales is not None:
+            msg = "`scales` are for a weighted sum, and this is a single objective."
+            raise TypeError(msg)
         now = decay.at(self.weight_decay, count)
         if now is self.weight_decay:
             return self
@@ -300,10 +304,7 @@ def each(objective: Objective, change: Callable[[Objective], Objective]) -> Obje
 
 
 def subsample(objective: Objective, batch: Batch, cases: int) -> Batch:
-    """Return evenly spaced examples: at least `cases` for each term, or all.
-
-    If no term has more, the batch is returned as it is.
-    """
+    """Return evenly spaced examples, at least `cases` for each term, or the same batch."""
     return objective._subsample(batch, cases)
 
 

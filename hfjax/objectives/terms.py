@@ -59,8 +59,8 @@ class Term(NamedTuple):
         """cₖ; `None` for a plain objective, to avoid multiplying by 1."""
         if any(map(callable, self.coefficients)):
             msg = (
-                "A weight of the sum is a schedule: say when, as in "
-                "`objective.at(state.count).value_and_grad(params, batch)`."
+                "A weight of the sum is a schedule, or balanced: say when, as in "
+                "`objective.at(state.count, state.scales).value_and_grad(…)`."
             )
             raise TypeError(msg)
         return math.prod(self.coefficients) if self.coefficients else None

@@ -199,9 +199,9 @@ def _step(
 
 
 def _at(objective: Objective, state: optax.OptState, count: Any) -> Objective:
-    """Return f with its schedules at the count that the optimizer keeps, if it keeps one."""
-    known = _fields(state, "count")
-    return objective.at(known[0] if known else count)
+    """Return f with its schedules and scales at what the optimizer keeps, if it does."""
+    known, scales = _fields(state, "count"), _fields(state, "scales")
+    return objective.at(known[0] if known else count, scales[0] if scales else None)
 
 
 def _fields(state: optax.OptState, name: str) -> list[Any]:

@@ -42,10 +42,11 @@ def record_of(
     return Record(values.astype(dtype), stats.coefficients.astype(dtype))
 
 
-def check_state(state: Any, params: Params, memory: Tree) -> None:
+def check_state(state: Any, params: Params, memory: Tree, scales: int) -> None:
     """Raise an error unless `state` belongs to this optimizer and these parameters.
 
-    `memory` has the shapes of what the preconditioner keeps, or is `None`.
+    `memory` has the shapes of what the preconditioner keeps, or is `None`; `scales` is the
+    number of terms that are balanced.
     """
     if not isinstance(state, HessianFreeState):
         msg = (
@@ -60,5 +61,11 @@ def check_state(state: Any, params: Params, memory: Tree) -> None:
         msg = (
             "`state.preconditioner` is of another preconditioner, `decay` or "
             "`interval`: start from `tx.init(params)`."
+        )
+        raise ValueError(msg)
+    if jax.tree.map(jnp.shape, state.scales) != ((scales,) if scales else None):
+        msg = (
+            "`state.scales` is of another objective, or of one with or without `balance`: "
+            "start from `tx.init(params)`."
         )
         raise ValueError(msg)

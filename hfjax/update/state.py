@@ -94,6 +94,8 @@ class HessianFreeState(NamedTuple):
       direction: a tree like the parameters, in float32 or wider, from which the next
         run of CG starts if the solver uses warm starts.
       preconditioner: what the preconditioner keeps between updates, or `None`.
+      scales: of the weights of a sum in the next update, shape `[terms]`, if its terms
+        are balanced (`hfjax.objective.weighted_sum`), or `None`.
       record: a record of the last run of CG, for users; `None` for other solvers.
       info: what the last update did, for users.
 
@@ -110,5 +112,6 @@ class HessianFreeState(NamedTuple):
     damping: jax.Array
     direction: Params
     preconditioner: Tree
+    scales: jax.Array | None
     record: Record | None
     info: HessianFreeInfo

@@ -32,6 +32,7 @@ from hfjax.curvature.structural import hidden_distance, with_structural_loss
 from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
+from hfjax.objectives.balance import next_scales
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 from hfjax.objectives.terms import with_decays
@@ -52,6 +53,7 @@ class Point(NamedTuple):
       count: number of updates so far.
       key: random key of this update, for the preconditioner and the damping matrix.
       memory: what the preconditioner keeps between updates, or `None`.
+      scales: of the weights of a balanced sum, which f has, or `None`.
     """
 
     objective: Objective
@@ -63,10 +65,18 @@ class Point(NamedTuple):
     count: jax.Array
     key: jax.Array
     memory: Tree = None
+    scales: jax.Array | None = None
 
     def value(self, data: Batch) -> jax.Array:
         """Return f(θ) on `data`."""
         return self.objective.value(self.params, data).astype(self.scalar.dtype)
+
+    def next_scales(self) -> jax.Array | None:
+        """Return the scales in the next update, by the terms at θ."""
+        if self.scales is None:
+            return None
+        scales = jnp.asarray(self.scales, self.scalar.dtype)
+        return next_scales(self.objective, scales, self.params, self.eval_batch)
 
 
 class Assembled(NamedTuple):
@@ -186,7 +196,7 @@ def _damping(
     Also return the diagonal of λD, for P, which is a scalar 0 if there is none; and the
     terms of A − B, as pairs: λ and D, μ and S.
     """
-    objective, params, _, batch, _, scalar, _, key, _ = point
+    objective, params, _, batch, _, scalar, _, key, *_ = point
 
     def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
         return _of_packed(packed, as_product(name, product, matrix=matrix))

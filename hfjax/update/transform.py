@@ -29,6 +29,7 @@ from hfjax.curvature import Curvature, ggn
 from hfjax.globalization.backtracking import Backtracking
 from hfjax.globalization.damping import Damping, searched
 from hfjax.globalization.linesearch import LineSearch, armijo
+from hfjax.objectives.balance import number_of_scales
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import PreconditionerRule
@@ -70,7 +71,6 @@ def hessian_free(
     - `eval_batch`: the data on which steps are compared and the line search runs; by
       default `batch`. If you draw new batches for each update, compute the gradient on
       data that include both: on unseen data ρ is noise, and λ climbs.
-
     - `all_params`: all parameters, if `optax.partition` or `optax.masked` leaves only some
       of them to this optimizer. The others are held fixed within the update.
 
@@ -143,6 +143,7 @@ def hessian_free(
     preconditioner = fit.preconditioner
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     line_search = line_search or LineSearch()
+    scales = number_of_scales(objective)
     parts = _Parts(objective, learning_rate, damping, fit, line_search, curvature, seed)
     changed = compiled.once(functools.partial(_update, parts))
 
@@ -154,6 +155,7 @@ def hessian_free(
             damping=damping.init().astype(dtype),
             direction=optax.tree.zeros_like(trees.widen(params)),
             preconditioner=remembered(params),
+            scales=jnp.ones(scales, dtype) if scales else None,
             record=record_of(None, fit.solver.max_iterations, dtype),
             info=no_info(dtype),
         )
@@ -176,10 +178,9 @@ def hessian_free(
         params, hidden = as_params(params), _masking.hidden_of(params, all_params)
         check_gradient(updates, params)
         memory = jax.eval_shape(remembered, params)
-        check_state(state, params, memory)
+        check_state(state, params, memory, scales)
         if eval_batch is not None:
-            # Raises if it is not a batch.
-            terms_of(objective, eval_batch, "eval_batch")
+            terms_of(objective, eval_batch, "eval_batch")  # Raises if it is no batch.
         new = changed(updates, state, params, batch, eval_batch, hidden)
         return _masking.theirs(without_derivative("An update", new))
 
@@ -306,7 +307,7 @@ def _point(
     dtype = trees.scalar_dtype(params)
     scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
     return Point(
-        objective=parts.objective.at(state.count),
+        objective=parts.objective.at(state.count, state.scales),
         params=params,
         gradient=grads,
         batch=batch,
@@ -315,6 +316,7 @@ def _point(
         count=state.count,
         key=key_of(parts.seed, state.count),
         memory=state.preconditioner,
+        scales=state.scales,
     )
 
 
@@ -330,14 +332,15 @@ def _next(
 ) -> HessianFreeState:
     """Return the state for the next update."""
     at, run, _, chosen, *_ = trial
-    dtype = at.point.scalar.dtype
+    point, dtype = at.point, at.point.scalar.dtype
     carried = solver.carry(run, chosen.step.at())
     kept = judged.verdict.accepted & jnp.isfinite(trees.magnitude(carried))
     return HessianFreeState(
-        count=jnp.asarray(optax.safe_increment(at.point.count)),
+        count=jnp.asarray(optax.safe_increment(point.count)),
         damping=scalar.astype(dtype),
         direction=at.packing.unpack(_or_zero(kept, carried)),
         preconditioner=at.memory(),
+        scales=point.next_scales(),
         record=record_of(run.stats, solver.max_iterations, dtype),
         info=report(trial, judged),
     )

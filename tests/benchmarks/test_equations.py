@@ -374,7 +374,11 @@ def compare(folder, *words):
 
 @pytest.mark.parametrize(
     ("like", "optimizers"),
-    [("poisson2d", "hfjax,uncorrected,adam"), ("heat4d", "martens2010,lbfgs")],
+    [
+        ("poisson2d", "hfjax,uncorrected,adam"),
+        ("heat1d", "balanced"),
+        ("heat4d", "martens2010,lbfgs"),
+    ],
 )
 def test_the_command_leaves_numbers_a_table_and_a_picture(
     like, optimizers, tmp_path, monkeypatch, capsys

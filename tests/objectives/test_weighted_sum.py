@@ -209,7 +209,7 @@ def test_schedules_need_a_count_where_something_is_computed():
     one = hfjax.Objective(model_fn, SQUARED_ERROR, weight_decay=0.1)
     f = weighted_sum([(schedule, one), (2.0, one)])
     assert f.case_values(PARAMS, BATCHES)[1].shape == (3,)
-    with pytest.raises(TypeError, match=r"weight of the sum is a schedule: say when"):
+    with pytest.raises(TypeError, match=r"of the sum is a schedule, or balanced: say"):
         f.value(PARAMS, BATCHES)
     # By sizes alone, before the count is read, an update takes the exact solver.
     tx = hfjax.hessian_free(f, solver="auto")

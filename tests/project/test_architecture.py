@@ -55,6 +55,7 @@ PACKAGES = {
         "terms",
         "whole_batch",
         "plain",
+        "balance",
         "objective",
     ],
     "curvature": [
