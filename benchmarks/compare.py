@@ -79,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the seconds are: of the clock on the wall, or of processor time, all "
         "threads together; default: wall",
     )
+    add(
+        "--precision",
+        choices=("float32", "float64"),
+        help="of everything; default: the suite's",
+    )
     add("--data-dir", default="data", help="of mnist.npz; default: data")
     add("--download", action="store_true", help="fetch mnist.npz if it is missing")
     add("--list", action="store_true", help="say what there is, and what is skipped")
@@ -95,6 +100,7 @@ class Comparison(NamedTuple):
       seconds: of training for each run.
       turn: seconds of training in a turn.
       clock: a name of `machine.CLOCKS`.
+      float64: whether everything is in float64.
       data_dir: the folder of mnist.npz.
       folder: for the files.
       startup: from the start of Python until all is imported.
@@ -107,6 +113,7 @@ class Comparison(NamedTuple):
     seconds: float
     turn: float
     clock: str
+    float64: bool
     data_dir: str
     folder: Path
     startup: Taken
@@ -118,6 +125,7 @@ class Comparison(NamedTuple):
             "suite": self.suite.name,
             "seconds": self.seconds,
             "clock": self.clock,
+            "float64": self.float64,
         }
 
     @property
@@ -154,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     folder, status = comparison.folder, 0
     report = Report(comparison.recorded, folder, titles, skipped, console)
     try:
-        with jax.enable_x64(comparison.suite.float64):
+        with jax.enable_x64(comparison.float64):
             for name in comparison.problems:
                 _solve(comparison, name, report)
     except NotWholeError as error:
@@ -191,6 +199,9 @@ def _comparison(
         seconds=args.seconds or suite.seconds,
         turn=args.turn,
         clock=args.clock,
+        float64=suite.float64
+        if args.precision is None
+        else args.precision == "float64",
         data_dir=args.data_dir,
         folder=Path(args.out or f"runs/{suite.name}"),
         startup=startup,

@@ -5,6 +5,7 @@ To add one, write a function `(problem, params, seed) -> Racer` and a line in
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 import hfjax
 from benchmarks import peers
-from benchmarks.harness.machine import compile_ahead, timed
+from benchmarks.harness.machine import Taken, compile_ahead, timed
 from benchmarks.harness.race import Carry, Racer
 from benchmarks.suites.problem import Hand, Problem, alone, everything, guarded
 
@@ -30,6 +31,8 @@ MOMENTUM = 0.5
 
 BALANCE = 0.05
 """Of DSGNAR (Webb, Jerad & Cartis, 2026)."""
+
+FLOAT32_UPDATES = 10
 
 _STRUCTURAL = 0.03  # μ / λ in Sutskever's program
 _WARM_START = 0.95  # likewise
@@ -95,6 +98,26 @@ def balanced(problem: Problem, params: Any, seed: int) -> Racer:
     """Build `default` with terms that are balanced in the run."""
     f = hfjax.objective.weighted_sum(problem.objective.parts, balance=BALANCE)
     return default(dataclasses.replace(problem, objective=f), params, seed)
+
+
+def float32_first(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `default` with its first updates in float32."""
+    redraw, narrow = problem.redraw, jax.jit(functools.partial(_cast, jnp.float32))
+    low = dataclasses.replace(
+        problem,
+        data=lambda seed: narrow(problem.data(seed)),
+        redraw=redraw and (lambda *given: narrow(redraw(*given))),
+    )
+    first, then = default(low, narrow(params), seed), default(problem, params, seed)
+    widen = jax.jit(functools.partial(_cast, jnp.float64))
+
+    def step(carry: Carry) -> Carry:
+        if carry.updates < FLOAT32_UPDATES:
+            return widen(first.step(narrow(carry)))
+        return then.step(carry)
+
+    taken = map(sum, zip(first.compiling, then.compiling, strict=True))
+    return Racer(then.init, step, Taken(*taken), then.read)
 
 
 def martens2010(problem: Problem, params: Any, seed: int) -> Racer:
@@ -294,6 +317,19 @@ def _not_cg(problem: Problem) -> str | None:
     return None if problem.options else "it is what hfjax does here by default"
 
 
+def _cast(dtype: Any, tree: Any) -> Any:
+    """Return a tree with its floats in this dtype; keys and counts stay as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def _is_float32(problem: Problem) -> str | None:
+    del problem
+    is_wide = jnp.zeros(()).dtype == jnp.float64
+    return None if is_wide else "everything is in float32"
+
+
 def _no_terms(problem: Problem) -> str | None:
     return None if hasattr(problem.objective, "parts") else "its f has a single term"
 
@@ -315,6 +351,11 @@ OPTIMIZERS = {
     ),
     "balanced": Optimizer(
         f"hfjax with weighted_sum(…, balance={BALANCE:g})", balanced, unfit=_no_terms
+    ),
+    "float32_first": Optimizer(
+        f"hfjax with the first {FLOAT32_UPDATES} updates in float32",
+        float32_first,
+        unfit=_is_float32,
     ),
     "martens2010": Optimizer("hfjax.recipes.martens2010", martens2010),
     "curvature_guarded": Optimizer(

@@ -376,7 +376,7 @@ def compare(folder, *words):
     ("like", "optimizers"),
     [
         ("poisson2d", "hfjax,uncorrected,adam"),
-        ("heat1d", "balanced"),
+        ("heat1d", "balanced,float32_first"),
         ("heat4d", "martens2010,lbfgs"),
     ],
 )
@@ -416,6 +416,21 @@ def test_the_command_leaves_numbers_a_table_and_a_picture(
         assert compare(tmp_path, *words) == 0
         assert compare(tmp_path, *words, "--seconds", "9") == 2
     assert json.loads((tmp_path / "compare.json").read_text())["problems"] == [found]
+
+
+def test_all_of_a_comparison_may_be_in_float32(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SUITE.problems, "tiny", kind(tiny("poisson2d")))
+    words = ("--optimizers", "hfjax,float32_first", "--seconds", "0.2")
+    with jax.enable_x64(False):
+        assert compare(tmp_path, *words, "--precision", "float32") == 0
+        assert compare(tmp_path, *words) == 2
+    assert "with float64 False, not True" in capsys.readouterr().err
+    document = json.loads((tmp_path / "compare.json").read_text())
+    (found,) = document["problems"]
+    (run,) = found["runs"]
+    assert run["optimizer"] == "hfjax"
+    # f has no more digits than float32 has.
+    assert all(np.float32(row["loss"]) == row["loss"] for row in run["rows"])
 
 
 def test_what_is_too_large_to_be_solved_exactly_is_said():

@@ -96,6 +96,31 @@ def test_an_interrupted_run_goes_on_with_its_schedules(monkeypatch):
     np.testing.assert_allclose(rest.history, np.array(whole.history)[:, 2:], rtol=1e-7)
 
 
+def test_a_run_in_float32_goes_on_in_float64():
+    objective = hfjax.Objective(
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]), hfjax.losses.squared_error()
+    )
+    batch, tx = (X, model_fn(PARAMS, X)), hfjax.hessian_free(objective, solver="auto")
+    options = {"optimizer": tx, "progress": False}
+    narrow = optax.tree.cast((PARAMS, batch), jnp.float32)
+    low = hfjax.fit(objective, *narrow, updates=10, **options)
+    params = optax.tree.cast(low.params, F64)
+    state = optax.tree.cast_like(low.state, tx.init(params))
+    cast, followed = (
+        hfjax.fit(objective, params, batch, updates=10, state=state, **options)
+        for state in (state, low.state)
+    )
+    for run in (cast, followed):
+        dtypes = jax.tree.map(lambda x: x.dtype, (run.params, run.state))
+        assert dtypes == jax.tree.map(lambda x: x.dtype, (params, state))
+    assert_close(cast.params, followed.params, rtol=1e-14)
+    assert int(cast.state.count) == 20
+    # Float32 cannot see what float64 still gains.
+    best = hfjax.fit(objective, PARAMS, batch, updates=30, **options)
+    gap_before = objective.value(params, batch) - best.value
+    assert cast.value - best.value < 1e-3 * gap_before
+
+
 def test_progress_goes_to_the_log_and_a_short_run_says_nothing(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="hfjax")
     fit(progress=True)
