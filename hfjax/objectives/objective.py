@@ -45,6 +45,8 @@ def weighted_sum(
         updates, state = tx.update(grads, state, params, batch=batch)
 
     f is then another function in each update: do not compare its values between updates.
+    Where weights of 1 do well, this may help or harm: of six runs on equations it lowered
+    the error of three, by 2 to 12 times, and raised that of three, by up to 1.5 times.
 
     Args:
       parts: pairs (cₖ, fₖ); cₖ ≥ 0 is a number or a schedule (evaluated by `at`), and fₖ
