@@ -210,6 +210,17 @@ def pinv(matrix: jax.Array, rtol: jax.Array) -> jax.Array:
     return jnp.linalg.pinv(matrix, rtol=rtol)
 
 
+def pinv_of_disjoint(matrix: jax.Array) -> jax.Array:
+    """Return A⁺ if no two columns of A have an entry in the same row."""
+    matrix = matrix.astype(trees.wide(matrix.dtype))
+    # Scaled to a largest entry of 1, as squares of small entries would underflow.
+    size = jnp.max(jnp.abs(matrix), axis=0, keepdims=True)
+    size = jnp.where(size > 0, size, 1)
+    scaled = matrix / size
+    square = jnp.sum(jnp.square(scaled), axis=0, keepdims=True)
+    return (scaled / (size * jnp.where(square > 0, square, 1))).T
+
+
 def damped_cholesky(matrix: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the Cholesky factor of matrix + μI and μ, raised until there is one."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)

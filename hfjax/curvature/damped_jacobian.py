@@ -24,6 +24,8 @@ _ROUNDING = 100
 """−∇f − J̃ᵀc counts as 0 below this many ε of its terms."""
 _TALL = 1.5
 """With so many times as many rows as columns, a triangle is decomposed."""
+_LOST = 10
+"""Singular values below so many ε of the largest are its rounding, and count as 0."""
 _HALVINGS = 60
 """From any λ to another one, which differ by hundreds of powers of ten, to rounding."""
 
@@ -189,7 +191,6 @@ class Spectrum(NamedTuple):
       sides: S Uᵀc + Vᵀd, the right-hand side along V.
       rest: what of d is not along V; `None` if V spans everything.
       decay: the least weight decay.
-      size: the longer side of J̃; singular values below ε times that of the largest are 0.
     """
 
     left: Sequence[jax.Array]
@@ -198,7 +199,6 @@ class Spectrum(NamedTuple):
     sides: jax.Array
     rest: Tree | None
     decay: jax.Array
-    size: int
 
     def along(self, u: jax.Array) -> jax.Array:
         """Return Uᵀu."""
@@ -210,7 +210,7 @@ class Spectrum(NamedTuple):
     def mu(self, damping: jax.Array) -> jax.Array:
         """Return λ + β, but at least the square of what rounding leaves of a 0 in S."""
         limits = jnp.finfo(self.values.dtype)
-        rounding = self.size * limits.eps * self.values[0]
+        rounding = _LOST * limits.eps * self.values[0]
         mu = (damping + self.decay).astype(self.values.dtype)
         return jnp.maximum(mu, jnp.square(rounding) + limits.tiny)
 
@@ -276,7 +276,7 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
         left, values, right = decompose(rows)
     else:
         left, values, right = jax.lax.cond(needed, decompose, nothing, rows)
-    floor = max(rows.shape) * jnp.finfo(values.dtype).eps * values[0]
+    floor = _LOST * jnp.finfo(values.dtype).eps * values[0]
     values = jnp.where(values > floor, values, 0)
     basis = jacobian._replace(rows=jax.vmap(unravel)(right))
     along = basis.product(beyond).astype(values.dtype)
@@ -284,7 +284,7 @@ def decomposed(problem: Problem, needed: jax.Array | None = None) -> Spectrum:
     if most < rows.shape[1]:
         spanned = trees.cast_like(basis.transpose(along), beyond)
         rest = jax.tree.map(jnp.subtract, beyond, spanned)
-    found = Spectrum(left, values, basis, along, rest, decay, max(rows.shape))
+    found = Spectrum(left, values, basis, along, rest, decay)
     return found._replace(sides=values * found.along(within) + along)
 
 

@@ -314,8 +314,9 @@ def factor_of(term: Term, outputs: Tree, targets: Tree) -> tuple[jax.Array, jax.
         return diagonal, jnp.where(wide == 0, 0, 1 / jnp.where(wide == 0, 1, wide))
     units = jax.nn.one_hot(jnp.asarray(known, int), flat.size, dtype=flat.dtype)
     matrix = jax.vmap(column, out_axes=1)(units)
-    inverse = _of_disjoint(matrix) if disjoint else _pseudoinverse(matrix, flat.dtype)
-    return matrix, inverse
+    if disjoint:
+        return matrix, linalg.pinv_of_disjoint(matrix)
+    return matrix, _pseudoinverse(matrix, flat.dtype)
 
 
 def _solved(term: Term, inverse: jax.Array, outputs: Tree, targets: Tree) -> jax.Array:
@@ -334,17 +335,6 @@ def weighted(term: Term, cases: Cases, total: jax.Array, x: jax.Array) -> jax.Ar
     numbers = (cases.weights, total, 1 if term.weight is None else term.weight)
     w, all_of_them, c = (jnp.asarray(number, x.dtype) for number in numbers)
     return x * jnp.sqrt(c * w / all_of_them).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _of_disjoint(factor: jax.Array) -> jax.Array:
-    """Return S⁺ if no two columns of S have an entry in the same row."""
-    factor = factor.astype(trees.wide(factor.dtype))
-    # Scaled to a largest entry of 1, as squares of small entries would underflow.
-    size = jnp.max(jnp.abs(factor), axis=0, keepdims=True)
-    size = jnp.where(size > 0, size, 1)
-    scaled = factor / size
-    square = jnp.sum(jnp.square(scaled), axis=0, keepdims=True)
-    return (scaled / (size * jnp.where(square > 0, square, 1))).T
 
 
 def _pseudoinverse(factor: jax.Array, dtype: jnp.dtype) -> jax.Array:

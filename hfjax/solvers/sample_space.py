@@ -81,8 +81,8 @@ def cholesky(
     | singular values of J̃ | some 4 n · rows · params and 20 n³, and three copies of J̃ |
 
     All of it is in float32 or wider. J̃ is decomposed where λ starts below 1000 ε times the
-    trace of the matrix, and J̃ has at most 1e8 numbers; λ may then go down to (ε · rows)² or
-    (ε · params)² times the largest eigenvalue of the matrix, otherwise to ε times its trace.
+    trace of the matrix, and J̃ has at most 1e8 numbers; λ may then go down to (10 ε)²
+    times the largest eigenvalue of the matrix, otherwise to ε times its trace.
 
     Args:
       space: `"samples"`, J̃J̃ᵀ; `"parameters"`, J̃ᵀJ̃; or `"smaller"` of them.
