@@ -102,14 +102,16 @@ def balanced(problem: Problem, params: Any, seed: int) -> Racer:
 
 def float32_first(problem: Problem, params: Any, seed: int) -> Racer:
     """Build `default` with its first updates in float32."""
-    redraw, narrow = problem.redraw, jax.jit(functools.partial(_cast, jnp.float32))
+    redraw = problem.redraw
+    narrow = jax.jit(functools.partial(_cast, jnp.float32))
+    widen = jax.jit(functools.partial(_cast, jnp.float64))
     low = dataclasses.replace(
         problem,
         data=lambda seed: narrow(problem.data(seed)),
-        redraw=redraw and (lambda *given: narrow(redraw(*given))),
+        redraw=redraw and (lambda data, carry: narrow(redraw(data, widen(carry)))),
+        kept=narrow(problem.kept),
     )
     first, then = default(low, narrow(params), seed), default(problem, params, seed)
-    widen = jax.jit(functools.partial(_cast, jnp.float64))
 
     def step(carry: Carry) -> Carry:
         if carry.updates < FLOAT32_UPDATES:
@@ -201,7 +203,7 @@ def lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
 
     # On one long vector: the same numbers, and a fourth of the time to compile.
     def step(carry: Carry, data: Any) -> Carry:
-        batch = problem.batch(data, carry.updates)
+        batch, kept = problem.batch(data, carry)
 
         def value_fn(vector: jax.Array) -> jax.Array:
             return problem.objective.value(unravel(vector), batch)
@@ -215,10 +217,11 @@ def lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
             grad, state, vector, value=value, grad=grad, value_fn=value_fn
         )
         moved: Any = optax.apply_updates(vector, updates)
-        return Carry(unravel(moved), state, carry.updates + 1)
+        return Carry(unravel(moved), state, carry.updates + 1, kept)
 
     def init(params: Any) -> Carry:
-        return Carry(params, tx.init(ravel_pytree(params)[0]), jnp.int32(0))
+        state = tx.init(ravel_pytree(params)[0])
+        return Carry(params, state, jnp.int32(0), problem.kept)
 
     compiled, taken = compile_ahead(step, init(params), data)
     return Racer(init, lambda carry: compiled(carry, data), taken)
@@ -235,7 +238,8 @@ def ours(
     data, objective = problem.data(seed), problem.objective
 
     def step(carry: Carry, data: Any) -> Carry:
-        handed = hand(problem.batch(data, carry.updates), carry.updates)
+        batch, kept = problem.batch(data, carry)
+        handed = hand(batch, carry.updates)
         now = objective.at(carry.state.count, carry.state.scales)
         _, grads = now.value_and_grad(carry.params, handed.gradient)
         updates, state = tx.update(
@@ -246,10 +250,10 @@ def ours(
             eval_batch=handed.evaluation,
         )
         params: Any = optax.apply_updates(carry.params, updates)
-        return Carry(params, state, carry.updates + 1)
+        return Carry(params, state, carry.updates + 1, kept)
 
     def init(params: Any) -> Carry:
-        return Carry(params, tx.init(params), jnp.int32(0))
+        return Carry(params, tx.init(params), jnp.int32(0), problem.kept)
 
     compiled, taken = compile_ahead(step, init(params), data)
     return Racer(
@@ -275,17 +279,17 @@ def _first_order(
 
     def steps(carry: Carry, rate: Any, count: Any, data: Any) -> Carry:
         def one(_: jax.Array, carry: Carry) -> Carry:
-            batch, order = minibatches.draw(data, carry.updates, carry.order, key)
+            batch, kept = minibatches.draw(data, carry, key)
             _, grads = problem.objective.value_and_grad(carry.params, batch)
             updates, state = optimizer(rate).update(grads, carry.state, carry.params)
             params: Any = optax.apply_updates(carry.params, updates)
-            return Carry(params, state, carry.updates + 1, order)
+            return Carry(params, state, carry.updates + 1, kept)
 
         return jax.lax.fori_loop(0, count, one, carry)
 
     def init(params: Any) -> Carry:
-        order = jnp.arange(cases) if cases else None
-        return Carry(params, optimizer(0.0).init(params), jnp.int32(0), order)
+        kept = jnp.arange(cases) if cases else problem.kept
+        return Carry(params, optimizer(0.0).init(params), jnp.int32(0), kept)
 
     idle, single, start = jnp.float32(0), jnp.int32(1), init(params)
     compiled, taken = compile_ahead(steps, start, idle, single, data)

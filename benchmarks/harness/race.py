@@ -21,13 +21,14 @@ class Carry(NamedTuple):
       params: θ.
       state: of the optimizer, a tree of arrays.
       updates: of the parameters so far, int32.
-      order: of the training examples in this epoch, if the optimizer shuffles them.
+      kept: what the next batch depends on besides the data: the order of the examples in
+        this epoch, or the batch before.
     """
 
     params: Any
     state: Any
     updates: jax.Array
-    order: jax.Array | None = None
+    kept: Any = None
 
 
 class Racer(NamedTuple):

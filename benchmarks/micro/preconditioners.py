@@ -27,6 +27,7 @@ import hfjax
 from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
+from benchmarks.harness.race import Carry
 from benchmarks.harness.table import rich_table
 from benchmarks.suites import sequences
 from benchmarks.suites.curves import curves
@@ -240,11 +241,12 @@ def _autoencoder(args: argparse.Namespace) -> Setting:
 
 def _addition(args: argparse.Namespace) -> Setting:
     problem = sequences.drawn("addition", 30, args.cases)
+    start = Carry(None, None, jnp.int32(0))
     tx = hfjax.recipes.martens2010(problem.objective, initial_damping=problem.damping)
     return Setting(
         problem.objective,
         jax.jit(problem.start)(jax.random.key(args.seed)),
-        lambda key: problem.batch(key, jnp.int32(0)),
+        lambda key: problem.batch(key, start)[0],
         tx,
         exact=True,
     )

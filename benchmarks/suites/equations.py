@@ -20,6 +20,7 @@ theirs.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from benchmarks.suites import evolution, pde, pde_networks
 from benchmarks.suites.experiment import Experiment, Levels, kind
@@ -58,7 +59,12 @@ _fixed = functools.partial(
 _drawn = functools.partial(Experiment, budget=3000)
 _long = functools.partial(Experiment, budget=6000, boundary=1000)
 # DSGNAR had 2¹⁵ points inside and 2¹⁴ where u is given, drawn once.
+_DENSE: dict[str, Any] = {"interior": 2**15, "boundary": 2**14, "redrawn": 0}
 _few = functools.partial(Experiment, interior=1024, boundary=256)
+# Uniform points are too few where the front is, whatever their number.
+_chosen = functools.partial(
+    Experiment, hidden=(20,) * 4, boundary=0, network=_from_sine
+)
 
 LEVELS = {
     "09": Levels(3.21e-7, 1.99e-7, 6.12e-8, 1.56e-4, 9.40e-5, 2.72e-5),
@@ -135,29 +141,38 @@ EXPERIMENTS = {
         relative={"SSBroyden": 9.0e-5, "DSGNAR": 9.4e-7},
         interior=2201,
         boundary=0,
-        redrawn=20,
+        redrawn=6,
+        growth=1.5,
         network=_pulse,
         weights=(84.0**-2,),
     ),
-    "burgers": Experiment(
+    "burgers": _chosen(
         "b3",
         _burgers,
-        (20,) * 3,
         budget="some 50,000 iterations",
         relative={"SSBroyden": 1.6e-8, "vRBA": 8.3e-9},
-        interior=10_000,
-        boundary=0,
-        redrawn=500,
-        network=_from_sine,
+        interior=5000,
+        pool=100_000,
+        replaced=800,
     ),
-    "burgers_smooth": _few(
+    "burgers_smooth": _chosen(
         "b3s",
+        _smooth,
+        budget="144 s on a GPU",
+        relative={"DSGNAR": 1.9e-12},
+        interior=4000,
+        pool=50_000,
+        replaced=600,
+    ),
+    "burgers_smooth_dense": _few(
+        "b3sd",
         _smooth,
         (40,) * 4,
         budget="144 s on a GPU",
         relative={"DSGNAR": 1.9e-12},
         network=_periodic,
         weights=(1e-2, 1.0),
+        **_DENSE,
     ),
     "standing_wave": _few(
         "b4",
@@ -205,18 +220,9 @@ EXPERIMENTS = {
 
 EXPERIMENTS |= {
     f"{name}_dense": dataclasses.replace(
-        EXPERIMENTS[name],
-        number=f"{EXPERIMENTS[name].number}d",
-        interior=2**15,
-        boundary=2**14,
-        redrawn=0,
+        EXPERIMENTS[name], number=f"{EXPERIMENTS[name].number}d", **_DENSE
     )
-    for name in (
-        "burgers_smooth",
-        "standing_wave",
-        "korteweg_de_vries",
-        "poisson2d_waves",
-    )
+    for name in ("standing_wave", "korteweg_de_vries", "poisson2d_waves")
 }
 
 

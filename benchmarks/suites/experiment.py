@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import hfjax
 from benchmarks.suites import derivatives
 from benchmarks.suites.pde import Equation
 from benchmarks.suites.pde_networks import Network
 from benchmarks.suites.problem import Kind, Measure, Minibatches, Problem, Summary
+
+_INTERVALS = 40
+"""Growing intervals between draws; no run is as long as so many."""
 
 
 class Levels(NamedTuple):
@@ -63,6 +67,10 @@ class Experiment:
       interior: points inside.
       boundary: points where the solution is given.
       redrawn: steps after which points are drawn anew; 0 is never.
+      growth: each such interval is so many times as long as the one before.
+      pool: uniform points, from which those inside are chosen by their residuals; 0 takes
+        uniform points themselves.
+      replaced: points inside that a draw from the pool replaces, the oldest first; 0 is all.
       evaluation: points inside that errors are measured on, drawn once.
       network: of the layers.
       weights: of the terms inside, where u is given, and where its derivative by time is.
@@ -77,6 +85,9 @@ class Experiment:
     interior: int = 3000
     boundary: int = 500
     redrawn: int = 1
+    growth: float = 1.0
+    pool: int = 0
+    replaced: int = 0
     evaluation: int = 30_000
     network: Network = dataclasses.field(default_factory=Network)
     weights: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -100,10 +111,13 @@ class Experiment:
         counts = [self.interior, *(count for count in given if count)]
         points = " + ".join(f"{count:,}" for count in counts) + " points"
         every = f"every {self.redrawn} steps" if self.redrawn > 1 else "each step"
+        later = f", then {self.growth:g} times as many" if self.growth > 1 else ""
+        chosen = f" chosen of {self.pool:,}" if self.pool else ""
+        some = f"{self.replaced:,} " if self.replaced else ""
         return (
             f"{self.number} {self.equation.title}, {self.network.title} {layers} "
-            f"({self.parameters:,} parameters), {points}"
-            f"{f', new {every}' if self.redrawn else ''}"
+            f"({self.parameters:,} parameters), {points}{chosen}"
+            f"{f', {some}new {every}{later}' if self.redrawn else ''}"
         )
 
     def start(self, key: jax.Array) -> Any:
@@ -144,7 +158,7 @@ class Experiment:
           if it is; points and ∂u/∂t where that is given, if it is.
         """
         if self.redrawn:
-            key = jax.random.fold_in(key, updates // self.redrawn)
+            key = jax.random.fold_in(key, self.draws(updates))
         inside, given = jax.random.split(key)
         points = self.equation.inside(inside, self.interior)
         terms = [(points, jnp.zeros(self.interior, points.dtype))]
@@ -156,6 +170,43 @@ class Experiment:
             u = derivatives.Taylor(self.equation.solution, start)
             terms.append((start, u.along(0, 1)[1]))
         return tuple(terms)
+
+    def draws(self, updates: jax.Array | int) -> jax.Array | int:
+        """Count the draws before that of an update."""
+        if self.growth == 1:
+            return updates // self.redrawn
+        intervals = np.round(self.redrawn * self.growth ** np.arange(_INTERVALS))
+        starts = np.concatenate([[0], np.cumsum(intervals)])
+        return jnp.searchsorted(jnp.asarray(starts), updates, side="right") - 1
+
+    def redraw(self, key: jax.Array, carry: Any) -> Any:
+        """Draw what an update learns from, or keep what the one before had."""
+        if not self.pool:
+            return self.batch(key, carry.updates)
+
+        def chosen() -> Any:
+            (uniform, zeros), *others = self.batch(key, carry.updates)
+            old = jnp.where(carry.updates == 0, uniform, carry.kept[0][0])
+            its = jax.random.fold_in(key, self.draws(carry.updates))
+            points = self.by_residual(jax.random.fold_in(its, 2), carry.params)
+            points = jnp.concatenate([points, old[: self.interior - len(points)]])
+            return (points, zeros), *others
+
+        due = self.draws(carry.updates) > self.draws(carry.updates - 1)
+        return jax.lax.cond(due, chosen, lambda: carry.kept)
+
+    def by_residual(self, key: jax.Array, params: Any) -> jax.Array:
+        """Choose new points inside from a pool, without replacement.
+
+        A point is as likely as |r| / mean |r| + 1 (RAD, Wu et al., 2023, k = c = 1).
+        """
+        places, noise = jax.random.split(key)
+        pool = self.equation.inside(places, self.pool)
+        size = jnp.abs(self.residual(params, pool))
+        # The largest logarithms of weights are such a draw, after Gumbel's noise.
+        weight = jnp.log(size / jnp.mean(size) + 1)
+        noisy = weight + jax.random.gumbel(noise, weight.shape, weight.dtype)
+        return pool[jax.lax.top_k(noisy, self.replaced or self.interior)[1]]
 
     def data(self, seed: int) -> Any:
         """Return what updates learn from: a batch, or a key if that is redrawn."""
@@ -226,25 +277,23 @@ class Experiment:
 
     def problem(self) -> Problem:
         """Build the problem; all points are in each update."""
-
-        def draw(
-            data: Any, updates: jax.Array, order: Any, key: jax.Array
-        ) -> tuple[Any, Any]:
-            del key
-            return (self.batch(data, updates) if self.redrawn else data), order
-
         terms = jax.eval_shape(self.batch, jax.random.key(0))
-        return Problem(
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), terms)
+        problem = Problem(
             summary=self.summary(),
             objective=self.objective,
             start=self.start,
             data=self.data,
             measurer=self.measurer,
-            minibatches=Minibatches(draw, "all points"),
-            redraw=self.batch if self.redrawn else None,
+            minibatches=Minibatches(
+                lambda data, carry, key: problem.batch(data, carry), "all points"
+            ),
+            redraw=self.redraw if self.redrawn else None,
+            kept=nothing if self.pool else None,
             options={"solver": "auto"},
             rows=sum(leaf.shape[0] for _, leaf in terms),
         )
+        return problem
 
 
 def kind(experiment: Experiment) -> Kind:

@@ -38,14 +38,14 @@ class Minibatches(NamedTuple):
     """Small batches for first-order optimizers.
 
     Attributes:
-      draw: `(data, updates, order, key) -> (batch, order)`, where `order` is of the
-        examples in this epoch.
+      draw: `(data, carry, key) -> (batch, kept)`, where `kept` is what the next draw finds
+        in the carry, such as the order of the examples in this epoch.
       words: what a batch is, for people.
-      cases: that `order` shuffles; 0 if there is no order to keep.
+      cases: whose order is kept; 0 if there is no order.
       epoch: batches in an epoch, if there are epochs.
     """
 
-    draw: Callable[[Any, jax.Array, Any, jax.Array], tuple[Any, Any]]
+    draw: Callable[[Any, Any, jax.Array], tuple[Any, Any]]
     words: str
     cases: int = 0
     epoch: int = 0
@@ -84,8 +84,10 @@ class Problem:
       data: `seed -> what updates learn from`, a tree of arrays.
       measurer: `(params, seed) -> measure`, compiled for such parameters.
       minibatches: for first-order optimizers.
-      redraw: `(data, updates so far) -> batch`, if the examples change; `None` if the
-        data are a batch, the same for each update.
+      redraw: `(data, carry) -> batch`, if the examples change; `None` if the data are a
+        batch, the same for each update.
+      kept: what stands for the batch before the first update, if a batch depends on the
+        one before; else `None`.
       parts: equal ones of the examples; each update has curvature on one, in turn.
       damping: λ of `recipes.martens2010` before the first update, on the scale of f.
       options: of `hfjax.hessian_free`, if the problem is of a kind that has its own.
@@ -103,7 +105,8 @@ class Problem:
     data: Callable[[int], Any]
     measurer: Callable[[Any, int], Measure]
     minibatches: Minibatches
-    redraw: Callable[[Any, jax.Array], Any] | None = None
+    redraw: Callable[[Any, Any], Any] | None = None
+    kept: Any = None
     parts: int = 1
     damping: float = 1.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -113,14 +116,15 @@ class Problem:
     clip: float | None = None
     rows: int = 0
 
-    def batch(self, data: Any, updates: jax.Array) -> Any:
-        """Return the examples of an update.
+    def batch(self, data: Any, carry: Any) -> tuple[Any, Any]:
+        """Return the examples of an update, and what the next one keeps of them.
 
         Args:
           data: of `data`.
-          updates: so far.
+          carry: where the optimizer stands.
         """
-        return data if self.redraw is None else self.redraw(data, updates)
+        batch = data if self.redraw is None else self.redraw(data, carry)
+        return batch, None if self.kept is None else batch
 
 
 class Kind(NamedTuple):
@@ -242,14 +246,12 @@ def shuffled(batch: Any) -> Minibatches:
     size = min(MINIBATCH, cases)
     batches = cases // size
 
-    def draw(
-        batch: Any, updates: jax.Array, order: Any, key: jax.Array
-    ) -> tuple[Any, Any]:
-        place, epoch = updates % batches, updates // batches
+    def draw(batch: Any, carry: Any, key: jax.Array) -> tuple[Any, Any]:
+        place, epoch = carry.updates % batches, carry.updates // batches
         order = jax.lax.cond(
             place == 0,
             lambda: jax.random.permutation(jax.random.fold_in(key, epoch), cases),
-            lambda: order,
+            lambda: carry.kept,
         )
         chosen = jax.lax.dynamic_slice_in_dim(order, place * size, size)
         return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), batch), order

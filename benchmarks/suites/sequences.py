@@ -147,11 +147,9 @@ def drawn(name: str, length: int, cases: int = CASES) -> Problem:
         key = jax.random.fold_in(key, updates)
         return task.generate(key, task.strings or cases, length)
 
-    def minibatch(
-        data: Any, updates: jax.Array, order: Any, key: jax.Array
-    ) -> tuple[Batch, Any]:
+    def minibatch(data: Any, carry: Any, key: jax.Array) -> tuple[Batch, Any]:
         del key
-        return draw(data, updates, _MINIBATCH), order
+        return draw(data, carry.updates, _MINIBATCH), None
 
     return Problem(
         summary=Summary(
@@ -168,7 +166,7 @@ def drawn(name: str, length: int, cases: int = CASES) -> Problem:
         data=lambda seed: _keys(jax.random.key(seed))[1],
         measurer=functools.partial(_measurer, task, network, length),
         minibatches=Minibatches(minibatch, f"{_MINIBATCH} sequences"),
-        redraw=lambda key, updates: draw(key, updates, cases),
+        redraw=lambda key, carry: draw(key, carry.updates, cases),
         # All strings of a small task are too few to be divided.
         parts=1 if task.strings else PARTS,
         damping=_DAMPING * task.damping(length) * steps,

@@ -13,9 +13,12 @@ from jax.flatten_util import ravel_pytree
 from scipy.integrate import solve_ivp
 
 import hfjax
+from benchmarks.harness.race import Carry
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.suites import derivatives, evolution, pde_networks
 from benchmarks.suites.derivatives import Taylor
 from benchmarks.suites.equations import EXPERIMENTS
+from benchmarks.suites.experiment import Experiment
 
 KEY = jax.random.key(7)
 NAMES = (
@@ -44,6 +47,8 @@ def tiny(name):
     changes = {"hidden": (6, 5), "interior": 20, "evaluation": 40}
     if EXPERIMENTS[name].boundary:
         changes["boundary"] = 8
+    if EXPERIMENTS[name].pool:
+        changes |= {"pool": 40, "replaced": 5}
     return dataclasses.replace(EXPERIMENTS[name], **changes)
 
 
@@ -124,13 +129,101 @@ def test_points_and_data_are_where_the_problem_says():
     np.testing.assert_allclose(u[half:], 0, atol=1e-14)
     assert not start[:, 0].any()
     np.testing.assert_allclose(speed, 0, atol=1e-13)
-    for name in ("burgers_smooth", "korteweg_de_vries"):
+    for name in ("burgers_smooth_dense", "korteweg_de_vries"):
         (inside, zeros), (known, _) = tiny(name).batch(KEY)
         assert not zeros.any()
         assert not known[:, 0].any()
         assert known[:, 1].min() < -0.5
         assert inside[:, 0].max() <= (0.25 if name == "korteweg_de_vries" else 1)
     assert len(tiny("wave_pulse").batch(KEY)) == len(tiny("burgers").batch(KEY)) == 1
+
+
+class Steep(Experiment):
+    """A residual of size |p| on a tenth of the domain, at the side of p, and 0 elsewhere."""
+
+    def residual(self, params, points):
+        return params * (points[:, 1] * jnp.sign(params) > 0.8)
+
+
+def steep(**changes):
+    changes = {"interior": 300, "pool": 20_000, "redrawn": 3, **changes}
+    return Steep("", EXPERIMENTS["burgers"].equation, (), 1.0, **changes)
+
+
+def test_points_of_a_pool_are_as_likely_as_their_residuals_relative_to_the_mean_plus_one():
+    problem = steep()
+    points = problem.by_residual(KEY, jnp.array(2.0))
+    places, _ = jax.random.split(KEY)
+    pool = {tuple(point) for point in problem.equation.inside(places, 20_000).tolist()}
+    chosen = {tuple(point) for point in points.tolist()}
+    assert len(chosen) == 300
+    assert chosen <= pool
+    # Weights are 1 / 0.1 + 1 on the tenth, and 1 elsewhere.
+    assert (points[:, 1] > 0.8).mean() == pytest.approx(1.1 / 2, abs=0.09)
+    points = problem.by_residual(KEY, jnp.array(-1e-300))
+    assert (points[:, 1] < -0.8).mean() == pytest.approx(1.1 / 2, abs=0.09)
+
+
+def test_chosen_points_are_kept_until_their_interval_is_over():
+    problem = steep(boundary=4).problem()
+    draw = jax.jit(problem.batch)
+
+    def after(updates, params, kept):
+        carry = Carry(jnp.array(params), None, jnp.int32(updates), kept)
+        batch, kept = draw(KEY, carry)
+        jax.tree.map(np.testing.assert_array_equal, batch, kept)
+        return kept
+
+    first = after(0, 1.0, problem.kept)
+    for leaf, expected in zip(
+        *map(jax.tree.leaves, (first, problem.kept)), strict=True
+    ):
+        assert leaf.shape == expected.shape
+    same = after(2, -1.0, after(1, -1.0, first))
+    jax.tree.map(np.testing.assert_array_equal, first, same)
+    (inside, _), (known, u) = after(3, 1.0, first)
+    assert not set(inside[:, 0].tolist()) & set(first[0][0][:, 0].tolist())
+    assert not set(known[:, 1].tolist()) & set(first[1][0][:, 1].tolist())
+    np.testing.assert_allclose(u, -np.sin(np.pi * known[:, 1]), atol=1e-14)
+
+
+def test_a_draw_replaces_the_oldest_points():
+    problem = steep(redrawn=1, replaced=100).problem()
+    draw, kept, batches = jax.jit(problem.batch), problem.kept, []
+    for updates in range(4):
+        carry = Carry(jnp.array(1.0), None, jnp.int32(updates), kept)
+        ((points, _), *_), kept = draw(KEY, carry)
+        batches.append({tuple(point) for point in points.tolist()})
+    assert [len(batch) for batch in batches] == [300] * 4
+    # The first are uniform but for 100; so after three draws none of them is left.
+    shared = [len(batches[0] & batch) for batch in batches]
+    assert shared == [300, 200, 100, 0]
+
+
+def test_intervals_between_draws_grow():
+    problem = steep(redrawn=6, growth=1.5)
+    draws = [int(problem.draws(updates)) for updates in range(-1, 50)]
+    # Intervals of 6, 9, 14 and 20.
+    starts = [
+        updates - 1 for updates in range(1, 51) if draws[updates] > draws[updates - 1]
+    ]
+    assert starts == [0, 6, 15, 29, 49]
+    assert draws[:2] == [-1, 0]
+    assert draws[-1] == 4
+
+
+@pytest.mark.parametrize("name", ["float32_first", "lbfgs", "adam"])
+def test_every_optimizer_learns_from_chosen_points_and_keeps_them(name):
+    problem = tiny("burgers").problem()
+    params = problem.start(KEY)
+    racer = OPTIMIZERS[name].build(problem, params, 0)
+    if name == "adam":
+        racer = racer(1e-3)
+    kept = racer.step(racer.init(params)).kept
+    ((points, _),) = kept
+    assert points.shape == (20, 2)
+    assert float(problem.objective.value(params, kept)) > 0
+    assert np.abs(points).min() > 0
 
 
 def test_what_is_built_in_holds_whatever_the_parameters_are():
@@ -269,7 +362,7 @@ def test_an_update_lowers_f(name):
         params = optax.apply_updates(params, updates)
         return value, problem.objective.value(params, batch), params
 
-    batch = problem.batch(data, jnp.int32(0))
+    batch, _ = problem.batch(data, Carry(params, None, jnp.int32(0), problem.kept))
     before, after, params = update(params, tx.init(params), batch)
     assert after < 0.9 * before
     assert problem.rows == sum(target.shape[0] for _, target in batch)
