@@ -1,9 +1,9 @@
-"""J̃ that is never stored: what `hfjax.sample_space` asks of it, from parts of the examples.
+"""J̃ that is never stored: what `hfjax.sample_space` asks of it, from chunks of the examples.
 
-J̃ᵀJ̃ is summed over the parts, and J̃J̃ᵀ is made of the blocks of two of them. Products with J̃
-run the model again, part by part. So the memory is that of a part, and of the matrix; rows
-are computed once for J̃ᵀJ̃, and for J̃J̃ᵀ once for each pair of parts, which is little
-beside the products of the rows if parts have some hundreds of them.
+J̃ᵀJ̃ is summed over the chunks, and J̃J̃ᵀ is made of blocks, each of two of them. Products with
+J̃ run the model again, chunk by chunk. So the memory is that of a chunk, and of the matrix.
+Rows are computed once for J̃ᵀJ̃, and for J̃J̃ᵀ once for each pair of chunks, which is little
+beside the products of the rows if a chunk has some hundreds of them.
 """
 
 import functools
