@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Burgers' equation, to ten digits
+# # Burgers' equation, to nine digits
 #
 # uₜ + u uₓ = ν uₓₓ with ν = 0.01: a sine wave that steepens into a front. A network is trained
 # until it solves the equation, as in [the one for Poisson's](poisson.ipynb), which says more
@@ -230,7 +230,7 @@ plt.show()
 #
 # Where no solution is known, compare f on the points of the last update with f on uniform
 # ones, which it has not seen. If the second is much larger, there are too few points, or they are
-# replaced too slowly.
+# replaced too slowly. Here it is not: what ends at an error of some 10⁻¹⁰ is not for want of points.
 
 # %%
 for name, points in (
