@@ -147,6 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", help="file that describes a GPU to compile for; default: the CPU")
     add("--shares", action="store_true", help="run updates, and divide their time")
     add("--exact", choices=tuple(EXPERIMENTS), help="divide an exact update's time")
+    add("--stored", type=cli.count, help="numbers of J that it may store")
     add("--updates", type=cli.count, default=12, help="before it; default: 12")
     add("--rounds", type=cli.count, default=7, help="of timing shares; default: 7")
     add("--out", default="runs/costs.json", help="default: runs/costs.json")
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         path = cli.output_file(args.out)
         with jax.enable_x64(True):
             return exact_update.run(
-                args.exact, args.updates, args.rounds, path, console
+                args.exact, args.updates, args.rounds, args.stored, path, console
             )
     with jax.enable_x64(args.problem in FLOAT64):
         problem = PROBLEMS[args.problem](args.cases)

@@ -24,17 +24,29 @@ from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.machine import compile_ahead, timed
 from benchmarks.harness.table import rich_table
+from benchmarks.optimizers import MOMENTUM
 from benchmarks.suites import equations
+from hfjax import sample_space
 from hfjax.curvature import jacobian
 from hfjax.curvature.damped_jacobian import Problem, decomposed
 
 _SIDE = 1500  # of the matrices whose product tells how fast the processor is
 
 
-def run(name: str, updates: int, rounds: int, path: Path, console: Console) -> int:
-    """Train for some updates, time, print and write down."""
+def run(
+    name: str,
+    updates: int,
+    rounds: int,
+    stored: int | None,
+    path: Path,
+    console: Console,
+) -> int:
+    """Train for some updates, time, print and write down.
+
+    With `stored`, a J of more numbers is not stored in the updates.
+    """
     with console.status("compiling and timing"):
-        calls, flops, size = _measured(name, updates)
+        calls, flops, size = _measured(name, updates, stored)
         for call in calls.values():
             jax.block_until_ready(call())
         taken = [
@@ -44,7 +56,13 @@ def run(name: str, updates: int, rounds: int, path: Path, console: Console) -> i
     seconds = {part: statistics.median(x[part] for x in taken) for part in calls}
     speed = 2 * _SIDE**3 / seconds.pop("a product of matrices")
     limits = {part: flops[part] / speed for part in flops}
-    measured = {"problem": name, "updates": updates, **size, **machine.describe()}
+    measured = {
+        "problem": name,
+        "updates": updates,
+        "stored": stored,
+        **size,
+        **machine.describe(),
+    }
     measured |= {"speed": speed, "seconds": seconds, "limits": limits}
     write_json(path, {**measured, "rounds": taken})
     console.print(_table(measured))
@@ -53,12 +71,15 @@ def run(name: str, updates: int, rounds: int, path: Path, console: Console) -> i
 
 
 def _measured(
-    name: str, updates: int
+    name: str, updates: int, stored: int | None
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, Any]]:
     experiment = equations.EXPERIMENTS[name]
     f, params = experiment.objective, experiment.start(jax.random.key(0))
     batch = experiment.batch(jax.random.key(0))
-    tx = hfjax.hessian_free(f, solver="auto")
+    solver = "auto"
+    if stored is not None:
+        solver = sample_space.cholesky(momentum=MOMENTUM, stored=stored)
+    tx = hfjax.hessian_free(f, solver=solver)
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         _, grads = f.value_and_grad(params, batch)

@@ -309,3 +309,18 @@ def test_a_product_of_one_layer_is_no_dearer_than_its_gradient():
     # No layer below: F tangents, F transposes; gradient F forward, F weights.
     assert product.flop_limits((784, 30))["product"] == 1
     assert product.flop_limits((784, 30))["empirical_fisher"] == 1
+
+
+@pytest.mark.slow
+def test_an_exact_update_is_divided_into_its_parts(tmp_path, capsys):
+    path = tmp_path / "exact.json"
+    words = ["--exact", "poisson2d", "--updates", "1", "--rounds", "1"]
+    words += ["--stored", "100000", "--out", str(path)]
+    assert main(["costs", *words]) == 0
+    found = json.loads(path.read_text())
+    assert (found["rows"], found["columns"], found["stored"]) == (1020, 257, 100_000)
+    assert found["limits"].keys() < found["seconds"].keys()
+    assert found["seconds"]["an update"] > found["seconds"]["J"] > 0
+    n, limit = 257, found["limits"]
+    assert limit["its square"] == pytest.approx(1020 * n**2 / found["speed"])
+    assert "Gflops" in capsys.readouterr().out
