@@ -200,7 +200,7 @@ def test_a_command_that_was_killed_makes_the_same_updates(tmp_path):
 
 
 def test_the_notebook_of_checkpoints_survives_kills(tmp_path):
-    words = ["notebooks/checkpointing.py"]
+    words = ["notebooks/10_checkpoints.py"]
     with launch(tmp_path / "whole", words) as process:
         whole, status = lines_of(process)
     assert status == 0

@@ -15,7 +15,7 @@
 # # Burgers' equation, to nine digits
 #
 # uₜ + u uₓ = ν uₓₓ with ν = 0.01: a sine wave that steepens into a front. A network is trained
-# until it solves the equation, as in [the one for Poisson's](poisson.ipynb), which says more
+# until it solves the equation, as in [the one for Poisson's](03_equation.ipynb), which says more
 # about the method. Here two things are new. The residuals are not linear in u. And the points
 # must be where the front is: exact steps fit fixed points so well that the residual grows
 # between them, so each update replaces some points by others of large residual. The whole

@@ -376,14 +376,14 @@ plt.show()
 #
 # ## Where to go next
 #
-# - [Your model](your_model.ipynb): a transformer, a convolutional network with batch
+# - [Your model](04_fine_tune.ipynb): a transformer, a convolutional network with batch
 #   normalisation, a Fourier operator, an autoencoder and a graph network, beside Adam.
-# - [Swapping parts](swapping_parts.ipynb): what each of these does to one problem.
-# - [Debugging](debugging.ipynb): a run that does not learn, and how to find out why.
-# - [A differential equation to 10⁻⁶](poisson.ipynb), and [inverse
-#   problems](inverse_problem.ipynb) with error bars.
-# - [The deep autoencoder](autoencoder.ipynb), [recurrent networks](recurrent.ipynb),
-#   [many devices](devices.ipynb), [checkpoints](checkpointing.ipynb).
+# - [Swapping parts](07_swap_a_part.ipynb): what each of these does to one problem.
+# - [Debugging](11_debugging.ipynb): a run that does not learn, and how to find out why.
+# - [A differential equation to 10⁻⁶](03_equation.ipynb), and [inverse
+#   problems](02_fit_to_rounding.ipynb) with error bars.
+# - [The deep autoencoder](05_deep_autoencoder.ipynb), [recurrent networks](06_long_memory.ipynb),
+#   [many devices](09_devices.ipynb), [checkpoints](10_checkpoints.ipynb).
 # - [The maths of one update](../docs/maths.md).
 #
 # ## The three lines that most people need
