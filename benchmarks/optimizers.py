@@ -399,10 +399,17 @@ OPTIMIZERS = {
     ),
     "optimistix": Optimizer(
         "optimistix.LBFGS on all examples",
-        peers.optimistix,
+        peers.optimistix_lbfgs,
         module="optimistix",
         package="optimistix",
         unfit=peers.unfit_for_redrawn,
+    ),
+    "optimistix_lm": Optimizer(
+        "optimistix.LevenbergMarquardt on all examples",
+        peers.optimistix_lm,
+        module="optimistix",
+        package="optimistix",
+        unfit=lambda problem: peers.unfit_for_lm(problem) or _not_exact(problem),
     ),
 }
 """By the name on the command line. Optax has neither Shampoo nor SOAP."""

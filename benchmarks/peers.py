@@ -167,22 +167,42 @@ def somax(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
     return racer
 
 
-def optimistix(problem: Problem, params: Any, seed: int) -> Racer:
+def optimistix_lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
     """Build `optimistix.LBFGS` with its defaults: memory 10, backtracking.
 
-    Its other minimisers do not fit, because they keep matrices of the parameters' or the
-    residuals' size. A step is a trial, accepted or not.
+    A step is a trial, accepted or not.
     """
+    return _optimistix("LBFGS", problem.objective.value, problem, params, seed)
+
+
+def optimistix_lm(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build `optimistix.LevenbergMarquardt` with its defaults: QR of the Jacobian.
+
+    A step is a trial, accepted or not.
+    """
+    residuals = problem.residuals
+    return _optimistix("LevenbergMarquardt", residuals, problem, params, seed)
+
+
+def unfit_for_lm(problem: Problem) -> str | None:
+    """Say why a problem cannot be solved with the whole Jacobian."""
+    if problem.residuals is None:
+        return "f is not a sum of squares whose Jacobian could be stored"
+    return unfit_for_redrawn(problem)
+
+
+def _optimistix(name: str, fn: Any, problem: Problem, params: Any, seed: int) -> Racer:
+    """Build a solver that steps by itself; `fn(params, batch)` is what it minimises."""
     data = problem.data(seed)
-    solver = importlib.import_module("optimistix").LBFGS(rtol=0.0, atol=0.0)
-    objective = problem.objective
+    module = importlib.import_module("optimistix")
     equinox = importlib.import_module("equinox")
+    solver = getattr(module, name)(rtol=0.0, atol=0.0)
 
     def f(params: Any, batch: Any) -> tuple[jax.Array, None]:
-        return objective.value(params, batch), None
+        return fn(params, batch), None
 
     tags, options = frozenset(), {}
-    shape = jax.eval_shape(objective.value, params, data)
+    shape = jax.eval_shape(fn, params, data)
 
     def begin(params: Any) -> Any:
         state = solver.init(f, params, data, options, shape, None, tags)

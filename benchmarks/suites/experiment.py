@@ -150,6 +150,14 @@ class Experiment:
             list(zip(self.weights, terms, strict=False))
         )
 
+    def residuals(self, params: Any, batch: Any) -> jax.Array:
+        """Compute all residuals with their weights: f is half the sum of their squares."""
+        found = []
+        for (weight, term), (x, t) in zip(self.objective.parts, batch, strict=True):
+            residual = (term.model_fn(params, x) - t).ravel()
+            found.append(jnp.sqrt(weight / len(residual)) * residual)
+        return jnp.concatenate(found)
+
     def batch(self, key: jax.Array, updates: jax.Array | int = 0) -> Any:
         """Draw what an update learns from.
 
@@ -292,6 +300,7 @@ class Experiment:
             kept=nothing if self.pool else None,
             options={"solver": "auto"},
             rows=sum(leaf.shape[0] for _, leaf in terms),
+            residuals=self.residuals,
         )
         return problem
 

@@ -97,6 +97,7 @@ class Problem:
       hidden: f with the hidden states beside the outputs, for structural damping.
       clip: norm that gradients of a minibatch are clipped to, if they must be.
       rows: of the Jacobian, if a step can be solved for exactly.
+      residuals: `(params, batch) -> r` of which f is ½ rᵀr, if it is.
     """
 
     summary: Summary
@@ -115,6 +116,7 @@ class Problem:
     hidden: hfjax.Objective | None = None
     clip: float | None = None
     rows: int = 0
+    residuals: Callable[[Any, Any], jax.Array] | None = None
 
     def batch(self, data: Any, carry: Any) -> tuple[Any, Any]:
         """Return the examples of an update, and what the next one keeps of them.

@@ -226,6 +226,16 @@ def test_f_is_half_the_mean_square_inside_and_half_that_where_u_is_given():
     assert float(problem.error(params, where, u)) == pytest.approx(relative, rel=1e-12)
 
 
+def test_f_is_half_the_square_of_all_weighted_residuals():
+    problem = tiny("standing_wave")  # Three terms, each with a weight.
+    params = problem.start(KEY)
+    batch = problem.batch(KEY)
+    residuals = problem.residuals(params, batch)
+    assert len(residuals) == sum(len(target) for _, target in batch)
+    f = float(problem.objective.value(params, batch))
+    assert float(residuals @ residuals) / 2 == pytest.approx(f, rel=1e-12)
+
+
 def test_published_errors_are_made_relative_to_the_solution():
     # The mean square of sin(πx) sin(πy) on the unit square is a quarter.
     problem = EXPERIMENTS["poisson2d"]
@@ -437,6 +447,14 @@ def test_what_is_too_large_to_be_solved_exactly_is_said():
     unfit = OPTIMIZERS["spring"].unfit
     assert unfit(EXPERIMENTS["heat4d_large"].problem()) is None
     assert "3,286,141,360 numbers" in unfit(EXPERIMENTS["poisson100d"].problem())
+
+
+def test_levenberg_marquardt_needs_residuals_on_the_same_points():
+    unfit = OPTIMIZERS["optimistix_lm"].unfit
+    fixed = EXPERIMENTS["poisson2d"].problem()
+    assert unfit(fixed) is None
+    assert "stay the same" in unfit(EXPERIMENTS["poisson5d"].problem())
+    assert "sum of squares" in unfit(dataclasses.replace(fixed, residuals=None))
 
 
 def test_an_unknown_problem_is_one_line_and_status_2(capsys):
