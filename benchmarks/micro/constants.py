@@ -15,15 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
+import hfjax
 from benchmarks import cli
 from benchmarks.harness import machine
 from benchmarks.harness.history import write_json
 from benchmarks.harness.table import rich_table
-from benchmarks.optimizers import MOMENTUM, default
+from benchmarks.optimizers import MOMENTUM, ours
 from benchmarks.suites import equations, images
-from benchmarks.suites.problem import Problem
+from benchmarks.suites.problem import Problem, everything
 from hfjax import cg, damping, linesearch, preconditioners, sample_space, stopping
 
 SUITES = {"images": images.SUITE, "equations": equations.SUITE}
@@ -43,13 +45,16 @@ def _whatever_f_does(
     return linesearch.StepSize(first, found, jnp.isfinite(found))
 
 
-def _fixed(momentum: float) -> dict[str, Any]:
-    """Take a tenth of a step that is hardly damped, as SPRING does."""
+def _fixed(
+    momentum: float, share: float = 0.1, weight: float = 1e-7, bound: float = jnp.inf
+) -> dict[str, Any]:
+    """Take a share of a step that is hardly damped, of bounded norm, as SPRING does."""
     return _exact(momentum, 0) | {
-        "damping": damping.constant(1e-7),
-        "learning_rate": 0.1,
+        "damping": damping.constant(weight),
+        "learning_rate": share,
         "line_search": linesearch.LineSearch(_whatever_f_does),
         "backtracking": None,
+        "bound": bound,
     }
 
 
@@ -90,12 +95,15 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         for share in (0.5, 0.8, 0.9, 0.98)
     }
     | {f"fixed, momentum={share}": _fixed(share) for share in (0.8, 0.9, 0.98)}
+    | {f"fixed, bound={bound}": _fixed(0.9, bound=bound) for bound in (0.3, 0.1, 0.03)}
+    | {f"fixed, weight={weight}": _fixed(0.9, weight=weight) for weight in (1e-5, 1e-3)}
+    | {f"fixed, share={share}": _fixed(0.9, share=share) for share in (0.05, 0.5)}
     | {
         f"longest={share}": {"damping": damping.searched(longest=share)}
         for share in (None, 0.25, 0.5, 0.75)
     },
 }
-"""Options of `hessian_free` in each run."""
+"""Options of `hessian_free` in each run, and a bound on the norm of an update."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +149,8 @@ def lowest(
     """Train, and yield the lowest value after each number of units."""
     params = jax.jit(problem.start)(jax.random.key(seed))
     measure = problem.measurer(params, seed)
-    racer = default(problem, params, seed, **options)
+    tx = optimizer(problem.objective, {**problem.options, **options})
+    racer = ours(tx, problem, params, seed, everything(problem.parts))
     carry, spent, updates, best = racer.init(params), 0.0, 0, float("inf")
     for units in sorted(args.units):
         while spent < units:
@@ -151,3 +160,19 @@ def lowest(
             spent += UPDATE[args.suite] + (iterations if args.suite == "images" else 0)
             best = min(best, measure(carry.params, updates)[1])
         yield best
+
+
+def optimizer(objective: Any, options: Any) -> optax.GradientTransformationExtraArgs:
+    """Build `hessian_free`; `bound` is of the norm of an update.
+
+    The momentum is that of the whole step.
+    """
+    kept = {name: option for name, option in options.items() if name != "bound"}
+    tx = hfjax.hessian_free(objective, **kept)
+    clip = optax.clip_by_global_norm(options.get("bound", jnp.inf))
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = tx.update(grads, state, params, **extra)
+        return clip.update(updates, clip.init(params))[0], state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -208,7 +208,7 @@ def test_constants_are_compared_by_units_of_work(tmp_path, monkeypatch, capsys):
     )
     kind = images.PROBLEMS["curves1000"]._replace(build=lambda _: measured)
     monkeypatch.setitem(images.PROBLEMS, "curves1000", kind)
-    monkeypatch.setattr(constants, "default", lambda *_, **options: racer)
+    monkeypatch.setattr(constants, "ours", lambda *_: racer)
     words = ("--problem", "curves1000", "--units", "25,10,40", "--only", "window=8")
     found = command(tmp_path / "constants.json", "constants", *words)
     row = {"problem": "curves1000", "change": "window=8", "lowest": [[9.0, 4.0, 1.0]]}
@@ -220,7 +220,23 @@ def test_every_change_of_a_constant_is_a_set_up():
     objective = hfjax.Objective(lambda params, x: x, hfjax.losses.squared_error())
     for changes in constants.CHANGES.values():
         for options in changes.values():
-            hfjax.hessian_free(objective, **options)
+            constants.optimizer(objective, options)
+
+
+def test_an_update_is_no_longer_than_its_bound():
+    objective = hfjax.Objective(lambda p, x: x @ p, hfjax.losses.squared_error())
+    batch = (jnp.eye(2), jnp.array([3.0, 4.0]))
+    found = []
+    for bound in (0.25, jnp.inf):
+        options = constants.CHANGES["equations"]["fixed, momentum=0.9"]
+        tx = constants.optimizer(objective, {**options, "bound": bound})
+        params = jnp.zeros(2)
+        grads = objective.value_and_grad(params, batch)[1]
+        updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
+        found.append(updates)
+    # A tenth of the step to the targets, which is as good as undamped.
+    np.testing.assert_allclose(found[1], [0.3, 0.4], rtol=1e-5)
+    np.testing.assert_allclose(found[0], [0.15, 0.2], rtol=1e-5)
 
 
 def test_curve_fits_are_compared_by_their_digits(tmp_path, monkeypatch, capsys):
