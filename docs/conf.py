@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hfjax
 
-sys.path.insert(0, str(Path(__file__).parent))  # For the extension `docstrings`.
+sys.path.insert(0, str(Path(__file__).parent))  # For our extensions.
 
 project = "hfjax"
 author = project_copyright = "The hfjax authors"
@@ -17,9 +17,9 @@ version = release = hfjax.__version__
 
 extensions = [
     "docstrings",
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 root_doc = "docs/index"
@@ -46,5 +46,6 @@ python_use_unqualified_type_names = True
 smartquotes_action = "D"  # Dashes. "clip" is what to write.
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"hfjax {release}"
 html_copy_source = False
