@@ -8,6 +8,7 @@ from benchmarks.cli import Parser, RefusedError
 from benchmarks.micro import (
     constants,
     costs,
+    figures,
     least_squares,
     precision,
     preconditioners,
@@ -24,6 +25,7 @@ _COMMANDS = {
     "constants": constants,
     "least_squares": least_squares,
     "rows": rows,
+    "figures": figures,
 }
 
 
