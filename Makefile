@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help test test-all demo notebooks docs lint types format clean
+.PHONY: help test test-all demo demo-pde notebooks docs lint types format clean
 
 help:
 	@echo "make test   run the quick tests and doctests: five minutes on two cores"
 	@echo "make test-all   run all tests: half an hour"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
+	@echo "make demo-pde   solve Poisson's equation to ten digits: a minute"
 	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
 	@echo "make docs   build the documentation site in docs/_build/html, offline"
 	@echo "make lint   ruff; make types: pyright; make format: ruff format"
@@ -29,6 +30,10 @@ test-all: $(BIN)/installed
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks compare --suite images --problem curves1000 \
 	  --optimizers hfjax,adam,lbfgs --seconds 34 --out runs/demo
+
+demo-pde: $(BIN)/installed
+	$(BIN)/python -m benchmarks compare --suite equations --problem poisson2d \
+	  --optimizers hfjax --seconds 20 --out runs/demo-pde
 
 notebooks: $(BIN)/installed
 	$(BIN)/python notebooks/build.py
