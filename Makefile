@@ -9,7 +9,7 @@ help:
 	@echo "make test   run the quick tests and doctests: five minutes on two cores"
 	@echo "make test-all   run all tests: half an hour"
 	@echo "make demo   train a deep autoencoder beside Adam and L-BFGS: four minutes"
-	@echo "make demo-pde   solve Poisson's equation to ten digits: a minute"
+	@echo "make demo-pde   solve Poisson's equation to ten digits beside them: a minute"
 	@echo "make notebooks   execute the scripts in notebooks/ into notebooks"
 	@echo "make docs   build the documentation site in docs/_build/html, offline"
 	@echo "make lint   ruff; make types: pyright; make format: ruff format"
@@ -29,11 +29,11 @@ test-all: $(BIN)/installed
 
 demo: $(BIN)/installed
 	$(BIN)/python -m benchmarks compare --suite images --problem curves1000 \
-	  --optimizers hfjax,adam,lbfgs --seconds 34 --out runs/demo
+	  --optimizers hfjax,adam,lbfgs --seconds 34 --out runs/demo --show
 
 demo-pde: $(BIN)/installed
 	$(BIN)/python -m benchmarks compare --suite equations --problem poisson2d \
-	  --optimizers hfjax --seconds 20 --out runs/demo-pde
+	  --optimizers hfjax,adam,lbfgs --seconds 8 --out runs/demo-pde --show
 
 notebooks: $(BIN)/installed
 	$(BIN)/python notebooks/build.py

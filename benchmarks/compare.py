@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data-dir", default="data", help="of mnist.npz; default: data")
     add("--download", action="store_true", help="fetch mnist.npz if it is missing")
+    add("--show", action="store_true", help="open the picture at the end")
     add("--list", action="store_true", help="say what there is, and what is skipped")
 
 
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         status = _INTERRUPTED
         console.print("Interrupted: the same command goes on from here.")
-    report.end()
+    report.end(show=args.show)
     return status
 
 

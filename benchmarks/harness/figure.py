@@ -1,7 +1,7 @@
-"""The picture of a comparison: how far each optimizer has come, and when."""
+"""Pictures of a comparison: how far each optimizer has come, and when."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -16,6 +16,8 @@ _COLUMNS = {
     "seconds": "training time in seconds, without compiling and measuring",
     "updates": "updates",
 }
+_NAMES = {"adam": "Adam", "lbfgs": "L-BFGS", "kfac": "K-FAC", "muon": "Muon"}
+"""Of optimizers, for people who do not know the command."""
 
 
 def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
@@ -39,8 +41,50 @@ def draw(summary: Summary, found: Sequence[Line], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(summary.value)
     panels[0].legend(frameon=False, fontsize="small")
-    _name_milestones(panels[1], summary)
+    _name_levels(panels[1], summary.milestones)
     figure.suptitle(summary.title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_from_start(
+    summary: Summary, found: Sequence[Line], clock: str, path: Path
+) -> None:
+    """Draw the value against all seconds, for people who see nothing but this picture.
+
+    Seconds count from the start of Python: imports, data and compiling included.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, line in enumerate(found):
+        for number, one in enumerate(line.runs):
+            rows = [row for row in one.run.rows if row.value > 0]
+            axes.plot(
+                [one.run.before_training + row.seconds for row in rows],
+                [row.value for row in rows],
+                color=colormaps["tab10"](index % 10),
+                lw=2.2 if index == 0 else 1.4,
+                label=None if number else _NAMES.get(line.optimizer, line.optimizer),
+            )
+    # Levels that are only numbers are on the axis already.
+    named = {
+        f"published: {name}": level
+        for name, level in summary.milestones.items()
+        if not name.replace(".", "", 1).isdecimal()
+    }
+    for level in named.values():
+        axes.axhline(level, color="0.6", lw=0.8, ls=":", zorder=0)
+    _name_levels(axes, named, start=0.01, shift=0.3, ha="left")
+    words = {"wall": "seconds", "processor": "processor seconds"}[clock]
+    axes.set(
+        xlabel=f"{words} from the start of Python, compiling included",
+        ylabel=summary.value,
+        yscale="log",
+    )
+    axes.set_xlim(left=0)
+    axes.set_title(summary.title, fontsize="medium", wrap=True)
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -59,15 +103,21 @@ def _panel(axes: Axes, found: Sequence[Line], by: str, least: float) -> None:
             )
 
 
-def _name_milestones(axes: Axes, summary: Summary) -> None:
-    """Write each milestone's name at the right, neighbours beside one another."""
-    falling = sorted(summary.milestones.items(), key=lambda item: item[1])
+def _name_levels(
+    axes: Axes,
+    levels: Mapping[str, float],
+    start: float = 1.0,
+    shift: float = -0.1,
+    ha: str = "right",
+) -> None:
+    """Write each level's name above it, neighbours beside one another."""
+    falling = sorted(levels.items(), key=lambda item: item[1])
     for index, (name, level) in enumerate(falling):
         axes.annotate(
             name,
-            xy=(1 - 0.1 * (index % 3), level),
+            xy=(start + shift * (index % 3), level),
             xycoords=axes.get_yaxis_transform(),
-            ha="right",
+            ha=ha,
             va="bottom",
             fontsize="x-small",
             color="0.5",

@@ -1,5 +1,6 @@
 """What a comparison says and leaves: tables, pictures, and one file with everything."""
 
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ class Report:
             markup=False,
         )
 
-    def end(self) -> None:
-        """Print the tables, and write everything down."""
+    def end(self, *, show: bool = False) -> None:
+        """Print the tables, write everything down, and show the first picture."""
         width = self.console.width if self.console.is_terminal else _WIDE
         wide = Console(width=width, file=self.console.file, highlight=False)
         for name, summary in self._problems.items():
@@ -69,8 +70,14 @@ class Report:
                 laid_out = table.cells(lines, summary), table.caption(lines, summary)
                 wide.print(summary.title, markup=False)
                 wide.print(table.rich_table(*laid_out))
-        names = ", ".join(path.name for path in self.save())
+        files = self.save()
+        names = ", ".join(path.name for path in files)
         self.console.print(f"Written to {self._folder}: {names}")
+        pictures = [path for path in files if path.name.endswith("-from-start.png")]
+        if show and pictures:
+            where = pictures[0].resolve()
+            self.console.print(f"The picture: {where}", markup=False)
+            webbrowser.open(where.as_uri())
 
     def save(self) -> list[Path]:
         """Write everything down: numbers, tables and pictures."""
@@ -98,13 +105,15 @@ class Report:
 
     def _draw(self, name: str, summary: Summary, lines: Sequence[Line]) -> list[Path]:
         """Draw the comparison, and what the updates of our first optimizer did."""
-        pictures = [self._folder / f"{name}.png"]
+        pictures = [self._folder / f"{name}{end}.png" for end in ("", "-from-start")]
         figure.draw(summary, lines, pictures[0])
+        clock = self._settings["clock"]
+        figure.draw_from_start(summary, lines, clock, pictures[1])
         ours = [line.runs[0] for line in lines if line.runs[0].run.scalars]
         if ours:
             pictures.append(self._folder / f"{name}-{ours[0].plan.optimizer}.png")
             updates = hfjax.diagnostics.plot(ours[0].run.scalars)
-            updates.savefig(pictures[1], dpi=150)
+            updates.savefig(pictures[-1], dpi=150)
         return pictures
 
     def _ended(self, problem: str) -> list[RunFile]:

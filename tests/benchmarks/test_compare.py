@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import time
+import webbrowser
 from types import SimpleNamespace
 
 import jax
@@ -215,8 +216,13 @@ def test_a_run_that_diverges_ends(still, tmp_path):
     assert all(one.finished for one in ends)
 
 
-def test_a_comparison_leaves_numbers_tables_and_pictures(tmp_path, capsys):
-    assert compare(tmp_path, "--seeds", "0,1", optimizers="adam,lbfgs") == 0
+def test_a_comparison_leaves_numbers_tables_and_pictures(tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(webbrowser, "open", shown.append)
+    words = ("--seeds", "0,1", "--show")
+    assert compare(tmp_path, *words, optimizers="adam,lbfgs") == 0
+    picture = tmp_path / "tiny-from-start.png"
+    assert shown == [picture.resolve().as_uri()]
     document = json.loads((tmp_path / "compare.json").read_text())
     (problem,) = document["problems"]
     assert problem["name"] == "tiny"
@@ -247,7 +253,9 @@ def test_a_comparison_leaves_numbers_tables_and_pictures(tmp_path, capsys):
                 whole = line["from_python"][name][0]
                 assert whole == pytest.approx(seconds + before)
     assert (tmp_path / "tiny.png").stat().st_size > 5000
+    assert picture.stat().st_size > 5000
     printed, written = capsys.readouterr().out, (tmp_path / "compare.md").read_text()
+    assert f"The picture: {picture.resolve()}" in printed
     assert "tiny 1 adam 0.0001" in printed
     for text in (printed, written):
         assert "lbfgs" in text
@@ -266,9 +274,12 @@ def test_a_run_without_any_positive_value_has_a_picture(tmp_path, rows):
     summary = SimpleNamespace(
         milestones={"a": 0.1, "b": 0.01}, value="wrong", title="tiny"
     )
-    path = tmp_path / "tiny.png"
-    figure.draw(summary, [SimpleNamespace(name="adam", runs=[run])], path)
-    assert path.stat().st_size > 5000
+    run.run.before_training = 3.0
+    lines = [SimpleNamespace(name="adam", optimizer="adam", runs=[run])]
+    figure.draw(summary, lines, tmp_path / "tiny.png")
+    figure.draw_from_start(summary, lines, "wall", tmp_path / "start.png")
+    for path in tmp_path.glob("*.png"):
+        assert path.stat().st_size > 5000
 
 
 def test_what_is_finished_is_not_run_again_and_other_settings_are_refused(
