@@ -158,6 +158,13 @@ def test_what_the_package_exports_is_a_public_module_or_a_name_of_one():
     assert set(SITE["public_names"](init)) <= known
 
 
+def test_every_public_module_is_in_the_table_of_the_reference():
+    table = re.findall(r"^\| \[.*", (DOCS / "api/index.md").read_text(), re.MULTILINE)
+    named = re.findall(r"\[`(\w+)`\]\(\1\.md\)", "\n".join(table))
+    assert len(named) == len(set(named))
+    assert {public_module(path) for path in MODULES} <= set(named)
+
+
 def test_a_public_package_exports_what_its_modules_offer():
     packages = {path.parent for path in MODULES if public_module(path) != path.stem}
     assert {path.name for path in packages} == {
