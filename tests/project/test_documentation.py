@@ -419,3 +419,14 @@ def test_code_has_a_comment_for_every_twenty_five_lines():
             bool(each & {tokenize.NAME, tokenize.OP}) for each in kinds.values()
         )
     assert comments >= 0.04 * code
+
+
+LISTS = {"index", "report_map", "defaults", "faults", "glossary", "stability"}
+"""Pages that only list things, and have no example."""
+
+
+def test_every_page_has_an_example():
+    pages = [path for path in DOCS.glob("*.md") if path.stem not in LISTS]
+    assert len(pages) > 12
+    for page in pages:
+        assert re.search(r"^ *```(python|console)\n", page.read_text(), re.M), page.name
