@@ -20,7 +20,7 @@ BOXES = {
         4.6, 2.7, 8.2, "solver:  A δ = −∇f,  A = B + λD + μS",
         "by conjugate gradients, or exactly; for this λ and for others", "white",
     ),
-    "choice": (1.65, 1.4, 2.5, "choice of δ and λ", "by f on the batch", "white"),
+    "choice": (1.65, 1.4, 2.5, "choice of δ and λ", "by values of f", "white"),
     "search": (4.6, 1.4, 2.2, "line search", "along αδ + α²c", "white"),
     "judge": (7.35, 1.4, 2.5, "judge", "ρ; accept or reject", "white"),
     "step": (3.2, 0.2, 4.2, "θ + αδ + α²c,  or θ if rejected", "the update", ORANGE),

@@ -357,3 +357,15 @@ def test_the_example_of_scaling_counts_what_a_compiled_update_holds(capsys):
     # On one device nothing is sent. Thirty iterates and more are kept.
     assert capsys.readouterr().out.endswith(" vectors, 0 all-reduces\n")
     assert names["held"] > 5
+
+
+def test_the_example_of_devices_takes_the_step_of_one_device():
+    names = run(blocks("devices.md"))
+    assert names["count"] == 4
+    assert len(names["batch"][0].sharding.device_set) == 4
+    batch = tuple(np.asarray(leaf) for leaf in names["batch"])
+    objective, start = names["objective"], jnp.ones((3, 1))
+    grads = objective.value_and_grad(start, batch)[1]
+    tx = names["tx"]
+    step = tx.update(grads, tx.init(start), start, batch=batch)[0]
+    assert_close(names["params"], start + step, rtol=1e-9)
