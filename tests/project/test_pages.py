@@ -240,6 +240,7 @@ def test_the_tutorial_of_flax_trains_a_model_by_fit_and_by_a_loop(capsys, monkey
     assert last == "Nothing is wrong with this set-up."
 
 
+@pytest.mark.slow
 def test_the_tutorial_of_parts_multiplies_solves_and_stops():
     names = run(sections("start.md")["A part on its own"])
     product, run_of_cg = names["product"], names["run"]
@@ -257,6 +258,7 @@ def test_the_tutorial_of_parts_multiplies_solves_and_stops():
     assert names["state"].info.accepted
 
 
+@pytest.mark.slow
 def test_components_of_the_page_pass_the_tests_of_the_page():
     names = run(blocks("adding.md"))
     tests = [value for name, value in names.items() if name.startswith("test_")]
@@ -273,6 +275,7 @@ def test_a_component_of_the_page_is_as_short_as_is_said():
     assert lines["A loss"] < 15
 
 
+@pytest.mark.slow
 def test_the_examples_of_symptoms_run(capsys):
     names = run(blocks("symptoms.md"))
     fault, *lines = capsys.readouterr().out.splitlines()
@@ -313,11 +316,13 @@ def test_faults_are_seen_where_the_page_of_symptoms_looks():
     assert run_with(lambda g: jnp.nan * g)["rejection"] == "nonfinite gradient"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["choosing.md", "damping.md", "solvers.md"])
 def test_the_examples_of_pages_of_advice_run(page):
     assert run(blocks(page))
 
 
+@pytest.mark.slow
 def test_terms_and_parameters_are_minimised_as_the_page_says():
     names = run(blocks("terms.md"))
     f, params, objective = (names[name] for name in ("f", "params", "objective"))
@@ -359,6 +364,7 @@ def test_the_example_of_scaling_counts_what_a_compiled_update_holds(capsys):
     assert names["held"] > 5
 
 
+@pytest.mark.slow
 def test_the_example_of_devices_takes_the_step_of_one_device():
     names = run(blocks("devices.md"))
     assert names["count"] == 4
