@@ -11,9 +11,9 @@ mpl.rcParams["svg.hashsalt"] = "update"  # The same file every time.
 
 # Centre and width, two lines of text, and a colour.
 BOXES = {
-    "data": (1.25, 5.3, 2.1, "parameters θ, batch", "from you", BLUE),
+    "data": (1.3, 5.3, 2.3, "parameters θ, batch", "from you", BLUE),
     "objective": (5.0, 5.3, 3.6, "objective f(θ)", "model, loss, weight decay", BLUE),
-    "gradient": (1.25, 4.0, 2.1, "gradient ∇f", "computed by you", BLUE),
+    "gradient": (1.3, 4.0, 2.3, "gradient ∇f", "computed by you", BLUE),
     "preconditioner": (4.0, 4.0, 2.4, "preconditioner", "r ↦ P⁻¹ r", "white"),
     "product": (7.2, 4.0, 3.0, "model, linearised once", "v ↦ (B + λD + μS) v", "white"),
     "solver": (
