@@ -280,7 +280,7 @@ def with_precision(
     The gradient, f, the preconditioner and the vectors of conjugate gradients are
     computed as before. This is for devices that multiply several times as fast in lower
     precision. Conjugate gradients then need more iterations for the same decrease of
-    the model M: twice as many in bfloat16 where it was measured (`docs/choosing.md`).
+    the model M (`docs/solvers.md`).
 
     Args:
       precision: `"bfloat16"` (on any device) or `"float32"` (for float64 parameters)
