@@ -108,6 +108,43 @@ def plot_progress(history: Sequence[Scalars], *, floor: float = 0.0) -> Figure:
     return figure
 
 
+def plot_live(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw f, λ and the step against the update, as far as the rows have them.
+
+    Args:
+      rows: numbers of at least one update, with `update`.
+
+    Returns:
+      A matplotlib figure, which is not shown.
+    """
+    labels = {"value": "objective f", "damping": "damping λ", "step": "step"}
+    shown = [name for name in labels if any(name in row for row in rows)]
+    figure, grid = _new(
+        (6.5, 0.8 + 1.7 * len(shown)), len(shown), 1, sharex=True, squeeze=False
+    )
+
+    def draw(axis: Any, name: str, color: str, label: str) -> None:
+        some = [(row["update"], row[name]) for row in rows if name in row]
+        if not some:
+            return
+        places, heights = zip(*some, strict=True)
+        axis.plot(places, heights, ".-", color=color, ms=3, lw=1, label=label)
+        # A step of 0 is one that was rejected: a gap in the line.
+        if all(height >= 0 for height in heights) and any(heights):
+            axis.set_yscale("log", nonpositive="mask")
+
+    for axis, name in zip(grid[:, 0], shown, strict=True):
+        draw(axis, name, "black", "training")
+        axis.set_ylabel(labels[name])
+        axis.grid(alpha=0.25)
+        if name == "value" and any("validation" in row for row in rows):
+            draw(axis, "validation", "tab:orange", "validation")
+            axis.legend(frameon=False)
+    grid[-1, 0].set_xlabel("update")
+    grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
 def plot_cg_run(run: Any) -> Figure:
     """Draw the changes of f and of the model M along one run of conjugate gradients.
 

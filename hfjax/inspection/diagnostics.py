@@ -13,6 +13,7 @@
 |---|---|
 | `plot` | f, λ, ρ, CG iterations and α against the update |
 | `plot_progress` | f, and an error that you recorded, against time and CG iterations |
+| `live_plot` | f, λ and the step while `hfjax.fit` runs, in a notebook or a file |
 | `plot_cg_run` | f and M along one run of conjugate gradients, from `cg_run` |
 | `plot_spectrum` | Ritz values of a run, or any eigenvalues |
 
@@ -42,6 +43,8 @@ from hfjax.inspection._figures import plot as plot
 from hfjax.inspection._figures import plot_cg_run as plot_cg_run
 from hfjax.inspection._figures import plot_progress as plot_progress
 from hfjax.inspection._figures import plot_spectrum as plot_spectrum
+from hfjax.inspection.live import live_plot as live_plot
+from hfjax.inspection.live import numbers as numbers
 from hfjax.solvers.cg import Reason
 from hfjax.update.state import HessianFreeInfo, Rejection
 

@@ -274,7 +274,6 @@ def _updated(
         lambda: here.polished(step, after, before + noise),
         lambda: (step, after),
     )
-
     hidden = (-info.predicted_change <= noise) & (before - info.value_after <= noise)
     falls = here.cosine < _FALLS * run.lowest
     lowest = jnp.where(falls, here.cosine, run.lowest)
@@ -290,7 +289,8 @@ def _updated(
         (rejected >= jnp.where(hidden > 0, _SHRUNK, _REJECTED), Reason.STUCK),
         ((quiet >= _QUIET) & settled | (hidden >= _HIDDEN), Reason.ROUNDING),
     )
-    row = History(before, here.cosine, state.damping, trees.norm(step))
+    nan = jnp.full_like(before, jnp.nan)
+    row = History(before, here.cosine, state.damping, trees.norm(step), nan)
     history = jax.tree.map(
         lambda kept, x: kept.at[run.count].set(x.astype(kept.dtype)), run.history, row
     )

@@ -1,23 +1,21 @@
 """What all runs share: their results, their history, reasons of ending, and progress."""
 
+import contextlib
 import dataclasses
 import enum
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from hfjax._core.arguments import check_function
 from hfjax._core.types import Params, Tree
-
-LOGGER = logging.getLogger("hfjax")
-"""Where lines of progress go."""
-_EVERY = 1.0
-"""Seconds from one line of progress to the next."""
+from hfjax.inspection.live import numbers
+from hfjax.training._progress import Progress, display
 
 
 class _Sentences(enum.IntEnum):
@@ -62,6 +60,8 @@ class Reason(_Sentences):
     """The residuals, f or a derivative are NaN or infinite at these parameters."""
     CALLBACK = 9, "The callback ended the run."
     """The callback returned True."""
+    VALIDATION = 10, "f of the validation batch has stopped falling."
+    """f of the validation batch reached its lowest value `patience` updates ago."""
 
 
 class History(NamedTuple):
@@ -75,14 +75,17 @@ class History(NamedTuple):
         norm; for `hfjax.least_squares` the largest cosine of the angle between the
         residuals and their derivative by a parameter, which no unit of a parameter or of
         the residuals changes.
-      damping: λ for the next update, or the radius of a trust region; NaN if the optimizer has none.
+      damping: λ for the next update, or the radius of a trust region; NaN if the
+        optimizer has none.
       step: norm of the change of the parameters, 0 if the step was rejected.
+      validation: f of the validation batch after the update; NaN if there is none.
     """
 
     value: jax.Array
     gradient: jax.Array
     damping: jax.Array
     step: jax.Array
+    validation: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -111,53 +114,62 @@ class Fit:
 
 
 class Watch:
-    """Tells a function of each update, and writes lines of progress."""
+    """Shows a run while it goes on, and tells the callback of each update."""
 
     def __init__(
-        self,
-        progress: bool | Callable[[str], Any],
-        callback: Callable[[dict], Any] | None,
+        self, progress: Progress, callback: Callable[[dict[str, Any]], Any] | None
     ) -> None:
         if callback is not None:
             check_function("callback", callback, "row -> None")
-        if not isinstance(progress, bool):
-            check_function("progress", progress, "line -> None")
-        heard = LOGGER.isEnabledFor(logging.INFO)
-        self.show = progress if callable(progress) else LOGGER.info
-        self.shows = callable(progress) or (progress and heard)
-        self.call = callback
-        self.start = self.last = time.perf_counter()
+        self.display, self.call, self.words = display(progress), callback, ""
+        self.start, self.before = time.perf_counter(), 0.0
 
     @property
     def is_needed(self) -> bool:
         """Whether anybody wants to know of single updates."""
-        return self.shows or self.call is not None
+        return self.display is not None or self.call is not None
 
-    def tell(self, update: int, row: History, params: Params) -> bool:
+    @contextlib.contextmanager
+    def over(
+        self, total: int | None, done: int = 0, seconds: float = 0.0
+    ) -> Iterator[None]:
+        """Show a run of at most `total` updates, of which so many are done already."""
+        self.before = seconds
+        if self.display is not None:
+            self.display.start(total, done)
+        try:
+            yield
+        finally:  # After an error, too: a bar hides the cursor of a terminal.
+            if self.display is not None:
+                self.display.end(self.words)
+            close = getattr(self.call, "close", None)
+            if close is not None:
+                close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, with those before it went on."""
+        return self.before + time.perf_counter() - self.start
+
+    def tell(
+        self, update: int, row: History, params: Params, report: Mapping[str, Any]
+    ) -> bool:
         """Tell of an update, and return whether the callback ends the run."""
-        now = time.perf_counter()
-        if self.shows and now - self.last >= _EVERY:
-            self.last = now
-            self.show(_line(update, row, now - self.start))
+        seconds = self.seconds
+        columns = {name: float(x) for name, x in row._asdict().items()}
+        if self.display is not None:
+            self.display.tell(update, seconds - self.before, columns)
+        told = {**report, **columns}
+        for name, x in numbers(told).items():
+            jax.monitoring.record_scalar(f"/hfjax/{name}", x, update=update)
         if self.call is None:
             return False
-        numbers = {name: float(x) for name, x in row._asdict().items()}
-        told = {"update": update, "seconds": now - self.start, **numbers}
-        return self.call(told | {"params": params}) is True
+        told = {"update": update, "seconds": seconds, **told, "params": params}
+        return self.call(told) is True
 
-    def end(self, update: int, row: History | None, words: str) -> None:
-        """Write how the run has ended, if it took long enough for a line of progress."""
-        if self.shows and row is not None and self.last > self.start:
-            seconds = time.perf_counter() - self.start
-            self.show(f"{_line(update, row, seconds)}  {words}")
-
-
-def _line(update: int, row: History, seconds: float) -> str:
-    value, gradient, damping, step = map(float, row)
-    return (
-        f"update {update}  {seconds:.1f} s  f {value:.6g}  gradient {gradient:.2g}  "
-        f"λ {damping:.2g}  step {step:.2g}"
-    )
+    def end(self, words: str) -> None:
+        """Show why the run has ended."""
+        self.words = words
 
 
 def is_traced(*trees: Tree) -> bool:

@@ -8,28 +8,27 @@ It is the usual training loop around one compiled update, no more. Write that lo
 (README) if a run needs anything else, and use `hfjax.least_squares` to fit a curve.
 """
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from hfjax._core import options, trees
+from hfjax._core import options
 from hfjax._core.arguments import as_params, describe
 from hfjax._core.types import Batch, Params
-from hfjax._tracing import compiled
 from hfjax.objectives.plain import Objective, check_objective
+from hfjax.training._checkpoint import Checkpoints
+from hfjax.training._loop import Loop
 from hfjax.training._run import Fit as Fit
 from hfjax.training._run import History as History
 from hfjax.training._run import Reason as Reason
 from hfjax.training._run import Watch
 from hfjax.update.transform import hessian_free
-
-_WINDOW = 10
-"""f is compared with its lowest value so many updates ago."""
 
 
 def fit(
@@ -40,8 +39,11 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     updates: int = 100,
     tolerance: float | None = None,
-    progress: bool | Callable[[str], Any] = True,
-    callback: Callable[[dict], Any] | None = None,
+    validation: Batch | None = None,
+    patience: int | None = None,
+    progress: bool | str | Callable[[str], Any] = True,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     state: optax.OptState | None = None,
 ) -> Fit:
     """Minimise an objective by any optimizer, from `params`.
@@ -62,21 +64,34 @@ def fit(
       tolerance: end when f has fallen by at most `tolerance` · |f| over the last 10
         updates; 0 is not at all. `None` never ends a run. It needs a single batch, since
         f is of other data in each of several.
-      progress: log a line once a second, and one at the end of a run that took so long,
-        with the level `INFO` of the logger `hfjax`. Python shows these lines after
-        `logging.basicConfig(level=logging.INFO)`. A function is called with the lines
-        instead, such as `print`. `False` writes nothing.
+      validation: a batch on which f is computed after each update, for the history.
+      patience: end when f of `validation` was lowest so many updates ago, and return the
+        parameters and state that it was lowest for. `None` returns the last ones.
+      progress: `True` draws a bar: of rich in a terminal, of tqdm in a notebook, if they
+        are installed. If the logger `hfjax` is enabled for `INFO`, as after
+        `logging.basicConfig(level=logging.INFO)`, it logs lines instead: one each second,
+        and one at the end of a run that took so long. In a pipe it is silent.
+        "rich", "tqdm" and "lines" choose. A function is called with the lines, such as
+        `print`. `False` shows nothing.
       callback: called after each update with a dictionary: `update`, `seconds`, the
-        fields of `History`, and `params`. If it returns `True`, the run ends.
+        fields of `History`, `params`, and with a Hessian-free optimizer
+        `hfjax.diagnostics.scalars(state)`. If it returns `True`, the run ends. Its method
+        `close`, if it has one, is called at the end, also after an error.
+      checkpoint: a folder. Parameters, state and history are saved there by Orbax, at most
+        every 30 seconds and at the end. The same call goes on from them, and does the
+        same updates as a run that was not interrupted. It passes over the batches of an
+        iterable that were used before.
       state: `state` of an earlier fit, to go on from its `params` with the same optimizer.
 
     Returns:
       A `Fit`. Its `value` is f at the end on the last batch.
 
     Raises:
+      ImportError: if `checkpoint` or a bar needs a package that is not installed.
       TypeError: if an argument has the wrong type.
       ValueError: if f is not finite at the start, if there is no batch, if an option is
-        out of range, or if there is a `tolerance` with several batches.
+        out of range, if there is a `tolerance` with several batches or `patience` without
+        `validation`, or if `checkpoint` holds another problem.
 
     Example:
       >>> import hfjax, jax.numpy as jnp
@@ -94,6 +109,11 @@ def fit(
     if tolerance is not None and batches is not None:
         msg = "`tolerance` compares values of f on one batch, and `batch` has several."
         raise ValueError(msg)
+    if patience is not None:
+        options.check_count("patience", patience, low=1)
+        if validation is None:
+            msg = "`patience` needs a `validation` batch."
+            raise ValueError(msg)
     tx = _default(objective) if optimizer is None else optimizer
     if not isinstance(tx, optax.GradientTransformation):
         msg = (
@@ -103,28 +123,17 @@ def fit(
     # Of no weak type, as those that an update returns: it is compiled once.
     params = jax.tree.map(lambda x: x.astype(x.dtype), as_params(params))
     now: Any = tx.init(params) if state is None else state
-    step, rows, reason = _kept(objective, tx), [], Reason.UPDATES
-    last: Batch = ()
-    for count in range(updates):
-        own = batch if batches is None else next(batches, None)
-        if own is None:
-            break
-        last = cast("Batch", own)
-        params, now, row = step(params, now, last, jnp.asarray(count))
-        rows.append(jax.device_get(row))
-        reason = _ended(rows, tolerance)
-        if watch.tell(count + 1, rows[-1], params) and reason == Reason.RUNNING:
-            reason = Reason.CALLBACK
-        if reason != Reason.RUNNING:
-            break
-    reason = Reason.UPDATES if reason == Reason.RUNNING else reason
-    if not rows:
-        msg = "`batch` has no batches."
-        raise ValueError(msg)
-    watch.end(len(rows), rows[-1], reason.words)
-    columns = [jnp.asarray(np.array(column)) for column in zip(*rows, strict=True)]
-    value = _at(objective, now, len(rows)).value(params, last)
-    return Fit(params, now, value, History(*columns), reason)
+    run = Loop(objective, tx, params, now, validation, tolerance, patience)
+    draws = itertools.repeat(cast("Batch", batch)) if batches is None else batches
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if checkpoint is not None:
+            kept = stack.enter_context(Checkpoints(checkpoint))
+        seconds = 0.0 if kept is None else run.go_on(kept, draws)
+        stack.enter_context(watch.over(updates, len(run.rows), seconds))
+        reason = run.go(draws, updates, watch, kept)
+        watch.end(reason.words)
+    return run.result(reason)
 
 
 def _batches(batch: Any) -> Iterator[Batch] | None:
@@ -151,62 +160,6 @@ def _again(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _ended(rows: list[History], tolerance: float | None) -> Reason:
-    """Return why a run ends after these updates, or `RUNNING`."""
-    values = [row.value for row in rows]
-    if not np.isfinite(values[-1]):
-        if len(values) == 1:
-            msg = (
-                f"f is not finite at the start: {values[0]}. Start from other `params`."
-            )
-            raise ValueError(msg)
-        return Reason.NONFINITE
-    if tolerance is None or len(values) <= _WINDOW:
-        return Reason.RUNNING
-    before, now = min(values[:-_WINDOW]), min(values)
-    return Reason.VALUE if before - now <= tolerance * abs(now) else Reason.RUNNING
-
-
 @functools.lru_cache(maxsize=64)
 def _default(objective: Objective) -> optax.GradientTransformationExtraArgs:
     return hessian_free(objective)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(objective: Objective, tx: optax.GradientTransformation) -> Callable:
-    """Return the step, the same function for the same objective and optimizer."""
-    return compiled.once(functools.partial(_step, objective, tx))
-
-
-def _step(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    params: Params,
-    state: optax.OptState,
-    batch: Batch,
-    count: jax.Array,
-) -> tuple[Params, optax.OptState, History]:
-    """Do one update."""
-    now = _at(objective, state, count)
-    value, grads = now.value_and_grad(params, batch)
-    changes, state = optax.with_extra_args_support(tx).update(
-        grads, state, params, batch=batch, value=value, grad=grads, value_fn=now.value
-    )
-    damping = _fields(state, "damping")
-    damping = damping[0] if damping else jnp.full((), jnp.nan)
-    row = History(value, trees.norm(grads), damping, trees.norm(changes))
-    return optax.apply_updates(params, changes), state, row
-
-
-def _at(objective: Objective, state: optax.OptState, count: Any) -> Objective:
-    """Return f with its schedules and scales at what the optimizer keeps, if it does."""
-    known, scales = _fields(state, "count"), _fields(state, "scales")
-    return objective.at(known[0] if known else count, scales[0] if scales else None)
-
-
-def _fields(state: optax.OptState, name: str) -> list[Any]:
-    """Return the fields of a name in a state, and no parameters that are called so."""
-    found = optax.tree.get_all_with_path(state, name)
-    return [
-        x for path, x in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-    ]

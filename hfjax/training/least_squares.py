@@ -127,8 +127,8 @@ def least_squares(
     xtol: float = 0.0,
     ftol: float = 0.0,
     max_updates: int = 1000,
-    progress: bool | Callable[[str], Any] = False,
-    callback: Callable[[dict], Any] | None = None,
+    progress: bool | str | Callable[[str], Any] = False,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
     state: HessianFreeState | None = None,
 ) -> LeastSquaresFit:
     """Minimise f(θ) = ½ Σ r², where r = `residual_fn(params, *args)`.
@@ -168,10 +168,11 @@ def least_squares(
       xtol: end when a step is at most this, ‖D δ‖ ≤ `xtol` ‖D θ‖.
       ftol: end when f falls by at most `ftol` · f, and was expected to.
       max_updates: the most updates.
-      progress: as in `hfjax.fit`: `True` logs a line once a second, and a function such as
-        `print` is called with it.
+      progress: as in `hfjax.fit`: `True` draws a bar or logs lines, "rich", "tqdm" and
+        "lines" choose, and a function such as `print` is called with lines.
       callback: called after each update with a dictionary: `update`, `seconds`, the
-        fields of `History`, and `params`. If it returns `True`, the run ends.
+        fields of `History`, and `params`. If it returns `True`, the run ends. Its
+        method `close`, if it has one, is called at the end.
       state: `state` of an earlier fit, to go on from its `params`.
 
     Returns:
@@ -240,7 +241,8 @@ def least_squares(
             raise ValueError(msg)
         return result(end)
     if watch.is_needed:
-        end = _watched(end, advance, max_updates, watch)
+        with watch.over(None):
+            end = _watched(end, advance, max_updates, watch)
     if end.reason == Reason.NONFINITE and end.count == 0:
         msg = (
             "The residuals, or their derivatives, are not finite at the start: "
@@ -305,17 +307,17 @@ def _watched(
     watch: Watch,
 ) -> Run:
     """Run on from the first update, outside of `jit`, one update at a time."""
-    run, row, told, ended = start, None, 0, False
+    run, told, ended = start, 0, False
     while True:
         if run.count > told:
             told = int(run.count)
             row = jax.tree.map(lambda x, k=told - 1: x[k], run.history)
-            ended = watch.tell(told, row, run.params)
+            ended = watch.tell(told, row, run.params, {})
         if ended or run.reason != Reason.RUNNING or run.count >= max_updates:
             break
         run = advance(run, told + 1)
     reason = Reason(int(run.reason))
     if reason == Reason.RUNNING:
         reason = Reason.CALLBACK if ended else Reason.UPDATES
-    watch.end(told, row, reason.words)
+    watch.end(reason.words)
     return run._replace(reason=jnp.asarray(int(reason), jnp.int32))

@@ -11,7 +11,7 @@ import training
 from reference import assert_close
 
 import hfjax
-from hfjax.training import _run
+from hfjax.training import _progress
 from hfjax.training.fit import Reason
 
 F64 = jnp.float64
@@ -40,7 +40,8 @@ def written_out(batches, params=PARAMS, first=0):
         value, grads = OBJECTIVE.at(first + count).value_and_grad(params, batch)
         step, state = ADAM.update(grads, state)
         params = optax.apply_updates(params, step)
-        rows.append((value, optax.tree.norm(grads), np.nan, optax.tree.norm(step)))
+        norms = optax.tree.norm(grads), np.nan, optax.tree.norm(step)
+        rows.append((value, *norms, np.nan))
     return params, np.array(rows).T
 
 
@@ -77,7 +78,7 @@ def test_batches_are_taken_in_turn_for_as_long_as_there_are_any():
 
 
 def test_an_interrupted_run_goes_on_with_its_schedules(monkeypatch):
-    monkeypatch.setattr(_run, "_EVERY", 0.0)
+    monkeypatch.setattr(_progress, "_EVERY", 0.0)
     lines, rows = [], []
 
     def callback(row):
@@ -125,7 +126,7 @@ def test_progress_goes_to_the_log_and_a_short_run_says_nothing(monkeypatch, capl
     caplog.set_level(logging.INFO, logger="hfjax")
     fit(progress=True)
     assert not caplog.records
-    monkeypatch.setattr(_run, "_EVERY", 0.0)
+    monkeypatch.setattr(_progress, "_EVERY", 0.0)
     fit(progress=False)
     assert not caplog.records
     fit(progress=True)
