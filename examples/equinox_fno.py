@@ -1,8 +1,9 @@
 """Train a Fourier neural operator of Equinox by Hessian-free.
 
-    python examples/equinox_fno.py
+    python examples/equinox_fno.py --checkpoint runs/fno --plot runs/fno.png
 
-Replace `FNO` and `burgers` by your own: what Burgers' equation makes of a function.
+The operator learns how Burgers' equation changes a function in time. Replace `FNO` and
+`burgers` by your own. If the run is killed, the same command goes on from its checkpoint.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import argparse
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 
 import hfjax
 
@@ -55,26 +55,25 @@ def burgers(seed, cases, nu=0.05):
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--updates", type=int, default=30)
+parser.add_argument("--checkpoint", help="folder, from which the same command goes on")
+parser.add_argument("--plot", help="PNG file, drawn while the run goes on")
 args = parser.parse_args()
-batch, (u, t) = burgers(0, 100), burgers(1, 100)
+batch, new = burgers(0, 100), burgers(1, 100)
 params, rest = eqx.partition(FNO(jax.random.key(0)), eqx.is_inexact_array)
 objective = hfjax.Objective(
     lambda params, u: jax.vmap(eqx.combine(params, rest))(u),
     hfjax.losses.squared_error(),
 )
-tx = hfjax.hessian_free(objective)
-
-
-@jax.jit
-def train_step(params, state, batch):
-    _, grads = objective.value_and_grad(params, batch)
-    updates, state = tx.update(grads, state, params, batch=batch)
-    return optax.apply_updates(params, updates), state
-
-
-state = tx.init(params)
-for _ in range(args.updates):
-    params, state = train_step(params, state, batch)
-    print(hfjax.diagnostics.line(state))
-error = jnp.linalg.norm(objective.model_fn(params, u) - t) / jnp.linalg.norm(t)
+fit = hfjax.fit(  # In a terminal it draws a bar.
+    objective,
+    params,
+    batch,
+    updates=args.updates,
+    validation=new,
+    checkpoint=args.checkpoint,
+    callback=hfjax.diagnostics.live_plot(args.plot),
+)
+values, (u, t) = fit.history.value, new
+print(f"f from {values[0]:.3g} to {fit.value:.3g} in {len(values)} updates")
+error = jnp.linalg.norm(objective.model_fn(fit.params, u) - t) / jnp.linalg.norm(t)
 print(f"new functions: relative error {error:.1%}")

@@ -124,7 +124,8 @@ def plot_live(rows: Sequence[Mapping[str, float]]) -> Figure:
     )
 
     def draw(axis: Any, name: str, color: str, label: str) -> None:
-        some = [(row["update"], row[name]) for row in rows if name in row]
+        before = name == "value"  # The other numbers are those after the update.
+        some = [(row["update"] - before, row[name]) for row in rows if name in row]
         if not some:
             return
         places, heights = zip(*some, strict=True)
@@ -140,7 +141,7 @@ def plot_live(rows: Sequence[Mapping[str, float]]) -> Figure:
         if name == "value" and any("validation" in row for row in rows):
             draw(axis, "validation", "tab:orange", "validation")
             axis.legend(frameon=False)
-    grid[-1, 0].set_xlabel("update")
+    grid[-1, 0].set_xlabel("updates")
     grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     return figure
 

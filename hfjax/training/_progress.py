@@ -81,11 +81,13 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _words(row: Mapping[str, float]) -> str:
-    labels = {"validation": "validation", "damping": "λ", "step": "step"}
-    parts = [f"{label} {row[name]:.2g}" for name, label in labels.items()]
-    parts = [part for part in parts if not part.endswith("nan")]  # Not in this run.
-    return "  ".join([f"f {row['value']:.6g}", *parts])
+def _words(row: Mapping[str, float], *names: str) -> str:
+    """Write f and what else the run has; what is NaN it has not."""
+    parts = [f"f {row['value']:.6g}"]
+    for name in names:
+        label = "λ" if name == "damping" else name
+        parts += [f"{label} {row[name]:.3g}"] * (row[name] == row[name])
+    return "  ".join(parts)
 
 
 class Lines:
@@ -100,10 +102,8 @@ class Lines:
 
     def tell(self, update: int, seconds: float, row: Mapping[str, float]) -> None:
         """Make a line, and show it if it is time."""
-        self.line = (
-            f"update {update}  {seconds:.1f} s  f {row['value']:.6g}  gradient "
-            f"{row['gradient']:.2g}  λ {row['damping']:.2g}  step {row['step']:.2g}"
-        )
+        words = _words(row, "validation", "gradient", "damping", "step")
+        self.line = f"update {update}  {seconds:.1f} s  {words}"
         if seconds - self.last >= _EVERY:
             self.last = seconds
             self.show(self.line)
@@ -135,7 +135,7 @@ class Rich:
     def tell(self, update: int, seconds: float, row: Mapping[str, float]) -> None:
         """Move the bar; rich decides when to draw it."""
         del seconds
-        self.words = _words(row)
+        self.words = _words(row, "validation", "damping")
         self.bar.update(self.task, completed=update, description=self.words)
 
     def end(self, words: str) -> None:
@@ -161,7 +161,7 @@ class Tqdm:
         """Move the bar; tqdm decides when to draw it."""
         del seconds
         self.bar.set_description_str("", refresh=False)
-        self.words = _words(row)
+        self.words = _words(row, "validation", "damping")
         self.bar.set_postfix_str(self.words, refresh=False)
         self.bar.update(update - self.bar.n)
 

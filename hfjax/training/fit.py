@@ -4,8 +4,9 @@
     fit.params, fit.value, fit.reason.words
     more = hfjax.fit(objective, fit.params, batch, state=fit.state)
 
-It is the usual training loop around one compiled update, no more. Write that loop yourself
-(README) if a run needs anything else, and use `hfjax.least_squares` to fit a curve.
+It is the usual training loop around one compiled update, with progress, validation,
+checkpoints and callbacks. Write that loop yourself (README) if a run needs anything else,
+and use `hfjax.least_squares` to fit a curve.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def fit(
         pass `iter(batches)` for a list of them.
       optimizer: from Optax or hfjax; `None` is `hfjax.hessian_free(objective)`. Its
         `update` is given `batch`, `value`, `grad` and `value_fn`, as far as it takes them.
-      updates: the most updates.
+      updates: the most updates, with those before a checkpoint.
       tolerance: end when f has fallen by at most `tolerance` · |f| over the last 10
         updates; 0 is not at all. `None` never ends a run. It needs a single batch, since
         f is of other data in each of several.
@@ -71,12 +72,13 @@ def fit(
         are installed. If the logger `hfjax` is enabled for `INFO`, as after
         `logging.basicConfig(level=logging.INFO)`, it logs lines instead: one each second,
         and one at the end of a run that took so long. In a pipe it is silent.
-        "rich", "tqdm" and "lines" choose. A function is called with the lines, such as
-        `print`. `False` shows nothing.
+        "rich", "tqdm" and "lines" choose. A function, such as `print`, is called with the
+        lines. `False` shows nothing.
       callback: called after each update with a dictionary: `update`, `seconds`, the
         fields of `History`, `params`, and with a Hessian-free optimizer
         `hfjax.diagnostics.scalars(state)`. If it returns `True`, the run ends. Its method
-        `close`, if it has one, is called at the end, also after an error.
+        `close`, if it has one, is called at the end, even after an error. Loggers take
+        `hfjax.diagnostics.numbers(row)`; listeners of `jax.monitoring` get the same.
       checkpoint: a folder. Parameters, state and history are saved there by Orbax, at most
         every 30 seconds and at the end. The same call goes on from them, and does the
         same updates as a run that was not interrupted. It passes over the batches of an

@@ -179,6 +179,7 @@ def least_squares(
       A `LeastSquaresFit`.
 
     Raises:
+      ImportError: if `progress` needs a package that is not installed.
       TypeError: if parameters or residuals are not real floats, or an option has the
         wrong type.
       ValueError: if there are no residuals, if they are not finite at the start, or if an

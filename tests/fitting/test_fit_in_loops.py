@@ -1,9 +1,13 @@
 """What `fit` offers a training loop: bars, rows, validation, checkpoints, monitoring."""
 
 import builtins
+import contextlib
 import functools
 import io
+import pathlib
+import re
 import sys
+import types
 
 import jax
 import jax.monitoring
@@ -285,6 +289,55 @@ def test_a_checkpoint_keeps_arrays_on_their_devices(tmp_path):
     found = fit(batch, params=params, checkpoint=tmp_path)
     same_bits(found, whole)
     assert found.params["w"].sharding == whole.params["w"].sharding
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run_and_loggers_get_numbers(
+    tmp_path, monkeypatch, capsys
+):
+    logged = {"board": [], "wandb": [], "mlflow": []}
+
+    def keep(name):
+        return lambda numbers, step: logged[name].append((step, numbers))
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder
+
+        def add_scalar(self, name, number, update):
+            logged["board"].append((update, {name: number}))
+
+    run = types.SimpleNamespace(log=keep("wandb"))
+    begun = contextlib.nullcontext(run)
+    fakes = {
+        "tensorboardX": {"SummaryWriter": Writer},
+        "wandb": {"init": lambda project: begun},
+        "mlflow": {"start_run": lambda: begun, "log_metrics": keep("mlflow")},
+    }
+    for name, parts in fakes.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**parts))
+    monkeypatch.chdir(tmp_path)
+    page = pathlib.Path(__file__).parents[2] / "docs" / "api" / "fit.md"
+    names = {}
+    try:
+        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+            for block in re.findall(
+                r"```python\n(.*?)```", page.read_text(), re.DOTALL
+            ):
+                exec(block, names)
+    finally:
+        if "listener" in names:
+            jax.monitoring.unregister_scalar_listener(names["listener"])
+    assert (tmp_path / "runs" / "first.png").exists()
+    assert len(list((tmp_path / "runs" / "first").iterdir())) == 1
+    assert "f is " in capsys.readouterr().out
+    assert len(names["values"]) == 5
+    assert names["values"][-1] < names["values"][0]
+    for told in logged.values():
+        assert {step for step, _ in told} == {1, 2, 3, 4, 5}
+        named = dict(x for _, numbers in told for x in numbers.items())
+        assert {type(x) for x in named.values()} == {float}
+        assert {"value", "damping", "reduction_ratio", "cg_iterations"} <= set(named)
 
 
 def test_what_does_not_fit_together_is_refused():

@@ -14,7 +14,7 @@ SCRIPTS = {
     "nnx_finetune.py --seconds 0.1": r"hfjax: f from (\S+) to (\S+) in",
     "nnx_finetune.py --adapters --seconds 0.1": r"hfjax: f from (\S+) to (\S+) in",
     "linen_batchnorm_cnn.py --updates 3": LINES,
-    "equinox_fno.py --updates 3": LINES,
+    "equinox_fno.py --updates 3": r"^f from (\S+) to (\S+) in 3 updates",
 }
 
 
