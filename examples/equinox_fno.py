@@ -1,4 +1,4 @@
-"""Train a Fourier neural operator of Equinox by Hessian-free.
+"""Train a Fourier neural operator of Equinox with the Hessian-free optimizer.
 
     python examples/equinox_fno.py --checkpoint runs/fno --plot runs/fno.png
 

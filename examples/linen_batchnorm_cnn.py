@@ -1,10 +1,10 @@
-"""Train a convolutional network with batch normalisation by Hessian-free.
+"""Train a Linen network that has batch normalisation with the Hessian-free optimizer.
 
     python examples/linen_batchnorm_cnn.py
 
-Replace `CNN` and `stripes` by your own. In training the layer normalises by the statistics
-of the batch, so the loss is one of the whole batch. Its running statistics are carried from
-update to update, for new images (docs/changing.md).
+Replace `CNN` and `stripes` by your own. In training, the layer normalises by the statistics
+of the batch, so the loss is a function of the whole batch. The loop also keeps running
+statistics, which are used for new images (docs/changing.md).
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Fine-tune a transformer of Flax nnx by Hessian-free, beside Adam.
+"""Fine-tune a transformer of Flax nnx with the Hessian-free optimizer, and with Adam.
 
     python examples/nnx_finetune.py
 
-Replace `Transformer` and `digits` by your own. The transformer learns to sort digits, by
-Adam, and is then trained to sort them downwards: all weights, or (`--adapters`) LoRA's.
+Replace `Transformer` and `digits` by your own. Adam trains the transformer to sort digits.
+Then both train it to sort them downwards: all weights, or (`--adapters`) only LoRA's.
 """
 
 import argparse

@@ -152,11 +152,12 @@ def _arrays(tree: Tree) -> dict[str, str]:
     }
 
 
-def _wanted(leaf: jax.Array) -> Any:
+def _wanted(leaf: Any) -> Any:
     """Return what Orbax is to restore: an array in the same place.
 
     One that JAX may move to other devices must stay so: it is read into NumPy's memory.
     """
-    if not leaf.committed and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if not is_key and not getattr(leaf, "committed", False):
         return np.zeros(leaf.shape, leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -276,6 +276,27 @@ def test_without_orbax_a_checkpoint_says_what_to_install(tmp_path, monkeypatch):
         fit(checkpoint=tmp_path)
 
 
+def test_every_kind_of_leaf_comes_back(tmp_path):
+    tree = (
+        {"half": jnp.full(3, 0.1, jnp.bfloat16), "none": None, "numpy": np.arange(3)},
+        (jax.random.key(3), jnp.bool_(True), jnp.int32(7), optax.EmptyState()),
+        None,
+    )
+    columns = {"value": [np.float32(0.1), np.float32(np.nan)]}
+    with _checkpoint.Checkpoints(tmp_path) as kept:
+        assert kept.restore(tree) is None
+        kept.save(2, _checkpoint.Saved(tree, columns, 0.5))
+    with _checkpoint.Checkpoints(tmp_path) as kept:
+        found = kept.restore(tree)
+    assert jax.tree.structure(found.tree) == jax.tree.structure(tree)
+    for one, other in zip(*map(jax.tree.leaves, (found.tree, tree)), strict=True):
+        assert one.dtype == other.dtype
+        assert (one == other).all()
+    np.testing.assert_array_equal(found.columns["value"], columns["value"])
+    assert found.columns["value"][0].dtype == np.float32
+    assert found.seconds == 0.5
+
+
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_a_checkpoint_keeps_arrays_on_their_devices(tmp_path):
     mesh = jax.make_mesh(
