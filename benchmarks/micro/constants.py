@@ -171,8 +171,8 @@ def optimizer(objective: Any, options: Any) -> optax.GradientTransformationExtra
     tx = hfjax.hessian_free(objective, **kept)
     clip = optax.clip_by_global_norm(options.get("bound", jnp.inf))
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, state = tx.update(grads, state, params, **extra)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = tx.update(updates, state, params, **extra)
         return clip.update(updates, clip.init(params))[0], state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
