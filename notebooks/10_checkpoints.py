@@ -12,15 +12,15 @@
 # ---
 
 # %% [markdown]
-# # Never a lost run
+# # Can a killed run continue as if nothing had happened?
 #
-# A process that trains may be killed at any moment. Here it saves a checkpoint with
-# [Orbax](https://orbax.readthedocs.io) every few updates; started again, it goes on from
-# the newest, and ends with the same numbers, bit for bit.
+# You learn how to save checkpoints with [Orbax](https://orbax.readthedocs.io), and see that a
+# run that was killed and started again ends with the same numbers, bit for bit. This takes
+# half a minute.
 #
-# Everything that the next update needs is in two trees: the parameters, and the state
-# of the optimizer (λ, the warm start, the number of updates). Batches and random numbers
-# are functions of the number of updates, so their order is kept too.
+# The next update needs two trees: the parameters, and the state of the optimizer (λ, the warm
+# start, the number of updates). Batches and random numbers are functions of the number of
+# updates, so their order survives as well.
 
 # %%
 import hashlib
@@ -42,10 +42,10 @@ folder = Path(os.environ.get("CHECKPOINT_FOLDER") or tempfile.mkdtemp()).absolut
 # %% [markdown]
 # ## A problem
 #
-# A function of two variables, learned by a small network of Flax from 600 points, 200
-# of them in turn for each update. The parts are those of Martens & Sutskever (2012), which have
-# more to lose than the defaults: each run of conjugate gradients starts from the last one's
-# solution, λ is adapted by ρ, and the preconditioner draws random signs.
+# A small Flax network learns a function of two variables from 600 points. Each update uses 200
+# of them, in turn. The optimizer carries more from one update to the next than by default, so
+# there is more to lose: each run of conjugate gradients starts from the last solution, ρ adapts
+# λ, and the preconditioner draws random signs.
 
 # %%
 x = jax.random.uniform(jax.random.key(0), (600, 2))
@@ -82,10 +82,10 @@ def train_step(run):
 # %% [markdown]
 # ## The loop
 #
-# This is what to copy. Orbax writes a checkpoint beside its final place and renames it
-# when it is whole, so a kill in the middle of a write leaves the one before. It writes
-# in the background: what it is given must not change, so it gets a copy of the list.
-# The restored trees take structure, types and devices from the trees that are passed.
+# Copy this loop. Orbax writes a checkpoint under a temporary name and renames it once it is
+# complete, so a kill during a write leaves the previous checkpoint intact. It writes in the
+# background, and what it writes must not change meanwhile: so it gets a copy of the list. The
+# restored trees take their structure, types and devices from the trees that you pass.
 
 
 # %%
@@ -123,8 +123,8 @@ def train(folder, updates, killed_at=None):
 # %% [markdown]
 # ## Undisturbed, and killed
 #
-# One run goes through. Another ends after 23 updates, three after its last checkpoint,
-# and is started again.
+# The first run is not disturbed. The second is killed after 23 updates, three after its last
+# checkpoint, and then started again.
 
 # %%
 undisturbed, losses = train(folder / "undisturbed", 60)
@@ -133,14 +133,14 @@ undisturbed, losses = train(folder / "undisturbed", 60)
 try:
     train(folder / "killed", 60, killed_at=23)
 except Killed:
-    print("gone")
+    print("killed")
 
 # %%
 resumed, resumed_losses = train(folder / "killed", 60)
 
 
 # %% [markdown]
-# ## The same, bit for bit
+# ## Are the results the same?
 
 
 # %%

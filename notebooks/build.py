@@ -1,6 +1,7 @@
 """Execute the scripts beside this one into notebooks: `python notebooks/build.py`."""
 
 import argparse
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +37,8 @@ def build(name: str, folder: Path) -> None:
       name: of the script, without its suffix.
       folder: that gets the notebook.
     """
+    # Pictures go into the notebook, whatever backend the shell asks matplotlib for.
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     notebook = jupytext.read(HERE / f"{name}.py")
     client = nbclient.NotebookClient(
         notebook, kernel_name="python3", record_timing=False, coalesce_streams=True
