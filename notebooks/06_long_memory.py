@@ -15,7 +15,7 @@
 # # Can a recurrent network learn to remember?
 #
 # You learn what structural damping is, and see a network learn to remember ten bits with it and
-# fail without it. This takes about two minutes on one core.
+# fail without it. This takes a few minutes on one core.
 #
 # A small change of the weights acts at every step of a sequence, so it may change the hidden
 # states a lot. The quadratic model does not see this. Structural damping adds a penalty on the

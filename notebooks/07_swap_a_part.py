@@ -12,13 +12,15 @@
 # ---
 
 # %% [markdown]
-# # Swapping parts
+# # What changes when I swap a part?
 #
-# Every part of an update is an argument. Here each is swapped in turn, on one small problem:
-# a deep autoencoder from a random start. All other parts are those of Martens & Sutskever
-# (2012), called "report" below. This shows how to swap parts, and that it matters. Which is
-# best on one toy problem proves little: [how to choose](../docs/choosing.md) has figures of
-# larger ones.
+# Every part of an update is an argument. You learn how to swap each of them, and see what that does
+# on one small problem; this takes a few minutes on two cores.
+#
+# The problem is a deep autoencoder from a random start. One part changes at a time, and all others
+# are those of Martens & Sutskever (2012), called M&S (2012) in the text and "report" in the table and
+# the pictures. A toy problem does not show which part is best: [how to choose](../docs/choosing.md)
+# has figures of larger ones.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +39,10 @@ plt.rcParams["figure.dpi"] = 66
 # %% [markdown]
 # ## A problem
 #
-# 100 images of 4 × 4 pixels, each a soft spot somewhere: three numbers make an image. Six
-# layers of 16 tanh units, of which the third has only four, are to find them. The layers
-# are a `scan`, with the bias as a 17th input that is always 1; so all parameters are one
-# array, which compiles quickly.
+# There are 100 images of 4 × 4 pixels. Each shows a soft spot, which three numbers describe. The
+# network has six layers of 16 tanh units, but only four in the third. A `scan` runs over the layers,
+# and the bias is a 17th input that is always 1. So all parameters are one array, which compiles
+# quickly.
 
 # %%
 side = jnp.linspace(0, 1, 4)
@@ -79,8 +81,8 @@ plt.show()
 # %% [markdown]
 # ## The parts
 #
-# One `tx` for each row of the table below. All have at most 100 iterations of conjugate
-# gradients, so that an update of one costs about what an update of another does.
+# There is one `tx` for each row of the table below. Each update has at most 100 iterations of
+# conjugate gradients (CG).
 
 # %%
 lm = hfjax.damping.levenberg_marquardt
@@ -131,14 +133,12 @@ variants = {
 }
 
 # %% [markdown]
-# Two recipes have no program of their own here. On one batch `recipes.martens2010` has the
-# same parts as "report", constant by constant, but its λ starts at 45; λ is a number of the
-# state, and may be set there.
-# `recipes.curvature_guarded` is for evaluation data of their own, and there are none.
+# On one batch, `recipes.martens2010` has the same parts as M&S (2012) here, but its λ starts at 45. So
+# it needs no program of its own: λ is a number in the state, and can be set there.
 #
 # ## Thirty updates of each, from three starts
 #
-# Compiling takes longer than training, and two programs compile side by side.
+# Compiling takes longer than training, so two programs compile at a time.
 
 
 # %%
@@ -202,9 +202,9 @@ share = np.mean([reason == "nonpositive curvature" for reason in reasons])
 print(f"Hessian: {share:.0%} of the runs met negative curvature.")
 
 # %% [markdown]
-# `products` are the iterations of conjugate gradients, the mean of the three starts, and
-# `f at 500` is what f had come to by the last update that ended within 500 of them. They
-# are what an update costs: compare by products rather than by updates.
+# `products` are products with the curvature matrix, one for each iteration of CG, as the mean of the
+# three starts. They are most of what an update costs, so compare by products rather than by updates.
+# `f at 500` is f after the last update that ended within 500 products.
 
 # %%
 groups = {
@@ -239,33 +239,29 @@ for axis in axes[:, 0]:
 plt.show()
 
 # %% [markdown]
-# What each changed **here**, from three starts of one toy problem:
+# From three starts of one toy problem, this is what each change did **here**:
 #
-# - **Damping.** One λ is good for some of the updates only: too low for the first, or too
-#   high for the last. D = diag(B) changed little, and for the worse.
-# - **Preconditioner.** Hardly any difference beyond that among the starts.
-# - **Stopping rule.** Equation 2 of Martens & Sutskever runs longer: at least as far in as many updates,
-#   and behind in as many products. The residual's rule, as loose as it is here, does it
-#   the other way round.
-# - **Solver.** The trust region has to find its radius, starts from 0 in every update, and
-#   is far behind. A Krylov subspace of 20 needs no λ and is ahead for its products; but
-#   the gradients that it takes within the subspace, some tens an update, are not counted.
-# - **Set-up.** By default, the optimizer finds λ by search and ends its runs when they no
-#   longer pay: a fourth of the products for thirty updates, and far ahead at 500. (Layers in
-#   a scan have no Kronecker factors: its preconditioner is a diagonal here.) λ from 45 is
-#   far too high for a loss of this size, and costs about ten updates. `momentum_like`, made
-#   for small batches, runs shorter, and gets at least as far for its products.
-# - **Curvature.** With the Hessian many runs end early, where they meet negative
-#   curvature, and f is far behind. The Gauss-Newton matrix has none.
-#
-# The parts of Martens & Sutskever are the best at nothing here: by updates longer runs are as
-# good, and by products shorter ones are better.
+# - **Damping.** A constant λ suits only some of the updates: it is too low for the first, or too high
+#   for the last. D = diag(B) changed little, and for the worse.
+# - **Preconditioner.** The difference is hardly larger than that between starts.
+# - **Stopping rule.** Equation 2 of M&S (2012) runs longer: it gets at least as far in as many
+#   updates, but not in as many products. The loose rule of the residual does the opposite.
+# - **Solver.** The trust region has to find its radius, starts from 0 in every update, and is far
+#   behind. A Krylov subspace of 20 needs no λ, and gets further with the same products. But it also
+#   computes gradients within the subspace, some tens in an update, which the table does not count.
+# - **Set-up.** By default, the optimizer searches for λ, and ends each run when it no longer pays. It
+#   takes a quarter of the products for thirty updates, and is far ahead at 500. (Its preconditioner has a pair
+#   of Kronecker factors for each layer of the scan.) A λ of 45 is far too high for a
+#   loss of this size, and costs about ten updates. `momentum_like`, made for small batches, has
+#   shorter runs, and gets as far with the same products.
+# - **Curvature.** With the Hessian many runs end early, because they meet negative curvature, and f
+#   is far behind. The Gauss-Newton matrix has none.
 #
 # ## Where iterations are wasted
 #
-# One run of conjugate gradients from parameters near the start, and f along it, as in figure 4
-# of Martens & Sutskever (2012). With the λ that the rule had reached, f falls with the model
-# M, and here even below it, because M counts the damping too.
+# The next picture shows one run of CG, and f along it, from parameters near the start, as in figure 4
+# of M&S (2012). With the λ that the rule had reached, f falls with the model M. It falls even below
+# M, because M includes the damping.
 
 # %%
 history, thetas, _ = done["report"][1][0]
@@ -279,20 +275,21 @@ print(f"λ = {damping:.2g}")
 hfjax.diagnostics.plot_cg_run(cg_run(theta, damping))
 
 # %% [markdown]
-# With a thirtieth of it M falls further, and f turns after about twenty iterations: the
-# model is trusted beyond where it holds. Backtracking takes the marked iterate; what was
-# run beyond it is lost, and ρ, small, raises λ for the next update.
+# With a thirtieth of this λ, M falls further, but f rises after about twenty iterations: the step has
+# left the region where the model holds. Backtracking takes the marked iterate. The later iterations
+# are wasted, and the small ρ raises λ for the next update.
 
 # %%
 print(f"λ = {damping / 30:.2g}")
 hfjax.diagnostics.plot_cg_run(cg_run(theta, damping / 30))
 
 # %% [markdown]
-# ## What conjugate gradients saw
+# ## Which eigenvalues the run has seen
 #
-# The coefficients of the last run are in `state.record`, and they give eigenvalues of
-# A = G + λI (without a preconditioner; else of P⁻¹A) for no further product. Here the run ends by its limit long before it comes to
-# eigenvalues as small as λ, the dashed line: few iterations are a damping of their own.
+# `state.record` has the coefficients of the last run. They give eigenvalues of A = G + λI without any
+# further product (with a preconditioner, those of P⁻¹A). Here the run reaches its limit before it
+# sees eigenvalues as small as λ, the dashed line: a limit on the iterations has an effect like
+# damping. [Look inside](08_look_inside.ipynb) has more on this.
 
 # %%
 history, _, state = done["P = I"][1][0]

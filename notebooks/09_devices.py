@@ -12,12 +12,13 @@
 # ---
 
 # %% [markdown]
-# # One device to many
+# # Does it compute the same on many devices?
 #
-# The same updates on one device and on eight, three ways: `jit` with sharded arrays,
-# `shard_map`, and `pmap`; then with the parameters sharded too. The eight devices are
-# virtual ones of this CPU, so nothing here is faster for them: on eight GPUs, leave out
-# the line that makes them.
+# You learn four ways to run the same updates on eight devices, and see that they agree with one
+# device to the last digits. This takes a few minutes.
+#
+# The eight devices are virtual devices of the CPU, so nothing gets faster here. On eight GPUs, leave
+# out the line that makes them.
 
 # %%
 import jax
@@ -40,8 +41,8 @@ print(f"{jax.device_count()} devices: {mesh}")
 # %% [markdown]
 # ## A problem
 #
-# A function of two variables, from 1,003 points. Eight devices need a multiple of eight:
-# five cases of weight 0 fill the batch up, and change nothing.
+# A network learns a function of two variables from 1,003 points. Eight devices need a multiple of
+# eight. So five examples of weight 0 fill up the batch; they change nothing.
 
 # %%
 cases, padding = 1003, 5
@@ -104,8 +105,8 @@ print(f"f: {alone[0]:.4f} -> {alone[-1]:.6f}")
 # %% [markdown]
 # ## 1. `jit` with sharded arrays
 #
-# The way to take. Place the batch over the devices, the parameters on each, and call the
-# same step: JAX finds out what has to be summed. The objective needs to know nothing.
+# This is the way to choose. Shard the batch over the devices, copy the parameters to each, and call
+# the same step: JAX finds out what has to be summed. The objective does not change.
 
 # %%
 placed = jax.device_put(batch, sharded)
@@ -114,10 +115,9 @@ by_jit, _ = train(tx, jax.jit(step), jax.device_put(params, replicated), placed)
 # %% [markdown]
 # ## 2. `shard_map`
 #
-# Here the step is what one device does with its cases, and the objective has to be told
-# over which axis the others are: `axis_name`. Take the gradient from
-# `objective.value_and_grad`, not from `jax.grad`: with `check_vma=True`, the default,
-# that would be summed over the devices once too often or once too little.
+# Here the step is what one device does with its own examples. Tell the objective the axis of the
+# devices: `axis_name`. Take the gradient from `objective.value_and_grad`, not from `jax.grad`, whose
+# result would be summed over the devices once too often or not at all.
 
 # %%
 mapped_objective = hfjax.Objective(model_fn, loss, axis_name="cases")
@@ -140,7 +140,7 @@ by_shard_map, _ = train(
 # %% [markdown]
 # ## 3. `pmap`
 #
-# For programs that have it. Every array gets a leading axis of devices.
+# This is for older programs that use it. Every array gets a leading axis for the devices.
 
 # %%
 folded = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
@@ -157,11 +157,11 @@ by_pmap, _ = train(
 )
 
 # %% [markdown]
-# ## Sharded parameters
+# ## 4. Sharded parameters
 #
-# A model too large for one device: place the parameters over the devices as well (here
-# where their leading axis divides by eight). The state follows them, and so does every
-# vector of conjugate gradients.
+# If a model is too large for one device, shard the parameters as well. Here this is done for each
+# array whose leading axis is a multiple of eight. The state is sharded like the parameters, and so
+# is every vector of conjugate gradients.
 
 # %%
 layout = jax.tree.map(
@@ -175,11 +175,11 @@ print(
 )
 
 # %% [markdown]
-# ## The same numbers
+# ## Are the numbers the same?
 #
-# To rounding: sums over cases are taken in another order. What is 1e-16 at first grows with
-# the updates, and by a leap where two iterates of conjugate gradients are equally good to
-# the last digit, and rounding chooses between them. One is as good as the other.
+# They are the same up to rounding, because sums over examples are taken in another order. Here the
+# difference stays near 10⁻¹⁵. In longer runs it may grow, and it may jump if rounding decides
+# between two iterates of conjugate gradients that are equally good.
 
 # %%
 ways = {

@@ -12,14 +12,13 @@
 # ---
 
 # %% [markdown]
-# # A run that does not learn
+# # Why does my run not learn?
 #
-# Six ways to spoil a run: what each looks like in the diagnostics, what
-# `hfjax.verify.check` says of it, and the cure. First a healthy run, to compare with.
+# You see six ways to spoil a run: how each looks in the diagnostics, what `hfjax.verify.check` says
+# about it, and the cure. This takes a few minutes on one core.
 #
-# In short: call `check` once, before anything else. It finds what is wrong with the
-# set-up. What is wrong with the settings, or with the data of an update, is seen in λ, ρ
-# and the iterations of conjugate gradients.
+# In short: call `check` once, before anything else. It finds faults of the set-up. Bad settings, and
+# bad data for an update, show in λ, ρ and the iterations of conjugate gradients (CG).
 
 # %%
 import itertools
@@ -38,10 +37,10 @@ from hfjax.flax import nnx_model_fn
 plt.rcParams["figure.dpi"] = 58
 
 # %% [markdown]
-# ## Healthy
+# ## A healthy run
 #
-# A function of two variables, at 400 points, each with a weight of 1; the weights are
-# there so that a smaller batch, below, needs no other program.
+# A network learns a function of two variables from 400 points. Each point has a weight of 1, so that a
+# smaller batch, below, only needs other weights and no new program.
 
 # %%
 cases, units = 400, 16
@@ -123,9 +122,9 @@ plt.show()  # A notebook shows pictures of matplotlib once this has been called.
 hfjax.diagnostics.plot(healthy)
 
 # %% [markdown]
-# f falls all the time; λ falls and finds its level; ρ is near 1 at first, and between
-# the dashed lines later; runs of conjugate gradients grow longer; α is 1 mostly. Single
-# updates that are none of this are no fault.
+# f falls all the time. λ falls, and then finds its level. ρ is near 1 at first, and mostly between the
+# dashed lines later. The runs of CG grow longer. α is mostly 1. A few updates that look different
+# are no fault.
 
 
 # %%
@@ -158,9 +157,9 @@ def compare(**runs):
 # %% [markdown]
 # ## 1. A gradient of something else
 #
-# f is a mean over the cases. A loss of your own that sums them has another gradient, 400
-# times as large; and a gradient that was clipped, as is usual with other optimizers, is
-# none of f either. The quadratic model is then wrong from the first order on.
+# f is a mean over the examples. If your own loss is a sum, its gradient is 400 times as large. A
+# gradient that was clipped, as is usual with other optimizers, is not the gradient of f either. The
+# quadratic model is then wrong already at first order.
 
 # %%
 summed = jax.jit(lambda grads: jax.tree.map(lambda g: cases * g, grads))
@@ -175,18 +174,18 @@ say(objective, tx, params, data, summed(gradient(params, data)))
 say(objective, tx, params, data, clipped(gradient(params, data)))
 
 # %% [markdown]
-# Too long a gradient: every step is far too long, update after update is rejected, and λ
-# climbs until a step is so short that it passes, and leads nowhere. Too short a one: f
-# falls more than M promised, hundreds of times over, and so ρ is; λ falls and falls, which
-# cannot help, as steps are short for another reason. **ρ is a number near 1, and not far
-# above it, or something is wrong.**
+# If the gradient is too long, every step is far too long. Update after update is rejected, and λ climbs
+# until the steps are so short that they pass, and lead nowhere. If the gradient is too short, f falls
+# hundreds of times more than the model M predicts, so ρ is in the hundreds. λ falls and falls, which
+# does not help: the steps are short for another reason. **ρ should be near 1. If it is far above 1,
+# something is wrong.**
 #
 # Cure: pass `grads` as `objective.value_and_grad` returns them. That is the healthy run.
 #
-# ## 2. Weight decay beside the objective
+# ## 2. Weight decay outside the objective
 #
-# Added to the gradient, as `optax.add_decayed_weights` does, it is in the gradient and in
-# nothing else: not in the f that steps are checked by, and not in the curvature.
+# `optax.add_decayed_weights` adds weight decay to the gradient only. The f on which steps are checked
+# does not contain it, and neither does the curvature.
 
 # %%
 decay = 1e-2
@@ -201,9 +200,8 @@ compare(
 say(objective, tx, params, data, decayed(gradient(params, data), params))
 
 # %% [markdown]
-# No update is rejected. But what decay pulls at is paid for in f: ρ stays low, λ climbs, f
-# stands still. A smaller decay does the same, later. Cure: put it into the objective, and
-# there alone.
+# No update is rejected. But the decay works against f: ρ stays low, λ climbs, and f stops falling. A
+# smaller decay does the same, later. Cure: put it into the objective, and nowhere else.
 
 # %%
 with_decay = hfjax.Objective(model_fn, loss, weight_decay=decay)
@@ -214,10 +212,10 @@ print("In the objective, and added to its gradient once more:")
 say(with_decay, None, params, data, decayed(grads, params))
 
 # %% [markdown]
-# ## 3. λ climbs: a batch that the gradient has not seen
+# ## 3. A gradient from other examples than the batch
 #
-# Curvature from 40 cases drawn anew in each update, and the gradient from 40 others. The
-# step is then judged, by f on the one batch, for what it does about the other.
+# Each update draws 40 examples for the curvature and for checking the step, and 40 others for the
+# gradient. So the check knows nothing about the examples that the step should improve.
 
 
 # %%
@@ -244,16 +242,17 @@ compare(
 say(objective, tx, params, batch_of(0), gradient(params, drawn(0, seed=8)))
 
 # %% [markdown]
-# `check` sees that the gradient is of other data, and cannot know which: from a larger
-# batch that holds this one it would be fine. λ tells: it climbs, and f stands still. Cure:
-# let the gradient's cases hold the batch, as the same 40 do, and all 400. With so few
-# cases for curvature and for the check of a step f still jumps about: larger batches, or
-# an `eval_batch` of its own, see [how to choose](../docs/choosing.md).
+# `check` sees that the gradient comes from other data. It cannot know more: a gradient from a larger
+# batch that contains this one would be fine. λ gives the answer: it climbs, and f stops falling. Cure:
+# compute the gradient on examples that include the batch, such as the same 40, or all 400. With only 40
+# examples for curvature and check, f still jumps about. Use larger batches, or a separate
+# `eval_batch`: see [how to choose](../docs/choosing.md).
 #
-# ## 4. Conjugate gradients always end by their limit
+# ## 4. Conjugate gradients always reach their limit
 #
-# At most ten iterations, and no preconditioner, on data of unlike units: the second
-# variable is in units a hundred times larger, so its weights are a hundred times larger.
+# Here CG has at most ten iterations and no preconditioner ("short, P = I"). The two inputs have
+# different units: the second is a hundred times smaller, so its weights must be a hundred times
+# larger. "The report's" are the solver and preconditioner of Martens & Sutskever (2012), as above.
 
 # %%
 scale = jnp.array([1.0, 0.01, 1.0])  # Of both variables, and of the bias.
@@ -292,14 +291,14 @@ plt.show()
 say(objective, short, scaled_params, scaled_data, gradient(scaled_params, scaled_data))
 
 # %% [markdown]
-# Nothing is wrong with this set-up, and `check` says so: these are settings. What tells is
-# `cg_reason`, and iterations that are the same in every update. Cure: the limit higher, a
-# preconditioner; inputs of about the same scale.
+# Nothing is wrong with this set-up, and `check` says so: the settings are bad. You see it in
+# `cg_reason`, and in the same number of iterations in every update. Cure: a higher limit, a
+# preconditioner, or inputs of about the same scale.
 #
-# ## 5. A model that is another function in every call
+# ## 5. A model that is random
 #
-# Dropout whose key is drawn in the call. An update evaluates the model several times, and
-# each time it is another function. (f below is without dropout.)
+# This dropout draws a new key whenever the model is called. An update evaluates the model several
+# times, and each time the model is a different function. (f in the picture is without dropout.)
 
 # %%
 noise_keys = (jax.random.key(number) for number in itertools.count())
@@ -326,10 +325,10 @@ compare(
 say(random_objective, random_tx, params, data, random_gradient(params, data))
 
 # %% [markdown]
-# Nothing breaks, and the pictures do not say much: ρ wanders off early, as gradient,
-# curvature and f each have a mask of their own, compiled in and the same in every update.
-# It takes `check` to tell. Cure: a key for each case, in the inputs, and new ones for each
-# batch; within an update all evaluations then see the same.
+# Nothing breaks, and the pictures say little: ρ leaves 1 early, because gradient, curvature and f have
+# different masks, which are compiled in and stay the same in every update. `check` names the fault.
+# Cure: one key for each example, in the inputs, and new keys for each batch. Then all evaluations
+# in an update see the same noise.
 
 
 # %%
@@ -345,9 +344,8 @@ _, grads = jax.jit(keyed_objective.value_and_grad)(params, keyed)
 say(keyed_objective, None, params, keyed, grads)
 
 # %% [markdown]
-# Of a Flax module, `nnx_model_fn(model, per_case_keys=True)` does that. And it refuses what
-# it can see: batch normalisation that takes its statistics from the batch, where a case's
-# loss depends on all the others.
+# For a Flax module, `nnx_model_fn(model, per_case_keys=True)` does this. It also refuses batch
+# normalisation in training mode, because the loss of one example would depend on all others.
 
 # %%
 rngs = nnx.Rngs(0)
@@ -369,9 +367,9 @@ print(f"After model.eval(): f is {f:.3f}.")
 # %% [markdown]
 # ## 6. Rounding
 #
-# Targets of 100,000 ± 1, as a pressure in pascals, and the last bias started there. In
-# float32 such numbers are 0.008 apart. That is felt late: f stands still, and a step that
-# is still taken is one of α near 0.
+# The targets are 100,000 ± 1, such as a pressure in pascals, and the last bias starts there. In float32
+# such numbers are 0.008 apart. This shows late in a run: f stops falling, and the steps that are still
+# accepted have an α near 0.
 
 # %%
 offset = 100_000
@@ -416,24 +414,24 @@ axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Cure: float64, set before anything else. Or, cheaper, take off the targets what makes them
-# large, their mean: that is the healthy run.
+# Cure: use float64, and set it before anything else. Or, cheaper, subtract their mean from the targets:
+# that is the healthy run.
 #
 # ## What to look for
 #
 # | symptom | likely cause | cure | test |
 # |---|---|---|---|
 # | every update rejected from the first, λ climbs | gradient of a sum, or of the wrong sign | `objective.value_and_grad` | `test_what_was_done_to_the_gradient_is_named` |
-# | ρ far above 1, λ falls to nothing, f hardly | gradient clipped or scaled down | pass it unchanged | the same |
-# | ρ low and steady, λ climbs, f stands still, nothing rejected | weight decay outside the objective | `Objective(weight_decay=…)` | `test_weight_decay_that_the_objective_lacks_is_named` |
-# | ρ is noise, λ climbs | gradient of other cases than the batch's, or few cases | let the gradient's hold the batch; larger batches | `test_a_gradient_from_elsewhere_is_told_with_its_cosine` |
+# | ρ far above 1, λ falls to nothing, f hardly falls | gradient clipped or scaled down | pass it unchanged | the same |
+# | ρ low and steady, λ climbs, f stops falling, nothing rejected | weight decay outside the objective | `Objective(weight_decay=…)` | `test_weight_decay_that_the_objective_lacks_is_named` |
+# | ρ is noise, λ climbs | gradient from other examples than the batch, or few examples | gradient from examples that include the batch; larger batches | `test_a_gradient_from_elsewhere_is_told_with_its_cosine` |
 # | `cg_reason` is always "max iterations" | limit too low, or ill-conditioned | higher `max_iterations`, a preconditioner, scaled inputs | `test_cg.py` |
-# | ρ is noise from the first update on | a model that is random | a key for each case | `test_a_random_model_is_named` |
+# | ρ is noise from the first update on | a model that is random | a key for each example | `test_a_random_model_is_named` |
 # | an error that names `model.eval()` | batch normalisation, dropout in training mode | `model.eval()`, `per_case_keys=True` | `test_batch_normalisation_in_training_mode_is_refused` |
-# | f stands still at the end, ρ about 1 or wild | rounding | float64, or smaller numbers | `test_a_gradient_that_is_rounding_is_named` |
-# | rejected: nonfinite … | NaN or infinity in data, gradient, f | mend the data | the first table of [faults](../docs/faults.md) |
+# | f stops falling at the end, ρ about 1 or wild | rounding | float64, or smaller numbers | `test_a_gradient_that_is_rounding_is_named` |
+# | rejected: nonfinite … | NaN or infinity in data, gradient, f | correct the data | the first table of [faults](../docs/faults.md) |
 # | rejected: zero gradient | the optimum, or a dead network | another start | `test_all_zero_parameters_of_a_network_are_a_zero_gradient` |
 #
-# [`docs/faults.md`](../docs/faults.md) has all faults that are tried, what you see of each,
-# and the tests: those of `check` are in `tests/inspection/test_verify.py`, those of Flax in
+# [`docs/faults.md`](../docs/faults.md) lists all faults that are tested, what you see of each, and its
+# test. The tests of `check` are in `tests/inspection/test_verify.py`, those of Flax in
 # `tests/models/test_flax.py`.
