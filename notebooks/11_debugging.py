@@ -122,8 +122,8 @@ plt.show()  # A notebook shows pictures of matplotlib once this has been called.
 hfjax.diagnostics.plot(healthy)
 
 # %% [markdown]
-# f falls all the time. λ falls, and then finds its level. ρ is near 1 at first, and mostly between the
-# dashed lines later. The runs of CG grow longer. α is mostly 1. A few updates that look different
+# f falls all the time. λ falls too, later more slowly. ρ is near 1 at first, and near the upper dashed
+# line later. The runs of CG grow longer. α is mostly 1. A few updates that look different, here two,
 # are no fault.
 
 
