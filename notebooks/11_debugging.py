@@ -34,7 +34,7 @@ from flax import nnx
 import hfjax
 from hfjax.flax import nnx_model_fn
 
-plt.rcParams["figure.dpi"] = 58
+plt.rcParams["figure.dpi"] = 66
 
 # %% [markdown]
 # ## A healthy run
@@ -43,9 +43,9 @@ plt.rcParams["figure.dpi"] = 58
 # smaller batch, below, only needs other weights and no new program.
 
 # %%
-cases, units = 400, 16
-x = jax.random.uniform(jax.random.key(0), (cases, 2))
-data = (x, jnp.sin(6 * x[:, :1]) * x[:, 1:], jnp.ones(cases))
+count, units = 400, 16
+x = jax.random.uniform(jax.random.key(0), (count, 2))
+data = (x, jnp.sin(6 * x[:, :1]) * x[:, 1:], jnp.ones(count))
 
 keys = jax.random.split(jax.random.key(1))
 params = {
@@ -55,7 +55,7 @@ params = {
 
 
 def with_one(x):
-    """Append a 1 to each case: the last row of a matrix is then the bias."""
+    """Append a 1 to each example: the last row of a matrix is then the bias."""
     return jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)
 
 
@@ -77,8 +77,8 @@ def solver(max_iterations=250):
 def optimizer(objective, **parts):
     """Return the optimizer with its update compiled, once for all runs below.
 
-    λ is adapted by ρ, as in Martens & Sutskever (2012), so that a fault shows over many
-    updates. The default, a search for λ, would hide it or end within one update.
+    Here ρ adapts λ, as in Martens & Sutskever (2012), so that a fault shows over many
+    updates. By default, the optimizer searches for λ in each update, which would hide it.
     """
     parts = {
         "damping": hfjax.damping.levenberg_marquardt(),
@@ -97,24 +97,24 @@ value = jax.jit(objective.value)
 gradient = jax.jit(lambda params, batch: objective.value_and_grad(params, batch)[1])
 
 
-def train(grads_of, *, tx=tx, batch_of=lambda count: data, params=params, updates=50):
+def train(grads_of, *, tx=tx, batch_of=lambda update: data, params=params, updates=50):
     """Train with the gradients and batches of these functions."""
     state, history = tx.init(params), hfjax.diagnostics.History()
-    for count in range(updates):
-        grads, batch = grads_of(params, count), batch_of(count)
+    for update in range(updates):
+        grads, batch = grads_of(params, update), batch_of(update)
         steps, state = tx.update(grads, state, params, batch=batch)
         params = optax.apply_updates(params, steps)
-        history.record(state, all_cases=float(value(params, data)))
+        history.record(state, all_examples=float(value(params, data)))
     return history
 
 
 def say(*arguments):
     """Print what `hfjax.verify.check` says."""
-    for sentence in hfjax.verify.check(*arguments) or ["[]: nothing is found."]:
+    for sentence in hfjax.verify.check(*arguments) or ["[]: nothing found."]:
         print(textwrap.fill(sentence, 88))
 
 
-healthy = train(lambda params, count: gradient(params, data))
+healthy = train(lambda params, update: gradient(params, data))
 say(objective, tx, params, data, gradient(params, data))
 
 # %%
@@ -129,22 +129,22 @@ hfjax.diagnostics.plot(healthy)
 
 # %%
 def compare(**runs):
-    """Draw f on all cases, λ and ρ beside the healthy run's, and print the last line."""
+    """Draw f on all examples, λ and ρ beside the healthy run, and print the last line."""
     axes = plt.subplots(1, 3, figsize=(8.2, 2.3), layout="constrained")[1]
     runs = {"healthy": healthy, **runs}
     colours = ["black", "tab:orange", "tab:blue", "tab:green"][: len(runs)]
     for (name, run), colour in zip(runs.items(), colours, strict=True):
-        count = [row["count"] for row in run]
+        updates = [row["count"] for row in run]
         label = name.replace("_", " ")
         style = {"color": colour, "lw": 1.2, "label": label}
-        axes[0].plot(count, [row["all_cases"] for row in run], **style)
-        axes[1].plot(count, [row["damping"] for row in run], **style)
+        axes[0].plot(updates, [row["all_examples"] for row in run], **style)
+        axes[1].plot(updates, [row["damping"] for row in run], **style)
         ratios = np.clip([row["reduction_ratio"] for row in run], -1, 2)
-        axes[2].plot(count, ratios, **style)
+        axes[2].plot(updates, ratios, **style)
         rejected = sum(not row["accepted"] for row in run)
         last = hfjax.diagnostics.line(run[-1])
         print(f"{label:22s}{rejected:3d} rejected   {last}")
-    axes[0].set(title="f on all cases", yscale="log")
+    axes[0].set(title="f on all examples", yscale="log")
     axes[1].set(title="λ", yscale="log")
     axes[2].set(title="ρ (clipped to −1…2)", ylim=(-1.1, 2.1))
     axes[0].legend(frameon=False, fontsize="small")
@@ -162,13 +162,13 @@ def compare(**runs):
 # quadratic model is then wrong already at first order.
 
 # %%
-summed = jax.jit(lambda grads: jax.tree.map(lambda g: cases * g, grads))
+summed = jax.jit(lambda grads: jax.tree.map(lambda g: count * g, grads))
 clip = optax.clip_by_global_norm(0.01)
 clipped = jax.jit(lambda grads: clip.update(grads, clip.init(params))[0])
 
 compare(
-    summed=train(lambda params, count: summed(gradient(params, data))),
-    clipped=train(lambda params, count: clipped(gradient(params, data))),
+    summed=train(lambda params, update: summed(gradient(params, data))),
+    clipped=train(lambda params, update: clipped(gradient(params, data))),
 )
 say(objective, tx, params, data, summed(gradient(params, data)))
 say(objective, tx, params, data, clipped(gradient(params, data)))
@@ -194,7 +194,7 @@ decayed = jax.jit(
 )
 compare(
     decay_outside=train(
-        lambda params, count: decayed(gradient(params, data), params),
+        lambda params, update: decayed(gradient(params, data), params),
     ),
 )
 say(objective, tx, params, data, decayed(gradient(params, data), params))
@@ -206,9 +206,9 @@ say(objective, tx, params, data, decayed(gradient(params, data), params))
 # %%
 with_decay = hfjax.Objective(model_fn, loss, weight_decay=decay)
 _, grads = jax.jit(with_decay.value_and_grad)(params, data)
-print("In the objective, and its own gradient passed:")
+print("Decay in the objective, and the gradient of this objective:")
 say(with_decay, None, params, data, grads)
-print("In the objective, and added to its gradient once more:")
+print("Decay in the objective, and added to its gradient once more:")
 say(with_decay, None, params, data, decayed(grads, params))
 
 # %% [markdown]
@@ -219,25 +219,26 @@ say(with_decay, None, params, data, decayed(grads, params))
 
 
 # %%
-def drawn(count, seed):
-    """Return the data with weight 1 for forty cases, and 0 for all others."""
-    key = jax.random.fold_in(jax.random.key(seed), count)
-    chosen = jax.random.permutation(key, cases) < 40
+def drawn(update, seed):
+    """Return the data with weight 1 for forty examples, and 0 for all others."""
+    key = jax.random.fold_in(jax.random.key(seed), update)
+    chosen = jax.random.permutation(key, count) < 40
     return (*data[:2], chosen.astype(jnp.float32))
 
 
-def batch_of(count):
-    return drawn(count, seed=7)
+def batch_of(update):
+    return drawn(update, seed=7)
 
 
 compare(
-    other_cases=train(
-        lambda params, count: gradient(params, drawn(count, seed=8)), batch_of=batch_of
+    other_examples=train(
+        lambda params, update: gradient(params, drawn(update, seed=8)),
+        batch_of=batch_of,
     ),
     the_same_40=train(
-        lambda params, count: gradient(params, batch_of(count)), batch_of=batch_of
+        lambda params, update: gradient(params, batch_of(update)), batch_of=batch_of
     ),
-    all_400=train(lambda params, count: gradient(params, data), batch_of=batch_of),
+    all_400=train(lambda params, update: gradient(params, data), batch_of=batch_of),
 )
 say(objective, tx, params, batch_of(0), gradient(params, drawn(0, seed=8)))
 
@@ -250,9 +251,8 @@ say(objective, tx, params, batch_of(0), gradient(params, drawn(0, seed=8)))
 #
 # ## 4. Conjugate gradients always reach their limit
 #
-# Here CG has at most ten iterations and no preconditioner ("short, P = I"). The two inputs have
-# different units: the second is a hundred times smaller, so its weights must be a hundred times
-# larger. "The report's" are the solver and preconditioner of Martens & Sutskever (2012), as above.
+# Here CG has at most ten iterations and no preconditioner. The two inputs have different units: the
+# second is a hundred times smaller, so its weights must be a hundred times larger.
 
 # %%
 scale = jnp.array([1.0, 0.01, 1.0])  # Of both variables, and of the bias.
@@ -267,21 +267,21 @@ short = optimizer(
 
 def train_scaled(tx):
     return train(
-        lambda params, count: gradient(params, scaled_data),
+        lambda params, update: gradient(params, scaled_data),
         tx=tx,
-        batch_of=lambda count: scaled_data,
+        batch_of=lambda update: scaled_data,
         params=scaled_params,
     )
 
 
-runs = {"short, P = I": train_scaled(short), "the report's": train_scaled(tx)}
+runs = {"10, P = I": train_scaled(short), "250, diagonal": train_scaled(tx)}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
 for (name, run), colour in zip(runs.items(), ["tab:orange", "tab:blue"], strict=True):
     ends = np.mean([row["cg_reason"] == "max iterations" for row in run])
-    print(f"{name:14s}{ends:4.0%} by the limit   {hfjax.diagnostics.line(run[-1])}")
-    count = [row["count"] for row in run]
-    left.plot(count, [row["value_after"] for row in run], color=colour, label=name)
-    right.plot(count, [row["cg_iterations"] for row in run], color=colour)
+    print(f"{name:14s}{ends:4.0%} at the limit   {hfjax.diagnostics.line(run[-1])}")
+    updates = [row["count"] for row in run]
+    left.plot(updates, [row["value_after"] for row in run], color=colour, label=name)
+    right.plot(updates, [row["cg_iterations"] for row in run], color=colour)
 left.set(title="f", xlabel="update", yscale="log")
 left.legend(frameon=False, fontsize="small")
 right.set(title="iterations of conjugate gradients", xlabel="update", ylim=(0, None))
@@ -320,15 +320,17 @@ random_gradient = jax.jit(
 )
 random_tx = optimizer(random_objective)
 compare(
-    random=train(lambda params, count: random_gradient(params, data), tx=random_tx),
+    random=train(lambda params, update: random_gradient(params, data), tx=random_tx),
 )
 say(random_objective, random_tx, params, data, random_gradient(params, data))
 
 # %% [markdown]
-# Nothing breaks, and the pictures say little: ρ leaves 1 early, because gradient, curvature and f have
-# different masks, which are compiled in and stay the same in every update. `check` names the fault.
-# Cure: one key for each example, in the inputs, and new keys for each batch. Then all evaluations
-# in an update see the same noise.
+# ρ falls at once, nearly all updates are rejected, and λ climbs. Gradient, curvature and f have
+# different masks, which are compiled in and stay the same in every update. With other masks such a
+# run may learn for a while, and then the pictures say little. `check` names the fault.
+#
+# Cure: one key for each example, in the inputs, and new keys for each batch. Then all evaluations in
+# an update see the same noise.
 
 
 # %%
@@ -339,7 +341,7 @@ def keyed_model_fn(params, inputs):
 
 
 keyed_objective = hfjax.Objective(keyed_model_fn, loss)
-keyed = ((x, jax.random.split(jax.random.key(0), cases)), *data[1:])
+keyed = ((x, jax.random.split(jax.random.key(0), count)), *data[1:])
 _, grads = jax.jit(keyed_objective.value_and_grad)(params, keyed)
 say(keyed_objective, None, params, keyed, grads)
 
@@ -426,7 +428,7 @@ plt.show()
 # | ρ low and steady, λ climbs, f stops falling, nothing rejected | weight decay outside the objective | `Objective(weight_decay=…)` | `test_weight_decay_that_the_objective_lacks_is_named` |
 # | ρ is noise, λ climbs | gradient from other examples than the batch, or few examples | gradient from examples that include the batch; larger batches | `test_a_gradient_from_elsewhere_is_told_with_its_cosine` |
 # | `cg_reason` is always "max iterations" | limit too low, or ill-conditioned | higher `max_iterations`, a preconditioner, scaled inputs | `test_cg.py` |
-# | ρ is noise from the first update on | a model that is random | a key for each example | `test_a_random_model_is_named` |
+# | ρ leaves 1 within the first updates, λ climbs or f hardly falls | a model that is random | a key for each example | `test_a_random_model_is_named` |
 # | an error that names `model.eval()` | batch normalisation, dropout in training mode | `model.eval()`, `per_case_keys=True` | `test_batch_normalisation_in_training_mode_is_refused` |
 # | f stops falling at the end, ρ about 1 or wild | rounding | float64, or smaller numbers | `test_a_gradient_that_is_rounding_is_named` |
 # | rejected: nonfinite … | NaN or infinity in data, gradient, f | correct the data | the first table of [faults](../docs/faults.md) |
