@@ -18,9 +18,8 @@
 # on one small problem; this takes a few minutes on two cores.
 #
 # The problem is a deep autoencoder from a random start. One part changes at a time, and all others
-# are those of Martens & Sutskever (2012), called M&S (2012) in the text and "report" in the table and
-# the pictures. A toy problem does not show which part is best: [how to choose](../docs/choosing.md)
-# has figures of larger ones.
+# are those of Martens & Sutskever (2012), called M&S (2012) below. A toy problem does not show which
+# part is best: [how to choose](../docs/choosing.md) has figures of larger ones.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +103,8 @@ signs = partial(hfjax.diagonals.ggn_rademacher, num_probes=4)
 variants = {
     # The default: Kronecker factors, λ by search over one run.
     "default": hfjax.hessian_free(objective),
-    # Martens & Sutskever's: λ by Levenberg & Marquardt, Fisher diagonal, Martens' stopping rule.
-    "report": make(solver=cg()),
+    # λ by Levenberg & Marquardt, diagonal of the empirical Fisher, rule of Martens (2010).
+    "M&S (2012)": make(solver=cg()),
     # damping=
     "λ constant, 0.01": make(solver=cg(), damping=hfjax.damping.constant(0.01)),
     "D = diag(B)": make(solver=cg(), damping=lm(matrix="curvature_diagonal")),
@@ -116,7 +115,9 @@ variants = {
         preconditioner=hfjax.preconditioners.diagonal(signs, exponent=1.0),
     ),
     # stopping=
-    "report's eq. 2": make(solver=cg(stopping=hfjax.stopping.martens_sutskever2012())),
+    "M&S (2012), eq. 2": make(
+        solver=cg(stopping=hfjax.stopping.martens_sutskever2012())
+    ),
     "residual ≤ 0.1": make(solver=cg(stopping=hfjax.stopping.residual(0.1))),
     # solver=
     "trust region": make(
@@ -167,8 +168,8 @@ def train(tx, damping=None, step=None):
 
 with ThreadPoolExecutor(max_workers=2) as pool:
     done = dict(zip(variants, pool.map(train, variants.values()), strict=True))
-report_step = done["report"][0]
-done["martens2010, λ from 45"] = train(variants["report"], 45.0, report_step)
+original, (step, _) = variants["M&S (2012)"], done["M&S (2012)"]
+done["martens2010, λ from 45"] = train(original, 45.0, step)
 
 
 # %%
@@ -196,7 +197,9 @@ for name, (_, runs) in done.items():
         f"{name:24s}{ends[1]:8.1f} ({ends[0]:5.1f} …{ends[2]:5.1f})"
         f"{spent:10.0f}{at:10.1f}{rejected:10d}"
     )
-print("f in thousandths, the median of three starts (least … largest); rejected of 90.")
+print(
+    "f in thousandths, the median of three starts (lowest … highest); rejected of 90."
+)
 reasons = [row["cg_reason"] for history, _, _ in done["Hessian"][1] for row in history]
 share = np.mean([reason == "nonpositive curvature" for reason in reasons])
 print(f"Hessian: {share:.0%} of the runs met negative curvature.")
@@ -210,7 +213,7 @@ print(f"Hessian: {share:.0%} of the runs met negative curvature.")
 groups = {
     "damping": ["λ constant, 0.01", "D = diag(B)"],
     "preconditioner": ["P = I", "P of random signs"],
-    "stopping rule": ["report's eq. 2", "residual ≤ 0.1"],
+    "stopping rule": ["M&S (2012), eq. 2", "residual ≤ 0.1"],
     "solver": ["trust region", "Krylov subspace"],
     "set-up": ["default", "martens2010, λ from 45", "momentum_like"],
     "curvature": ["Hessian"],
@@ -220,7 +223,7 @@ figure, axes = plt.subplots(
     2, 3, figsize=(10, 5.6), sharex=True, sharey=True, layout="constrained"
 )
 for axis, (group, names) in zip(axes.flat, groups.items(), strict=True):
-    for name, colour in zip(["report", *names], ["black", *colours], strict=False):
+    for name, colour in zip(["M&S (2012)", *names], ["black", *colours], strict=False):
         for number, (history, _, _) in enumerate(done[name][1]):
             axis.plot(
                 products(history),
@@ -264,7 +267,7 @@ plt.show()
 # M, because M includes the damping.
 
 # %%
-history, thetas, _ = done["report"][1][0]
+history, thetas, _ = done["M&S (2012)"][1][0]
 theta, damping = thetas[6], history[5]["damping"]
 cg_run = jax.jit(
     lambda params, damping: hfjax.diagnostics.cg_run(
