@@ -253,7 +253,7 @@ plt.show()
 #   behind. A Krylov subspace of 20 needs no λ, and gets further with the same products. But it also
 #   computes gradients within the subspace, some tens in an update, which the table does not count.
 # - **Set-up.** By default, the optimizer searches for λ, and ends each run when it no longer pays. It
-#   takes a quarter of the products for thirty updates, and is far ahead at 500. (Its preconditioner has a pair
+#   takes a sixth of the products for thirty updates, and is far ahead at 500. (Its preconditioner has a pair
 #   of Kronecker factors for each layer of the scan.) A λ of 45 is far too high for a
 #   loss of this size, and costs about ten updates. `momentum_like`, made for small batches, has
 #   shorter runs, and gets as far with the same products.
