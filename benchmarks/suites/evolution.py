@@ -43,8 +43,11 @@ def burgers(viscosity: float, name: str) -> Equation:
         t, x = points[..., :1], points[..., 1:]
         z = jnp.arange(-13, 13.1, 0.15)
         y = x - jnp.sqrt(4 * viscosity * t) * z
-        # Without the largest exponent, which no point exceeds.
-        weights = jnp.exp(-(jnp.cos(PI * y) + 1) / (2 * PI * viscosity) - z * z)
+        exponents = -jnp.cos(PI * y) / (2 * PI * viscosity) - z * z
+        # Without the largest one, or all of them could underflow in float32. It cancels,
+        # so nothing has to be differentiated.
+        largest = jax.lax.stop_gradient(jnp.max(exponents, axis=-1, keepdims=True))
+        weights = jnp.exp(exponents - largest)
         numerator = jnp.sum(jnp.sin(PI * y) * weights, axis=-1)
         return -numerator / jnp.sum(weights, axis=-1)
 

@@ -305,6 +305,19 @@ def by_fourier(change, modes, end, places):
     return np.real(waves @ (double * found.y[:, -1]))
 
 
+@pytest.mark.parametrize("name", ["burgers", "burgers_smooth"])
+def test_the_solution_of_burgers_in_float32_is_that_in_float64(name):
+    equation = EXPERIMENTS[name].equation
+    points = jax.random.uniform(KEY, (2000, 2), jnp.float64) * jnp.array([1, 2])
+    points = points - jnp.array([0, 1])  # t in [0, 1], x in [−1, 1].
+    truth = np.asarray(equation.solution(points))
+    with jax.enable_x64(False):
+        found = equation.solution(jnp.asarray(np.asarray(points), jnp.float32))
+    assert found.dtype == jnp.float32
+    # The front is steep: x in float32 is what differs.
+    assert np.sqrt(np.mean((found - truth) ** 2)) < 1e-5 * np.sqrt(np.mean(truth**2))
+
+
 def test_the_solution_of_burgers_is_that_of_a_fourier_method():
     count, places = 512, np.linspace(-1, 1, 33)
     k = np.arange(count // 2 + 1)
