@@ -14,6 +14,7 @@ from benchmarks.micro import (
     preconditioners,
     product,
     rows,
+    tpu,
 )
 
 _COMMANDS = {
@@ -25,6 +26,7 @@ _COMMANDS = {
     "constants": constants,
     "least_squares": least_squares,
     "rows": rows,
+    "tpu": tpu,
     "figures": figures,
 }
 

@@ -52,6 +52,21 @@ from benchmarks.suites.equations import EXPERIMENTS
 from hfjax import cg, damping, iterates, krylov, preconditioners, recipes, trust_region
 
 Build = Callable[..., Any]
+Place = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+
+
+class Lowered(NamedTuple):
+    """An update that is traced and not compiled.
+
+    Attributes:
+      program: what XLA is given.
+      state: the shapes of the optimizer's state.
+      seconds: of the processor that tracing took.
+    """
+
+    program: Any
+    state: Any
+    seconds: float
 
 
 class Option(NamedTuple):
@@ -79,7 +94,8 @@ class Option(NamedTuple):
         return not self.checkpointed or problem.checkpointed is not None
 
 
-def _usual(**given: Any) -> Build:
+def usual(**given: Any) -> Build:
+    """Return what builds `hessian_free` with these options."""
     return lambda objective, **options: hfjax.hessian_free(
         objective, **{**options, **given}
     )
@@ -88,40 +104,40 @@ def _usual(**given: Any) -> Build:
 _KRONECKER, _BY_RATIO = preconditioners.kronecker, damping.levenberg_marquardt
 
 OPTIONS = {
-    "default": Option(_usual()),
-    "nothing donated": Option(_usual(), donated=False),
-    "kronecker(decay=0.95)": Option(_usual(preconditioner=_KRONECKER(decay=0.95))),
+    "default": Option(usual()),
+    "nothing donated": Option(usual(), donated=False),
+    "kronecker(decay=0.95)": Option(usual(preconditioner=_KRONECKER(decay=0.95))),
     "kronecker(decay=0.95, interval=5)": Option(
-        _usual(preconditioner=_KRONECKER(decay=0.95, interval=5))
+        usual(preconditioner=_KRONECKER(decay=0.95, interval=5))
     ),
-    "nystrom()": Option(_usual(preconditioner=preconditioners.nystrom())),
-    "diagonal()": Option(_usual(preconditioner=preconditioners.diagonal())),
-    "preconditioner=None": Option(_usual(preconditioner=None)),
-    "levenberg_marquardt()": Option(_usual(damping=_BY_RATIO())),
+    "nystrom()": Option(usual(preconditioner=preconditioners.nystrom())),
+    "diagonal()": Option(usual(preconditioner=preconditioners.diagonal())),
+    "preconditioner=None": Option(usual(preconditioner=None)),
+    "levenberg_marquardt()": Option(usual(damping=_BY_RATIO())),
     "levenberg_marquardt(), keep=best()": Option(
-        _usual(damping=_BY_RATIO(), solver=cg.conjugate_gradient(keep=iterates.best()))
+        usual(damping=_BY_RATIO(), solver=cg.conjugate_gradient(keep=iterates.best()))
     ),
     "levenberg_marquardt(), keep=best(), preconditioner=None": Option(
-        _usual(
+        usual(
             damping=_BY_RATIO(),
             solver=cg.conjugate_gradient(keep=iterates.best()),
             preconditioner=None,
         )
     ),
-    "line_search=None": Option(_usual(line_search=None)),
+    "line_search=None": Option(usual(line_search=None)),
     "steihaug_toint()": Option(
-        _usual(solver=trust_region.steihaug_toint(), damping=trust_region.radius())
+        usual(solver=trust_region.steihaug_toint(), damping=trust_region.radius())
     ),
     "subspace_descent()": Option(
-        _usual(solver=krylov.subspace_descent(), damping=damping.constant(0.0))
+        usual(solver=krylov.subspace_descent(), damping=damping.constant(0.0))
     ),
-    "ten microbatches": Option(_usual(), microbatches=10),
+    "ten microbatches": Option(usual(), microbatches=10),
     "ten microbatches, linearised once": Option(
-        _usual(), microbatches=10, linearize_once=True
+        usual(), microbatches=10, linearize_once=True
     ),
-    "√T checkpointed": Option(_usual(), checkpointed=True),
+    "√T checkpointed": Option(usual(), checkpointed=True),
     "√T checkpointed, ten microbatches": Option(
-        _usual(), microbatches=10, checkpointed=True
+        usual(), microbatches=10, checkpointed=True
     ),
     "recipes.martens2010": Option(lambda f, **options: recipes.martens2010(f)),
     "optax.lbfgs": Option(lambda f, **options: optax.lbfgs(), takes_value=True),
@@ -193,8 +209,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any]:
-    """Compile an update, and look at the program."""
+def lower(
+    option: Option, problem: Problem, place: Place = lambda *args: args
+) -> Lowered:
+    """Trace an update from nothing, as a user compiles it.
+
+    Args:
+      option: the set-up.
+      problem: shapes.
+      place: `(params, state, batch) -> the same`, on the devices to compile for.
+
+    Returns:
+      What XLA is given, and what it took.
+    """
     jax.clear_caches()
     objective = problem.checkpointed if option.checkpointed else problem.objective
     if option.microbatches > 1:
@@ -216,14 +243,24 @@ def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(tx.init, problem.params)
-    args = (problem.params, state, problem.batch)
-    if device is not None:
-        there = jax.sharding.SingleDeviceSharding(device)
-        args = jax.tree.map(lambda x: x.update(sharding=there), args)
+    args = place(problem.params, state, problem.batch)
     donated = ("params", "state") if option.donated else ()
     start = time.process_time()
     lowered = jax.jit(step, donate_argnames=donated).lower(*args)
-    handed = time.process_time()
+    return Lowered(lowered, state, time.process_time() - start)
+
+
+def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any]:
+    """Compile an update, and look at the program."""
+    there = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+    def place(*args: Any) -> Any:
+        if there is None:
+            return args
+        return jax.tree.map(lambda x: x.update(sharding=there), args)
+
+    lowered, state, seconds = lower(option, problem, place)
+    start = time.process_time()
     compiled = lowered.compile()
     end = time.process_time()
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -232,8 +269,8 @@ def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any
         raise RuntimeError(msg)
     program = programs.read(text, problem.writers)
     return {
-        "vector_bytes": _bytes(problem.params),
-        "state_bytes": _bytes(state),
+        "vector_bytes": bytes_of(problem.params),
+        "state_bytes": bytes_of(state),
         "temporary_bytes": memory.temp_size_in_bytes,
         "saved_bytes": memory.alias_size_in_bytes,
         "instructions": program.instructions,
@@ -243,8 +280,8 @@ def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any
         "models": {
             place: units / problem.units for place, units in program.units.items()
         },
-        "jax_seconds": handed - start,
-        "xla_seconds": end - handed,
+        "jax_seconds": seconds,
+        "xla_seconds": end - start,
     }
 
 
@@ -259,7 +296,8 @@ def _gpu(description: str) -> Any:
     return topology.devices[0]
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree."""
     leaves = jax.tree.leaves(tree)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
