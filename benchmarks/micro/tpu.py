@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print and write down."""
-    # Rows are long, and a file has room for them.
+    # Rows are long, which a file does not mind.
     console = Console(width=None if Console().is_terminal else _WIDE)
     rows, asked = [], args.only
     devices = topology(args.topology)

@@ -41,6 +41,17 @@ METHODS = {
     *("io_callback", "pure_callback", "callback", "deserialize", "import_module"),
 }
 
+ON_REQUEST = {
+    # Runs write where they are told to, by Orbax and matplotlib, and look for packages
+    # that may be installed. `PathLike` is what `os` is for in `fit`.
+    "training/fit.py": {"os"},
+    "training/_checkpoint.py": {"os", "pathlib", "save"},
+    "training/_loop.py": {"save"},
+    "training/_progress.py": {"importlib", "sys"},
+    "inspection/live.py": {"io", "os", "pathlib", "savefig", "sys", "write_bytes"},
+}
+"""What some modules do beside computing, as SECURITY.md says."""
+
 
 def faults(text):
     """Yield what a module does beside computing."""
@@ -58,8 +69,9 @@ def faults(text):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_room_unpickles_executes_fetches_starts_and_writes_nothing(path):
-    assert not list(faults(path.read_text()))
+def test_a_module_unpickles_executes_fetches_starts_and_writes_nothing_unasked(path):
+    name = path.relative_to(FILES[0].parent).as_posix()
+    assert set(faults(path.read_text())) == ON_REQUEST.get(name, set())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,7 @@ def test_each_of_these_would_be_found(text):
     assert list(faults(text))
 
 
-def test_all_rooms_are_looked_at():
+def test_all_modules_are_looked_at():
     assert {"transform", "cg", "objective", "diagnostics"} <= {f.stem for f in FILES}
     assert all(hasattr(builtins, name) for name in BUILTINS)
 
@@ -148,7 +160,8 @@ def test_one_file_of_the_benchmarks_fetches_and_none_unpickles():
         found = set(faults(path.read_text()))
         assert not found & (UNPICKLING | {"eval", "exec", "__import__"}), path.name
         fetching |= {path.name} if found & FETCHING else set()
-    assert fetching == {"mnist.py"}
+    # A report shows its picture in a browser, if it is asked to.
+    assert fetching == {"mnist.py", "report.py"}
 
 
 def test_security_names_what_is_fetched_and_how_it_is_verified():
