@@ -26,7 +26,7 @@ FILES = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile"),
     *("PKG-INFO", "README.md", "SECURITY.md", "pyproject.toml"),
 )
-MADE = "__pycache__", "_build", ".ipynb_checkpoints", ".ruff_cache"
+MADE = "__pycache__", "_build", ".ipynb_checkpoints", ".pytest_cache", ".ruff_cache"
 
 
 def in_checkout(*folders: str) -> set[str]:
@@ -35,7 +35,7 @@ def in_checkout(*folders: str) -> set[str]:
     return {
         path.relative_to(ROOT).as_posix()
         for path in paths
-        if path.is_file() and not set(MADE) & set(path.parts)
+        if path.is_file() and not set(MADE) & set(path.relative_to(ROOT).parts)
     }
 
 

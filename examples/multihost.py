@@ -2,7 +2,7 @@ r"""Train a network by Hessian-free in several processes, on one host or on many
 
     python examples/multihost.py
     python examples/multihost.py --coordinator 10.0.0.1:1234 --processes 2 \
-        --process-id 0 --out /shared/run
+        --process-id 0 --out /data/run
 
 A script to copy: replace `examples_from` and `model_fn` by your own. The same command runs
 on every host, except for `--process-id`. Those three options are for hosts that know

@@ -130,9 +130,6 @@ def plot_live(rows: Sequence[Mapping[str, float]]) -> Figure:
             return
         places, heights = zip(*some, strict=True)
         axis.plot(places, heights, ".-", color=color, ms=3, lw=1, label=label)
-        # A step of 0 is one that was rejected: a gap in the line.
-        if all(height >= 0 for height in heights) and any(heights):
-            axis.set_yscale("log", nonpositive="mask")
 
     for axis, name in zip(grid[:, 0], shown, strict=True):
         draw(axis, name, "black", "training")
@@ -141,6 +138,10 @@ def plot_live(rows: Sequence[Mapping[str, float]]) -> Figure:
         if name == "value" and any("validation" in row for row in rows):
             draw(axis, "validation", "tab:orange", "validation")
             axis.legend(frameon=False)
+        heights = [height for line in axis.lines for height in line.get_ydata()]
+        # A step of 0 is one that was rejected: a gap in the line.
+        if min(heights) >= 0 and max(heights) > 0:
+            axis.set_yscale("log", nonpositive="mask")
     grid[-1, 0].set_xlabel("updates")
     grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     return figure

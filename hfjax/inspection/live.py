@@ -31,7 +31,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
       {'value': 0.5, 'accepted': 1.0}
     """
     found = {name: x for name, x in row.items() if isinstance(x, int | float)}
-    return {name: float(x) for name, x in found.items() if x == x}  # NaN is not.
+    return {name: float(x) for name, x in found.items() if x == x}  # Without NaN.
 
 
 def live_plot(
@@ -79,6 +79,8 @@ class _LivePlot:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Keep the numbers of an update, and draw if it is time."""
+        if self.rows and row["update"] <= self.rows[-1]["update"]:  # Another run.
+            self.rows, self.handle, self.drawn, self.due = [], None, 0, 0.0
         self.rows.append(numbers(row))
         if time.perf_counter() >= self.due:
             self._draw()
@@ -96,6 +98,7 @@ class _LivePlot:
         begun, file = time.perf_counter(), io.BytesIO()
         plot_live(self.rows).savefig(file, dpi=80)
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_bytes(file.getvalue())
         if display is not None and self.handle is None:
             self.handle = display(_image(file), display_id=True)

@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     Attributes:
       tree: arrays.
       columns: the history: lists of numbers by name, of any float dtype.
-      seconds: that the run had taken.
+      seconds: how long the run had taken.
     """
 
     tree: Tree

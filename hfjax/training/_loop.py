@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ _WINDOW = 10
 
 @dataclasses.dataclass
 class Loop:
-    """A run: what it is of, and how far it has come."""
+    """A run: its problem, and its progress so far."""
 
     objective: Objective
     tx: optax.GradientTransformation
@@ -35,6 +36,9 @@ class Loop:
     tolerance: float | None
     patience: int | None
     rows: list[History] = dataclasses.field(default_factory=list)
+    lows: list[float] = dataclasses.field(default_factory=list)  # f so far
+    lowest: float = math.inf  # of the validation batch
+    lowest_at: int = 1
     best: tuple[Params, Any] | None = None
     last: Batch = ()
 
@@ -77,18 +81,38 @@ class Loop:
         self.params, self.state, row = step(
             self.params, self.state, batch, self.validation, count
         )
-        self.rows.append(jax.device_get(row))
+        self._append(jax.device_get(row))
         self.last = batch
-        if self.patience is not None and _waited(self.rows) == 0:
+        if self.patience is not None and self.lowest_at == len(self.rows):
             self.best = self.params, self.state
+
+    def _append(self, row: History) -> None:
+        """Keep a row, and the lowest values so far: nothing looks at all rows again."""
+        self.rows.append(row)
+        self.lows.append(min([*self.lows[-1:], float(row.value)]))
+        if row.validation < self.lowest:
+            self.lowest, self.lowest_at = float(row.validation), len(self.rows)
 
     def _reason(self) -> Reason:
         """Return why the run ends after these updates, or `RUNNING`."""
-        reason = _ended(self.rows, self.tolerance) if self.rows else Reason.RUNNING
-        if reason == Reason.RUNNING and self.patience is not None and self.rows:
-            late = _waited(self.rows) >= self.patience
-            return Reason.VALIDATION if late else reason
-        return reason
+        if not self.rows:
+            return Reason.RUNNING
+        value = self.rows[-1].value
+        if not np.isfinite(value):
+            if len(self.rows) == 1:
+                msg = (
+                    f"f is not finite at the start: {value}. Start from other `params`."
+                )
+                raise ValueError(msg)
+            return Reason.NONFINITE
+        if self.tolerance is not None and len(self.rows) > _WINDOW:
+            before, now = self.lows[-_WINDOW - 1], self.lows[-1]
+            if before - now <= self.tolerance * abs(now):
+                return Reason.VALUE
+        if self.patience is None:
+            return Reason.RUNNING
+        late = len(self.rows) - self.lowest_at >= self.patience
+        return Reason.VALIDATION if late else Reason.RUNNING
 
     def result(self, reason: Reason) -> Fit:
         """Return what the run has found."""
@@ -125,14 +149,10 @@ class Loop:
             if not abs(float(here) - float(there)) <= gap:
                 words = f"f at the start was {there:.6g}, and is {here:.6g}"
                 raise other(kept.folder, words)
-        (self.params, self.state, self.best), self.rows = saved.tree, rows
+        self.params, self.state, self.best = saved.tree
+        for row in rows:
+            self._append(row)
         return saved.seconds
-
-
-def _waited(rows: list[History]) -> int:
-    """Return how many updates ago f of the validation batch was lowest."""
-    values = np.array([row.validation for row in rows])
-    return len(rows) - 1 - int(np.argmin(np.where(np.isnan(values), np.inf, values)))
 
 
 def _report(state: optax.OptState) -> dict[str, Any]:
@@ -141,22 +161,6 @@ def _report(state: optax.OptState) -> dict[str, Any]:
         return diagnostics.scalars(state)
     except KeyError:
         return {}
-
-
-def _ended(rows: list[History], tolerance: float | None) -> Reason:
-    """Return why a run ends after these updates, or `RUNNING`."""
-    values = [row.value for row in rows]
-    if not np.isfinite(values[-1]):
-        if len(values) == 1:
-            msg = (
-                f"f is not finite at the start: {values[0]}. Start from other `params`."
-            )
-            raise ValueError(msg)
-        return Reason.NONFINITE
-    if tolerance is None or len(values) <= _WINDOW:
-        return Reason.RUNNING
-    before, now = min(values[:-_WINDOW]), min(values)
-    return Reason.VALUE if before - now <= tolerance * abs(now) else Reason.RUNNING
 
 
 @functools.lru_cache(maxsize=64)

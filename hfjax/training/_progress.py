@@ -72,7 +72,7 @@ def _automatic() -> str:
         return "lines"
     if in_notebook():
         return "tqdm" if _is_installed("tqdm") else ""
-    if sys.stdout is None or not sys.stdout.isatty():
+    if not getattr(sys.stdout, "isatty", bool)():  # Some have none.
         return ""
     return next(filter(_is_installed, ("rich", "tqdm")), "")
 
@@ -82,7 +82,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _words(row: Mapping[str, float], *names: str) -> str:
-    """Write f and what else the run has; what is NaN it has not."""
+    """Format f and the other numbers of the run, without those that are NaN."""
     parts = [f"f {row['value']:.6g}"]
     for name in names:
         label = "λ" if name == "damping" else name

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from hfjax._core.arguments import check_function
@@ -44,7 +45,7 @@ class Reason(_Sentences):
     STEP = 2, "The last step was shorter than the tolerance `xtol`."
     """The last step changed the parameters by no more than `xtol`, relative to them."""
     VALUE = 3, "f has stopped falling, to the tolerance."
-    """f fell by no more than the tolerance, relative to f, and nor was it expected to."""
+    """f fell by no more than the tolerance, relative to f, and was not expected to fall further."""
     ZERO = 4, "The residuals are zero to the rounding of the parameters."
     """Rounding the parameters would change the residuals by as much as is left of them."""
     ROUNDING = 5, "Any further progress is hidden by rounding."
@@ -165,7 +166,8 @@ class Watch:
         if self.call is None:
             return False
         told = {"update": update, "seconds": seconds, **told, "params": params}
-        return self.call(told) is True
+        found = self.call(told)
+        return isinstance(found, bool | np.bool_) and bool(found)
 
     def end(self, words: str) -> None:
         """Show why the run has ended."""

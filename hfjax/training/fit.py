@@ -56,18 +56,18 @@ def fit(
       objective: f, an `hfjax.Objective` or a sum of them.
       params: where to start, a tree of arrays of floats.
       batch: `(inputs, targets)` or `(inputs, targets, weights)`, for all updates; or an
-        iterable of batches, such as a generator, for one update each. One that can be
-        iterated again, such as a data loader, is. A tuple or list is always one batch:
+        iterable of batches, such as a generator, for one update each. If it can be
+        iterated again, as a data loader can, it is, as often as needed. A tuple or list is always one batch:
         pass `iter(batches)` for a list of them.
       optimizer: from Optax or hfjax; `None` is `hfjax.hessian_free(objective)`. Its
         `update` is given `batch`, `value`, `grad` and `value_fn`, as far as it takes them.
-      updates: the most updates, with those before a checkpoint.
+      updates: the maximum number of updates, including those before a checkpoint.
       tolerance: end when f has fallen by at most `tolerance` · |f| over the last 10
-        updates; 0 is not at all. `None` never ends a run. It needs a single batch, since
+        updates; 0 means that it has not fallen at all. `None` never ends a run. It needs a single batch, since
         f is of other data in each of several.
       validation: a batch on which f is computed after each update, for the history.
-      patience: end when f of `validation` was lowest so many updates ago, and return the
-        parameters and state that it was lowest for. `None` returns the last ones.
+      patience: end when f of `validation` has had no new minimum for so many updates, and
+        return the parameters and state of the minimum. `None` returns the last ones.
       progress: `True` draws a bar: of rich in a terminal, of tqdm in a notebook, if they
         are installed. If the logger `hfjax` is enabled for `INFO`, as after
         `logging.basicConfig(level=logging.INFO)`, it logs lines instead: one each second,
@@ -77,7 +77,7 @@ def fit(
       callback: called after each update with a dictionary: `update`, `seconds`, the
         fields of `History`, `params`, and with a Hessian-free optimizer
         `hfjax.diagnostics.scalars(state)`. If it returns `True`, the run ends. Its method
-        `close`, if it has one, is called at the end, even after an error. Loggers take
+        `close`, if it has one, is called when the run ends, even after an error. Loggers take
         `hfjax.diagnostics.numbers(row)`; listeners of `jax.monitoring` get the same.
       checkpoint: a folder. Parameters, state and history are saved there by Orbax, at most
         every 30 seconds and at the end. The same call goes on from them, and does the
@@ -122,7 +122,7 @@ def fit(
             f"`optimizer` must be a gradient transformation, got {describe(optimizer)}."
         )
         raise TypeError(msg)
-    # Of no weak type, as those that an update returns: it is compiled once.
+    # Without weak types, as an update returns them, or it would be compiled twice.
     params = jax.tree.map(lambda x: x.astype(x.dtype), as_params(params))
     now: Any = tx.init(params) if state is None else state
     run = Loop(objective, tx, params, now, validation, tolerance, patience)

@@ -71,6 +71,14 @@ def test_a_bar_is_drawn_in_a_terminal_and_nothing_in_a_pipe(monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_callback_ends_a_run_by_true_of_python_or_of_numpy():
+    for true in (True, np.True_):
+        found = fit(callback=lambda row, true=true: true)
+        assert found.reason is Reason.CALLBACK
+        assert len(found.history.value) == 1
+    assert fit(callback=lambda row: 1).reason is Reason.UPDATES
+
+
 def test_a_bar_ends_after_an_error(monkeypatch):
     terminal = as_terminal(monkeypatch)
 

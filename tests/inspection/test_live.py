@@ -78,6 +78,24 @@ def test_a_notebook_shows_one_figure_and_replaces_it(monkeypatch):
     assert all(data.startswith(b"\x89PNG") for _, data in shown)
 
 
+def test_another_run_has_a_figure_of_its_own_in_a_folder_that_is_made(
+    tmp_path, monkeypatch
+):
+    drawn = []
+
+    def plot(rows):
+        drawn.append([row["update"] for row in rows])
+        return _figures.plot_live(rows)
+
+    monkeypatch.setattr(live, "plot_live", plot)
+    callback = diagnostics.live_plot(tmp_path / "new" / "run.png", seconds=0)
+    monkeypatch.setattr(live, "_SHARE", 1e9)
+    for update in (1, 2, 1):
+        callback(row(update))
+    assert drawn == [[1], [1, 2], [1]]
+    assert (tmp_path / "new" / "run.png").exists()
+
+
 def test_the_figure_has_what_the_rows_have():
     nan = float("nan")
     rows = [row(1, damping=nan, validation=1.0), row(2, damping=nan, validation=2.0)]
@@ -90,3 +108,5 @@ def test_the_figure_has_what_the_rows_have():
     figure = _figures.plot_live([diagnostics.numbers(row(1, value=-3.0))])
     assert figure.axes[0].get_yscale() == "linear"
     assert len(figure.axes) == 3
+    figure = _figures.plot_live([diagnostics.numbers(row(1, validation=-1.0))])
+    assert figure.axes[0].get_yscale() == "linear"  # Both lines can be seen.

@@ -48,7 +48,9 @@ ON_REQUEST = {
     "training/_checkpoint.py": {"os", "pathlib", "save"},
     "training/_loop.py": {"save"},
     "training/_progress.py": {"importlib", "sys"},
-    "inspection/live.py": {"io", "os", "pathlib", "savefig", "sys", "write_bytes"},
+    "inspection/live.py": {
+        *("io", "mkdir", "os", "pathlib", "savefig", "sys", "write_bytes")
+    },
 }
 """What some modules do beside computing, as SECURITY.md says."""
 
