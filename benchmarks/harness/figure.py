@@ -73,7 +73,7 @@ def draw_from_start(
     }
     for level in named.values():
         axes.axhline(level, color="0.6", lw=0.8, ls=":", zorder=0)
-    _name_levels(axes, named, start=0.01, shift=0.3, ha="left")
+    _name_levels(axes, named, start=0.01, shift=0.2, ha="left")
     words = {"wall": "seconds", "processor": "processor seconds"}[clock]
     axes.set(
         xlabel=f"{words} from the start of Python, compiling included",
