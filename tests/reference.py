@@ -34,6 +34,20 @@ def quick_jit(fn, **options):
     return jax.jit(fn, compiler_options=QUICK, **options)
 
 
+def counted_jit(fn, **options):
+    """Compile so, and return a list, too, that grows with each time it is traced.
+
+    JAX's own count, `_cache_size`, is 0 for a program that it has evicted meanwhile.
+    """
+    traced = []
+
+    def counted(*args, **kwargs):
+        traced.append(fn)
+        return fn(*args, **kwargs)
+
+    return quick_jit(counted, **options), traced
+
+
 def flat(tree: Any) -> np.ndarray:
     """Return all entries of a tree as one vector."""
     return np.asarray(ravel_pytree(tree)[0])
