@@ -30,7 +30,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,14 +183,7 @@ def run(args: argparse.Namespace) -> int:
             )
     with jax.enable_x64(args.problem in FLOAT64):
         problem = PROBLEMS[args.problem](args.cases)
-    names = [
-        name
-        for name, option in OPTIONS.items()
-        if option.fits(problem) and (name in USUAL if asked is None else asked in name)
-    ]
-    if not names:
-        msg = f"--only: no set-up of this problem has {asked!r} in its name"
-        raise cli.RefusedError(msg)
+    names = chosen(OPTIONS, USUAL, problem, asked)
     path = cli.output_file(args.out)
     try:
         device = None if args.gpu is None else _gpu(Path(args.gpu).read_text())
@@ -207,6 +200,24 @@ def run(args: argparse.Namespace) -> int:
     console.print(_places(rows))
     console.print(f"Written to {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def chosen(
+    options: dict[str, Option],
+    usual: Collection[str],
+    problem: Problem,
+    asked: str | None,
+) -> list[str]:
+    """List the set-ups that fit a problem: the usual ones, or those asked for."""
+    names = [
+        name
+        for name, option in options.items()
+        if option.fits(problem) and (name in usual if asked is None else asked in name)
+    ]
+    if not names:
+        msg = f"--only: no set-up of this problem has {asked!r} in its name"
+        raise cli.RefusedError(msg)
+    return names
 
 
 def lower(

@@ -79,17 +79,10 @@ def run(args: argparse.Namespace) -> int:
     """Compile, print and write down."""
     # Rows are long, which a file does not mind.
     console = Console(width=None if Console().is_terminal else _WIDE)
-    rows, asked = [], args.only
+    rows: list[dict[str, Any]] = []
     devices = topology(args.topology)
     problem = fitted(args.problem, args.cases, len(devices))
-    names = [
-        name
-        for name, option in OPTIONS.items()
-        if option.fits(problem) and (name in USUAL if asked is None else asked in name)
-    ]
-    if not names:
-        msg = f"--only: no set-up of this problem has {asked!r} in its name"
-        raise cli.RefusedError(msg)
+    names = costs.chosen(OPTIONS, USUAL, problem, args.only)
     path = cli.output_file(args.out)
     mesh = Mesh(np.array(devices), (AXIS,))
     with console.status("compiling"):
