@@ -1,5 +1,6 @@
 """Slow dense truth in float64, from the formulas of the report, without hfjax."""
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -46,6 +47,27 @@ def counted_jit(fn, **options):
         return fn(*args, **kwargs)
 
     return quick_jit(counted, **options), traced
+
+
+@contextlib.contextmanager
+def programs(event: str):
+    """Collect the names of what JAX traces or compiles meanwhile.
+
+    Args:
+      event: `"jaxpr_trace"` or `"backend_compile"`.
+    """
+    seen = []
+
+    def listen(name, seconds, **about):
+        del seconds
+        if name == f"/jax/core/compile/{event}_duration":
+            seen.append(about.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Calls from outside of `jit`: the second compiles nothing, and keeps nothing."""
 
-import contextlib
 import gc
 
 import jax
@@ -9,33 +8,15 @@ import numpy as np
 import optax
 import pytest
 import training
-from reference import assert_close
+from reference import assert_close, programs
 
 import hfjax
 from hfjax import cg, curvature, diagonals, spectrum
 from hfjax._tracing import compiled
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 X = np.linspace(-1, 1, 12).reshape(6, 2)
 T = np.sin(3 * X[:, :1])
 KEY = jax.random.key(0)
-
-
-@contextlib.contextmanager
-def counting():
-    """Count what XLA compiles."""
-    seen = []
-
-    def listen(event, seconds, **_):
-        del seconds
-        if event == COMPILED:
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def model_fn(params, inputs):
@@ -138,7 +119,7 @@ def test_the_second_call_compiles_nothing_and_gives_its_own_result(name):
     call = CALLS[name]
     jax.block_until_ready(call(1.0))
     call(0.5)  # Arrays of the test itself.
-    with counting() as compiled:
+    with programs("backend_compile") as compiled:
         found = jax.block_until_ready(call(0.5))
     assert not compiled
     truth = jax.jit(lambda: call(0.5))()
@@ -179,7 +160,7 @@ def test_the_second_update_compiles_nothing(kind):
     state = tx.init(params)
     for _ in range(2):
         params, state = update(tx, params, state, batch)
-    with counting() as compiled:
+    with programs("backend_compile") as compiled:
         tx = made() if kind == "one for each" else tx
         params, state = update(tx, params, state, batch)
         jax.block_until_ready(params)

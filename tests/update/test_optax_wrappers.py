@@ -300,7 +300,6 @@ def test_a_line_search_of_optax_goes_along_the_direction_and_lowers_f(name):
     tx = optax.chain(DIRECTION, optax.scale(-1.0), SEARCHES[name])
     value_and_grad = optax.value_and_grad_from_state(OBJECTIVE.value)
 
-    @quick_jit
     def step(params, state):
         value, grad = value_and_grad(params, batch, state=state)
         # The parameter `batch` of `Objective.value` is what lets the search have it.
@@ -315,6 +314,7 @@ def test_a_line_search_of_optax_goes_along_the_direction_and_lowers_f(name):
         )
         return optax.apply_updates(params, updates), state, updates, grad
 
+    step, traced = counted_jit(step)
     # Optax's start is weakly typed: one program for it, and another for what follows.
     state = jax.tree.map(lambda x: x.astype(x.dtype), tx.init(params))
     before = OBJECTIVE.value(params, batch)
@@ -327,7 +327,7 @@ def test_a_line_search_of_optax_goes_along_the_direction_and_lowers_f(name):
         assert after < before + 1e-4 * optax.tree.vdot(updates, grad)
         np.testing.assert_allclose(optax.tree.get(state, "value"), after, rtol=1e-12)
         before = after
-    assert step._cache_size() == 1
+    assert len(traced) == 1
     assert hfjax.diagnostics.scalars(state)["count"] == 4
     # Both have an `info`: it is the line search's to get in the way.
     with pytest.raises(KeyError, match="Found multiple values for 'info'"):
