@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hfjax._core import options, trees
 from hfjax._core.types import ValueFn
 from hfjax.solvers.descent import Run, Step
-from hfjax.solvers.iterates import Iterates
+from hfjax.solvers.iterates import Iterates, by_age
 
 
 class Before(NamedTuple):
@@ -134,7 +134,7 @@ def _backtracking(cases: int | None, *, full: bool) -> Backtracking:
 
 
 class _Walk(NamedTuple):
-    slot: jax.Array  # the next to evaluate
+    age: jax.Array  # of the next to evaluate; 0 is the oldest
     chosen: jax.Array
     value: jax.Array
     last_value: jax.Array
@@ -145,19 +145,19 @@ def _walk(
     run: Run, kept: Iterates, evaluate: ValueFn, before: Before, *, full: bool
 ) -> Chosen:
     """Walk back from the last iterate, to the first that is not better unless `full`."""
-    # The slots that are filled come first.
-    final = (jnp.sum(kept.iterations >= 0) - 1).astype(jnp.int32)
-    dtype = before.value.dtype
+    slots, dtype = by_age(kept.iterations), before.value.dtype
+    newest = (jnp.sum(kept.iterations >= 0) - 1).astype(jnp.int32)
 
     # A loop that evaluates one iterate at a time, so that f is compiled only once.
     def look(walk: _Walk) -> _Walk:
-        x = trees.row(kept.iterates, walk.slot)
+        slot = slots[walk.age]
+        x = trees.row(kept.iterates, slot)
         value = trees.finite_or_inf(evaluate(x)).astype(dtype)
-        first = walk.slot == final
+        first = walk.age == newest
         better = (value < walk.value) | first
         return _Walk(
-            slot=walk.slot - 1,
-            chosen=jnp.where(better, walk.slot, walk.chosen),
+            age=walk.age - 1,
+            chosen=jnp.where(better, slot, walk.chosen),
             value=jnp.where(better, value, walk.value),
             last_value=jnp.where(first, value, walk.last_value),
             # Never stop at a value that is not finite.
@@ -165,8 +165,8 @@ def _walk(
         )
 
     infinite = jnp.full((), jnp.inf, dtype)
-    start = _Walk(final, final, infinite, infinite, jnp.ones((), bool))
-    walk = jax.lax.while_loop(lambda walk: walk.going & (walk.slot >= 0), look, start)
+    start = _Walk(newest, slots[newest], infinite, infinite, jnp.ones((), bool))
+    walk = jax.lax.while_loop(lambda walk: walk.going & (walk.age >= 0), look, start)
     number = kept.iterations[walk.chosen]
     direction = trees.row(kept.iterates, walk.chosen)
     step = Step(direction, run.stats.model_values[number], number)

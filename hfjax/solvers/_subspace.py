@@ -1,8 +1,8 @@
 """Solve for other λ in the subspace of one run of conjugate gradients.
 
 The kept iterates of a run on A = B + λI span a subspace on which A is known without
-further products. Let d_j be the step from one kept iterate to the next, and M_j the value
-of M at the j-th. Every step ends at a minimum along itself, so
+further products. Let d_j be the step from one kept iterate to the next, oldest first, and
+M_j the value of M at the j-th. Every step ends at a minimum along itself, so
 
     d_iᵀA d_j = 0 for i ≠ j,    d_jᵀA d_j = 2 (M_{j−1} − M_j) = c_j.
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from hfjax._core import trees
 from hfjax._core.types import Tree
 from hfjax._tracing import linalg
-from hfjax.solvers.iterates import Iterates
+from hfjax.solvers.iterates import Iterates, by_age
 
 
 class Subspace(NamedTuple):
@@ -33,6 +33,7 @@ class Subspace(NamedTuple):
     gram: jax.Array  # N / size²
     rhs: jax.Array  # Vᵀb
     damping: jax.Array  # λ of the run, in A = B + λI
+    first: jax.Array  # 1 for the oldest iterate, 0 for the steps
 
     def penalty(self, damping: jax.Array) -> jax.Array:
         """Return Vᵀ(λI) V."""
@@ -50,7 +51,7 @@ class Subspace(NamedTuple):
         scaled += jnp.diag(jnp.where(there, 0, 1).astype(scaled.dtype))
         y = unit * linalg.solve(scaled, unit * self.rhs)
         # Without any positive curvature, take the first iterate, which goes downhill.
-        y = jnp.where(jnp.any(there), y, jnp.zeros_like(y).at[0].set(1))
+        y = jnp.where(jnp.any(there), y, self.first)
         model = 0.5 * y @ (self.curvature @ y) - self.rhs @ y
         undamped = model - 0.5 * y @ (self.penalty(self.damping) @ y)
         step = trees.combination(self.size * y, self.vectors)
@@ -64,39 +65,48 @@ def subspace(
     there = kept.iterations >= 0
     models = model_values[jnp.maximum(kept.iterations, 0)]
     size = trees.magnitude(kept.iterates).astype(models.dtype)
-    vectors = _steps(kept.iterates, there, 1 / size)
+    slots, numbers = by_age(kept.iterations), jnp.arange(len(there), dtype=jnp.int32)
+    vectors = _steps(kept.iterates, there, slots, 1 / size)
     rhs = size * trees.coordinates(vectors, b).astype(models.dtype)
     gram = trees.gram(vectors, vectors).astype(models.dtype)
     damping = damping.astype(models.dtype)
     penalty = _penalty(damping, size, gram)
-    falls = jnp.append(0.0, 2 * (models[:-1] - models[1:])).astype(models.dtype)
+    is_first = numbers == slots[0]
+    follows = slots[None, 1:] == numbers[:, None]
+    before = jnp.sum(jnp.where(follows, slots[None, :-1], 0), axis=1, dtype=jnp.int32)
+    falls = jnp.where(is_first, 0, 2 * (models[before] - models))
     # Drop steps whose gain is lost in the rounding of M, since a wrong c_j would spoil the
     # solution in the other directions. It is also wrong if it violates c_j ≥ λ d_jᵀd_j,
     # which A ≥ λI implies; the factor ½ allows for rounding.
     noise = 16 * jnp.finfo(models.dtype).eps * jnp.max(jnp.abs(models))
     known = (falls > noise) & (falls >= 0.5 * jnp.diagonal(penalty))
-    known = there & known.at[0].set(True)
+    known = there & (known | is_first)
     falls, rhs = jnp.where(known, falls, 0), jnp.where(known, rhs, 0)
     gram = jnp.where(known[:, None] & known[None], gram, 0)
-    first = (rhs - falls).at[0].set(0)
-    own = jnp.zeros_like(models).at[0].set(2 * (models[0] + rhs[0]))
-    curvature = jnp.diag(falls + own).at[0].add(first).at[:, 0].add(first)
-    return Subspace(vectors, size, curvature, gram, rhs, damping)
+    first = is_first.astype(models.dtype)
+    with_first = jnp.where(is_first, 0, rhs - falls)
+    own = jnp.where(is_first, 2 * (models + rhs), falls)
+    row = jnp.where(is_first[:, None], with_first[None], 0)
+    curvature = jnp.diag(own) + row + row.T
+    return Subspace(vectors, size, curvature, gram, rhs, damping, first)
 
 
-def _steps(iterates: Tree, there: jax.Array, scale: jax.Array) -> Tree:
+def _steps(
+    iterates: Tree, there: jax.Array, slots: jax.Array, scale: jax.Array
+) -> Tree:
     """Return the first iterate, and the steps from each to the next, times `scale`."""
-    # From the last slot on, each step overwrites the iterate that it ends at: no later
-    # round of the loop reads that again, and the buffer is not needed twice.
+    # From the newest on, each step overwrites the iterate that it ends at: no later round
+    # of the loop reads that again, and the buffer is not needed twice.
 
     def step(number: jax.Array, iterates: Tree) -> Tree:
-        slot = len(there) - 1 - number
+        age = len(there) - 1 - number
+        slot, earlier = slots[age], slots[jnp.maximum(age - 1, 0)]
 
         def leaf(after: jax.Array, before: jax.Array) -> jax.Array:
-            change = jnp.where(slot > 0, after - before, after)
+            change = jnp.where(age > 0, after - before, after)
             return jnp.where(there[slot], change, 0) * scale.astype(change.dtype)
 
-        ends = (trees.row(iterates, n) for n in (slot, jnp.maximum(slot - 1, 0)))
+        ends = (trees.row(iterates, n) for n in (slot, earlier))
         return trees.with_row(iterates, slot, jax.tree.map(leaf, *ends))
 
     return jax.lax.fori_loop(0, len(there), step, iterates)

@@ -1,10 +1,10 @@
 """Which iterates of conjugate gradients to keep, for backtracking to choose among.
 
-M falls with every iteration, but f need not, so some iterates are kept. `grid` keeps
-those numbered ⌈first · growth^j⌉ and the last, which takes that many copies of the
-parameters; `every` keeps every c-th. `best` evaluates f on the grid during the run and
-keeps a single iterate. `guarded` keeps every c-th with f there, and ends the run once f
-has increased.
+M falls with every iteration, but f need not, so some iterates are kept, each a copy of
+the parameters. `at_most` keeps so many, thinned out as the run goes on. `grid` keeps those
+numbered ⌈first · growth^j⌉ and the last; `every` keeps every c-th. `best` evaluates f on
+the grid during the run and keeps a single iterate. `guarded` keeps every c-th with f
+there, and ends the run once f has increased.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from hfjax._core.types import Number, Tree, ValueFn
 
 
 class Iterates(NamedTuple):
-    """Kept iterates, oldest first.
+    """Kept iterates: oldest first, except those of `at_most`.
 
     Attributes:
       iterates: a tree like x with a leading axis of slots.
@@ -61,6 +61,48 @@ class IterateRule(NamedTuple):
     data: str = "eval_batch"
 
 
+def at_most(slots: int = 8) -> IterateRule:
+    """Keep at most so many iterates, thinned out as the run goes on.
+
+    The first `slots` iterates are all kept. After that, each new one takes the place of an
+    earlier one: of any three kept in succession, numbered i < j < k, it is the j for which
+    k / i is smallest. So the first and the last stay, and the numbers between them grow
+    about geometrically. Their place says nothing of their order; `iterations` does.
+
+    Args:
+      slots: the most iterates to keep, at least 2.
+
+    Returns:
+      The rule. It holds `slots` copies of x, however long the run.
+
+    Raises:
+      TypeError: if `slots` is not a Python integer.
+      ValueError: if it is less than 2.
+
+    Example:
+      >>> from hfjax import cg
+      >>> import jax.numpy as jnp
+      >>> d = jnp.arange(1.0, 41.0)
+      >>> run = cg.solve(
+      ...     lambda v: d * v,
+      ...     jnp.ones(40),
+      ...     max_iterations=30,
+      ...     stopping=None,
+      ...     keep=at_most(5),
+      ... )
+      >>> print(jnp.sort(run.kept.iterations))
+      [ 1  2  7 24 30]
+    """
+    options.check_count("slots", slots, low=2)
+
+    def build(max_iterations: int, value_fn: ValueFn | None) -> IterateBuffer:
+        del value_fn
+        places = jnp.asarray(_thinned(slots, max_iterations), jnp.int32)
+        return _slots(min(slots, max(max_iterations, 1)), lambda i: places[i])
+
+    return IterateRule(build)
+
+
 def grid(*, first: int = 5, growth: float = 1.3) -> IterateRule:
     """Keep iterates number ⌈`first` · `growth`^j⌉, j = 0, 1, …, and the last.
 
@@ -83,7 +125,7 @@ def grid(*, first: int = 5, growth: float = 1.3) -> IterateRule:
     """
     _check_spacing(first, growth)
     return IterateRule(
-        lambda max_iterations, value_fn: _slots(_spaced(first, growth, max_iterations))
+        lambda max_iterations, value_fn: _ending(_spaced(first, growth, max_iterations))
     )
 
 
@@ -98,7 +140,7 @@ def every(interval: int) -> IterateRule:
     """
     options.check_count("interval", interval, low=1)
     return IterateRule(
-        lambda max_iterations, value_fn: _slots(_multiples(interval, max_iterations))
+        lambda max_iterations, value_fn: _ending(_multiples(interval, max_iterations))
     )
 
 
@@ -181,7 +223,7 @@ def guarded(
     def build(max_iterations: int, value_fn: ValueFn | None) -> IterateBuffer:
         value_fn = _needed(value_fn)
         ends = _multiples(interval, max_iterations)
-        slots = _slots(ends)
+        slots = _ending(ends)
 
         def update(
             kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array
@@ -212,21 +254,63 @@ def guarded(
     return IterateRule(build, evaluates=True, data=data)
 
 
-def _slots(ends: list[int]) -> IterateBuffer:
-    """Keep the iterates numbered `ends`, and the last."""
+def by_age(iterations: jax.Array) -> jax.Array:
+    """Return the slots of kept iterates, oldest first, and then those that are empty.
+
+    Args:
+      iterations: of `Iterates`.
+
+    Returns:
+      int32, like `iterations`.
+    """
+    numbers = jnp.arange(len(iterations), dtype=jnp.int32)
+    latest = jnp.iinfo(jnp.int32).max - len(numbers)
+    age = jnp.where(iterations < 0, latest + numbers, iterations)
+    # Not `argsort`: a sort is one more program to compile.
+    place = jnp.sum(age[None] < age[:, None], axis=1, dtype=jnp.int32)
+    return jnp.sum(
+        jnp.where(place[None] == numbers[:, None], numbers[None], 0),
+        axis=1,
+        dtype=jnp.int32,
+    )
+
+
+def _slots(count: int, slot_of: Callable[[jax.Array], jax.Array]) -> IterateBuffer:
+    """Keep every iterate in its slot, until another one takes it."""
 
     def init(x: Tree) -> Iterates:
-        return _start(x, len(ends) + 1, trees.scalar_dtype(x))
+        return _start(x, count, trees.scalar_dtype(x))
 
     def update(kept: Iterates, i: jax.Array, x: Tree, is_last: jax.Array) -> Iterates:
-        # Every iterate overwrites the slot of the next iteration to keep. So the last one
-        # is always there, and an iteration costs one copy of x. A `cond` with the buffer
-        # as an operand would copy all of it.
+        # So the last one is always there, and an iteration costs one copy of x. A `cond`
+        # with the buffer as an operand would copy all of it.
         del is_last
-        slot = _slot_of(ends, i)
+        slot = slot_of(i)
         return _write(kept, slot, i, x, kept.values[slot])
 
     return IterateBuffer(init, update)
+
+
+def _thinned(slots: int, last: int) -> list[int]:
+    """Return the slot of each of the iterations 0, 1, …, `last` of `at_most`."""
+    kept: list[int] = []  # oldest first
+    places = [0]
+    for i in range(1, last + 1):
+        place = i - 1
+        if len(kept) == slots:
+            *inner, newest = range(1, slots)
+            after = {j: kept[j + 1] for j in inner} | {newest: i}
+            j = min(after, key=lambda j: after[j] / kept[j - 1])
+            place = places[kept.pop(j)]
+        kept.append(i)
+        places.append(place)
+    return places
+
+
+def _ending(ends: list[int]) -> IterateBuffer:
+    """Keep the iterates numbered `ends`, and the last."""
+    # Every iterate overwrites the slot of the next iteration to keep.
+    return _slots(len(ends) + 1, lambda i: _slot_of(ends, i))
 
 
 def _slot_of(ends: list[int], i: jax.Array) -> jax.Array:

@@ -63,6 +63,19 @@ def test_full_search_takes_the_lowest_of_all():
     assert sorted(evaluated) == list(range(8))
 
 
+def test_slots_in_another_order_are_walked_from_the_newest_to_the_oldest():
+    value_fn, kept, evaluated = scripted([*VALUES, 0.0])
+    order = np.array([3, 0, 5, 7, 1, 2, 4, 6])
+    shuffled = jax.tree.map(lambda x: x[np.append(order, 8)], kept)
+    shuffled = shuffled._replace(iterations=shuffled.iterations.at[8].set(-1))
+    choice = backtracking.early_stop().choose(run_of(shuffled), value_fn, BEFORE)
+    jax.effects_barrier()
+    assert evaluated == [7, 6, 5, 4, 3]
+    assert (choice.step.iteration, choice.value) == (50, np.float32(2.4))
+    assert choice.step.direction["x"] == 4
+    assert choice.last_value == np.float32(7.3)
+
+
 def test_equal_values_keep_the_later_iterate():
     for rule in (backtracking.early_stop(), backtracking.full_search()):
         value_fn, kept, _ = scripted([1.0, 1.0, 1.0])

@@ -72,6 +72,33 @@ def test_grid_of_other_spacings(first, growth, last, numbers):
     assert_kept(offer(iterates.grid(first=first, growth=growth), last, last), numbers)
 
 
+@pytest.mark.parametrize("slots", [2, 3, 8])
+def test_of_three_in_succession_the_one_with_the_closest_neighbours_goes(slots):
+    rule, numbers = iterates.at_most(slots), []
+    for last in range(1, 61):
+        numbers.append(last)
+        if len(numbers) > slots:
+            triples = zip(numbers, numbers[1:], numbers[2:], strict=False)
+            numbers.remove(min(triples, key=lambda ijk: ijk[2] / ijk[0])[1])
+        if last in (1, 2, 7, 9, 20, 60):
+            kept = offer(rule, 60, last)
+            age = np.argsort(np.where(kept.iterations < 0, 999, kept.iterations))
+            by_age = jax.tree.map(lambda leaf, age=age: leaf[age], kept)
+            assert_kept(by_age, numbers + [-1] * (slots - len(numbers)))
+            np.testing.assert_array_equal(iterates.by_age(kept.iterations), age)
+
+
+def test_a_run_that_is_shorter_than_the_slots_has_no_slots_to_spare():
+    assert_kept(offer(iterates.at_most(8), 3, 3), [1, 2, 3])
+    assert_kept(offer(iterates.at_most(8), 0, 0), [0])
+
+
+@pytest.mark.parametrize(("slots", "error"), [(1, ValueError), (2.0, TypeError)])
+def test_too_few_slots_are_refused(slots, error):
+    with pytest.raises(error, match="`slots`"):
+        iterates.at_most(slots)
+
+
 def test_iterates_kept_by_a_run_are_its_iterates():
     rng = np.random.default_rng(0)
     a = np.diag(np.geomspace(1e-2, 1, 30))
