@@ -28,27 +28,49 @@ class Cases(NamedTuple):
 
 
 class Microbatches(NamedTuple):
-    """A single microbatch is `cases`; of several, leaves are [position, microbatch, …]."""
+    """A single microbatch is `cases`; of several, leaves are [position, microbatch, …].
+
+    Attributes:
+      count: of microbatches.
+      cases: the examples, with some at weight 0 to fill up the last round.
+      total: of examples, without those.
+      shares: of how many devices each were filled up apart; 1 if all of them at once.
+    """
 
     count: int
     cases: Cases
+    total: int
+    shares: int = 1
 
     def take(self, k: jax.Array | int) -> Cases:
         """Return the k-th microbatch."""
         return trees.row(self.cases, k, axis=1)
 
+    def in_order(self, stacked: jax.Array) -> jax.Array:
+        """Put results of shape [microbatch, position, …] into the order of the batch."""
+        found = jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])
+        if self.shares > 1:
+            found = found.reshape(self.shares, -1, *found.shape[1:])
+            found = found[:, : self.total // self.shares]
+            found = found.reshape(-1, *found.shape[2:])
+        return found[: self.total]
+
 
 def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     """Split a batch into microbatches of at most `microbatch_size` examples.
 
-    Microbatch k holds the examples k, k + count, k + 2·count, …. If the examples are
-    sharded, each device therefore holds its share of every microbatch.
+    Microbatch k holds the examples k, k + count, k + 2·count, …, of each device's share
+    where that may be one. Each device therefore holds its share of every microbatch.
     """
     total = cases.weights.shape[0]
     if microbatch_size is None or microbatch_size >= total:
-        return Microbatches(1, cases)
-    # If the examples are sharded by type, every device gets equally many in a microbatch.
-    shards = sharding.shards_of_cases(cases)
+        return Microbatches(1, cases, total)
+    # Every device gets equally many in a microbatch, or the batch would be gathered.
+    # Over `Auto` axes, examples may be sharded over as many devices as divide them.
+    shards, shares = sharding.shards_of_cases(cases), 1
+    automatic = math.gcd(total, sharding.automatic(cases))
+    if shards < automatic <= microbatch_size:
+        shards = shares = automatic
     count = -(-total // max(shards, microbatch_size // shards * shards))
     rounds = -(-total // (count * shards)) * shards
     missing = rounds * count - total
@@ -56,9 +78,13 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     # The last round is filled up with the first examples, at weight 0. They are real ones
     # because the model may not be defined at a row of zeros, and 0 · NaN is NaN.
     def fold(leaf: jax.Array) -> jax.Array:
-        if missing:
+        example = leaf.shape[1:]
+        if missing and shares > 1:  # Each share from itself: nothing is sent.
+            leaf = leaf.reshape(shares, -1, *example)
+            leaf = jnp.concatenate([leaf, leaf[:, : missing // shares]], axis=1)
+        elif missing:
             leaf = jnp.concatenate([leaf, leaf[:missing]])
-        return leaf.reshape(rounds, count, *leaf.shape[1:])
+        return leaf.reshape(rounds, count, *example)
 
     folded = jax.tree.map(fold, cases)
     if count > trees.FEW:
@@ -66,9 +92,10 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
         # each round of the outer one. The barrier keeps a batch that the user's compiled
         # function closes over from being treated as a constant.
         folded = jax.lax.optimization_barrier(folded)
-    padding = jnp.arange(rounds * count).reshape(rounds, count) >= total
+    places = jnp.arange(rounds * count).reshape(rounds, count)
+    padding = places % (rounds * count // shares) >= total // shares
     weights = jnp.where(padding, 0, folded.weights)
-    return Microbatches(count, folded._replace(weights=weights))
+    return Microbatches(count, folded._replace(weights=weights), total, shares)
 
 
 def subsample(batch: Batch, cases: int) -> Batch:
@@ -101,14 +128,6 @@ def subsample(batch: Batch, cases: int) -> Batch:
         return leaf.reshape(-1, every, *leaf.shape[1:])[:, 0]
 
     return jax.tree.map(taken, tuple(batch))
-
-
-def unfold(stacked: jax.Array, total: int) -> jax.Array:
-    """Put results for microbatches back into the order of the batch: shape `[total, …]`.
-
-    `stacked`, [microbatch, position, …], is the result of `jax.lax.map` over microbatches.
-    """
-    return jnp.swapaxes(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:total]
 
 
 def as_cases(batch: Batch, name: str = "batch") -> Cases:

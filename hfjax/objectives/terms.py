@@ -21,7 +21,7 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.losses.loss import columns
 from hfjax.objectives import decay
-from hfjax.objectives.cases import Cases, check_outputs, split, unfold
+from hfjax.objectives.cases import Cases, check_outputs, split
 from hfjax.objectives.means import Means
 
 
@@ -102,7 +102,7 @@ class Term(NamedTuple):
         else:
             run = for_loops(lambda k: self.outputs(params, parts.take(k).inputs))
             stacked = _tree.mapped(run, parts.count)
-            outputs = jax.tree.map(lambda z: unfold(z, total), stacked)
+            outputs = jax.tree.map(parts.in_order, stacked)
         check_outputs(outputs, total)
         return outputs
 
@@ -151,7 +151,7 @@ class Term(NamedTuple):
         stacked = jax.lax.map(
             lambda k: losses_of(params, parts.take(k)), jnp.arange(parts.count)
         )
-        return unfold(stacked, self.cases.weights.shape[0])
+        return parts.in_order(stacked)
 
     def decayed(self, tree: Tree, v: Tree) -> Tree:
         """Add β v, the part of the weight decay, to a curvature-vector product."""

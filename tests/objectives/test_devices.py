@@ -2,12 +2,13 @@
 
 import functools
 
+import collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from mapped import DEVICES, PROBLEM, axis_name, by_shard_map, mesh, needs_devices, run
 from problems import quantities, with_hidden
 from reference import flat, quick_jit
@@ -43,6 +44,30 @@ def test_devices_change_nothing(way, microbatch_size):
         np.testing.assert_allclose(
             flat(leaf), truth[name], rtol=1e-12, atol=1e-16, err_msg=name
         )
+
+
+@pytest.mark.parametrize("size", [5, 9])
+def test_a_microbatch_is_a_share_of_every_devices_cases(size):
+    # 52 cases: five are no even share of four devices, and nine leave some over.
+    x = jnp.sin(jnp.arange(156.0)).reshape(52, 3)
+    params = jnp.full((3, 2), 0.1)
+    objective = hfjax.Objective(
+        lambda p, x: jnp.tanh(x @ p),
+        hfjax.losses.squared_error(),
+        microbatch_size=size,
+    )
+
+    def product(params, batch):
+        return curvature.ggn(objective, params, batch)(params)
+
+    batch = jax.device_put((x, x[:, :2]), NamedSharding(mesh(), PartitionSpec("cases")))
+    params = jax.device_put(params, NamedSharding(mesh(), PartitionSpec()))
+    for fn in (product, objective.case_values):
+        compiled = quick_jit(fn).lower(params, batch).compile()
+        sent = collectives.read(compiled.as_text())
+        assert {one.kind for one in sent} <= {"all-reduce"}
+        alone = quick_jit(fn)(np.asarray(params), jax.tree.map(np.asarray, batch))
+        np.testing.assert_allclose(compiled(params, batch), alone, rtol=1e-12)
 
 
 def test_case_values_are_each_devices_own():
