@@ -35,7 +35,7 @@ from hfjax.solvers.descent import RunStats as RunStats
 from hfjax.solvers.descent import Solver as Solver
 from hfjax.solvers.descent import Step as Step
 from hfjax.solvers.descent import System as System
-from hfjax.solvers.iterates import IterateRule, grid
+from hfjax.solvers.iterates import IterateRule, at_most, grid
 from hfjax.solvers.pcg import CGResult as CGResult
 from hfjax.solvers.pcg import as_preconditioner, run
 from hfjax.solvers.stopping import RULES, StoppingRule, marginal, martens2010
@@ -156,7 +156,7 @@ def conjugate_gradient(
     max_iterations: int = 250,
     min_iterations: int = 1,
     stopping: StoppingRule | None = marginal(),
-    keep: IterateRule = grid(first=1),
+    keep: IterateRule = at_most(),
     warm_start_decay: NumberOrSchedule | None = None,
     warm_start_from: str = "last",
     limit: NumberOrSchedule | None = None,
@@ -179,8 +179,8 @@ def conjugate_gradient(
       max_iterations: the most iterations of a run; a Python integer.
       min_iterations: iterations to run before the stopping rule is first consulted.
       stopping: a rule of `hfjax.stopping`, or `None`.
-      keep: which iterates backtracking may choose among: `grid`, `every`, `best` or
-        `guarded` of `hfjax.iterates`.
+      keep: which iterates backtracking may choose among: `at_most`, `grid`, `every`,
+        `best` or `guarded` of `hfjax.iterates`. Each is a vector like the parameters.
       warm_start_decay: a factor in [0, 1], a number or schedule; `None` starts from 0,
         which saves a product.
       warm_start_from: what to carry over: the `"last"` iterate of the run, the one

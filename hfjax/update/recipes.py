@@ -218,8 +218,7 @@ def kronecker_factored(
       objective: f, with its weight decay.
       initial_damping: λ before the first update, in units of the curvature of f. It may
         be wrong by orders of magnitude, since the first update corrects it.
-      max_iterations: largest number of CG iterations per update, rarely reached. By
-        default, 21 iterates are stored.
+      max_iterations: largest number of CG iterations per update, rarely reached.
       decay: of the factors' running average: 0 uses only the current batch; 0.95 is for
         small batches, see `preconditioners.kronecker`.
       interval: number of updates from one computation of the factors to the next.
@@ -245,7 +244,7 @@ def kronecker_factored(
         solver=cg.conjugate_gradient(
             max_iterations=max_iterations,
             stopping=stopping.marginal(),
-            keep=iterates.grid(first=1, growth=1.3),
+            keep=iterates.at_most(8),
             warm_start_decay=None,
         ),
         preconditioner=preconditioners.kronecker(decay=decay, interval=interval),
