@@ -83,6 +83,13 @@ def cg(problem: Problem, params: Any, seed: int) -> Racer:
     return default(problem, params, seed, solver=hfjax.cg.conjugate_gradient())
 
 
+def grid(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it with iterates that are kept on a grid, 21 of them."""
+    keep = hfjax.iterates.grid(first=1)
+    solver = hfjax.cg.conjugate_gradient(keep=keep)
+    return default(problem, params, seed, solver=solver)
+
+
 def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
     """Build it with steps that are solved for exactly, with momentum."""
     solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
@@ -345,6 +352,9 @@ def _no_hidden_states(problem: Problem) -> str | None:
 OPTIMIZERS = {
     "hfjax": Optimizer("hfjax.hessian_free with its defaults", default),
     "cg": Optimizer("the same with conjugate gradients", cg, unfit=_not_cg),
+    "grid": Optimizer(
+        "cg with keep=iterates.grid(first=1), which keeps 21 iterates", grid
+    ),
     "spring": Optimizer(
         f"the same with sample_space.cholesky(momentum={MOMENTUM:g})",
         exact,

@@ -9,19 +9,18 @@ others each time, and prints how to repeat a failure.
 import atexit
 import gc
 import os
-import sys
 import tempfile
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Quick tests do not optimise programs, which halves what compiling costs; those that are
-# marked slow do, as users do. Workers of xdist inherit the flags.
-FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-QUICK_FLAGS = f"--xla_backend_optimization_level=0 {FLAGS}".strip()
-chosen = FLAGS if "slow" in sys.argv else QUICK_FLAGS  # As in `pytest -m slow`.
-if os.environ.setdefault("XLA_FLAGS", chosen) in {FLAGS, QUICK_FLAGS}:
+# Programs are not optimised, which halves what compiling costs. Notebooks, examples, the
+# README and the commands of `.ci/run` are. Workers of xdist inherit the flags.
+FLAGS = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):  # Else XLA has no other way to write a kernel.
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+if os.environ.setdefault("XLA_FLAGS", FLAGS) == FLAGS:
     # Else a user's own flags may set the devices.
     jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)

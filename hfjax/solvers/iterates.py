@@ -61,7 +61,7 @@ class IterateRule(NamedTuple):
     data: str = "eval_batch"
 
 
-def at_most(slots: int = 8) -> IterateRule:
+def at_most(slots: int = 6) -> IterateRule:
     """Keep at most so many iterates, thinned out as the run goes on.
 
     The first `slots` iterates are all kept. After that, each new one takes the place of an
@@ -255,24 +255,14 @@ def guarded(
 
 
 def by_age(iterations: jax.Array) -> jax.Array:
-    """Return the slots of kept iterates, oldest first, and then those that are empty.
-
-    Args:
-      iterations: of `Iterates`.
-
-    Returns:
-      int32, like `iterations`.
-    """
+    """Return the slots of kept iterates, oldest first, and then those that are empty."""
     numbers = jnp.arange(len(iterations), dtype=jnp.int32)
     latest = jnp.iinfo(jnp.int32).max - len(numbers)
     age = jnp.where(iterations < 0, latest + numbers, iterations)
     # Not `argsort`: a sort is one more program to compile.
     place = jnp.sum(age[None] < age[:, None], axis=1, dtype=jnp.int32)
-    return jnp.sum(
-        jnp.where(place[None] == numbers[:, None], numbers[None], 0),
-        axis=1,
-        dtype=jnp.int32,
-    )
+    slots = jnp.where(place[None] == numbers[:, None], numbers[None], 0)
+    return jnp.sum(slots, axis=1, dtype=jnp.int32)
 
 
 def _slots(count: int, slot_of: Callable[[jax.Array], jax.Array]) -> IterateBuffer:

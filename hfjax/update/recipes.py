@@ -244,7 +244,7 @@ def kronecker_factored(
         solver=cg.conjugate_gradient(
             max_iterations=max_iterations,
             stopping=stopping.marginal(),
-            keep=iterates.at_most(8),
+            keep=iterates.at_most(6),
             warm_start_decay=None,
         ),
         preconditioner=preconditioners.kronecker(decay=decay, interval=interval),
