@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from benchmarks import compare
 from benchmarks.cli import Parser, RefusedError
 from benchmarks.micro import (
+    accelerator,
     constants,
     costs,
     figures,
@@ -27,6 +28,7 @@ _COMMANDS = {
     "least_squares": least_squares,
     "rows": rows,
     "tpu": tpu,
+    "accelerator": accelerator,
     "figures": figures,
 }
 

@@ -1,11 +1,12 @@
 """What the time of an exact update goes to, part by part: `costs --exact`.
 
 Updates of `solver="auto"` are timed as a whole, some way from the start, and each part is
-compiled alone and timed in turn with them, in seconds of the processor. The flops are those
-that a part cannot do without: three forward passes for a gradient or for J̃, n² (rows or
-columns) for a square of J̃ of n rows, n³/3 for a Cholesky factor, 2 rows · columns for a
-product with J̃. The limit is what they take at the speed of a product of two float64
-matrices, measured beside the rest; a part that is bound by memory stays far above it.
+compiled alone and timed in turn with them, in seconds of the processor, or of the clock on
+the wall where an accelerator computes. The flops are those that a part cannot do without:
+three forward passes for a gradient or for J̃, n² (rows or columns) for a square of J̃ of n
+rows, n³/3 for a Cholesky factor, 2 rows · columns for a product with J̃. The limit is what
+they take at the speed of a product of two float64 matrices, measured beside the rest; a
+part that is bound by memory stays far above it.
 """
 
 import statistics
@@ -49,8 +50,9 @@ def run(
         calls, flops, size = _measured(name, updates, stored)
         for call in calls.values():
             jax.block_until_ready(call())
+        clock = "processor" if jax.default_backend() == "cpu" else "wall"
         taken = [
-            {part: timed(call)[1].processor for part, call in calls.items()}
+            {part: getattr(timed(call)[1], clock) for part, call in calls.items()}
             for _ in range(rounds)
         ]
     seconds = {part: statistics.median(x[part] for x in taken) for part in calls}

@@ -16,6 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness.history import write_json
 from benchmarks.harness.race import Carry, Racer
 from benchmarks.micro import (
+    accelerator,
     constants,
     cost_problems,
     costs,
@@ -79,6 +80,9 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
         # Once for gradient and linearisation together, and once for f at the step.
         assert row["models"] == {"once": 2}
         assert row["jax_seconds"] > 0 < row["xla_seconds"]
+        told = accelerator._of_costs({"rows": [row]})
+        assert told["kernels, once"] == f"{row['places']['once']}"
+        assert told["kernels, an iteration of CG"] == f"{row['places']['pcg.run']}"
     printed = capsys.readouterr().out
     assert "usual" in printed
     assert "784-4-2, 3 images" in printed
@@ -110,6 +114,7 @@ def test_shares_of_an_update_add_up(tmp_path, monkeypatch, capsys):
     assert len(found["runs"]) == 2
     parts = found["shares"].values()
     assert sum(part["share"] for part in parts) == pytest.approx(1.0)
+    assert accelerator._of_shares(found).keys() == found["shares"].keys()
     assert "2 updates" in capsys.readouterr().out
     assert main([*words, "--problem", "readme"]) == 2
     assert "--shares is for the autoencoder" in capsys.readouterr().err
@@ -141,6 +146,8 @@ def test_products_are_timed(network, tmp_path, monkeypatch, capsys):
     assert set(found["seconds"]) == set(found["in_gradients"])
     assert found["in_gradients"]["gradient"] == 1
     assert 0 < found["cg_iterations"] <= 3
+    over = accelerator._of_product(found)["an update, over its products"]
+    assert float(over) == pytest.approx(found["update_over_its_products"], abs=0.01)
     assert "JAX\N{NO-BREAK SPACE}alone" in capsys.readouterr().out
 
 
@@ -336,6 +343,8 @@ def test_an_exact_update_is_divided_into_its_parts(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert (found["rows"], found["columns"], found["stored"]) == (1020, 257, 100_000)
     assert found["limits"].keys() < found["seconds"].keys()
+    limited = {k for k, x in accelerator._of_exact(found).items() if "by flops" in x}
+    assert limited == found["limits"].keys()
     assert found["seconds"]["an update"] > found["seconds"]["J"] > 0
     n, limit = 257, found["limits"]
     assert limit["its square"] == pytest.approx(1020 * n**2 / found["speed"])

@@ -1,0 +1,65 @@
+"""The script for accelerators runs on any machine, and loses nothing that fails."""
+
+import json
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.micro import accelerator
+from benchmarks.micro.accelerator import Step
+
+
+def test_speeds_are_flops_by_seconds(monkeypatch):
+    monkeypatch.setattr(accelerator, "_least", lambda fn, x: fn(x).size * 1e-6)
+    monkeypatch.setattr(accelerator, "_TRIPS", 4)
+    monkeypatch.setattr(accelerator, "_FACTORS", (5,))
+    found = accelerator.speeds(10)
+    # 2,000 operations in 100 entries' seconds, each a millionth.
+    assert found["float64, precision highest"] == "2e-05 Tflops per second"
+    assert len([name for name in found if "precision" in name]) == 4
+    assert found["an iteration of one small kernel"] == "4 µs"
+    assert found["Cholesky factor, 5"] == found["eigh, 5"] == "0.025 ms"
+
+
+def test_what_fails_or_has_no_time_is_told_and_the_rest_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    def steps(small, data_dir, seconds):
+        yield Step("refused", ["costs", "--only", "adam"])
+        yield Step(
+            "speeds", ["accelerator", "--speeds", "--small"], lambda d: d["speeds"]
+        )
+        monkeypatch.setattr(accelerator.time, "monotonic", lambda: 1e12)
+        yield Step("late", ["costs"])
+
+    monkeypatch.setattr(accelerator, "steps", steps)
+    assert main(["accelerator", "--out", str(tmp_path / "new")]) == 0
+    rows = json.loads((tmp_path / "new" / "accelerator.json").read_text())["rows"]
+    refused, fine, late = rows
+    assert "no set-up of this problem has 'adam'" in refused["why"]
+    assert "Tflops" in fine["found"]["float32, precision highest"]
+    assert late["why"] == "the time was over"
+    printed = capsys.readouterr().out
+    assert "no set-up" in printed.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_command_that_takes_too_long_is_stopped(tmp_path):
+    row = accelerator.taken(Step("slow", ["product"]), tmp_path, 0.5)
+    assert row["why"].startswith("stopped after")
+    assert row["seconds"] < 30
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_its_commands_are_those_that_there_are(small, tmp_path, monkeypatch):
+    (tmp_path / "mnist.npz").write_bytes(b"")
+    found = list(accelerator.steps(small, str(tmp_path), 600.0))
+    assert [step.words[0] for step in found].count("compare") == 2
+    training = [step.words[-1] for step in found if step.words[0] == "compare"]
+    # Both optimizers of one and the three equations of the other, in 0.4 of the time each.
+    assert training == ["120", "40"]
+    assert ("mnist" in [word for step in found for word in step.words]) != small
+    # Each is understood: a parser that refuses it would end with 2.
+    for step in found:
+        with pytest.raises(SystemExit) as ended:
+            main([*step.words, "--help"])
+        assert ended.value.code == 0
