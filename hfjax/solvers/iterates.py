@@ -82,14 +82,9 @@ def at_most(slots: int = 6) -> IterateRule:
     Example:
       >>> from hfjax import cg
       >>> import jax.numpy as jnp
+      >>> options = {"max_iterations": 30, "stopping": None, "keep": at_most(5)}
       >>> d = jnp.arange(1.0, 41.0)
-      >>> run = cg.solve(
-      ...     lambda v: d * v,
-      ...     jnp.ones(40),
-      ...     max_iterations=30,
-      ...     stopping=None,
-      ...     keep=at_most(5),
-      ... )
+      >>> run = cg.solve(lambda v: d * v, jnp.ones(40), **options)
       >>> print(jnp.sort(run.kept.iterations))
       [ 1  2  7 24 30]
     """
@@ -255,7 +250,14 @@ def guarded(
 
 
 def by_age(iterations: jax.Array) -> jax.Array:
-    """Return the slots of kept iterates, oldest first, and then those that are empty."""
+    """Return the slots of kept iterates, oldest first, and then those that are empty.
+
+    Args:
+      iterations: of `Iterates`.
+
+    Returns:
+      int32, like `iterations`.
+    """
     numbers = jnp.arange(len(iterations), dtype=jnp.int32)
     latest = jnp.iinfo(jnp.int32).max - len(numbers)
     age = jnp.where(iterations < 0, latest + numbers, iterations)
