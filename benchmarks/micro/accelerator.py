@@ -39,8 +39,9 @@ from benchmarks.suites.mnist import FILE
 _ROUNDS = 5
 _TRIPS = 1000  # of the loop that hardly computes
 _FACTORS = (785, 1001)  # sizes of Kronecker factors of the autoencoders
-_TRAINING = 0.4
-"""Of the time, for each of the two comparisons; the last one has what is left."""
+_IMAGES, _EQUATIONS = 0.06, 0.03
+"""Of the time, for each run of the two comparisons: four, for Adam has three rates, and
+three. Half of the time goes to compiling and to the other commands."""
 
 
 class Step(NamedTuple):
@@ -98,15 +99,15 @@ def steps(small: bool, data_dir: str | None, seconds: float) -> Iterator[Step]:
     yield Step("shares", ["costs", "--shares", "--cases", shown, *rounds], _of_shares)
     exact = "poisson2d" if small else "poisson3d"
     yield Step("exact", ["costs", "--exact", exact, *rounds], _of_exact)
-    # Two runs of images, and three equations.
-    each = max(1, round(_TRAINING * seconds / 2))
+    each = max(1, round(_IMAGES * seconds))
     images = ["--problem", "curves1000" if small else "curves20000"]
     if data_dir is not None and (Path(data_dir) / FILE).exists() and not small:
         images = ["--problem", "mnist", "--data-dir", data_dir]
     compared = ["--optimizers", "hfjax,adam", "--seconds", str(each)]
     yield Step("images", ["compare", "--suite", "images", *images, *compared])
     problems = "poisson2d" if small else "20,21,29"
-    compared = ["--optimizers", "hfjax", "--seconds", str(max(1, each // 3))]
+    each = max(1, round(_EQUATIONS * seconds))
+    compared = ["--optimizers", "hfjax", "--seconds", str(each)]
     words = ["compare", "--suite", "equations", "--problem", problems, *compared]
     yield Step("equations", words)
 
