@@ -2,7 +2,7 @@
 
     python -m benchmarks accelerator
     python -m benchmarks accelerator --data-dir DIR --minutes 10 --out runs/accelerator
-    JAX_PLATFORMS=cpu python -m benchmarks accelerator --small --minutes 5
+    JAX_PLATFORMS=cpu python -m benchmarks accelerator --small --minutes 7
     python -m benchmarks accelerator --speeds
 
 Other commands do the work, each in a process of its own, the most telling first: `product`,
