@@ -90,6 +90,11 @@ def grid(problem: Problem, params: Any, seed: int) -> Racer:
     return default(problem, params, seed, solver=solver)
 
 
+def whole(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it with the curvature of all cases."""
+    return default(problem, params, seed, sampling=None)
+
+
 def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
     """Build it with steps that are solved for exactly, with momentum."""
     solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
@@ -354,6 +359,11 @@ OPTIMIZERS = {
     "cg": Optimizer("the same with conjugate gradients", cg, unfit=_not_cg),
     "grid": Optimizer(
         "cg with keep=iterates.grid(first=1), which keeps 21 iterates", grid
+    ),
+    "whole": Optimizer(
+        "hfjax with sampling=None: the curvature of all cases",
+        whole,
+        unfit=lambda problem: "its steps are exact" if problem.options else None,
     ),
     "spring": Optimizer(
         f"the same with sample_space.cholesky(momentum={MOMENTUM:g})",

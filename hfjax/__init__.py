@@ -29,6 +29,7 @@ from hfjax.training import minibatching as minibatching
 from hfjax.training.fit import fit as fit
 from hfjax.training.least_squares import least_squares as least_squares
 from hfjax.update import recipes as recipes
+from hfjax.update import sampling as sampling
 from hfjax.update import state as state
 from hfjax.update import transform as transform
 from hfjax.update.state import HessianFreeInfo as HessianFreeInfo

@@ -33,7 +33,7 @@ from benchmarks.suites import sequences
 from benchmarks.suites.curves import curves
 from benchmarks.suites.images import CURVES, DAMPING, autoencoder
 from hfjax.preconditioners import PreconditionerRule as Rule
-from hfjax.update.system import damped
+from hfjax.update._damped import damped
 
 _TARGETS = {
     "recipe": ("empirical Fisher, ξ = 0.75", hfjax.stopping.martens2010()),

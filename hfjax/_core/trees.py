@@ -6,7 +6,6 @@ every device; `sum(x * y)` does not.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,6 @@ import jax.numpy as jnp
 
 from hfjax._core import sharding
 from hfjax._core.types import Number, Tree
-
-FEW = 64
-"""The most terms added one by one, which loses at most half as many units of rounding."""
 
 EXACT = jax.lax.Precision.HIGHEST
 """Some devices multiply float32 with fewer digits; a basis is then not orthogonal."""
@@ -86,96 +82,6 @@ def sum_leaves(scalars: Tree, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return the sum of a tree of scalars; zero of `dtype` if it has no leaves."""
     leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(scalars)]
     return _pairwise(operator.add, leaves) if leaves else jnp.zeros((), dtype)
-
-
-def summed(term: Callable[[jax.Array], Tree], count: int, zeros: Tree) -> Tree:
-    """Return Σₖ term(k) for k < `count`, one term after another.
-
-    At worst 32 units of rounding are lost for any `count`. This holds two trees more than
-    a plain loop.
-
-    Args:
-      term: k ↦ a tree of floats.
-      count: the number of terms.
-      zeros: zeros with the shapes, dtypes and layout of a term.
-    """
-
-    # Added one by one, N terms of one sign lose up to N/2 units of rounding: of 10⁵ terms
-    # in float32, two to four digits are right. So terms are added in blocks of at most
-    # 64, and what the addition of each block rounds off is kept and added at the end
-    # (Knuth's two-sum, as in Neumaier's and Klein's summation). Treating every term like
-    # this would be accurate to one unit, but took a third more time where a term is the
-    # gradient of some examples. XLA does not reorder floating-point additions, so this
-    # survives.
-    def add_up(total: Tree, k: jax.Array) -> tuple[Tree, None]:
-        x = term(jnp.minimum(k, count - 1) if padded else k)
-        # The last block may run past the last term.
-        x = jax.tree.map(lambda x: jnp.where(k < count, x, 0), x) if padded else x
-        return add(total, x), None
-
-    def add_block(carry: tuple[Tree, Tree], numbers: jax.Array) -> tuple[tuple, None]:
-        total, lost = carry
-        block = jax.lax.scan(add_up, zeros, numbers)[0]
-        new = add(total, block)
-        return (new, jax.tree.map(_rounded_off, lost, total, block, new)), None
-
-    length = _block(count)
-    blocks = -(-count // length)
-    padded = blocks * length > count
-    numbers = jnp.arange(blocks * length)
-    if blocks == 1:
-        return jax.lax.scan(add_up, zeros, numbers)[0]
-    numbers = numbers.reshape(blocks, length)
-    (total, lost), _ = jax.lax.scan(add_block, (zeros, zeros), numbers)
-    # If the sum has overflowed, `lost` is NaN, and the result should still be ∞.
-    return jax.tree.map(lambda s, c: s + jnp.where(jnp.isfinite(c), c, 0), total, lost)
-
-
-def _block(count: int) -> int:
-    """Return how many of `count` terms to add one by one: all, if they are few."""
-    if count <= FEW:
-        return count
-    # The last block is filled up in vain: choose the length that wastes the fewest terms.
-    lengths = range(FEW // 4, FEW + 1)
-    return min(lengths, key=lambda n: (-count % n, abs(n - FEW // 2)))
-
-
-def _rounded_off(
-    lost: jax.Array, total: jax.Array, x: jax.Array, new: jax.Array
-) -> jax.Array:
-    """Add to `lost` the rounding error of total + x, which is exactly representable."""
-    # Knuth's two-sum, unlike the faster one, does not ask which of the two is larger.
-    added = new - total
-    return lost + ((total - (new - added)) + (x - added))
-
-
-def mapped(fn: Callable[[jax.Array], Tree], count: int) -> Tree:
-    """Return `jax.lax.map(fn, jnp.arange(count))`, computed by nested loops.
-
-    The transpose of a loop adds up the cotangents of what `fn` closes over, one after
-    another, and rounds each time. The transpose of nested loops adds up blocks, so that
-    no more than 64 terms per level are added one after another. It holds one more
-    cotangent per level, and the program still contains `fn` only once.
-    """
-    shape = _levels(count)
-    # The last number is repeated until all blocks are full; its copies are cut off below.
-    numbers = jnp.minimum(jnp.arange(math.prod(shape)), count - 1).reshape(shape)
-
-    def nested(numbers: jax.Array) -> Tree:
-        return jax.lax.map(fn if numbers.ndim == 1 else nested, numbers)
-
-    def laid_out(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, *x.shape[len(shape) :])
-        return x if len(x) == count else x[:count]
-
-    results = nested(numbers)
-    return results if len(shape) == 1 else jax.tree.map(laid_out, results)
-
-
-def _levels(count: int) -> tuple[int, ...]:
-    """Return lengths of at most `FEW` whose product is `count`, or slightly more."""
-    length = _block(count)
-    return (count,) if length == count else (*_levels(-(-count // length)), length)
 
 
 def axpy(a: jax.Array, x: Tree, y: Tree) -> Tree:

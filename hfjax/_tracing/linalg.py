@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hfjax._core import sharding, trees
+from hfjax._core import sharding, sums, trees
 from hfjax._core.types import Tree
 
 _BLOCKS, _SMALL = 4, 400
@@ -137,7 +137,7 @@ def squared_columns(rows: Tree, dtype: jnp.dtype) -> jax.Array:
     count, left = divmod(total, _CHUNK)
     zeros = jnp.zeros((columns, columns), dtype)
     zeros = sharding.vary(zeros, tuple(sharding.varying(leaves[0])))
-    found = trees.summed(lambda k: of_some(k * _CHUNK, _CHUNK), count, zeros)
+    found = sums.summed(lambda k: of_some(k * _CHUNK, _CHUNK), count, zeros)
     return found + of_some(count * _CHUNK, left) if left else found
 
 

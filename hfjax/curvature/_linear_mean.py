@@ -17,6 +17,7 @@ from hfjax._core.types import Approximate, Batch, Matvec, Params, Tree
 from hfjax._tracing import compiled
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import linearized
+from hfjax.curvature._kept import kept
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
@@ -88,27 +89,28 @@ def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
     """Build the product of one term, in the dtypes of v."""
     means, cases = term.means, term.cases
     parts, local = means.parts(cases), means.local(params)
-    whole = None
-    if parts.count == 1 or term.linearize_once:
-        source = term
-        if parts.count > 1:
-            # The transpose of a loop over microbatches sums in the dtype of the parameters.
-            # So pass them wide, and narrow them in each microbatch.
-            def model_fn(wide: Params, inputs: Tree) -> Tree:
-                return term.model_fn(trees.cast_like(wide, params), inputs)
 
-            source, local = term._replace(model_fn=model_fn), trees.widen(local)
+    def anew(number: jax.Array) -> Matvec:
+        return product(term, local, parts.take(number))
+
+    if parts.count == 1:
         # The product runs inside of a loop, that of conjugate gradients.
-        whole = for_loops(product(source, local, cases))
+        whole, of_number = for_loops(product(term, local, cases)), anew
+    else:
+        whole, of_number = None, anew
+        if term.linearize_once:
+            try:
+                of_number = kept(anew, parts, local, skips=means.skips)
+            except Exception:
+                # A user's rule may raise anything. It is raised again when v is there.
+                of_number = anew
 
     def matvec(v: Tree) -> Tree:
         tangent = means.local(trees.cast_like(v, params))
         if whole is not None:
-            sums = trees.widen(whole(trees.cast_like(tangent, local)))
+            sums = trees.widen(whole(tangent))
         else:
-            sums = means.accumulate(
-                lambda part: product(term, local, part)(tangent), parts
-            )
+            sums = means.summed(lambda k: for_loops(of_number(k))(tangent), parts)
         mean = means.divide(sums, cases.weights)
         return trees.cast_like(term.decayed(mean, v), v)
 

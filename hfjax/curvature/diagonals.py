@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import options, sharding, trees
+from hfjax._core import options, sharding, sums
 from hfjax._core.arguments import as_key, as_params
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import compiled
@@ -266,7 +266,7 @@ def _mean_of_squares(
             return one(zero)
         # One probe after the other, so that memory does not grow with their number.
         nothing = sharding.zeros(jax.eval_shape(one, zero))
-        return trees.summed(for_loops(one), probes, means.local(nothing))
+        return sums.summed(for_loops(one), probes, means.local(nothing))
 
     held = _case_gradients.held_entries(gradient_of(zero), cases[:2])
     # Microbatches bound the memory for gradients that have to be formed.

@@ -148,15 +148,9 @@ def hessian(
         objective = with_structural_loss(objective, structural)
 
     def product(term: Term, params: Params, cases: Cases) -> Matvec:
-        means, slope = term.means, jax.grad(term.weighted_loss)
-
         # Neither divided by Σᵢ wᵢ nor with weight decay: `linear_mean` does both.
-        def gradient(params: Params) -> Params:
-            return means.accumulate(
-                lambda part: slope(params, part), means.parts(cases)
-            )
-
-        return derivative_of_gradient(gradient, params)
+        slope = jax.grad(term.weighted_loss)
+        return derivative_of_gradient(lambda params: slope(params, cases), params)
 
     return linear_mean(product, objective, params, batch)
 

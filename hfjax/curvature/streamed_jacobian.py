@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hfjax._core import sharding, trees
+from hfjax._core import sharding, sums, trees
 from hfjax._core.types import Batch, Params, Tree
 from hfjax._tracing import linalg
 from hfjax._tracing.convolutions import for_loops
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
     def summed(self, of_rows: Callable[[Tree], Tree], zeros: Tree) -> Tree:
         """Sum over chunks and devices what is additive in the rows."""
-        found = trees.summed(
+        found = sums.summed(
             lambda k: of_rows(self.rows(k)), self.count, self.means.local(zeros)
         )
         return self.means.over_devices(found)
@@ -100,7 +100,7 @@ class StreamedJacobian(NamedTuple):
             own = u[start : start + part.count * part.size]
             own = own.reshape(part.count, part.size)
             transpose = functools.partial(_of_chunk, part.transpose, own)
-            totals.append(trees.summed(transpose, part.count, part.like))
+            totals.append(sums.summed(transpose, part.count, part.like))
             start += part.count * part.size
         return functools.reduce(trees.add, totals)
 

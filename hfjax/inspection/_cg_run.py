@@ -16,7 +16,8 @@ from hfjax.objectives.plain import check_objective
 from hfjax.preconditioners import PreconditionerRule, diagonal
 from hfjax.solvers import cg, iterates
 from hfjax.update.fitting import check_curvature, check_part
-from hfjax.update.system import Assembled, Point, assemble
+from hfjax.update.point import Point
+from hfjax.update.system import Assembled, assemble
 
 
 class CGRun(NamedTuple):

@@ -29,8 +29,8 @@ from hfjax.inspection._setup import (
     waves,
 )
 from hfjax.losses.loss import PAIRS
+from hfjax.update.point import rounding_noise
 from hfjax.update.state import Rejection
-from hfjax.update.system import rounding_noise
 
 _MOST_NOISE = 0.01
 """Largest tolerated relative rounding error of a gradient or product."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hfjax._core import sharding, trees
+from hfjax._core import sharding, sums, trees
 from hfjax._core.arguments import ShapeError
 from hfjax._core.types import Batch, Tree
 
@@ -45,6 +45,20 @@ class Microbatches(NamedTuple):
     def take(self, k: jax.Array | int) -> Cases:
         """Return the k-th microbatch."""
         return trees.row(self.cases, k, axis=1)
+
+    def numbers(self) -> jax.Array:
+        """Return the number of the microbatch that each example of the batch is in."""
+        return jnp.arange(self.total) % (self.total // self.shares) % self.count
+
+    def used(self) -> tuple[jax.Array, jax.Array]:
+        """Return the numbers of all microbatches, and how many of the first count.
+
+        The others come last: all of their examples have weight 0.
+        """
+        weights = self.cases.weights
+        counts = jnp.any(weights != 0, axis=(0, *range(2, weights.ndim)))
+        order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+        return order, jnp.sum(counts, dtype=jnp.int32)
 
     def in_order(self, stacked: jax.Array) -> jax.Array:
         """Put results of shape [microbatch, position, …] into the order of the batch."""
@@ -87,7 +101,7 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
         return leaf.reshape(rounds, count, *example)
 
     folded = jax.tree.map(fold, cases)
-    if count > trees.FEW:
+    if count > sums.FEW:
         # Sums are then nested loops. XLA moves constants into loops, and copies them in
         # each round of the outer one. The barrier keeps a batch that the user's compiled
         # function closes over from being treated as a constant.
@@ -98,11 +112,14 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
     return Microbatches(count, folded._replace(weights=weights), total, shares)
 
 
-def subsample(batch: Batch, cases: int) -> Batch:
+def subsample(batch: Batch, cases: int, microbatch_size: int | None = None) -> Batch:
     """Return at least `cases` evenly spaced examples of a batch, or the batch itself.
 
     Every k-th example is taken, so that each device still holds its share of sharded ones.
+    Of a batch with weights and microbatches, the others only lose their weight.
     """
+    if microbatch_size is not None and len(batch) > 2 and batch[2] is not None:
+        return _first_used(batch, microbatch_size, cases)
     given = as_cases(batch)
     total, shards = given.weights.shape[0], sharding.shards_of_cases(given)
     # Over `Auto` axes, they may be sharded over as many devices as divide them.
@@ -128,6 +145,23 @@ def subsample(batch: Batch, cases: int) -> Batch:
         return leaf.reshape(-1, every, *leaf.shape[1:])[:, 0]
 
     return jax.tree.map(taken, tuple(batch))
+
+
+def _first_used(batch: Batch, microbatch_size: int, cases: int) -> Batch:
+    """Keep the weights of as many microbatches as have at least `cases` examples.
+
+    Those that have weight 0 already are passed over, as they are in all computations: of
+    every k-th example they might leave none.
+    """
+    given = as_cases(batch)
+    parts = split(given, microbatch_size)
+    needed = -(-cases // (-(-parts.total // parts.count)))
+    if needed >= parts.count:
+        return batch
+    places = jnp.argsort(parts.used()[0])
+    keeps = (places < needed)[parts.numbers()]
+    keeps = keeps.reshape(-1, *[1] * (given.weights.ndim - 1))
+    return given.inputs, given.targets, jnp.where(keeps, given.weights, 0)
 
 
 def as_cases(batch: Batch, name: str = "batch") -> Cases:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hfjax._core import sharding, trees
+from hfjax._core import sharding, sums, trees
 from hfjax._core.types import Params, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax.objectives.cases import Cases, Microbatches, split
@@ -25,10 +25,13 @@ class Means(NamedTuple):
     Attributes:
       microbatch_size: the most examples to compute with at once, or `None`.
       axis_name: the mapped axis that shards the examples, or `None`.
+      skips: whether microbatches are passed over if all of their weights are 0. They
+        then cost nothing.
     """
 
     microbatch_size: int | None
     axis_name: AxisName
+    skips: bool = False
 
     def at_most(self, size: int) -> "Means":
         """Return the same with microbatches of at most `size` examples."""
@@ -40,26 +43,57 @@ class Means(NamedTuple):
         """Split a batch into microbatches."""
         return split(cases, self.microbatch_size)
 
-    def mean(self, sum_over_cases: Callable[[Cases], Tree], cases: Cases) -> Tree:
-        """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0."""
-        sums = self.accumulate(sum_over_cases, self.parts(cases))
+    def mean(
+        self,
+        sum_over_cases: Callable[[Cases], Tree],
+        cases: Cases,
+        *,
+        reversible: bool = False,
+    ) -> Tree:
+        """Compute Σᵢ wᵢ qᵢ / Σᵢ wᵢ, in float32 or wider; 0 if all weights are 0.
+
+        `reversible` says whether it may be differentiated in reverse mode.
+        """
+        parts = self.parts(cases)
+        if parts.count == 1:
+            sums = trees.widen(sum_over_cases(parts.cases))
+        else:
+            sums = self.summed(
+                lambda k: for_loops(sum_over_cases)(parts.take(k)),
+                parts,
+                reversible=reversible,
+            )
         return self.divide(sums, cases.weights)
 
-    def accumulate(
-        self, sum_over_cases: Callable[[Cases], Tree], parts: Microbatches
+    def summed(
+        self,
+        of_number: Callable[[jax.Array], Tree],
+        parts: Microbatches,
+        *,
+        reversible: bool = False,
     ) -> Tree:
-        """Sum over this device's microbatches, in float32 or wider."""
-        if parts.count == 1:
-            return trees.widen(sum_over_cases(parts.cases))
-
-        shapes = jax.eval_shape(lambda: sum_over_cases(parts.take(0)))
+        """Sum over the numbers of this device's microbatches, in float32 or wider."""
+        shapes = jax.eval_shape(of_number, jnp.zeros((), jnp.int32))
         # Under `shard_map` the carry of a loop must vary over devices as the terms do.
         zeros = self.local(trees.widen(sharding.zeros(shapes)))
-        return trees.summed(
-            lambda k: trees.widen(for_loops(sum_over_cases)(parts.take(k))),
-            parts.count,
-            zeros,
-        )
+
+        def term(k: jax.Array) -> Tree:
+            return trees.widen(of_number(k))
+
+        if not self.skips:
+            return sums.summed(term, parts.count, zeros)
+        order, used = parts.used()
+        if not reversible:
+            return sums.summed(lambda k: term(order[k]), parts.count, zeros, used)
+
+        def if_used(k: jax.Array) -> Tree:
+            # Both branches must vary over the devices alike.
+            def own() -> Tree:
+                return self.local(term(order[k]))
+
+            return jax.lax.cond(k < used, own, lambda: zeros)
+
+        return sums.summed(if_used, parts.count, zeros)
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Sum over all devices, and divide by the sum of their weights."""

@@ -53,8 +53,9 @@ class Objective:
         out biases. A schedule, in place of any number, is evaluated by `at`.
       microbatch_size: the most examples to run through the model at once; `None` for all.
         This bounds the memory for activations. Each curvature-vector product then costs
-        one more forward pass, because every microbatch is linearised anew. On a mesh of
-        `Explicit` axes a microbatch has at least one example from each device.
+        one more forward pass, because every microbatch is linearised anew. A microbatch
+        whose weights are all 0 is passed over. On a mesh of `Explicit` axes it has at
+        least one example from each device.
       linearize_once: keep the linearisations of all microbatches. Products then need no
         forward pass; memory holds the activations of the whole batch, but the intermediate
         results of only one microbatch at a time.
@@ -256,7 +257,7 @@ class Objective:
             loss=self.loss,
             weight_decay=self.weight_decay,
             linearize_once=self.linearize_once,
-            means=Means(self.microbatch_size, self.axis_name),
+            means=Means(self.microbatch_size, self.axis_name, skips=is_weighted),
             cases=cases,
             by_position=cases.weights.ndim > 1,
         )
@@ -278,7 +279,9 @@ class Objective:
         return change(self)
 
     def _subsample(self, batch: Batch, cases: int) -> Batch:
-        return batch if self.whole_batch else _cases.subsample(batch, cases)
+        if self.whole_batch:
+            return batch
+        return _cases.subsample(batch, cases, self.microbatch_size)
 
 
 def check_objective(objective: object) -> None:

@@ -21,7 +21,7 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.losses.loss import columns
 from hfjax.objectives import decay
-from hfjax.objectives.cases import Cases, check_outputs, split
+from hfjax.objectives.cases import Cases, check_outputs
 from hfjax.objectives.means import Means
 
 
@@ -92,18 +92,9 @@ class Term(NamedTuple):
         return columns(self.loss, outputs, targets)
 
     def forward(self, params: Params, cases: Cases) -> Tree:
-        """Run the model, in microbatches if their linearisations are to be kept."""
-        # Differentiating this loop as a whole keeps the linearisations of all
-        # microbatches. Otherwise `cases` is already a microbatch, and is run at once.
-        size = self.means.microbatch_size if self.linearize_once else None
-        parts, total = split(cases, size), cases.weights.shape[0]
-        if parts.count == 1:
-            outputs = self.outputs(params, cases.inputs)
-        else:
-            run = for_loops(lambda k: self.outputs(params, parts.take(k).inputs))
-            stacked = _tree.mapped(run, parts.count)
-            outputs = jax.tree.map(parts.in_order, stacked)
-        check_outputs(outputs, total)
+        """Run the model on some examples, and check that there is an output for each."""
+        outputs = self.outputs(params, cases.inputs)
+        check_outputs(outputs, cases.weights.shape[0])
         return outputs
 
     def losses_of(self, params: Params, cases: Cases) -> jax.Array:
@@ -129,7 +120,8 @@ class Term(NamedTuple):
     def value(self, params: Params) -> jax.Array:
         """Compute fₖ(θ)."""
         loss = functools.partial(self.weighted_loss, params)
-        return self._penalised(self.means.mean(loss, self.cases), params)
+        mean = self.means.mean(loss, self.cases, reversible=True)
+        return self._penalised(mean, params)
 
     def value_and_grad(self, params: Params) -> tuple[jax.Array, Params]:
         """Compute fₖ(θ) and ∇fₖ(θ), in float32 or wider."""

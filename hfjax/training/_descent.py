@@ -26,8 +26,8 @@ from hfjax.solvers.descent import Solver, System
 from hfjax.training._factors import as_matrix, column_lengths, gauss_newton
 from hfjax.training._residuals import Args, Residuals
 from hfjax.training._run import History, Reason, empty_history
+from hfjax.update.point import rounding_noise
 from hfjax.update.state import HessianFreeInfo, HessianFreeState
-from hfjax.update.system import rounding_noise
 from hfjax.update.transform import hessian_free
 
 _Ended = tuple[Params, jax.Array]  # a step, and f at its end

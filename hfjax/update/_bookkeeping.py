@@ -42,11 +42,13 @@ def record_of(
     return Record(values.astype(dtype), stats.coefficients.astype(dtype))
 
 
-def check_state(state: Any, params: Params, memory: Tree, scales: int) -> None:
+def check_state(
+    state: Any, params: Params, memory: Tree, scales: int, *, samples: bool
+) -> None:
     """Raise an error unless `state` belongs to this optimizer and these parameters.
 
     `memory` has the shapes of what the preconditioner keeps, or is `None`; `scales` is the
-    number of terms that are balanced.
+    number of terms that are balanced, and `samples` says whether cases are drawn.
     """
     if not isinstance(state, HessianFreeState):
         msg = (
@@ -68,4 +70,7 @@ def check_state(state: Any, params: Params, memory: Tree, scales: int) -> None:
             "`state.scales` is of another objective, or of one with or without `balance`: "
             "start from `tx.init(params)`."
         )
+        raise ValueError(msg)
+    if (state.sample is not None) != samples:
+        msg = "`state.sample` is of another `sampling`: start from `tx.init(params)`."
         raise ValueError(msg)

@@ -48,11 +48,13 @@ class Judged(NamedTuple):
 
     Attributes:
       rejection: a `Rejection`.
+      curved: δᵀBδ, on the examples of the curvature.
       predicted: M(δ), the denominator of ρ.
       verdict: what the damping rule adapts λ by.
     """
 
     rejection: jax.Array
+    curved: jax.Array
     predicted: jax.Array
     verdict: Verdict
 
@@ -66,7 +68,8 @@ def choose(
     """
     data, objective = at.point.eval_batch, at.point.objective
     evaluate = at.system.value
-    some = data if rule.cases is None else subsample(objective, data, rule.cases)
+    cases = at.drawn.compared(rule.cases)
+    some = data if cases is None else subsample(objective, data, cases)
     if some is data:
         return rule.choose(run, evaluate, before)
     # The rule compares candidates with f(θ), so that must be on the same subset.
@@ -134,7 +137,9 @@ def judge(trial: Trial, ratio: ReductionRatio) -> Judged:
         has_part=on_boundary | vanished | limits,
         on_boundary=on_boundary,
     )
-    return Judged(rejection, predicted, verdict)
+    # M(δ) = ∇fᵀδ + ½ δᵀBδ + `part`
+    curved = 2 * (chosen.step.model - part - trial.slope)
+    return Judged(rejection, curved, predicted, verdict)
 
 
 def _rejection(trial: Trial) -> jax.Array:

@@ -20,6 +20,8 @@ from hfjax.preconditioners import PreconditionerRule, kronecker
 from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Run, Solver
 from hfjax.solvers.sample_space import where_small
+from hfjax.update._drawn import is_divisible
+from hfjax.update.sampling import Sampling, growing
 
 _SCALARS = ("damping", "fixed", "radius")
 
@@ -31,6 +33,7 @@ class Fitted(NamedTuple):
       solver: the given solver, or what `"auto"` stands for.
       preconditioner: the rule that `solver` uses, or `None`.
       backtracking: the rule that chooses a step, unless `searching` replaces it.
+      sampling: the rule for the cases of the curvature, or `None`.
       searching: the damping rule's search for λ, which needs a solver that can give the
         step for another λ; or `None`.
     """
@@ -39,6 +42,7 @@ class Fitted(NamedTuple):
     preconditioner: PreconditionerRule | None
     backtracking: Backtracking
     searching: Backtracking | None
+    sampling: Sampling | None = None
 
     def rule_for(self, run: Run) -> Backtracking:
         """Return the search for λ if there is one and this run supports it."""
@@ -55,6 +59,7 @@ def fitted(
     preconditioner: PreconditionerRule | str | None,
     backtracking: Backtracking | str | None,
     curvature: Curvature,
+    sampling: Sampling | str | None = None,
 ) -> Fitted:
     """Resolve `"auto"` and `None`, and return the components, or raise an error.
 
@@ -97,9 +102,38 @@ def fitted(
             "`solver=hfjax.cg.conjugate_gradient()`."
         )
         raise ValueError(msg)
+    divides = asks and curvature is ggn and damping.structural is None
+    if isinstance(sampling, str):
+        options.check_choice("sampling", sampling, ("auto",))
+        usual = not isinstance(solver, str) and damping.matrix is identity()
+        sampling = growing() if divides and usual else None
+    elif sampling is not None:
+        check_part("sampling", sampling, Sampling)
+        _check_sampling(objective, divides=divides)
     if isinstance(backtracking, str):
-        return Fitted(chosen, preconditioner, early_stop(), damping.backtracking)
-    return Fitted(chosen, preconditioner, backtracking or Backtracking(), None)
+        return Fitted(
+            chosen, preconditioner, early_stop(), damping.backtracking, sampling
+        )
+    return Fitted(
+        chosen, preconditioner, backtracking or Backtracking(), None, sampling
+    )
+
+
+def _check_sampling(objective: Objective, *, divides: bool) -> None:
+    """Raise an error unless the curvature can be computed from a part of the cases."""
+    if not divides:
+        msg = (
+            "`sampling` was given, but it needs `curvature=hfjax.curvature.ggn`, a solver "
+            "that multiplies (`cg.conjugate_gradient()`), and no structural damping. Leave "
+            "it out, or pass a part of the data as `batch` and all of it as `eval_batch`."
+        )
+        raise ValueError(msg)
+    if not is_divisible(objective):
+        msg = (
+            "`sampling` was given, but `objective` is a sum, or its loss is of a whole "
+            "batch, which cannot be divided. Leave it out."
+        )
+        raise ValueError(msg)
 
 
 def check_part(name: str, came: object, kind: type, *, none: bool = False) -> None:

@@ -84,6 +84,7 @@ def martens2010(
         line_search=linesearch.armijo(
             sufficient_decrease=1e-2, shrink=0.8, max_tries=60
         ),
+        sampling=None,
     )
 
 
@@ -136,6 +137,7 @@ def curvature_guarded(
         preconditioner=preconditioners.diagonal(exponent=0.75, kappa=0.0),
         backtracking=backtracking.full_search(cases=evaluated_cases),
         line_search=linesearch.armijo(),
+        sampling=None,
     )
 
 
@@ -192,6 +194,7 @@ def momentum_like(
         preconditioner=preconditioners.diagonal(exponent=0.75, kappa=0.0),
         backtracking=None,
         line_search=None,
+        sampling=None,
     )
 
 
@@ -206,7 +209,7 @@ def kronecker_factored(
     """Run CG with a Kronecker-factored preconditioner, and search for the best λ.
 
     This is what `hessian_free` does by default. It differs from the other recipes in
-    three ways: the preconditioner is `preconditioners.kronecker`; a run starts from 0 and
+    four ways: the curvature is of a part of a large batch, which grows (`sampling.growing`); the preconditioner is `preconditioners.kronecker`; a run starts from 0 and
     stops when an iteration gains less than it costs (`stopping.marginal`); step and λ are
     chosen together, with the lowest f over the subspace of the run (`damping.searched`).
     Gradient, curvature and f are from the same data, all of it or a large batch:
@@ -250,4 +253,5 @@ def kronecker_factored(
         preconditioner=preconditioners.kronecker(decay=decay, interval=interval),
         backtracking="auto",
         line_search=linesearch.armijo(),
+        sampling="auto",
     )

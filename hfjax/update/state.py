@@ -25,6 +25,20 @@ class Record(NamedTuple):
     coefficients: jax.Array
 
 
+class Sample(NamedTuple):
+    """Which cases of the batch the curvature of the next update is computed from.
+
+    Attributes:
+      share: of all cases, from 0, as few as the rule allows, to 1.
+      turn: the first of the batch's microbatches that it takes.
+      agreement: the running mean of q in `hfjax.sampling.growing`; 0 before the first.
+    """
+
+    share: jax.Array
+    turn: jax.Array
+    agreement: jax.Array
+
+
 class Rejection(enum.IntEnum):
     """Why an update was rejected, so that the parameters stay as they are."""
 
@@ -96,6 +110,7 @@ class HessianFreeState(NamedTuple):
       preconditioner: what the preconditioner keeps between updates, or `None`.
       scales: of the weights of a sum in the next update, shape `[terms]`, if its terms
         are balanced (`hfjax.objective.weighted_sum`), or `None`.
+      sample: the cases of the next update's curvature, or `None` if it takes all.
       record: a record of the last run of CG, for users; `None` for other solvers.
       info: what the last update did, for users.
 
@@ -113,5 +128,6 @@ class HessianFreeState(NamedTuple):
     direction: Params
     preconditioner: Tree
     scales: jax.Array | None
+    sample: Sample | None
     record: Record | None
     info: HessianFreeInfo

@@ -15,68 +15,30 @@ from hfjax._core import trees
 from hfjax._core.arguments import as_product
 from hfjax._core.packing import Packing, packing
 from hfjax._core.types import (
-    Approximate,
     Batch,
-    Matvec,
     Params,
     Preconditioner,
     Tree,
     ValueFn,
-    exact_of,
 )
 from hfjax._tracing.convolutions import for_loops
-from hfjax.curvature import Curvature, ggn, jacobian
+from hfjax.curvature import Curvature, jacobian
 from hfjax.curvature.jacobian import Jacobian
 from hfjax.curvature.streamed_jacobian import StreamedJacobian, bounded_jacobian
 from hfjax.curvature.structural import hidden_distance, with_structural_loss
 from hfjax.globalization.backtracking import Before
 from hfjax.globalization.damping_matrices import identity
 from hfjax.globalization.rule import Damping
-from hfjax.objectives.balance import next_scales
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 from hfjax.objectives.terms import with_decays
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.descent import System
-
-
-class Point(NamedTuple):
-    """What an update starts from.
-
-    Attributes:
-      objective: f, with its schedules evaluated at `count`.
-      params: θ.
-      gradient: ∇f.
-      batch: the curvature data.
-      eval_batch: the evaluation data.
-      scalar: λ, or the radius of the trust region.
-      count: number of updates so far.
-      key: random key of this update, for the preconditioner and the damping matrix.
-      memory: what the preconditioner keeps between updates, or `None`.
-      scales: of the weights of a balanced sum, which f has, or `None`.
-    """
-
-    objective: Objective
-    params: Params
-    gradient: Params
-    batch: Batch
-    eval_batch: Batch
-    scalar: jax.Array
-    count: jax.Array
-    key: jax.Array
-    memory: Tree = None
-    scales: jax.Array | None = None
-
-    def value(self, data: Batch) -> jax.Array:
-        """Return f(θ) on `data`."""
-        return self.objective.value(self.params, data).astype(self.scalar.dtype)
-
-    def next_scales(self) -> jax.Array | None:
-        """Return the scales in the next update, by the terms at θ."""
-        if self.scales is None:
-            return None
-        scales = jnp.asarray(self.scales, self.scalar.dtype)
-        return next_scales(self.objective, scales, self.params, self.eval_batch)
+from hfjax.update._damped import damping_of, of_packed, root_of
+from hfjax.update._drawn import Drawn
+from hfjax.update.point import Point, rounding_noise
+from hfjax.update.sampling import Sampling
+from hfjax.update.state import Sample
 
 
 class Assembled(NamedTuple):
@@ -84,6 +46,7 @@ class Assembled(NamedTuple):
 
     Attributes:
       point: what the update starts from.
+      drawn: the examples that its curvature is computed from.
       system: what the solver is given.
       packing: how the parameters are packed.
       penalty: x ↦ ½ xᵀ(A − B)x, which damping adds to M.
@@ -91,6 +54,7 @@ class Assembled(NamedTuple):
     """
 
     point: Point
+    drawn: Drawn
     system: System
     packing: Packing
     penalty: ValueFn
@@ -104,6 +68,15 @@ class Assembled(NamedTuple):
         """Return f(θ) on the evaluation data, its rounding error, and λ."""
         value = self.point.value(self.point.eval_batch)
         return Before(value, self.noise(value), self.point.scalar)
+
+    def next_sample(
+        self, rule: Sampling | None, step: Tree, curved: jax.Array
+    ) -> Sample | None:
+        """Return the sample of the next update, from δ and δᵀBδ."""
+        tree = trees.cast_like(
+            self.packing.unpack(step), trees.widen(self.point.params)
+        )
+        return self.drawn.after(rule, self.point.params, tree, curved)
 
     def noise(self, value: jax.Array) -> jax.Array:
         """Return how much of f(θ + x) − f(θ) may be rounding; `value` is f(θ).
@@ -136,6 +109,7 @@ def assemble(
     curvature: Curvature,
     rule: Damping,
     preconditioner: PreconditionerRule | None,
+    drawn: Drawn | None = None,
 ) -> Assembled:
     """Build A and P; the model is linearised here, once.
 
@@ -144,23 +118,28 @@ def assemble(
       curvature: builds B, or with structural damping B + μS.
       rule: provides D and μ.
       preconditioner: builds P; `None` for none.
+      drawn: the examples to compute the curvature from; `None` for all of the batch.
 
     Returns:
       The system, and what else the update needs.
     """
-    objective, params, gradient, batch, eval_batch, scalar, count, *_ = point
+    objective, params, gradient, _, eval_batch, scalar, count, *_ = point
+    drawn = drawn or Drawn(objective, point.batch)
+    sampled, batch, *_ = drawn
     gradient = trees.cast_like(gradient, trees.widen(params))
     packed = packing(gradient)
     b = jax.tree.map(jnp.negative, packed.pack(gradient))
 
     mu = None if rule.structural is None else rule.structural.at(scalar, count)
     if mu is None:
-        curved, matvec = objective, curvature(objective, params, batch)
+        curved, matvec = sampled, curvature(sampled, params, batch)
     else:
-        curved = with_structural_loss(objective, mu)
-        matvec = curvature(objective, params, batch, structural=mu)
-    total, diagonal, penalties = _damping(point, rule, mu, matvec, packed)
-    precondition, memory = _lazily(point, preconditioner, curved, diagonal, packed)
+        curved = with_structural_loss(sampled, mu)
+        matvec = curvature(sampled, params, batch, structural=mu)
+    total, diagonal, penalties = damping_of(point, drawn, rule, mu, matvec, packed)
+    precondition, memory = _lazily(
+        point, batch, preconditioner, curved, diagonal, packed
+    )
 
     def penalty(x: Tree) -> jax.Array:
         terms = [0.5 * a * trees.dot(x, times(x)) for a, times in penalties]
@@ -177,60 +156,15 @@ def assemble(
         scalar=scalar,
         count=count,
         value=_value_on(point, packed, eval_batch),
-        batch_value=_value_on(point, packed, batch),
+        batch_value=_value_on(point, packed, point.batch),
         value_and_grad=for_loops(value_and_grad),
         preconditioner=precondition,
         jacobian=lambda stored: _written_out(point, mu, packed, stored),
         jacobian_size=lambda: jacobian.size(objective, params, batch),
         tikhonov=rule.matrix is identity(),
-        root=_root(rule, packed),
+        root=root_of(rule, packed),
     )
-    return Assembled(point, system, packed, penalty, memory)
-
-
-def _damping(
-    point: Point, rule: Damping, mu: jax.Array | None, matvec: Matvec, packed: Packing
-) -> tuple[Matvec, Tree, list[tuple[jax.Array, Matvec]]]:
-    """Add λD to `matvec`, which is B, or B + μS with structural damping.
-
-    Also return the diagonal of λD, for P, which is a scalar 0 if there is none; and the
-    terms of A − B, as pairs: λ and D, μ and S.
-    """
-    objective, params, _, batch, _, scalar, _, key, *_ = point
-
-    def of_vectors(name: str, product: Matvec, matrix: str = "A @ v") -> Matvec:
-        return _of_packed(packed, as_product(name, product, matrix=matrix))
-
-    total = product = of_vectors("matvec", matvec)
-    penalties: list[tuple[jax.Array, Matvec]] = []
-    diagonal: Tree = jnp.zeros((), scalar.dtype)
-    if rule.matrix is not None:
-        matrix = rule.matrix.build(
-            objective, params, batch, matvec, jax.random.fold_in(key, 1)
-        )
-        times_d = matrix.matvec
-        if matrix.matvec is matvec:
-            times_d = product
-        elif rule.matrix is not identity():
-            times_d = of_vectors("matrix", matrix.matvec, "D @ v")
-        total = damped(product, scalar, times_d)
-        penalties.append((scalar, times_d))
-        if matrix.diagonal is not None:
-            d = matrix.diagonal
-            diagonal = jax.tree.map(lambda d: scalar.astype(d.dtype) * d, d)
-    # S alone is needed only for an M without damping.
-    if mu is not None and rule.ratio.model == "undamped":
-        distance = ggn(hidden_distance(objective), params, batch)
-        penalties.append((mu, of_vectors("matvec", distance)))
-    return total, diagonal, penalties
-
-
-def _root(rule: Damping, packed: Packing) -> Callable[[Tree], Tree] | None:
-    """Return packed diag(G) ↦ packed √D, if D is made of that alone."""
-    made = None if rule.matrix is None else rule.matrix.of_diagonal
-    if made is None:
-        return None
-    return lambda d: jax.tree.map(jnp.sqrt, packed.pack(made(packed.unpack(d))))
+    return Assembled(point, drawn, system, packed, penalty, memory)
 
 
 def _value_on(point: Point, packed: Packing, data: Batch) -> ValueFn:
@@ -255,20 +189,9 @@ def _are_wide(params: Params) -> bool:
     return all(leaf.dtype == trees.wide(leaf.dtype) for leaf in leaves)
 
 
-def _of_packed(packed: Packing, product: Matvec) -> Matvec:
-    """Return the same product for packed vectors."""
-    if isinstance(product, Approximate):
-        return Approximate(*(_of_packed(packed, each) for each in product))
-
-    def of_vector(v: Tree) -> Tree:
-        tree = packed.unpack(v)
-        return packed.pack(trees.cast_like(product(tree), tree))
-
-    return of_vector
-
-
 def _lazily(
     point: Point,
+    batch: Batch,
     rule: PreconditionerRule | None,
     curved: Objective,
     diagonal: Tree,
@@ -281,14 +204,14 @@ def _lazily(
 
     def make() -> Preconditioner:
         if not made:
-            data = point.batch if rule.data == "batch" else point.eval_batch
+            data = batch if rule.data == "batch" else point.eval_batch
             given = (curved, point.params, data, diagonal, point.key)
             if point.memory is None:
                 found, memory = rule.build(*given), None
             else:
                 found, memory = rule.build(*given, point.memory, point.count)
             inverse = as_product("preconditioner", found, matrix="P⁻¹ v")
-            made.append((_of_packed(packed, inverse), memory))
+            made.append((of_packed(packed, inverse), memory))
         return made[0][0]
 
     return make, lambda: made[0][1] if made else point.memory
@@ -315,30 +238,3 @@ def _written_out(
     if not jax.tree_util.all_leaves([decay]):
         decay = packed.pack(decay)
     return found, decay
-
-
-def damped(matvec: Matvec, damping: jax.Array, matrix: Matvec | None = None) -> Matvec:
-    """Return v ↦ B v + λ D v; `matrix=None` stands for D = I."""
-
-    def product(v: Tree) -> Tree:
-        d_v = v if matrix is None else matrix(v)
-        return trees.axpy(jnp.asarray(damping), d_v, matvec(v))
-
-    if not isinstance(matvec, Approximate):
-        return product
-    exact = damped(matvec.exact, damping, None if matrix is None else exact_of(matrix))
-    return Approximate(product, exact)
-
-
-def rounding_noise(value: jax.Array) -> jax.Array:
-    """Return how much of f(θ) may be rounding: 10 ε |f|, or the least normal float."""
-    # A mean over n examples, summed pairwise, is off by about ε log₂(n)/2: 10 is ample.
-    limits = jnp.finfo(value.dtype)
-    return jnp.maximum(10 * limits.eps * jnp.abs(value), limits.tiny)
-
-
-def key_of(seed: int, count: jax.Array) -> jax.Array:
-    """Return the typed key from which update number `count` draws all random numbers."""
-    # The two numbers are the key. `fold_in` would compile one more program, for nothing.
-    data = [jnp.uint32(seed % 2**32), count.astype(jnp.uint32)]
-    return jax.random.wrap_key_data(jnp.stack(data), impl="threefry2x32")

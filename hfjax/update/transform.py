@@ -2,7 +2,7 @@
 
 `_update` is algorithm 3 of M&S (2012). With the step δ and A = B + λD + μS:
 
-    B, D, S, P    curvature, damping matrices and preconditioner from the batch
+    B, D, S, P    curvature, damping matrices and preconditioner, from cases of the batch
     δ₁, δ₂, …     conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
     δ             the iterate, or the step for another λ, with the lowest f
     c             a correction to δ, from the solver in `hfjax.sample_space`, else 0
@@ -37,10 +37,13 @@ from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Solver
 from hfjax.update import _masking
 from hfjax.update._bookkeeping import check_state, no_info, record_of
+from hfjax.update._drawn import drawn, first_sample
 from hfjax.update._judge import Judged, Trial, choose, go_along, judge, report
 from hfjax.update.fitting import Fitted, check_part, fitted
+from hfjax.update.point import starting_point
+from hfjax.update.sampling import Sampling
 from hfjax.update.state import HessianFreeState, Rejection
-from hfjax.update.system import Point, assemble, key_of
+from hfjax.update.system import assemble
 
 
 def hessian_free(
@@ -53,6 +56,7 @@ def hessian_free(
     backtracking: Backtracking | str | None = "auto",
     line_search: LineSearch | None = armijo(),
     curvature: Curvature = ggn,
+    sampling: Sampling | str | None = "auto",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the Hessian-free optimizer.
@@ -66,8 +70,8 @@ def hessian_free(
 
     - `grads`: ∇f from `objective.value_and_grad`, neither clipped nor scaled. It may come
       from another, larger batch.
-    - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`, from
-      which B, the preconditioner and ρ are computed. Required.
+    - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`: all
+      of it for ρ, all or a part (`sampling`) for B and the preconditioner. Required.
     - `eval_batch`: the data on which steps are compared and the line search runs; by
       default `batch`. If you draw new batches for each update, compute the gradient on
       data that include both: on unseen data ρ is noise, and λ climbs.
@@ -102,6 +106,10 @@ def hessian_free(
         structural damping it is also passed `structural=μ`. With
         `optax.inject_hyperparams`, list it in `static_args` even if you leave it out: Optax
         takes every callable for a schedule.
+      sampling: which cases of `batch` B and the preconditioner are computed from, by
+        `hfjax.sampling`; `None` is all of them. `"auto"` is `sampling.growing()` if B is
+        the Gauss-Newton matrix and conjugate gradients solve with B + λI, else `None`. It
+        takes effect with 1,000 cases or more and without an `eval_batch`.
       seed: determines all random numbers, together with the number of the update.
 
     Returns:
@@ -139,7 +147,9 @@ def hessian_free(
     """
     options.check_range("learning_rate", learning_rate, low=0.0)
     check_part("line_search", line_search, LineSearch, none=True)
-    fit = fitted(objective, damping, solver, preconditioner, backtracking, curvature)
+    fit = fitted(
+        objective, damping, solver, preconditioner, backtracking, curvature, sampling
+    )
     preconditioner = fit.preconditioner
     remembered = (preconditioner and preconditioner.init) or (lambda params: None)
     line_search = line_search or LineSearch()
@@ -156,6 +166,7 @@ def hessian_free(
             direction=optax.tree.zeros_like(trees.widen(params)),
             preconditioner=remembered(params),
             scales=jnp.ones(scales, dtype) if scales else None,
+            sample=first_sample(fit.sampling, dtype),
             record=record_of(None, fit.solver.max_iterations, dtype),
             info=no_info(dtype),
         )
@@ -178,7 +189,7 @@ def hessian_free(
         params, hidden = as_params(params), _masking.hidden_of(params, all_params)
         check_gradient(updates, params)
         memory = jax.eval_shape(remembered, params)
-        check_state(state, params, memory, scales)
+        check_state(state, params, memory, scales, samples=fit.sampling is not None)
         if eval_batch is not None:
             terms_of(objective, eval_batch, "eval_batch")  # Raises if it is no batch.
         new = changed(updates, state, params, batch, eval_batch, hidden)
@@ -195,6 +206,7 @@ def scale_by_hessian_free(
     preconditioner: PreconditionerRule | str | None = "auto",
     backtracking: Backtracking | str | None = "auto",
     curvature: Curvature = ggn,
+    sampling: Sampling | str | None = "auto",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the direction only, to chain with other transformations.
@@ -212,6 +224,7 @@ def scale_by_hessian_free(
       preconditioner: as in `hessian_free`.
       backtracking: as in `hessian_free`.
       curvature: as in `hessian_free`.
+      sampling: as in `hessian_free`.
       seed: as in `hessian_free`.
 
     Returns:
@@ -238,6 +251,7 @@ def scale_by_hessian_free(
         backtracking=backtracking,
         line_search=None,
         curvature=curvature,
+        sampling=sampling,
         seed=seed,
     )
 
@@ -271,16 +285,27 @@ def _update(
     eval_batch: Batch | None,
     hidden: Tree | None,
 ) -> tuple[Params, HessianFreeState]:
-    """Perform one update: algorithm 3, line by line."""
-    eval_batch = batch if eval_batch is None else eval_batch
-    point = _point(parts, grads, state, params, batch, eval_batch)
-    if hidden is not None:
-        f = _masking.of_visible(point.objective, params, hidden)
-        point = point._replace(objective=f)
+    """Perform one update: algorithm 3."""
     solver, rule = parts.fit.solver, parts.damping
+    point = starting_point(
+        parts.objective,
+        rule,
+        parts.seed,
+        grads=grads,
+        state=state,
+        params=params,
+        batch=batch,
+        eval_batch=eval_batch,
+    )
+    if hidden is not None:
+        visible = _masking.of_visible(point.objective, params, hidden)
+        point = point._replace(objective=visible)
+    # With data of its own for the evaluation, all of the batch is for the curvature.
+    sampling = parts.fit.sampling if eval_batch is None else None
+    cases = drawn(sampling, point.objective, batch, state.sample)
 
     # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.
-    at = assemble(point, parts.curvature, rule, parts.fit.preconditioner)
+    at = assemble(point, parts.curvature, rule, parts.fit.preconditioner, cases)
     before, rate = at.before(), parts.learning_rate
     start = solver.start(at.packing.pack(state.direction), state.count)
     run = solver.solve(at.system, start)
@@ -292,32 +317,7 @@ def _update(
     scalar = rule.update(point.scalar, judged.verdict, chosen.damping)
     stays = (judged.rejection == Rejection.ZERO_GRADIENT) | ~jnp.isfinite(scalar)
     scalar = jnp.where(stays, point.scalar, scalar)
-    return _taken(trial, judged), _next(solver, trial, judged, scalar)
-
-
-def _point(
-    parts: _Parts,
-    grads: Params,
-    state: HessianFreeState,
-    params: Params,
-    batch: Batch,
-    eval_batch: Batch,
-) -> Point:
-    """Collect what the update starts from."""
-    dtype = trees.scalar_dtype(params)
-    scalar = parts.damping.current(jnp.asarray(state.damping, dtype), state.count)
-    return Point(
-        objective=parts.objective.at(state.count, state.scales),
-        params=params,
-        gradient=grads,
-        batch=batch,
-        eval_batch=eval_batch,
-        scalar=scalar.astype(dtype),
-        count=state.count,
-        key=key_of(parts.seed, state.count),
-        memory=state.preconditioner,
-        scales=state.scales,
-    )
+    return _taken(trial, judged), _next(parts.fit, trial, judged, scalar)
 
 
 def _taken(trial: Trial, judged: Judged) -> Params:
@@ -328,11 +328,10 @@ def _taken(trial: Trial, judged: Judged) -> Params:
 
 
 def _next(
-    solver: Solver, trial: Trial, judged: Judged, scalar: jax.Array
+    fit: Fitted, trial: Trial, judged: Judged, scalar: jax.Array
 ) -> HessianFreeState:
-    """Return the state for the next update."""
     at, run, _, chosen, *_ = trial
-    point, dtype = at.point, at.point.scalar.dtype
+    point, dtype, solver = at.point, at.point.scalar.dtype, fit.solver
     carried = solver.carry(run, chosen.step.at())
     kept = judged.verdict.accepted & jnp.isfinite(trees.magnitude(carried))
     return HessianFreeState(
@@ -341,6 +340,7 @@ def _next(
         direction=at.packing.unpack(_or_zero(kept, carried)),
         preconditioner=at.memory(),
         scales=point.next_scales(),
+        sample=at.next_sample(fit.sampling, chosen.step.direction, judged.curved),
         record=record_of(run.stats, solver.max_iterations, dtype),
         info=report(trial, judged),
     )

@@ -13,7 +13,7 @@ from jax.experimental import sparse
 
 import hfjax
 from hfjax import curvature, damping, preconditioners, recipes
-from hfjax.update.system import damped
+from hfjax.update._damped import damped
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float64]
 SOLVERS = {

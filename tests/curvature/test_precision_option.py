@@ -17,7 +17,7 @@ from reference import assert_close, flat, quick_jit
 import hfjax
 from hfjax import cg, curvature
 from hfjax._core.types import Approximate
-from hfjax.update.system import damped
+from hfjax.update._damped import damped
 
 MLP = named("mlp_sigmoid")
 WITH_HIDDEN = HIDDEN[0]

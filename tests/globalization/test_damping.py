@@ -5,9 +5,9 @@ import pytest
 import hfjax
 from hfjax import damping
 from hfjax.globalization.damping import Verdict
+from hfjax.update._damped import damped as damped_product
 from hfjax.update._judge import measured_ratio
-from hfjax.update.system import damped as damped_product
-from hfjax.update.system import rounding_noise
+from hfjax.update.point import rounding_noise
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""Products with microbatches, of which all is kept that does not depend on v.
+
+`jax.linearize` does this for one batch. Of a loop over microbatches it would keep the
+activations too, but then every product would go through all of them. Here each microbatch
+is a product of its own, so that those without weight are passed over.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from hfjax._core import sharding, trees
+from hfjax._core.types import Matvec, Tree
+from hfjax._tracing.convolutions import for_loops
+from hfjax._tracing.programs import NO_NAMES
+from hfjax.objectives.cases import Microbatches
+
+_Build = Callable[[jax.Array], Matvec]
+"""A microbatch's number ↦ (v ↦ Σᵢ wᵢ Bᵢ v), traced."""
+
+
+def kept(build: _Build, parts: Microbatches, like: Tree, *, skips: bool) -> _Build:
+    """Return the same, computed here, once for each microbatch, as far as v allows.
+
+    What is the same for all microbatches, such as the parameters, is kept once. With
+    `skips`, those without weight are not computed, and must not be asked for. `like` has
+    the types of v.
+    """
+    products: list[tuple[Jaxpr, Any]] = []
+
+    def constants(number: jax.Array) -> list[jax.Array]:
+        program, shapes = jax.make_jaxpr(build(number), return_shape=True)(like)
+        products.append((program.jaxpr, jax.tree.structure(shapes)))
+        return [jnp.asarray(const) for const in program.consts]
+
+    program = jax.make_jaxpr(constants)(jnp.zeros((), jnp.int32))
+    shared, of_number, moves = _divided(program)
+    product, structure = products[-1]
+    # Keys are not numbers, which an array of zeros could be filled with.
+    kinds = [_key_kind(var) for var in product.constvars]
+    moving = [kind for kind, its in zip(kinds, moves, strict=True) if its]
+    numbers = _filled(
+        lambda k: [
+            _data_of(x, kind) for x, kind in zip(of_number(k), moving, strict=True)
+        ],
+        parts,
+        skips=skips,
+    )
+
+    def matvec_of(number: jax.Array) -> Matvec:
+        own, others = iter(trees.row(numbers, number)), iter(shared)
+        rows = (_key_of(x, kind) for x, kind in zip(own, moving, strict=True))
+        consts = [next(rows) if its else next(others) for its in moves]
+        run = jaxpr_as_fun(ClosedJaxpr(product, consts))
+        return lambda v: structure.unflatten(run(*jax.tree.leaves(v)))
+
+    return matvec_of
+
+
+def _divided(
+    program: ClosedJaxpr,
+) -> tuple[list[jax.Array], Callable[[jax.Array], list[jax.Array]], list[bool]]:
+    """Run what does not depend on the argument of a program.
+
+    Returns:
+      The results that do not depend on it; what computes the others; and of each result
+      whether it is one of those.
+    """
+    jaxpr = program.jaxpr
+    moving, once, each = set(jaxpr.invars), [], []
+
+    def moves(atom: Any) -> bool:
+        return not isinstance(atom, Literal) and atom in moving
+
+    for equation in jaxpr.eqns:
+        if any(map(moves, equation.invars)):
+            each.append(equation)
+            moving.update(equation.outvars)
+        else:
+            once.append(equation)
+    atoms = [atom for equation in each for atom in equation.invars]
+    needed = dict.fromkeys(
+        atom for atom in atoms if not isinstance(atom, Literal) and atom not in moving
+    )
+    its = [moves(atom) for atom in jaxpr.outvars]
+    ours = [atom for atom in jaxpr.outvars if not moves(atom)]
+    before = _part(jaxpr, [], [*needed, *ours], once, jaxpr.constvars)
+    known = jaxpr_as_fun(ClosedJaxpr(before, program.consts))()
+    theirs = [atom for atom in jaxpr.outvars if moves(atom)]
+    after = _part(jaxpr, [*needed, *jaxpr.invars], theirs, each)
+    run = for_loops(jaxpr_as_fun(ClosedJaxpr(after, [])))
+    count = len(needed)
+    return known[count:], lambda number: run(*known[:count], number), its
+
+
+def _part(
+    whole: Jaxpr, invars: Any, outvars: Any, equations: Any, constvars: Any = ()
+) -> Jaxpr:
+    """Make a program of some equations of another."""
+    return Jaxpr(
+        constvars=list(constvars),
+        invars=invars,
+        outvars=outvars,
+        eqns=equations,
+        effects=whole.effects,
+        debug_info=NO_NAMES,
+    )
+
+
+def _filled(
+    of_number: Callable[[jax.Array], list[jax.Array]],
+    parts: Microbatches,
+    *,
+    skips: bool,
+) -> list[jax.Array]:
+    """Compute arrays for each microbatch, and stack them."""
+
+    def all_of_them() -> list[jax.Array]:
+        return jax.lax.map(of_number, jnp.arange(parts.count, dtype=jnp.int32))
+
+    if not skips:
+        return all_of_them()
+    order, used = parts.used()
+
+    def put(k: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
+        return trees.with_row(stacked, order[k], of_number(order[k]))
+
+    zeros = sharding.zeros(jax.eval_shape(all_of_them))
+    return jax.lax.fori_loop(0, used, put, zeros)
+
+
+def _key_kind(var: Any) -> Any:
+    """Return the implementation of the random keys that a variable holds, or `None`."""
+    dtype = var.aval.dtype
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return (
+        jax.random.key_impl(jax.random.key(0, impl=dtype._impl.name))
+        if is_key
+        else None
+    )
+
+
+def _data_of(x: jax.Array, kind: Any) -> jax.Array:
+    return x if kind is None else jax.random.key_data(x)
+
+
+def _key_of(x: jax.Array, kind: Any) -> jax.Array:
+    return x if kind is None else jax.random.wrap_key_data(x, impl=kind)
