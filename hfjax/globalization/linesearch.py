@@ -22,11 +22,14 @@ class StepSize(NamedTuple):
       step_size: α; 0 if the search failed.
       value: f(θ + αδ) at the last α tried; +∞ if it is not finite.
       success: whether the condition held.
+      first_value: f at the first α, +∞ if it is not finite or was not tried; `None` if the
+        rule does not tell.
     """
 
     step_size: jax.Array
     value: jax.Array
     success: jax.Array
+    first_value: jax.Array | None = None
 
 
 Along: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -38,15 +41,22 @@ class _Tried(NamedTuple):
     alpha: jax.Array  # the last α
     at: jax.Array  # f there
     good: jax.Array
+    at_first: jax.Array
+
+    def then(self, alpha: jax.Array, at: jax.Array, good: jax.Array) -> "_Tried":
+        at_first = jnp.where(self.count == 0, at, self.at_first)
+        return _Tried(self.count + 1, alpha, at, good, at_first)
 
 
 def _start(value: jax.Array, first: jax.Array, first_value: jax.Array | None) -> _Tried:
     known = first_value is not None
+    at = first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf)
     return _Tried(
         jnp.full((), 1 if known else 0, jnp.int32),
         jnp.asarray(first, value.dtype),
-        first_value.astype(value.dtype) if known else jnp.full_like(value, jnp.inf),
+        at,
         jnp.zeros((), bool),
+        at,
     )
 
 
@@ -62,7 +72,7 @@ def _search(
         lambda tried: ~tried.good & unfinished(tried), next_try, start
     )
     alpha, at = jnp.where(tried.good, tried.alpha, 0), trees.finite_or_inf(tried.at)
-    return StepSize(alpha, at, tried.good)
+    return StepSize(alpha, at, tried.good, trees.finite_or_inf(tried.at_first))
 
 
 def _full_step(
@@ -76,7 +86,7 @@ def _full_step(
 
     def judge(tried: _Tried) -> _Tried:
         good = (at <= value) & jnp.isfinite(at)
-        return _Tried(tried.count + 1, first, at.astype(value.dtype), good)
+        return tried.then(first, at.astype(value.dtype), good)
 
     # A loop of one round: see `_search`.
     start = _start(value, first, None)
@@ -149,7 +159,7 @@ def armijo(
             shorter = tried.alpha * options.like(shrink, tried.alpha)
             alpha = jnp.where(tried.count == 0, first, shorter)
             at = along(alpha).astype(value.dtype)
-            return _Tried(tried.count + 1, alpha, at, enough(alpha, at, value, slope))
+            return tried.then(alpha, at, enough(alpha, at, value, slope))
 
         start = _start(value, first, first_value)
         if first_value is not None:

@@ -166,6 +166,26 @@ def with_decays(terms: Sequence[Term], damping: Tree, params: Params) -> Tree:
     return decay.raised_by_all(decays, damping, params)
 
 
+def value_on_part(
+    whole: Sequence[Term], parts: Sequence[Term], params: Params
+) -> jax.Array:
+    """Compute f(θ) on every k-th example of each term, of which `parts` consist."""
+
+    def of_term(whole: Term, part: Term) -> jax.Array:
+        if whole.means.microbatch_size is not None:
+            return part.value(params)
+        # The model runs on all examples at θ anyway, for the gradient. As the same program
+        # with other weights this is computed once; on the part it would be another program.
+        weights, few = whole.cases.weights, len(part.cases.weights)
+        among = jnp.arange(len(weights)) % -(-len(weights) // few) == 0
+        among = among.reshape(-1, *[1] * (weights.ndim - 1))
+        cases = whole.cases._replace(weights=jnp.where(among, weights, 0))
+        return whole._replace(cases=cases).value(params)
+
+    values = [of_term(*both) for both in zip(whole, parts, strict=True)]
+    return total(whole, values)
+
+
 def total(terms: Sequence[Term], trees: Sequence[Tree]) -> Tree:
     """Return Σₖ cₖ treesₖ in float32 or wider; the only tree of a plain objective as it is.
 

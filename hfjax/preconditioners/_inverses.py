@@ -20,13 +20,16 @@ from hfjax._tracing.layers import Layer
 from hfjax.preconditioners._blocks import Blocks, Pair
 from hfjax.preconditioners._merged_layers import Merged
 
-LARGE = 2**16
+LARGE = 2**20
 """Matrices with more entries are never stacked, which would copy them."""
 _NEARLY = 0.9
 """A matrix is padded to the length of another if it has at least this share of it."""
 _TINY = 64
-"""Matrices up to this length are all padded and inverted together. One more kernel
-would cost more to compile and to launch than it costs to compute the padding."""
+"""Matrices up to this length are all padded and inverted together."""
+_PADDING = 1 / 8
+"""Groups are merged as long as padding adds no more than this to the work of all. Each
+group is a dozen kernels, and on a TPU, which unrolls factorisations, megabytes of program:
+that costs more than computing the padding."""
 
 
 def inverted(
@@ -97,7 +100,7 @@ def _inverse(
     # A diagonal is not rounded by its sums.
     exact = np.array([[x.ndim == 1 for x in pair] for pair in pairs])[owner]
     square = [n for n, matrix in enumerate(matrices) if matrix.ndim > 1]
-    groups = _nearly_equal([matrices[n].shape[-1] for n in square])
+    groups = _similar([matrices[n].shape[-1] for n in square])
     groups = [[square[k] for k in group] for group in groups]
     stacks = [stacked([matrices[n] for n in group]) for group in groups]
     # In this order, groups and then diagonals list the matrices; each block has two.
@@ -174,7 +177,7 @@ def _traces(stack: jax.Array) -> jax.Array:
     return jnp.sum(stack.reshape(-1, size * size)[:, :: size + 1], axis=1)
 
 
-def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
     """Group matrices, by number, that are padded to the longest of their group."""
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -184,6 +187,14 @@ def _nearly_equal(lengths: Sequence[int]) -> list[list[int]]:
             groups[-1].append(n)
         else:
             groups.append([n])
+    # The work is n³ each. Of what is left of it, the shortest group goes first.
+    left = _PADDING * sum(float(length) ** 3 for length in lengths)
+    while len(groups) > 1:
+        first = lengths[groups[-2][0]]
+        left -= sum(float(first) ** 3 - float(lengths[n]) ** 3 for n in groups[-1])
+        if left < 0 or first**2 > LARGE:
+            break
+        groups[-2:] = [groups[-2] + groups[-1]]
     return groups
 
 

@@ -18,8 +18,11 @@ from hfjax.objectives.plain import subsample
 from hfjax.preconditioners import _remembered
 from hfjax.preconditioners._blocks import Blocks, Pair, pack, unpack, zeros_for
 from hfjax.preconditioners._factors import estimate, read
-from hfjax.preconditioners._inverses import LARGE, alike, inverted, parts, stacked
+from hfjax.preconditioners._inverses import alike, inverted, parts, stacked
 from hfjax.preconditioners._merged_layers import Merged, merged
+
+_LARGE = 2**16
+"""Layers with a factor of more entries are not multiplied together: stacking copies them."""
 
 
 class Rule(NamedTuple):
@@ -93,7 +96,6 @@ class Rule(NamedTuple):
 
 def product(blocks: Blocks, model: Merged) -> Preconditioner:
     """Return r ↦ P⁻¹r, given the blocks of P⁻¹."""
-    # Stacking copies matrices, so only small ones are multiplied together.
     groups = []
     for members in alike([_batch_of(n, pair) for n, pair in enumerate(blocks.pairs)]):
         pairs = [blocks.pairs[n] for n in members]
@@ -129,7 +131,7 @@ def product(blocks: Blocks, model: Merged) -> Preconditioner:
 
 def _batch_of(n: int, pair: Pair) -> Hashable:
     """Return a key that is equal for layers to be multiplied together."""
-    is_alone = max(pair.inputs.size, pair.units.size) > LARGE or pair.inputs.ndim == 1
+    is_alone = max(pair.inputs.size, pair.units.size) > _LARGE or pair.inputs.ndim == 1
     alone = n if is_alone else None
     return (pair.inputs.shape[-1], pair.units.shape[-1], pair.inputs.dtype, alone)
 

@@ -61,25 +61,25 @@ class Judged(NamedTuple):
 
 def choose(
     rule: Backtracking, at: Assembled, run: Run, before: Before, ratio: ReductionRatio
-) -> Chosen:
+) -> tuple[Chosen, bool]:
     """Choose a step of the run by f on the evaluation data, or on a subset of them.
 
-    `value` is f on all of the data, and so is `last_value` if ρ is of the last step.
+    Also return whether its `value` is f on all of the data. `last_value` is if ρ is of the
+    last step.
     """
     data, objective = at.point.eval_batch, at.point.objective
     evaluate = at.system.value
     cases = at.drawn.compared(rule.cases)
     some = data if cases is None else subsample(objective, data, cases)
     if some is data:
-        return rule.choose(run, evaluate, before)
+        return rule.choose(run, evaluate, before), True
     # The rule compares candidates with f(θ), so that must be on the same subset.
-    part = before._replace(value=at.point.value(some))
+    part = before._replace(value=at.point.value_on_part(some))
     chosen = rule.choose(run, at.value_on(some), part)
-    value = trees.finite_or_inf(evaluate(chosen.step.at()))
-    if ratio.step != "last":
-        return chosen._replace(value=value)
-    last = trees.finite_or_inf(evaluate(run.last.at()))
-    return chosen._replace(value=value, last_value=last)
+    if ratio.step == "last":
+        last = trees.finite_or_inf(evaluate(run.last.at()))
+        chosen = chosen._replace(last_value=last)
+    return chosen, False
 
 
 def go_along(
@@ -89,19 +89,29 @@ def go_along(
     run: Run,
     before: Before,
     chosen: Chosen,
+    *,
+    known: bool,
 ) -> Trial:
-    """Search along the chosen step's path, starting with α = learning rate."""
+    """Search along the chosen step's path, starting with α = learning rate.
+
+    `known` says whether its `value` is f on all of the data.
+    """
     slope = slope_along(at.system.b, chosen.step.direction)
-    # Backtracking has already evaluated f at α = 1. Whether the rate is 1 must be known
-    # while tracing, so a schedule or a tracer costs one more evaluation.
-    known = options.is_plain_number(rate) and rate == 1
+    # Whether the rate is 1 must be known while tracing, so a schedule or a tracer costs one
+    # more evaluation.
+    is_one = options.is_plain_number(rate) and rate == 1
     found = line_search.search(
         lambda alpha: at.system.value(chosen.step.at(alpha)),
         before.value,
         slope,
         options.read(rate, at.point.count).astype(before.value.dtype),
-        chosen.value if known else None,
+        chosen.value if known and is_one else None,
     )
+    if not known:
+        value = found.first_value
+        if value is None or not is_one:
+            value = trees.finite_or_inf(at.system.value(chosen.step.at()))
+        chosen = chosen._replace(value=value)
     norm = trees.norm(at.system.b)
     return Trial(at, run, before, chosen, norm, slope, found)
 

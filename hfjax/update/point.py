@@ -10,6 +10,8 @@ from hfjax._core.types import Batch, Params, Tree
 from hfjax.globalization.rule import Damping
 from hfjax.objectives.balance import next_scales
 from hfjax.objectives.objective import Objective
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import value_on_part
 from hfjax.update.state import HessianFreeState
 
 
@@ -43,6 +45,12 @@ class Point(NamedTuple):
     def value(self, data: Batch) -> jax.Array:
         """Return f(θ) on `data`."""
         return self.objective.value(self.params, data).astype(self.scalar.dtype)
+
+    def value_on_part(self, some: Batch) -> jax.Array:
+        """Return f(θ) on what `subsample` made of the evaluation data."""
+        whole = terms_of(self.objective, self.eval_batch)
+        part = terms_of(self.objective, some)
+        return value_on_part(whole, part, self.params).astype(self.scalar.dtype)
 
     def next_scales(self) -> jax.Array | None:
         """Return the scales in the next update, by the terms at θ."""

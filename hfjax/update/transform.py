@@ -309,8 +309,8 @@ def _update(
     before, rate = at.before(), parts.learning_rate
     start = solver.start(at.packing.pack(state.direction), state.count)
     run = solver.solve(at.system, start)
-    chosen = choose(parts.fit.rule_for(run), at, run, before, rule.ratio)
-    trial = go_along(parts.line_search, rate, at, run, before, chosen)
+    chosen, known = choose(parts.fit.rule_for(run), at, run, before, rule.ratio)
+    trial = go_along(parts.line_search, rate, at, run, before, chosen, known=known)
 
     # Accept or reject the step; compute ρ, and λ for the next update.
     judged = judge(trial, rule.ratio)

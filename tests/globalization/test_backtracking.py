@@ -7,6 +7,8 @@ from reference import quick_jit
 import hfjax
 from hfjax import backtracking
 from hfjax.globalization.backtracking import Before
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import value_on_part
 from hfjax.solvers.cg import Run, RunStats, Step
 from hfjax.solvers.iterates import Iterates
 
@@ -207,8 +209,8 @@ def runs_on(program, cases):
 
 
 def test_of_all_cases_f_is_asked_where_it_is_read():
-    # f(θ), and f at the chosen step; at the last one only if ρ is to judge that. B is
-    # one pass more.
+    # f(θ), whole and on the part, which XLA computes once, and f along the chosen step; at
+    # the last one only if ρ is to judge that. B is one pass more.
     def passes(cases, step="chosen"):
         def model_fn(p, x):
             return jax.lax.sinh(x * p[None])
@@ -222,7 +224,22 @@ def test_of_all_cases_f_is_asked_where_it_is_read():
         return runs_on(program, 10)
 
     assert passes(3) == passes(3, "last") - 1
-    assert passes(3) == passes(None)  # There in the walk, here after it.
+    assert passes(3) == passes(None) + 1  # The walk is on three cases.
+
+
+def test_f_of_the_start_on_a_part_costs_no_pass_of_its_own():
+    batch = (jnp.linspace(-1.0, 1.0, 10)[:, None], jnp.zeros((10, 1)))
+    f = hfjax.Objective(lambda p, x: jnp.tanh(x * p), hfjax.losses.squared_error())
+
+    def both(p):
+        whole, some = (terms_of(f, data) for data in (batch, f._subsample(batch, 3)))
+        return f.value(p, batch), value_on_part(whole, some, p)
+
+    program = quick_jit(both).lower(jnp.ones((1, 1))).compile()
+    assert program.as_text().count(" tanh(") == 1
+    value, part = program(jnp.ones((1, 1)))
+    squares = np.tanh(np.asarray(batch[0])) ** 2 / 2
+    np.testing.assert_allclose([value, part], [squares.mean(), squares[::3].mean()])
 
 
 def test_too_few_cases_for_a_part_change_nothing():
