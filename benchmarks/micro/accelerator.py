@@ -4,6 +4,7 @@
     python -m benchmarks accelerator --data-dir DIR --minutes 10 --out runs/accelerator
     JAX_PLATFORMS=cpu python -m benchmarks accelerator --small --minutes 7
     python -m benchmarks accelerator --speeds
+    JAX_PLATFORMS=cpu python -m benchmarks accelerator --compile-only H200.textproto
 
 Other commands do the work, each in a process of its own, the most telling first: `product`,
 `costs` (also with `--shares` and `--exact`), and `compare` on the autoencoder beside Adam
@@ -14,6 +15,11 @@ the folder. `--small` has sizes for a CPU, to see that the script runs.
 `--speeds` measures what the rest is to be held against: products of two matrices by
 precision, an iteration of a loop that hardly computes, and decompositions of the sizes
 that Kronecker factors have.
+
+`--compile-only` needs no accelerator: every set-up of `costs` is compiled for the GPU that
+the file describes (see `costs --gpu`), and the table has its kernels outside of loops and in
+an iteration of conjugate gradients, calls of libraries, temporary memory, seconds of XLA,
+and the functions that most kernels come from.
 """
 
 import argparse
@@ -44,6 +50,10 @@ _IMAGES, _EQUATIONS = 0.06, 0.03
 three. Half of the time goes to compiling and to the other commands."""
 
 
+COMPILED = ("readme", "poisson", "recurrent", "autoencoder")
+"""The problems of `costs` whose set-ups are compiled for a GPU, the cheapest first."""
+
+
 class Step(NamedTuple):
     """A command to run.
 
@@ -66,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data-dir", help="of mnist.npz; without it, 20,000 curves")
     add("--small", action="store_true", help="sizes for a CPU")
+    add("--compile-only", metavar="FILE", help="for the GPU that a file describes")
     add("--speeds", action="store_true", help="only what the device is capable of")
     add("--out", default="runs/accelerator", help="default: runs/accelerator")
 
@@ -80,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         console.print(rich_table([["", ""], *found.items()], title="This device"))
         return 0
     ends, rows = time.monotonic() + 60 * args.minutes, []
-    for step in steps(args.small, args.data_dir, 60 * args.minutes):
+    todo = steps(args.small, args.data_dir, 60 * args.minutes)
+    if args.compile_only is not None:
+        todo = compilations(args.compile_only, args.small)
+    for step in todo:
         rows.append(taken(step, folder, ends - time.monotonic()))
         write_json(path, {"arguments": vars(args), "rows": rows})
         console.print(rich_table(_cells(rows), "Seconds are those of the process."))
@@ -110,6 +124,14 @@ def steps(small: bool, data_dir: str | None, seconds: float) -> Iterator[Step]:
     compared = ["--optimizers", "hfjax", "--seconds", str(each)]
     words = ["compare", "--suite", "equations", "--problem", problems, *compared]
     yield Step("equations", words)
+
+
+def compilations(description: str, small: bool) -> Iterator[Step]:
+    """List the commands that compile every set-up for a GPU that need not be there."""
+    which = ["--only", "default" if small else ""]
+    for problem in ("readme",) if small else COMPILED:
+        words = ["costs", "--problem", problem, "--gpu", description, *which]
+        yield Step(f"compiled-{problem}", words, _of_programs)
 
 
 def taken(step: Step, folder: Path, seconds: float) -> dict[str, Any]:
@@ -205,6 +227,21 @@ def _of_costs(document: Any) -> dict[str, str]:
         "temporary memory": f"{memory:.1f} vectors",
         "to compile": f"{row['jax_seconds'] + row['xla_seconds']:.1f} processor seconds",
     }
+
+
+def _of_programs(document: Any) -> dict[str, str]:
+    found = {}
+    for row in document["rows"]:
+        places, calls = row["places"], row["kinds"].get("custom-call", 0)
+        memory = row["temporary_bytes"] / 1e6
+        found[row["name"]] = (
+            f"{places.get('once', 0)} once, {places.get('pcg.run', 0)} in CG, "
+            f"{row['kernels']} in all, {calls} calls, {memory:.1f} MB, "
+            f"{row['xla_seconds']:.1f} s"
+        )
+    origins = document["rows"][0]["origins"]
+    found["most of them"] = ", ".join(f"{f} {n} ({at})" for at, f, n in origins[:5])
+    return found
 
 
 def _of_shares(document: Any) -> dict[str, str]:

@@ -101,6 +101,9 @@ def usual(**given: Any) -> Build:
     )
 
 
+_ORIGINS = 12
+"""So many places in the code are told that most kernels come from."""
+
 _KRONECKER, _BY_RATIO = preconditioners.kronecker, damping.levenberg_marquardt
 
 OPTIONS = {
@@ -288,6 +291,7 @@ def costs(option: Option, problem: Problem, device: Any = None) -> dict[str, Any
         "kernels": program.kinds.total(),
         "kinds": program.kinds,
         "places": program.places,
+        "origins": [[*both, n] for both, n in program.origins.most_common(_ORIGINS)],
         "models": {
             place: units / problem.units for place, units in program.units.items()
         },

@@ -53,12 +53,14 @@ class Program(NamedTuple):
       places: how many kernels there are outside of loops, and in each loop, by the
         function that the loop is written in. A loop of a known number of trips counts
         where it stands.
+      origins: how many kernels each function leads to, by place and function.
       units: how many exponentials and tanhs of the model there are in each place.
     """
 
     instructions: int
     kinds: Counter[str]
     places: Counter[str]
+    origins: Counter[tuple[str, str]]
     units: Counter[str]
 
 
@@ -87,17 +89,20 @@ def read(text: str, writers: Collection[str] = ()) -> Program:
     place_of = _places(text, writer)
     kinds: Counter[str] = Counter()
     places: Counter[str] = Counter()
+    origins: Counter[tuple[str, str]] = Counter()
     units: Counter[str] = Counter()
     count = 0
     for computation, _, opcode, line in instructions(text):
         count += 1
         ends = opcode.endswith(("-done", "-update"))
         if computation in run and opcode not in _NO_KERNELS and not ends:
+            place = place_of(computation)
             kinds[opcode] += 1
-            places[place_of(computation)] += 1
+            places[place] += 1
+            origins[place, writer(line) or opcode] += 1
         if opcode in _OF_UNITS and writer(line) in writers:
             units[place_of(computation)] += 1
-    return Program(count, kinds, places, units)
+    return Program(count, kinds, places, origins, units)
 
 
 class Loop(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.micro import accelerator
 from benchmarks.micro.accelerator import Step
+from benchmarks.micro.cost_problems import PROBLEMS
 from benchmarks.optimizers import ADAM_RATES
 
 
@@ -65,3 +66,34 @@ def test_its_commands_are_those_that_there_are(small, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main([*step.words, "--help"])
         assert ended.value.code == 0
+
+
+def test_set_ups_are_compiled_for_a_gpu_that_is_described_and_a_bad_one_is_told(
+    tmp_path, capsys
+):
+    steps = list(accelerator.compilations("gpu.txt", small=False))
+    problems = [step.words[step.words.index("--problem") + 1] for step in steps]
+    assert set(problems) < set(PROBLEMS)
+    assert all(step.words[step.words.index("--gpu") + 1] == "gpu.txt" for step in steps)
+    # There is no such file: the command says so, and the table says it.
+    missing = str(tmp_path / "none.txt")
+    words = ["--small", "--compile-only", missing, "--out", str(tmp_path / "new")]
+    assert main(["accelerator", *words]) == 0
+    (row,) = json.loads((tmp_path / "new" / "accelerator.json").read_text())["rows"]
+    assert "none.txt" in row["why"]
+    assert "compiled-readme" in capsys.readouterr().out
+
+
+def test_what_a_compiled_set_up_tells_is_in_the_table():
+    row = {
+        "name": "default",
+        "places": {"once": 87, "pcg.run": 31, "line": 9},
+        "kinds": {"fusion": 122, "custom-call": 5},
+        "kernels": 127,
+        "temporary_bytes": 2_500_000,
+        "xla_seconds": 3.04,
+        "origins": [["once", "_judge.report", 19], ["pcg.run", "pcg._step", 6]],
+    }
+    told = accelerator._of_programs({"rows": [row]})
+    assert told["default"] == "87 once, 31 in CG, 127 in all, 5 calls, 2.5 MB, 3.0 s"
+    assert told["most of them"] == "_judge.report 19 (once), pcg._step 6 (pcg.run)"

@@ -76,6 +76,7 @@ def test_costs_are_those_of_the_compiled_update(tmp_path, monkeypatch, capsys):
         # Some of conjugate gradients' own; of kept iterates none, as nobody chooses.
         assert 4 < row["temporary_bytes"] / row["vector_bytes"] < 12
         assert row["instructions"] > row["kernels"] == sum(row["places"].values())
+        assert any("images.model_fn" in function for _, function, _ in row["origins"])
         assert row["places"]["once"] > row["places"]["pcg.run"] > row["kinds"]["dot"]
         # Once for gradient and linearisation together, and once for f at the step.
         assert row["models"] == {"once": 2}
