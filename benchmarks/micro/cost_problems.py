@@ -129,18 +129,18 @@ def recurrent(cases: int | None) -> Problem:
     )
 
 
-def transformer(blocks: int, cases: int | None) -> Problem:
-    """Return a transformer whose blocks are in a scan."""
+def transformer(blocks: int, cases: int | None, *, scanned: bool = True) -> Problem:
+    """Return a transformer whose blocks are in a scan, or written out."""
     try:  # Only these problems need Flax.
         from benchmarks.micro import transformers
     except ImportError as error:
         msg = f"{error}: pip install 'hfjax[flax]'"
         raise cli.RefusedError(msg) from error
-    model, cases = transformers.Scanned(blocks), cases or 100
+    model, cases = transformers.Blocks(blocks, scanned), cases or 100
     steps = _shape(cases, transformers.STEPS, transformers.SYMBOLS + 2)
     params = jax.eval_shape(model.init, jax.random.key(0), steps)
     return Problem(
-        f"a transformer of {blocks} blocks in a scan, {cases:,} sequences",
+        f"a transformer of {blocks} blocks{' in a scan' * scanned}, {cases:,} sequences",
         hfjax.Objective(
             model.apply, hfjax.losses.softmax_cross_entropy_with_integer_labels()
         ),
@@ -157,7 +157,9 @@ PROBLEMS: dict[str, Callable[[int | None], Problem]] = {
     "poisson": poisson,
     "recurrent": recurrent,
     "transformer2": functools.partial(transformer, 2),
+    "transformer4": functools.partial(transformer, 4),
     "transformer12": functools.partial(transformer, 12),
+    "transformer4_unrolled": functools.partial(transformer, 4, scanned=False),
 }
 """By the name on the command line."""
 

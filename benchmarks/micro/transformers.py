@@ -68,25 +68,32 @@ class Block(nn.Module):
         return x + nn.Dense(WIDTH)(y * nn.sigmoid(y))
 
 
-class Scanned(nn.Module):
-    """A transformer whose blocks are one program, in a scan.
+class Blocks(nn.Module):
+    """A transformer whose blocks are one program, in a scan, or one program each.
 
     Attributes:
       blocks: how many there are.
+      scanned: whether they are in a scan.
     """
 
     blocks: int
+    scanned: bool = True
 
     @nn.compact
     def __call__(self, steps: jax.Array) -> jax.Array:
         """Map `[cases, steps, features]` to logits of the symbols and the blank."""
-        stack = nn.scan(
-            lambda block, x: (block(x), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.blocks,
-        )
-        x, _ = stack(Block(), nn.Dense(WIDTH)(steps))
+        x = nn.Dense(WIDTH)(steps)
+        if self.scanned:
+            stack = nn.scan(
+                lambda block, x: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.blocks,
+            )
+            x, _ = stack(Block(), x)
+        else:
+            for _ in range(self.blocks):
+                x = Block()(x)
         return nn.Dense(SYMBOLS + 1)(nn.LayerNorm()(x))
 
 

@@ -82,7 +82,11 @@ class Drawn(NamedTuple):
 
 
 def drawn(
-    rule: Sampling | None, objective: Objective, batch: Batch, sample: Sample | None
+    rule: Sampling | None,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    sample: Sample | None,
 ) -> Drawn:
     """Draw the examples of an update; `sample` is that of the state."""
     if rule is None or sample is None or not is_divisible(objective):
@@ -92,7 +96,8 @@ def drawn(
     parts = _MOST_PARTS
     while parts * rule.smallest > total:
         parts //= 2
-    if parts < _FEWEST_PARTS:
+    work = total * sum(leaf.size for leaf in jax.tree.leaves(params))
+    if parts < _FEWEST_PARTS or work < rule.least_work:
         return Drawn(objective, batch, before=sample)
     # Each device has equally many examples of every part.
     share = math.gcd(

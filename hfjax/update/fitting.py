@@ -21,7 +21,7 @@ from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Run, Solver
 from hfjax.solvers.sample_space import where_small
 from hfjax.update._drawn import is_divisible
-from hfjax.update.sampling import Sampling, growing
+from hfjax.update.sampling import SMALL, Sampling, growing
 
 _SCALARS = ("damping", "fixed", "radius")
 
@@ -106,7 +106,7 @@ def fitted(
     if isinstance(sampling, str):
         options.check_choice("sampling", sampling, ("auto",))
         usual = not isinstance(solver, str) and damping.matrix is identity()
-        sampling = growing() if divides and usual else None
+        sampling = growing(least_work=SMALL) if divides and usual else None
     elif sampling is not None:
         check_part("sampling", sampling, Sampling)
         _check_sampling(objective, divides=divides)

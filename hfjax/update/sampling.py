@@ -28,13 +28,17 @@ class Sampling(NamedTuple):
     Attributes:
       smallest: the fewest cases.
       agreement: the least mean q with which as many will do.
+      least_work: the product of cases and parameters below which all cases are taken.
     """
 
     smallest: int
     agreement: Number
+    least_work: int
 
 
-def growing(smallest: int = 250, *, agreement: Number = 0.5) -> Sampling:
+def growing(
+    smallest: int = 250, *, agreement: Number = 0.5, least_work: int = 0
+) -> Sampling:
     """Compute the curvature from few cases, and from more when these agree too little.
 
     Each update takes the next cases S of the batch, in turn, for B and the preconditioner. Of
@@ -60,6 +64,8 @@ def growing(smallest: int = 250, *, agreement: Number = 0.5) -> Sampling:
       smallest: how many cases to begin with, or up to twice as many: the batch is divided
         into 4, 8 or 16 equal parts.
       agreement: q from 0 to 1. 0 never takes more cases; 1 takes all of them soon.
+      least_work: take all of a batch if cases times parameters are fewer, as an update is
+        then short, and compiling one that divides its batch takes some seconds more.
 
     Returns:
       The rule, for `hfjax.hessian_free(sampling=…)`.
@@ -86,4 +92,10 @@ def growing(smallest: int = 250, *, agreement: Number = 0.5) -> Sampling:
     """
     options.check_count("smallest", smallest, low=1)
     options.check_range("agreement", agreement, low=0.0, high=1.0)
-    return Sampling(smallest, agreement)
+    options.check_count("least_work", least_work, low=0)
+    return Sampling(smallest, agreement, least_work)
+
+
+SMALL = 10**8
+"""Cases times parameters below which `sampling="auto"` takes all cases: a product then
+takes some hundredths of a second on a core."""

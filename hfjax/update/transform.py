@@ -109,7 +109,7 @@ def hessian_free(
       sampling: which cases of `batch` B and the preconditioner are computed from, by
         `hfjax.sampling`; `None` is all of them. `"auto"` is `sampling.growing()` if B is
         the Gauss-Newton matrix and conjugate gradients solve with B + λI, else `None`. It
-        takes effect with 1,000 cases or more and without an `eval_batch`.
+        takes effect with 1,000 cases, 10⁸ cases · parameters, and no `eval_batch`.
       seed: determines all random numbers, together with the number of the update.
 
     Returns:
@@ -302,7 +302,7 @@ def _update(
         point = point._replace(objective=visible)
     # With data of its own for the evaluation, all of the batch is for the curvature.
     sampling = parts.fit.sampling if eval_batch is None else None
-    cases = drawn(sampling, point.objective, batch, state.sample)
+    cases = drawn(sampling, point.objective, params, batch, state.sample)
 
     # Solve A δ = −∇f, from 0 or from ζ δ_before; choose a step; search along it.
     at = assemble(point, parts.curvature, rule, parts.fit.preconditioner, cases)

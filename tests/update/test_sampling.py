@@ -116,6 +116,13 @@ def test_a_batch_that_is_small_or_divided_already_is_taken_as_a_whole(case):
     assert state.sample.share == 0.0
 
 
+def test_a_batch_that_is_little_work_is_taken_as_a_whole():
+    # 64 cases times 6 parameters.
+    for least, taken in ((CASES * 6, 1 / PARTS), (CASES * 6 + 1, 0)):
+        tx = optimizer(sampling=growing(4, least_work=least))
+        assert update(tx, tx.init(START))[1].sample.share == taken
+
+
 def test_weights_and_microbatches_of_the_user_are_kept():
     # Of two cases in a microbatch, three make the sixteenth of a batch or more.
     weights = jnp.linspace(0.5, 2.0, CASES)
