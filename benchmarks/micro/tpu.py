@@ -3,16 +3,23 @@
     JAX_PLATFORMS=cpu python -m benchmarks tpu --problem readme
     JAX_PLATFORMS=cpu python -m benchmarks tpu --only '' --layout replicated,fsdp
     JAX_PLATFORMS=cpu python -m benchmarks tpu --topology v5p:8x8x4 --only default
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+        python -m benchmarks tpu --topology cpu
 
 libtpu, a wheel, compiles on any machine: `pip install libtpu`. The examples of a batch are
 divided among the devices; parameters and state are `replicated`, or divided too (`fsdp`).
 For each set-up: whether it compiles, or what XLA says; processor seconds of JAX and of
 XLA; the size of the program; memory in vectors of the parameters' size, and flops, both of
-one device; and collectives outside of loops + in loops, each counted once.
+one device; collectives outside of loops + in loops, each counted once; and megabytes that
+they leave on a device, outside of loops + each time that a loop runs. On a TPU XLA divides
+some of them into steps, and each step counts. `--topology cpu` compiles for the CPUs that
+this process has, virtual ones, where nothing is divided.
 """
 
 import argparse
+import math
 import os
+import re
 import time
 from collections import Counter
 from typing import Any
@@ -46,6 +53,8 @@ _SMALL = 2**14
 """Leaves of fewer numbers are replicated in any layout."""
 
 _WIDE = 160
+
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 OPTIONS = {
     **{name: option for name, option in costs.OPTIONS.items() if "donated" not in name},
@@ -104,6 +113,8 @@ def topology(name: str) -> list[Any]:
     Raises:
       RefusedError: if there is no such topology, or no libtpu.
     """
+    if name == "cpu":
+        return jax.devices("cpu")
     # Without these libtpu asks the network what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -155,6 +166,7 @@ def compiled(
         "temporary_bytes": memory.temp_size_in_bytes,
         "flops": program.cost_analysis().get("flops"),
         "collectives": collectives(text),
+        "collective_bytes": sent(text),
     }
 
 
@@ -181,6 +193,38 @@ def collectives(text: str) -> dict[str, list[int]]:
     return {kind: both for kind, both in counts.items() if any(both)}
 
 
+def sent(text: str) -> list[int]:
+    """Return the bytes that collectives leave on a device: outside of loops, and in loops.
+
+    Example:
+      >>> sent('''
+      ... ENTRY %main (x: f32[8]) -> f32[8] {
+      ...   %g = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(%x, %y), to_apply=%add
+      ... }
+      ... ''')
+      [32, 0]
+    """
+    around, found = programs.loop_of(text), [0, 0]
+    for computation, shape, opcode, _ in programs.instructions(text):
+        if opcode.removesuffix("-start") not in COLLECTIVES:
+            continue
+        arrays = _ARRAY.findall(shape)
+        if opcode.endswith("-start"):  # Operands come first, then results.
+            arrays = arrays[len(arrays) // 2 :]
+        sizes = [
+            math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
+            for dtype, dims in arrays
+        ]
+        found[around(computation) is not None] += sum(sizes)
+    return found
+
+
+def _bits(dtype: str) -> int:
+    """Return how many bits of a number XLA's name of a dtype says; a truth value has 8."""
+    digits = re.findall(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
+
+
 def _placed(tree: Any, mesh: Mesh, layout: str) -> Any:
     """Say where arrays are: an axis of each divided among the devices, or none."""
     devices = mesh.size
@@ -204,11 +248,11 @@ def _placed(tree: Any, mesh: Mesh, layout: str) -> Any:
 def _cells(rows: list[dict[str, Any]], problem: Problem) -> list[list[str]]:
     vector = costs.bytes_of(problem.params)
     cells = [["", "layout", "JAX, s", "XLA, s", "program, MB", "memory, vectors"]]
-    cells[0] += ["flops", "collectives"]
+    cells[0] += ["flops", "sent, MB", "collectives"]
     for row in rows:
         cells.append([row["name"], row["layout"]])
         if "why" in row:
-            cells[-1] += ["", "", "", "", "", row["why"]]
+            cells[-1] += ["", "", "", "", "", "", row["why"]]
             continue
         counts = row["collectives"].items()
         words = ", ".join(f"{kind} {once}+{loops}" for kind, (once, loops) in counts)
@@ -218,6 +262,7 @@ def _cells(rows: list[dict[str, Any]], problem: Problem) -> list[list[str]]:
             f"{row['program_bytes'] / 1e6:.1f}",
             f"{row['temporary_bytes'] / vector:.1f}",
             "" if row["flops"] is None else f"{row['flops']:.2g}",
+            " + ".join(f"{x / 1e6:.3g}" for x in row["collective_bytes"]),
             words,
         ]
     return cells

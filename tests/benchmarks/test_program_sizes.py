@@ -10,10 +10,11 @@ LIMITS = {
     "readme": (2400, 365),
     "poisson": (2450, 340),
     "recurrent": (2750, 530),
-    "autoencoder": (6000, 1040),
+    "autoencoder": (7150, 1415),
 }
 """Operations that XLA is given, and kernels that it makes of them, some 3 % above what
-they were with jax 0.10.2 and 0.12 on 2026-11-30. A change that lowers them lowers these."""
+they were with jax 0.10.2 and 0.12 on 2026-11-30. A change that lowers them lowers these.
+That of the autoencoder has loops over parts of the batch, which are 400 of its kernels."""
 
 
 @pytest.mark.parametrize("name", LIMITS)

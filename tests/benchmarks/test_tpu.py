@@ -60,6 +60,8 @@ def test_each_set_up_is_compiled_in_each_layout(tmp_path, monkeypatch, capsys):
         if jax.device_count() > 1:
             once, loops = row["collectives"]["all-reduce"]
             assert once > 0 < loops  # The gradient; and a product in each iteration.
+            # Each sums at least the 65 parameters.
+            assert min(row["collective_bytes"]) >= 4 * 65
     printed = capsys.readouterr().out
     # Every device has as many examples as any other.
     padded = 13 + -13 % jax.device_count()
