@@ -55,7 +55,7 @@ def summed(
     if first is not None:
         return _sum_of_first(term, length, zeros, first, one=blocks == 1)
     padded = blocks * length > count
-    numbers = jnp.arange(blocks * length)
+    numbers = jnp.arange(blocks * length, dtype=jnp.int32)
     if blocks == 1:
         return jax.lax.scan(add_up, zeros, numbers)[0]
     numbers = numbers.reshape(blocks, length)

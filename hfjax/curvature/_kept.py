@@ -17,43 +17,41 @@ from hfjax._core.types import Matvec, Tree
 from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.programs import NO_NAMES
 from hfjax.objectives.cases import Microbatches
+from hfjax.objectives.means import Means
 
 _Build = Callable[[jax.Array], Matvec]
 """A microbatch's number ↦ (v ↦ Σᵢ wᵢ Bᵢ v), traced."""
 
 
-def kept(build: _Build, parts: Microbatches, like: Tree, *, skips: bool) -> _Build:
+def kept(build: _Build, parts: Microbatches, like: Tree, means: Means) -> _Build:
     """Return the same, computed here, once for each microbatch, as far as v allows.
 
-    What is the same for all microbatches, such as the parameters, is kept once. With
-    `skips`, those without weight are not computed, and must not be asked for. `like` has
-    the types of v.
+    What is the same for all microbatches, such as the parameters, is kept once. If `means`
+    skips those without weight, they are not computed, and must not be asked for. `like`
+    has the types of v.
     """
-    products: list[tuple[Jaxpr, Any]] = []
+    products: list[tuple[Jaxpr, Any, list[Any]]] = []
 
     def constants(number: jax.Array) -> list[jax.Array]:
         program, shapes = jax.make_jaxpr(build(number), return_shape=True)(like)
-        products.append((program.jaxpr, jax.tree.structure(shapes)))
-        return [jnp.asarray(const) for const in program.consts]
+        kinds = [_key_kind(const) for const in program.consts]
+        products.append((program.jaxpr, jax.tree.structure(shapes), kinds))
+        # Keys are not numbers, which an array of zeros could be filled with.
+        both = zip(program.consts, kinds, strict=True)
+        return [jax.random.key_data(x) if kind else jnp.asarray(x) for x, kind in both]
 
     program = jax.make_jaxpr(constants)(jnp.zeros((), jnp.int32))
+    product, structure, kinds = products[-1]
     shared, of_number, moves = _divided(program)
-    product, structure = products[-1]
-    # Keys are not numbers, which an array of zeros could be filled with.
-    kinds = [_key_kind(var) for var in product.constvars]
-    moving = [kind for kind, its in zip(kinds, moves, strict=True) if its]
-    numbers = _filled(
-        lambda k: [
-            _data_of(x, kind) for x, kind in zip(of_number(k), moving, strict=True)
-        ],
-        parts,
-        skips=skips,
-    )
+    numbers = _filled(of_number, parts, means)
 
     def matvec_of(number: jax.Array) -> Matvec:
         own, others = iter(trees.row(numbers, number)), iter(shared)
-        rows = (_key_of(x, kind) for x, kind in zip(own, moving, strict=True))
-        consts = [next(rows) if its else next(others) for its in moves]
+        data = [next(own) if its else next(others) for its in moves]
+        consts = [
+            jax.random.wrap_key_data(x, impl=kind) if kind else x
+            for x, kind in zip(data, kinds, strict=True)
+        ]
         run = jaxpr_as_fun(ClosedJaxpr(product, consts))
         return lambda v: structure.unflatten(run(*jax.tree.leaves(v)))
 
@@ -113,39 +111,27 @@ def _part(
 def _filled(
     of_number: Callable[[jax.Array], list[jax.Array]],
     parts: Microbatches,
-    *,
-    skips: bool,
+    means: Means,
 ) -> list[jax.Array]:
     """Compute arrays for each microbatch, and stack them."""
 
     def all_of_them() -> list[jax.Array]:
         return jax.lax.map(of_number, jnp.arange(parts.count, dtype=jnp.int32))
 
-    if not skips:
+    if not means.skips:
         return all_of_them()
-    order, used = parts.used()
+    order, used = means.in_use(parts)
 
     def put(k: jax.Array, stacked: list[jax.Array]) -> list[jax.Array]:
         return trees.with_row(stacked, order[k], of_number(order[k]))
 
-    zeros = sharding.zeros(jax.eval_shape(all_of_them))
+    # Under `shard_map` the carry of a loop must vary over devices as the results do.
+    zeros = means.local(sharding.zeros(jax.eval_shape(all_of_them)))
     return jax.lax.fori_loop(0, used, put, zeros)
 
 
-def _key_kind(var: Any) -> Any:
-    """Return the implementation of the random keys that a variable holds, or `None`."""
-    dtype = var.aval.dtype
-    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    return (
-        jax.random.key_impl(jax.random.key(0, impl=dtype._impl.name))
-        if is_key
-        else None
-    )
-
-
-def _data_of(x: jax.Array, kind: Any) -> jax.Array:
-    return x if kind is None else jax.random.key_data(x)
-
-
-def _key_of(x: jax.Array, kind: Any) -> jax.Array:
-    return x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+def _key_kind(x: Any) -> Any:
+    """Return the implementation of random keys, or `None` for numbers."""
+    dtype = getattr(x, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return jax.random.key_impl(x) if is_key else None

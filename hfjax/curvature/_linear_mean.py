@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 
 from hfjax._core import trees
 from hfjax._core.arguments import as_params, as_tangent, describe
 from hfjax._core.types import Approximate, Batch, Matvec, Params, Tree
 from hfjax._tracing import compiled
 from hfjax._tracing.convolutions import for_loops
-from hfjax._tracing.linearize import linearized
+from hfjax._tracing.linearize import is_traceable, linearized
 from hfjax.curvature._kept import kept
 from hfjax.objectives.cases import Cases
 from hfjax.objectives.objective import Objective
@@ -99,11 +100,10 @@ def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
     else:
         whole, of_number = None, anew
         if term.linearize_once:
-            try:
-                of_number = kept(anew, parts, local, skips=means.skips)
-            except Exception:
-                # A user's rule may raise anything. It is raised again when v is there.
-                of_number = anew
+            number = jnp.zeros((), jnp.int32)
+            # If J v does not exist, a user's rule may raise anything, again when v is there.
+            if is_traceable(lambda k, v: anew(k)(v), number, local):
+                of_number = kept(anew, parts, local, means)
 
     def matvec(v: Tree) -> Tree:
         tangent = means.local(trees.cast_like(v, params))

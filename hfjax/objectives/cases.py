@@ -48,17 +48,13 @@ class Microbatches(NamedTuple):
 
     def numbers(self) -> jax.Array:
         """Return the number of the microbatch that each example of the batch is in."""
-        return jnp.arange(self.total) % (self.total // self.shares) % self.count
+        numbers = jnp.arange(self.total, dtype=jnp.int32)
+        return numbers % (self.total // self.shares) % self.count
 
-    def used(self) -> tuple[jax.Array, jax.Array]:
-        """Return the numbers of all microbatches, and how many of the first count.
-
-        The others come last: all of their examples have weight 0.
-        """
+    def has_weight(self) -> jax.Array:
+        """Return of each microbatch whether any of its examples has a weight."""
         weights = self.cases.weights
-        counts = jnp.any(weights != 0, axis=(0, *range(2, weights.ndim)))
-        order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
-        return order, jnp.sum(counts, dtype=jnp.int32)
+        return jnp.any(weights != 0, axis=(0, *range(2, weights.ndim)))
 
     def in_order(self, stacked: jax.Array) -> jax.Array:
         """Put results of shape [microbatch, position, …] into the order of the batch."""
@@ -108,6 +104,7 @@ def split(cases: Cases, microbatch_size: int | None) -> Microbatches:
         folded = jax.lax.optimization_barrier(folded)
     places = jnp.arange(rounds * count).reshape(rounds, count)
     padding = places % (rounds * count // shares) >= total // shares
+    padding = padding.reshape(rounds, count, *[1] * (folded.weights.ndim - 2))
     weights = jnp.where(padding, 0, folded.weights)
     return Microbatches(count, folded._replace(weights=weights), total, shares)
 
@@ -121,6 +118,23 @@ def subsample(batch: Batch, cases: int, microbatch_size: int | None = None) -> B
     if microbatch_size is not None and len(batch) > 2 and batch[2] is not None:
         return _first_used(batch, microbatch_size, cases)
     given = as_cases(batch)
+    total, every = given.weights.shape[0], stride(given, cases)
+    if every == 1:
+        return batch
+    automatic = math.gcd(total, sharding.automatic(given))
+
+    def taken(leaf: jax.Array) -> jax.Array:
+        if automatic == 1:
+            return jax.lax.slice_in_dim(leaf, 0, total, every)
+        # The compiler lays out the rows of this as the examples, but not those of a slice
+        # with a stride.
+        return leaf.reshape(-1, every, *leaf.shape[1:])[:, 0]
+
+    return jax.tree.map(taken, tuple(batch))
+
+
+def stride(given: Cases, cases: int) -> int:
+    """Return k, if every k-th example is taken to have at least `cases` of them."""
     total, shards = given.weights.shape[0], sharding.shards_of_cases(given)
     # Over `Auto` axes, they may be sharded over as many devices as divide them.
     automatic = math.gcd(total, sharding.automatic(given))
@@ -134,21 +148,17 @@ def subsample(batch: Batch, cases: int, microbatch_size: int | None = None) -> B
     # Devices keep equal shares only if their number divides that of the examples taken.
     while not is_even(every):
         every -= 1
-    if every == 1:
-        return batch
+    return every
 
-    def taken(leaf: jax.Array) -> jax.Array:
-        if automatic == 1:
-            return jax.lax.slice_in_dim(leaf, 0, total, every)
-        # The compiler lays out the rows of this as the examples, but not those of a slice
-        # with a stride.
-        return leaf.reshape(-1, every, *leaf.shape[1:])[:, 0]
 
-    return jax.tree.map(taken, tuple(batch))
+def in_use(has_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the numbers of all microbatches, those with weight first, and how many."""
+    order = jnp.argsort(~has_weight, stable=True).astype(jnp.int32)
+    return order, jnp.sum(has_weight, dtype=jnp.int32)
 
 
 def _first_used(batch: Batch, microbatch_size: int, cases: int) -> Batch:
-    """Keep the weights of as many microbatches as have at least `cases` examples.
+    """Keep the weights of as many microbatches as have about `cases` examples.
 
     Those that have weight 0 already are passed over, as they are in all computations: of
     every k-th example they might leave none.
@@ -158,7 +168,7 @@ def _first_used(batch: Batch, microbatch_size: int, cases: int) -> Batch:
     needed = -(-cases // (-(-parts.total // parts.count)))
     if needed >= parts.count:
         return batch
-    places = jnp.argsort(parts.used()[0])
+    places = jnp.argsort(in_use(parts.has_weight())[0])
     keeps = (places < needed)[parts.numbers()]
     keeps = keeps.reshape(-1, *[1] * (given.weights.ndim - 1))
     return given.inputs, given.targets, jnp.where(keeps, given.weights, 0)

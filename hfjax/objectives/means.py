@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hfjax._core import sharding, sums, trees
 from hfjax._core.types import Params, Tree
 from hfjax._tracing.convolutions import for_loops
-from hfjax.objectives.cases import Cases, Microbatches, split
+from hfjax.objectives.cases import Cases, Microbatches, in_use, split
 
 AxisName: TypeAlias = Any
 """Name of a mapped axis, or a tuple of names."""
@@ -82,7 +82,7 @@ class Means(NamedTuple):
 
         if not self.skips:
             return sums.summed(term, parts.count, zeros)
-        order, used = parts.used()
+        order, used = self.in_use(parts)
         if not reversible:
             return sums.summed(lambda k: term(order[k]), parts.count, zeros, used)
 
@@ -94,6 +94,14 @@ class Means(NamedTuple):
             return jax.lax.cond(k < used, own, lambda: zeros)
 
         return sums.summed(if_used, parts.count, zeros)
+
+    def in_use(self, parts: Microbatches) -> tuple[jax.Array, jax.Array]:
+        """Return the numbers of microbatches, those with weight first, and how many.
+
+        They are the same on all devices, which may have to exchange something in each.
+        """
+        counts = self.over_devices(parts.has_weight().astype(jnp.int32))
+        return in_use(counts > 0)
 
     def divide(self, sums: Tree, weights: jax.Array) -> Tree:
         """Sum over all devices, and divide by the sum of their weights."""

@@ -53,9 +53,9 @@ class Objective:
         out biases. A schedule, in place of any number, is evaluated by `at`.
       microbatch_size: the most examples to run through the model at once; `None` for all.
         This bounds the memory for activations. Each curvature-vector product then costs
-        one more forward pass, because every microbatch is linearised anew. A microbatch
-        whose weights are all 0 is passed over. On a mesh of `Explicit` axes it has at
-        least one example from each device.
+        one more forward pass, because every microbatch is linearised anew. One whose weights
+        are all 0 is passed over; with weights, therefore, only `value` has a reverse-mode
+        derivative. On `Explicit` axes it has at least one example from each device.
       linearize_once: keep the linearisations of all microbatches. Products then need no
         forward pass; memory holds the activations of the whole batch, but the intermediate
         results of only one microbatch at a time.

@@ -21,7 +21,7 @@ from hfjax._tracing.convolutions import for_loops
 from hfjax._tracing.linearize import noting_no_reverse
 from hfjax.losses.loss import columns
 from hfjax.objectives import decay
-from hfjax.objectives.cases import Cases, check_outputs
+from hfjax.objectives.cases import Cases, check_outputs, stride
 from hfjax.objectives.means import Means
 
 
@@ -119,7 +119,9 @@ class Term(NamedTuple):
 
     def value(self, params: Params) -> jax.Array:
         """Compute fₖ(θ)."""
-        loss = functools.partial(self.weighted_loss, params)
+        # Marked as varying here, not in each microbatch: the transpose of that is a sum
+        # over the devices.
+        loss = functools.partial(self.weighted_loss, self.means.local(params))
         mean = self.means.mean(loss, self.cases, reversible=True)
         return self._penalised(mean, params)
 
@@ -167,20 +169,20 @@ def with_decays(terms: Sequence[Term], damping: Tree, params: Params) -> Tree:
 
 
 def value_on_part(
-    whole: Sequence[Term], parts: Sequence[Term], params: Params
+    whole: Sequence[Term], parts: Sequence[Term], params: Params, cases: int
 ) -> jax.Array:
-    """Compute f(θ) on every k-th example of each term, of which `parts` consist."""
+    """Compute f(θ) on `parts`, the terms of what `subsample` returns for `cases`."""
 
     def of_term(whole: Term, part: Term) -> jax.Array:
         if whole.means.microbatch_size is not None:
             return part.value(params)
         # The model runs on all examples at θ anyway, for the gradient. As the same program
         # with other weights this is computed once; on the part it would be another program.
-        weights, few = whole.cases.weights, len(part.cases.weights)
-        among = jnp.arange(len(weights)) % -(-len(weights) // few) == 0
+        weights, every = whole.cases.weights, stride(whole.cases, cases)
+        among = jnp.arange(len(weights)) % every == 0
         among = among.reshape(-1, *[1] * (weights.ndim - 1))
-        cases = whole.cases._replace(weights=jnp.where(among, weights, 0))
-        return whole._replace(cases=cases).value(params)
+        own = whole.cases._replace(weights=jnp.where(among, weights, 0))
+        return whole._replace(cases=own).value(params)
 
     values = [of_term(*both) for both in zip(whole, parts, strict=True)]
     return total(whole, values)

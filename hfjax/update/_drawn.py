@@ -11,6 +11,7 @@ from hfjax._core import options, sharding
 from hfjax._core.types import Batch, Params, Tree
 from hfjax.curvature.forms import quadratic_form
 from hfjax.objectives.cases import as_cases, split
+from hfjax.objectives.means import Means
 from hfjax.objectives.objective import Objective
 from hfjax.update.sampling import Sampling
 from hfjax.update.state import Sample
@@ -32,8 +33,9 @@ class Drawn(NamedTuple):
       fresh: as many others, or those that are left; `None` if all of the batch is taken,
         whatever the state says.
       before: which examples those are.
+      fresh_weight: the sum of their weights.
       taken: the number of microbatches.
-      count: of the batch.
+      count: of all that have weight.
       enough: the number of examples on which steps can be compared; `None` for no limit.
     """
 
@@ -41,8 +43,9 @@ class Drawn(NamedTuple):
     batch: Batch
     fresh: Batch | None = None
     before: Sample | None = None
+    fresh_weight: jax.Array | float = 0.0
     taken: jax.Array | None = None
-    count: int = 1
+    count: jax.Array | None = None
     enough: int | None = None
 
     def compared(self, cases: int | None) -> int | None:
@@ -65,19 +68,22 @@ class Drawn(NamedTuple):
         if rule is None or self.fresh is None or self.before is None:
             return self.before
         assert self.taken is not None
-        fresh = quadratic_form(self.objective, params, self.fresh, step)
-        agreement = curved / jnp.where(fresh > 0, fresh, 1)
-        known = (fresh > 0) & jnp.isfinite(agreement) & (agreement > 0)
+        assert self.count is not None
         _, turn, mean = self.before
-        # 0 says that nothing is known about so many examples.
-        new = jnp.where(mean > 0, _KEPT * mean + (1 - _KEPT) * agreement, agreement)
+        fresh = quadratic_form(self.objective, params, self.fresh, step)
+        fresh = jnp.where(self.fresh_weight > 0, fresh, 0).astype(mean.dtype)
+        agreement = curved.astype(mean.dtype) / jnp.where(fresh > 0, fresh, 1)
+        known = (fresh > 0) & jnp.isfinite(agreement)
+        agreement = jnp.maximum(agreement, 0)
+        # −1 says that nothing is known about so many examples.
+        new = jnp.where(mean >= 0, _KEPT * mean + (1 - _KEPT) * agreement, agreement)
         new = jnp.where(known, new, mean)
         grows = known & (new < options.like(rule.agreement, new))
-        share = self.taken.astype(new.dtype) / self.count
+        share = self.taken.astype(mean.dtype) / self.count.astype(mean.dtype)
         return Sample(
             share=jnp.where(grows, jnp.minimum(2 * share, 1), share),
             turn=(turn + self.taken) % self.count,
-            agreement=jnp.where(grows, 0, new),
+            agreement=jnp.where(grows, -1, new),
         )
 
 
@@ -111,21 +117,27 @@ def drawn(
     else:  # It may be smaller, and then some microbatches make a part.
         size = min(size, objective.microbatch_size)
         objective = dataclasses.replace(objective, microbatch_size=size)
-    numbers, count = split(cases, size).numbers(), split(cases, size).count
-    least = -(-count // parts)
-    taken = jnp.clip(jnp.round(sample.share * count).astype(jnp.int32), least, count)
+    microbatches, means = split(cases, size), Means(size, objective.axis_name)
+    order, count = means.in_use(microbatches)
+    count = jnp.maximum(count, 1)
+    least = (count + parts - 1) // parts
+    given = sample.share.astype(jnp.float32) * count.astype(jnp.float32)
+    taken = jnp.clip(jnp.round(given).astype(jnp.int32), least, count)
+    # Those without weight come last, wherever they are in the batch.
+    numbers = jnp.argsort(order).astype(jnp.int32)[microbatches.numbers()]
     places = (numbers - sample.turn) % count
 
-    def only(these: jax.Array) -> Batch:
+    def only(these: jax.Array) -> jax.Array:
         these = these.reshape(-1, *[1] * (cases.weights.ndim - 1))
-        return cases.inputs, cases.targets, jnp.where(these, cases.weights, 0)
+        return jnp.where(these, cases.weights, 0)
 
-    fresh = (places >= taken) & (places < 2 * taken)
+    fresh = only((places >= taken) & (places < 2 * taken))
     return Drawn(
         objective,
-        only(places < taken),
-        only(fresh),
+        (cases.inputs, cases.targets, only(places < taken)),
+        (cases.inputs, cases.targets, fresh),
         sample,
+        means.over_devices(jnp.sum(fresh)),
         taken,
         count,
         2 * rule.smallest,
@@ -136,7 +148,8 @@ def first_sample(rule: Sampling | None, dtype: Any) -> Sample | None:
     """Return the sample of the first update: as few examples as the rule allows."""
     if rule is None:
         return None
-    return Sample(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+    nothing = jnp.full((), -1, dtype)
+    return Sample(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), nothing)
 
 
 def is_divisible(objective: Objective) -> bool:

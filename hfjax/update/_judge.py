@@ -71,10 +71,10 @@ def choose(
     evaluate = at.system.value
     cases = at.drawn.compared(rule.cases)
     some = data if cases is None else subsample(objective, data, cases)
-    if some is data:
+    if cases is None or some is data:
         return rule.choose(run, evaluate, before), True
     # The rule compares candidates with f(θ), so that must be on the same subset.
-    part = before._replace(value=at.point.value_on_part(some))
+    part = before._replace(value=at.point.value_on_part(some, cases))
     chosen = rule.choose(run, at.value_on(some), part)
     if ratio.step == "last":
         last = trees.finite_or_inf(evaluate(run.last.at()))

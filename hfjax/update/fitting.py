@@ -106,6 +106,7 @@ def fitted(
     if isinstance(sampling, str):
         options.check_choice("sampling", sampling, ("auto",))
         usual = not isinstance(solver, str) and damping.matrix is identity()
+        usual &= chosen.scalar == "damping"
         sampling = growing(least_work=SMALL) if divides and usual else None
     elif sampling is not None:
         check_part("sampling", sampling, Sampling)

@@ -46,11 +46,11 @@ class Point(NamedTuple):
         """Return f(θ) on `data`."""
         return self.objective.value(self.params, data).astype(self.scalar.dtype)
 
-    def value_on_part(self, some: Batch) -> jax.Array:
-        """Return f(θ) on what `subsample` made of the evaluation data."""
+    def value_on_part(self, some: Batch, cases: int) -> jax.Array:
+        """Return f(θ) on `some`, what `subsample` returns for the evaluation data."""
         whole = terms_of(self.objective, self.eval_batch)
         part = terms_of(self.objective, some)
-        return value_on_part(whole, part, self.params).astype(self.scalar.dtype)
+        return value_on_part(whole, part, self.params, cases).astype(self.scalar.dtype)
 
     def next_scales(self) -> jax.Array | None:
         """Return the scales in the next update, by the terms at θ."""

@@ -209,9 +209,11 @@ def kronecker_factored(
     """Run CG with a Kronecker-factored preconditioner, and search for the best λ.
 
     This is what `hessian_free` does by default. It differs from the other recipes in
-    four ways: the curvature is of a part of a large batch, which grows (`sampling.growing`); the preconditioner is `preconditioners.kronecker`; a run starts from 0 and
-    stops when an iteration gains less than it costs (`stopping.marginal`); step and λ are
-    chosen together, with the lowest f over the subspace of the run (`damping.searched`).
+    four ways: the curvature of a large batch is of a part of it, which grows
+    (`sampling.growing`); the preconditioner is `preconditioners.kronecker`; a run starts
+    from 0 and stops when an iteration gains less than it costs (`stopping.marginal`); step
+    and λ are chosen together, with the lowest f over the subspace of the run
+    (`damping.searched`).
     Gradient, curvature and f are from the same data, all of it or a large batch:
 
         value, grads = objective.value_and_grad(params, batch)

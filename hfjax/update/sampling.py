@@ -5,7 +5,7 @@
 | `growing` | few at first, and more as soon as they say too little about the others |
 | `None` | all |
 
-The gradient, f and ρ are of all cases whatever the rule. Curvature costs most of an update,
+The gradient and f, also that in ρ, are of all cases whatever the rule. Curvature costs most of an update,
 and far from a minimum a few hundred cases have much the same curvature as all of them.
 """
 
@@ -13,13 +13,6 @@ from typing import NamedTuple
 
 from hfjax._core import options
 from hfjax._core.types import Number
-
-_MOST_PARTS = 16
-"""A batch is divided into so many parts at most, of which the curvature gets some."""
-_FEWEST_PARTS = 4
-"""A smaller batch is not divided: loops over parts would cost what they save."""
-_KEPT = 0.7
-"""Weight of the agreements so far, in the mean of all."""
 
 
 class Sampling(NamedTuple):
@@ -61,8 +54,8 @@ def growing(
     with an `eval_batch`, because the caller has divided the data already.
 
     Args:
-      smallest: how many cases to begin with, or up to twice as many: the batch is divided
-        into 4, 8 or 16 equal parts.
+      smallest: the fewest cases of a part. The batch is divided into 16 equal parts, or 8
+        or 4 if it is too small for more, and the first updates take one of them.
       agreement: q from 0 to 1. 0 never takes more cases; 1 takes all of them soon.
       least_work: take all of a batch if cases times parameters are fewer, as an update is
         then short, and compiling one that divides its batch takes some seconds more.

@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     Attributes:
       share: of all cases, from 0, as few as the rule allows, to 1.
       turn: the first of the batch's microbatches that it takes.
-      agreement: the running mean of q in `hfjax.sampling.growing`; 0 before the first.
+      agreement: the running mean of q in `hfjax.sampling.growing`; −1 before the first.
     """
 
     share: jax.Array

@@ -71,7 +71,7 @@ def hessian_free(
     - `grads`: ∇f from `objective.value_and_grad`, neither clipped nor scaled. It may come
       from another, larger batch.
     - `batch`: the curvature data, `(inputs, targets)` or `(inputs, targets, weights)`: all
-      of it for ρ, all or a part (`sampling`) for B and the preconditioner. Required.
+      of it for f in ρ, all or a part (`sampling`) for B and P. Required.
     - `eval_batch`: the data on which steps are compared and the line search runs; by
       default `batch`. If you draw new batches for each update, compute the gradient on
       data that include both: on unseen data ρ is noise, and λ climbs.

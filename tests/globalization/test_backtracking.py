@@ -233,7 +233,7 @@ def test_f_of_the_start_on_a_part_costs_no_pass_of_its_own():
 
     def both(p):
         whole, some = (terms_of(f, data) for data in (batch, f._subsample(batch, 3)))
-        return f.value(p, batch), value_on_part(whole, some, p)
+        return f.value(p, batch), value_on_part(whole, some, p, 3)
 
     program = quick_jit(both).lower(jnp.ones((1, 1))).compile()
     assert program.as_text().count(" tanh(") == 1

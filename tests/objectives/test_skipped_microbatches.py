@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import flat, quick_jit
+from reference import assert_close, flat, quick_jit
 
 import hfjax
 from hfjax import curvature
 from hfjax.objectives.cases import subsample
+from hfjax.objectives.plain import terms_of
+from hfjax.objectives.terms import value_on_part
 
 COUNT, CASES = 4, 12
 RNG = np.random.default_rng(3)
@@ -157,3 +159,65 @@ def test_factors_of_a_weighted_batch_are_of_its_microbatches_with_weight():
         (X, T, jnp.zeros(CASES)),
     )
     assert np.linalg.norm(found) < 1e-2 * np.linalg.norm(nothing)
+
+
+def test_f_on_a_part_is_that_of_the_cases_that_a_walk_is_on():
+    # Of 11 cases, every fifth is taken to have two: three of them.
+    f = hfjax.Objective(lambda w, x: jnp.tanh(x @ w), hfjax.losses.squared_error())
+    for cases in (2, 3, 5, 11):
+        batch = X[:11], T[:11]
+        some = subsample(batch, cases)
+        whole, part = terms_of(f, batch), terms_of(f, some)
+        found = value_on_part(whole, part, W, cases)
+        np.testing.assert_allclose(found, f.value(W, some), rtol=1e-12)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_with_unequal_weights_agree_with_one(check_vma):
+    # The first half of the cases alone has weight: all of it on one device.
+    P = jax.sharding.PartitionSpec  # noqa: N806
+    kind = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("d",), kind, devices=jax.devices()[:2])
+    weights = jnp.where(jnp.arange(CASES) < CASES // 2, 1.5, 0.0)
+    loss = hfjax.losses.squared_error()
+
+    def objective(**options):
+        return hfjax.Objective(lambda w, x: jnp.tanh(x @ w), loss, **options)
+
+    def results(f, w, batch):
+        product = curvature.ggn(f, w, batch)
+        slope = jax.grad(f.value)(w, batch) if f.axis_name is None or check_vma else w
+        return f.value_and_grad(w, batch), product(jnp.cos(w)), slope
+
+    own = objective(microbatch_size=2, linearize_once=True, axis_name="d")
+    found = quick_jit(
+        jax.shard_map(
+            functools.partial(results, own),
+            mesh=mesh,
+            in_specs=(P(), P("d")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+    )(W, (X, T, weights))
+    truth = quick_jit(functools.partial(results, objective()))(W, (X, T, weights))
+    if not check_vma:
+        found, truth = found[:2], truth[:2]
+    assert_close(found, truth, rtol=1e-10, atol=1e-14)
+
+
+def test_what_products_need_is_kept_under_shard_map(monkeypatch):
+    P = jax.sharding.PartitionSpec  # noqa: N806
+    kind = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("d",), kind, devices=jax.devices()[:1])
+    runs = []
+    f = watched(runs, linearize_once=True, axis_name="d")
+
+    def call(w, batch):
+        product = curvature.ggn(f, w, batch)
+        return jax.lax.fori_loop(0, 3, lambda _, v: product(v), w)
+
+    fn = jax.shard_map(call, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    jax.block_until_ready(quick_jit(fn)(W, (X, T, WEIGHTS)))
+    jax.effects_barrier()
+    assert len(runs) == 2

@@ -1,5 +1,7 @@
 """The curvature of an update may be of a part of the cases, which grows by itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,10 +80,11 @@ def test_the_step_is_that_of_the_sample_and_its_agreement_that_with_fresh_cases(
     delta = np.linalg.solve(gram(numbers) + DAMPING * np.eye(6), -gradient())
     np.testing.assert_allclose(steps, delta, rtol=1e-8)
     q = (delta.T @ gram(numbers) @ delta) / (delta.T @ gram(fresh) @ delta)
-    mean = 0.7 * before + 0.3 * q.item() if before else q.item()
+    mean = 0.7 * before + 0.3 * q.item()
     grows = mean < 0.5
     assert grows == (before == 0.1)
-    np.testing.assert_allclose(state.sample.agreement, 0 if grows else mean, rtol=1e-8)
+    found = state.sample.agreement
+    np.testing.assert_allclose(found, -1 if grows else mean, rtol=1e-8)
     taken = len(numbers) / PARTS
     assert state.sample.share == min(1, 2 * taken if grows else taken)
     assert state.sample.turn == (turn + len(numbers)) % PARTS
@@ -238,3 +241,81 @@ def test_a_state_of_another_sampling_and_bad_options_are_refused():
         TypeError, match="`sampling` must be a `Sampling`, got function"
     ):
         optimizer(sampling=growing)
+
+
+def test_a_sample_without_curvature_grows_and_fresh_cases_without_weight_say_nothing():
+    # Microbatch 0 has inputs of 0, and so a curvature of 0: the worst agreement.
+    x = jnp.where(jnp.arange(CASES)[:, None] % PARTS == 0, 0, X)
+    _, state = update(optimizer(), optimizer().init(START), (x, T))
+    assert state.sample.share == 2 / PARTS
+    # All cases are taken: there are no others, and weight decay is no curvature of any.
+    decayed = hfjax.Objective(
+        lambda w, x: x @ w, hfjax.losses.squared_error(), weight_decay=0.3
+    )
+    tx = optimizer(decayed)
+    state = state_of(tx, share=1.0, agreement=0.75)
+    _, state = one_update(decayed, tx, START, BATCH, state=state)
+    assert state.sample.agreement == 0.75
+
+
+def test_a_sample_is_of_microbatches_with_weight():
+    # Every third case has one: microbatches 0 to 15 all do. Then one in four does.
+    weights = jnp.where(jnp.arange(CASES) % 4 == 1, 1.0, 0.0)
+    tx = optimizer()
+    steps, state = update(tx, state_of(tx, turn=1, agreement=-1), (*BATCH, weights))
+    own = np.isin(np.arange(CASES) % PARTS, [5])  # Of 1, 5, 9 and 13, the second.
+    x, every = np.asarray(X), np.asarray(weights) > 0
+    b = x[own].T @ x[own] / own.sum()
+    residuals = (x @ np.asarray(START) - np.asarray(T))[every]
+    delta = np.linalg.solve(
+        b + DAMPING * np.eye(6), -x[every].T @ residuals / every.sum()
+    )
+    np.testing.assert_allclose(steps, delta, rtol=1e-8)
+    assert state.sample.share == 1 / 4
+
+
+def test_positions_with_weights_are_sampled_with_their_cases():
+    x = jnp.asarray(RNG.standard_normal((CASES, 3, 6)))
+    t = jnp.asarray(RNG.standard_normal((CASES, 3)))
+    weights = jnp.asarray(RNG.uniform(0.5, 1.5, (CASES, 3)))
+    f = hfjax.Objective(lambda w, x: (x @ w)[..., 0], hfjax.losses.squared_error())
+    for microbatch in (None, 2):
+        own = dataclasses.replace(f, microbatch_size=microbatch)
+        tx = optimizer(own)
+        steps, _ = one_update(own, tx, START, (x, t, weights), state=tx.init(START))
+        rows, shares = np.asarray(x), np.asarray(weights)
+        taken = np.arange(CASES) % (PARTS if microbatch is None else 32) < (
+            1 if microbatch is None else 2
+        )
+        b = np.einsum("npi,np,npj->ij", rows[taken], shares[taken], rows[taken])
+        residuals = (rows @ np.asarray(START))[..., 0] - np.asarray(t)
+        g = np.einsum("npi,np,np->i", rows, shares, residuals)[:, None] / shares.sum()
+        b = b / shares[taken].sum() + DAMPING * np.eye(6)
+        np.testing.assert_allclose(steps, np.linalg.solve(b, -g), rtol=1e-8)
+
+
+def test_a_state_keeps_its_types_whatever_those_of_the_data():
+    params = START.astype(jnp.float32)
+    tx = optimizer()
+
+    def step(carry, _):
+        params, state = carry
+        grads = OBJECTIVE.value_and_grad(params, BATCH)[1]
+        steps, state = tx.update(grads, state, params, batch=BATCH)
+        return (optax.apply_updates(params, steps), state), None
+
+    # A scan refuses a state of another type.
+    (_, state), _ = quick_jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=2))(
+        params
+    )
+    assert state.sample.agreement.dtype == jnp.float32
+
+
+def test_strict_promotion_takes_samples_and_microbatches_with_weights():
+    weights = jnp.linspace(0.5, 2.0, CASES)
+    f = dataclasses.replace(OBJECTIVE, microbatch_size=8)
+    tx = optimizer()
+    with jax.numpy_dtype_promotion("strict"):
+        update(tx, tx.init(START))
+        quick_jit(f.value_and_grad)(START, (*BATCH, weights))
+        quick_jit(f.value)(START, (*BATCH, weights))
