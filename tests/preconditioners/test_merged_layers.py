@@ -14,6 +14,7 @@ from reference import matrix_of, quick_jit
 
 import hfjax
 from hfjax.objectives.objective import weighted_sum
+from hfjax.preconditioners._inverses import _similar
 
 RNG = np.random.default_rng(11)
 KEY = jax.random.key(2)
@@ -260,3 +261,18 @@ def test_a_sum_with_a_penalty_is_trained():
     values = info.value_before.tolist()
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.5 * values[0]
+
+
+def test_inverses_are_grouped_as_long_as_padding_is_an_eighth_of_the_work():
+    ours = [785, 784, *[401, 400] * 2, *[201, 200] * 2, *[101, 100] * 2, 51, 50, 7, 6]
+    for lengths in (ours, [900, 100, 90, 8], [300, 300, 290, 3], [5], [], [2000, 1999]):
+        groups = _similar(lengths)
+        assert sorted(n for group in groups for n in group) == [*range(len(lengths))]
+        work = sum(length**3 for length in lengths)
+        padded = sum(len(group) * lengths[group[0]] ** 3 for group in groups)
+        nearly = sum((length / 0.9) ** 3 for length in lengths)
+        assert padded <= max(nearly, work) + work / 8
+        assert all(lengths[n] <= lengths[group[0]] for group in groups for n in group)
+    assert len(_similar(ours)) == 3
+    assert len(_similar([900, 100, 90, 8])) == 2  # 900 would pad too much.
+    assert len(_similar([2000, 1999])) == 2  # These are too large to copy.
