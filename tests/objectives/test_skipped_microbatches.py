@@ -10,7 +10,8 @@ from reference import assert_close, flat, quick_jit
 
 import hfjax
 from hfjax import curvature
-from hfjax.objectives.cases import subsample
+from hfjax.objectives.cases import as_cases, subsample
+from hfjax.objectives.means import Means
 from hfjax.objectives.plain import terms_of
 from hfjax.objectives.terms import value_on_part
 
@@ -221,3 +222,19 @@ def test_what_products_need_is_kept_under_shard_map(monkeypatch):
     jax.block_until_ready(quick_jit(fn)(W, (X, T, WEIGHTS)))
     jax.effects_barrier()
     assert len(runs) == 2
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_all_devices_go_through_the_same_microbatches():
+    # A model may exchange something between the devices in each of them.
+    P = jax.sharding.PartitionSpec  # noqa: N806
+    kind = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("d",), kind, devices=jax.devices()[:2])
+    means = Means(2, "d", skips=True)
+    weights = jnp.where(jnp.arange(CASES) < CASES // 2, 1.5, 0.0)
+
+    def used(batch):
+        return means.in_use(means.parts(as_cases(batch)))[1][None]
+
+    fn = jax.shard_map(used, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    assert quick_jit(fn)((X, T, weights)).tolist() == [3, 3]
