@@ -54,6 +54,9 @@ def layer_pass(model: Model, term: Term, params: Params, cases: Cases) -> LayerP
     """Prepare a pass over `cases` through the model of a term, read on one example."""
     if term.whole_batch:
         return _of_whole_batch(model, term, params, cases)
+    # The zeros are laid out like the weights. Those of a batch without weights are ones,
+    # the same on all devices: derivatives by them would be summed over the devices.
+    cases = cases._replace(weights=term.means.local(cases.weights))
     if sharding.shards_of_cases(cases.inputs) == 1:
         spoiled = {n: x for n, x in model.others.items() if n not in model.scalings}
         whole = layers.read(term.outputs, params, cases.inputs, spoiled)

@@ -953,3 +953,31 @@ def test_fewer_iterations_than_with_a_diagonal_or_none_reach_the_same_model_valu
     lowest = min(h[-1] for h in histories)
     needed = [int(np.argmax(h < 0.99 * lowest)) for h in histories]
     assert needed[0] * 1.5 < min(needed[1:]), needed
+
+
+@needs_devices
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_without_weights_have_the_factors_of_one(check_vma):
+    # Weights of a batch without any are ones, and do not vary over the devices.
+    rng = np.random.default_rng(8)
+    x, t = jnp.asarray(rng.normal(size=(8, 3))), jnp.asarray(rng.normal(size=(8, 1)))
+    w = jnp.asarray(rng.normal(size=(3, 1)))
+    squared, rule = hfjax.losses.squared_error(), preconditioners.kronecker()
+
+    def inverse(w, batch, axis_name=None):
+        f = hfjax.Objective(lambda w, x: jnp.tanh(x @ w), squared, axis_name=axis_name)
+        return rule.build(f, w, batch, jnp.asarray(0.1), jax.random.key(0))(w)
+
+    P = jax.sharding.PartitionSpec  # noqa: N806
+    kind = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("d",), kind, devices=jax.devices()[:2])
+    on_two = jax.shard_map(
+        functools.partial(inverse, axis_name="d"),
+        mesh=mesh,
+        in_specs=(P(), P("d")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    # One output, and signs that depend on the case alone: both are exact.
+    found, truth = quick_jit(on_two)(w, (x, t)), quick_jit(inverse)(w, (x, t))
+    np.testing.assert_allclose(found, truth, rtol=1e-10)
