@@ -110,7 +110,9 @@ def _mean_of_term(product: Product, term: Term, params: Params) -> Matvec:
         if whole is not None:
             sums = trees.widen(whole(tangent))
         else:
-            sums = means.summed(lambda k: for_loops(of_number(k))(tangent), parts)
+            # The model itself runs in this loop, too, if it is linearised anew.
+            run = for_loops(lambda k, v: of_number(k)(v))
+            sums = means.summed(lambda k: run(k, tangent), parts)
         mean = means.divide(sums, cases.weights)
         return trees.cast_like(term.decayed(mean, v), v)
 
