@@ -56,14 +56,14 @@ class Means(NamedTuple):
         """
         parts = self.parts(cases)
         if parts.count == 1:
-            sums = trees.widen(sum_over_cases(parts.cases))
+            total = trees.widen(sum_over_cases(parts.cases))
         else:
-            sums = self.summed(
+            total = self.summed(
                 lambda k: for_loops(sum_over_cases)(parts.take(k)),
                 parts,
                 reversible=reversible,
             )
-        return self.divide(sums, cases.weights)
+        return self.divide(total, cases.weights)
 
     def summed(
         self,

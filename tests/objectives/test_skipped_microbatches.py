@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mapped import needs_devices
 from reference import assert_close, flat, quick_jit
 
 import hfjax
@@ -173,7 +174,7 @@ def test_f_on_a_part_is_that_of_the_cases_that_a_walk_is_on():
         np.testing.assert_allclose(found, f.value(W, some), rtol=1e-12)
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@needs_devices
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_devices_with_unequal_weights_agree_with_one(check_vma):
     # The first half of the cases alone has weight: all of it on one device.
@@ -224,7 +225,7 @@ def test_what_products_need_is_kept_under_shard_map(monkeypatch):
     assert len(runs) == 2
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@needs_devices
 def test_all_devices_go_through_the_same_microbatches():
     # A model may exchange something between the devices in each of them.
     P = jax.sharding.PartitionSpec  # noqa: N806
