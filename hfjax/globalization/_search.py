@@ -10,13 +10,17 @@ gets lower, or else −1, −2, …. The last step that was better is taken, by 
 | higher λ, momentum | lower by `tolerance` of the gain | yes: λ → ∞ repeats the last step |
 | lower λ | lower by `tolerance` of the gain, and by more than rounding | yes |
 | lower λ | all changes below rounding, but M falls by 1.1 times as much | yes |
+| lower λ, by `sacrifice` | above the lowest by at most this share of the gain, M falling on | yes |
+| higher λ, by `sacrifice` | lower by this share of the gain | yes |
 | any | lower by more than 10 times what M predicts | as if f had not changed |
 | higher λ | any, if the best step so far breaks M's promise | yes |
 | lower λ | any, if the step breaks M's promise | no |
 | p = 1 | not taken | no, and p = −1 is next |
 | any other | | no, and the search ends |
 
-A step breaks M's promise if `lower` is given and f falls by less than this share of it.
+`sacrifice` replaces the rules above it where it holds: not with momentum, nor while B is of
+other cases than f, nor where the gain may be rounding. A step breaks M's promise if `lower`
+is given and f falls by less than this share of it.
 
 With `longest`, a step is *good* if f falls by at least this share of M's promise, and f is not
 compared otherwise. From a good step for p = 0, p = −1, −2, … are tried, and the last good one
@@ -42,12 +46,19 @@ _LONGEST = 0.5
 _MORE = 1.1
 """Where f shows nothing, lower λ if M then falls by this many times as much."""
 
+_SACRIFICE = 0.5
+"""`sacrifice` for conjugate gradients (`benchmarks/results/transformers.md`)."""
+
+_FURTHER = 1.01
+"""A step is longer, and may cost some of the gain, if M falls by this many times as much."""
+
 
 def search_damping(
     factor: Number,
     tolerance: Number,
     lower: Number | None,
     longest: Number | str | None,
+    sacrifice: Number | str,
     max_tries: int,
     cases: int | None,
 ) -> Backtracking:
@@ -57,9 +68,12 @@ def search_damping(
         at_damping = run.at_damping
         assert at_damping is not None, "other runs get another rule"
         dtype = before.value.dtype
-        exact = run.iterates is None and lower is None
-        by_default = _LONGEST if exact else None
+        exact, anchored = run.iterates is None, run.anchor is not None
+        by_default = _LONGEST if exact and lower is None else None
         share = by_default if isinstance(longest, str) else longest
+        usual = 0.0 if exact or lower is not None else _SACRIFICE
+        given_up = usual if isinstance(sacrifice, str) else sacrifice
+        wants = _Wants(tolerance, lower, 0.0 if anchored else given_up, anchored)
 
         def damping_at(power: jax.Array) -> jax.Array:
             return before.scalar * jnp.asarray(factor, dtype) ** power
@@ -71,8 +85,7 @@ def search_damping(
             candidate = _Candidate(value, -step.undamped.astype(dtype), step)
             if share is not None:
                 return _next_longest(search, candidate, before, share)
-            anchored = run.anchor is not None
-            return _next(search, candidate, before, tolerance, lower, anchored=anchored)
+            return _next(search, candidate, before, wants)
 
         # Placeholders: the first candidate, p = 0, is always taken.
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
@@ -96,6 +109,13 @@ def search_damping(
     return Backtracking(choose, cases)
 
 
+class _Wants(NamedTuple):
+    tolerance: Number
+    lower: Number | None
+    sacrifice: Number
+    anchored: bool  # with momentum
+
+
 class _Candidate(NamedTuple):
     value: jax.Array  # f at the end of the step
     promised: jax.Array  # how much f should fall, by M without damping
@@ -113,13 +133,7 @@ class _Search(NamedTuple):
 
 
 def _next(
-    search: _Search,
-    candidate: _Candidate,
-    before: Before,
-    tolerance: Number,
-    lower: Number | None,
-    *,
-    anchored: bool,
+    search: _Search, candidate: _Candidate, before: Before, wants: _Wants
 ) -> _Search:
     """Compare a candidate with the best so far, and say which λ to try next."""
     first, up = search.tries == 0, search.trial > search.power
@@ -128,12 +142,21 @@ def _next(
     # lead λ anywhere.
     credible = ~(fall > _CREDIBLE * candidate.promised)
     value = jnp.where(credible, candidate.value, before.value)
-    slack = _slack(before.value - search.lowest, before.noise, tolerance)
+    gain, lower = before.value - search.lowest, wants.lower
+    slack = _slack(gain, before.noise, wants.tolerance)
 
     # Break ties towards larger λ, unless the difference is only rounding. With momentum,
     # λ → ∞ repeats the last step, so keep the current λ.
-    as_good = value <= search.lowest + (-jnp.abs(slack) if anchored else slack)
+    as_good = value <= search.lowest + (-jnp.abs(slack) if wants.anchored else slack)
     clearly_better = value < search.lowest - jnp.maximum(jnp.abs(slack), before.noise)
+    # The lowest f of each update does not make the lowest f of a run: longer steps get
+    # further, if they follow f and not the noise of a part of its cases.
+    given_up = options.like(wants.sacrifice, gain) * gain
+    gives_up = (given_up > 0) & (gain > before.noise) & ~before.partial
+    as_good = jnp.where(gives_up, value <= search.lowest - given_up, as_good)
+    is_longer = candidate.promised > _FURTHER * search.best.promised
+    affordable = is_longer & (value <= search.lowest + given_up)
+    clearly_better = jnp.where(gives_up, affordable, clearly_better)
     # A best step that is too small for f to show is no evidence against a longer one.
     invisible = search.best.promised <= before.noise
     invisible &= value <= before.value + before.noise

@@ -25,11 +25,13 @@ class Before(NamedTuple):
       value: f(θ), on the data on which the rule evaluates f.
       noise: how much of a change of f may be rounding.
       scalar: λ of the run, or the radius.
+      partial: whether B may be of other cases than f (`hfjax.sampling`, `eval_batch`).
     """
 
     value: jax.Array
     noise: jax.Array
     scalar: jax.Array
+    partial: jax.Array | bool = False
 
 
 class Chosen(NamedTuple):

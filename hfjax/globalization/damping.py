@@ -188,6 +188,7 @@ def searched(
     tolerance: Number = 0.01,
     lower: Number | None = None,
     longest: Number | str | None = "auto",
+    sacrifice: Number | str = "auto",
     max_tries: int = 8,
     cases: int | None = 2000,
     minimum: Number = 0.0,
@@ -201,10 +202,10 @@ def searched(
     the subspace of the run of conjugate gradients, or one more factorisation by
     `hfjax.sample_space`. f is evaluated at its end for p = 0, then 1, 2, … as long as f
     gets lower, or else −1, −2, …. The last step that was better is taken, and its λ is
-    used for the next update. (`lower` and `longest` change what is better.) So a λ that is
-    wrong by orders of magnitude costs evaluations of f, not updates. If λ makes no
-    difference, the larger one is taken; with momentum λ then stays, because the step tends
-    to the last one, not to 0, as λ → ∞.
+    used for the next update. (`sacrifice`, `lower` and `longest` say what is better.) So a
+    λ that is wrong by orders of magnitude costs evaluations of f, not updates. If λ makes
+    no difference, the larger one is taken; with momentum λ then stays, because the step
+    tends to the last one, not to 0, as λ → ∞.
 
     λ is adapted by ρ, as in `levenberg_marquardt`, if the solver does not provide these
     steps, if another rule is passed as `backtracking`, or if the step is rejected or too
@@ -213,15 +214,22 @@ def searched(
     Args:
       init: first λ > 0; it may be wrong by orders of magnitude.
       factor: ratio > 1 of one λ to the next.
-      tolerance: fraction of the decrease of f below which λ makes no difference.
+      tolerance: fraction of the decrease of f below which λ makes no difference, where
+        `sacrifice` is 0.
       lower: least share of the decrease predicted by M, as in `levenberg_marquardt`. λ is
         raised until f falls by this share, and no lower λ is taken where f falls by less,
         even if f is lowest there. Try 1/4 if the first updates have a ρ below 0.1 and
         later ones gain little, as with low-rank adapters. `None` compares f alone.
       longest: take the longest step along which f falls by at least this share of what M
-        predicts, in place of the step to the lowest f. The lowest f of each update does not
-        make the lowest f of a run: in a narrow valley longer steps get further. `None`
-        compares f; `"auto"` is 0.5 for `hfjax.sample_space` without `lower`, else `None`.
+        predicts, however low f is at the end of shorter ones. `None` compares f;
+        `"auto"` is 0.5 for `hfjax.sample_space` without `lower`, else `None`.
+      sacrifice: share of the decrease of f that a longer step may give up: a lower λ is
+        taken if f is above the lowest by at most this share of the decrease, and a higher
+        one only if f falls by more than this share below it. The lowest f of each update
+        does not make the lowest f of a run: longer steps get further. 0 takes the lowest
+        f, as is done with momentum, and while B is of other cases than f: of a part of
+        them (`sampling`), or with an `eval_batch`. `"auto"` is 0.5 for conjugate gradients
+        without `lower`, else 0.
       max_tries: the most evaluations of f.
       cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
         examples, f is evaluated on all of them.
@@ -261,6 +269,10 @@ def searched(
         if longest is not None and lower is not None:
             msg = "Pass `lower` or `longest`: one asks for the lowest f, one does not."
             raise ValueError(msg)
+    if isinstance(sacrifice, str):
+        options.check_choice("sacrifice", sacrifice, ("auto",))
+    else:
+        options.check_range("sacrifice", sacrifice, low=0.0, high=1.0)
     options.check_count("max_tries", max_tries, low=1)
     if cases is not None:
         options.check_count("cases", cases, low=1)
@@ -280,7 +292,9 @@ def searched(
         found = jnp.where(verdict.seen, found, jnp.minimum(found, adapted))
         return jnp.where(verdict.accepted, found, adapted)
 
-    search = search_damping(factor, tolerance, lower, longest, max_tries, cases)
+    search = search_damping(
+        factor, tolerance, lower, longest, sacrifice, max_tries, cases
+    )
     return by_ratio._replace(update=update, backtracking=search)
 
 

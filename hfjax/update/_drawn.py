@@ -54,6 +54,12 @@ class Drawn(NamedTuple):
             cases if cases is None or self.enough is None else min(cases, self.enough)
         )
 
+    def is_part(self) -> jax.Array:
+        """Return whether the curvature is of a part of the cases."""
+        if self.taken is None or self.count is None:
+            return jnp.zeros((), bool)
+        return self.taken < self.count
+
     def after(
         self, rule: Sampling | None, params: Params, step: Tree, curved: jax.Array
     ) -> Sample | None:

@@ -65,9 +65,11 @@ class Assembled(NamedTuple):
         return _value_on(self.point, self.packing, data)
 
     def before(self) -> Before:
-        """Return f(θ) on the evaluation data, its rounding error, and λ."""
+        """Return what is known before a step is chosen: f(θ), on all evaluation data."""
         value = self.point.value(self.point.eval_batch)
-        return Before(value, self.noise(value), self.point.scalar)
+        has_own = self.point.eval_batch is not self.point.batch
+        partial = has_own | self.drawn.is_part()
+        return Before(value, self.noise(value), self.point.scalar, partial)
 
     def next_sample(
         self, rule: Sampling | None, step: Tree, curved: jax.Array

@@ -139,7 +139,7 @@ def run_on(matvec, b, strength, **options):
 
 
 @functools.partial(quick_jit, static_argnames=("max_tries", "lower"))
-def searched(entries, value, noise, tolerance, max_tries, lower):
+def searched(entries, value, noise, tolerance, sacrifice, partial, max_tries, lower):
     """Search where f is a table of powers, of one unknown with B = b = 1.
 
     The step is 1 / (1 + λ), which tells the power of λ.
@@ -153,9 +153,14 @@ def searched(entries, value, noise, tolerance, max_tries, lower):
         return entries[power - LOW]
 
     rule = damping.searched(
-        factor=FACTOR, tolerance=tolerance, max_tries=max_tries, lower=lower
+        factor=FACTOR,
+        tolerance=tolerance,
+        sacrifice=sacrifice,
+        max_tries=max_tries,
+        lower=lower,
     ).backtracking
-    return rule.choose(run, value_fn, Before(value, noise, jnp.float64(LAMBDA)))
+    before = Before(value, noise, jnp.float64(LAMBDA), partial)
+    return rule.choose(run, value_fn, before)
 
 
 def scripted(
@@ -165,14 +170,16 @@ def scripted(
     noise=0.0,
     scale=SCALE,
     tolerance=0.01,
+    sacrifice=0.0,
+    partial=False,
     max_tries=8,
     lower=None,
 ):
     """Return the choice, and the powers that were asked for."""
     ASKED.clear()
     entries = jnp.asarray([table.get(p, jnp.nan) for p in range(LOW, HIGH + 1)])
-    numbers = map(jnp.float64, (scale * value, scale * noise, tolerance))
-    choice = searched(scale * entries, *numbers, max_tries, lower)
+    numbers = map(jnp.float64, (scale * value, scale * noise, tolerance, sacrifice))
+    choice = searched(scale * entries, *numbers, jnp.bool(partial), max_tries, lower)
     jax.effects_barrier()
     return choice, list(ASKED)
 
@@ -206,6 +213,43 @@ SEARCHES = {
         {"max_tries": 3},
     ),
     "one_try": ({0: 0.5, 1: 0.1}, [0], 0, {"max_tries": 1}),
+    # A quarter of what f falls, from 1 to 0.6, is 0.1: of the lowest, not of the last.
+    "longer_for_a_quarter": (
+        {0: 0.6, 1: 0.6, -1: 0.65, -2: 0.69, -3: 0.71},
+        [0, 1, -1, -2, -3],
+        -2,
+        {"sacrifice": 0.25},
+    ),
+    "a_new_lowest": (
+        {0: 0.6, 1: 0.7, -1: 0.2, -2: 0.39, -3: 0.41},
+        [0, 1, -1, -2, -3],
+        -2,
+        {"sacrifice": 0.25},
+    ),
+    "shorter_for_a_quarter": (
+        {0: 0.6, 1: 0.49, 2: 0.37},
+        [0, 1, 2],
+        1,
+        {"sacrifice": 0.25},
+    ),
+    "not_shorter_for_less": (
+        {0: 0.6, 1: 0.51, -1: 0.71},
+        [0, 1, -1],
+        0,
+        {"sacrifice": 0.25},
+    ),
+    "nothing_for_noise": (
+        {0: 0.6, 1: 0.61, -1: 0.62},
+        [0, 1, -1],
+        0,
+        {"sacrifice": 0.25, "noise": 0.5},
+    ),
+    "nothing_on_a_part": (
+        {0: 0.6, 1: 0.7, -1: 0.61},
+        [0, 1, -1],
+        0,
+        {"sacrifice": 0.25, "partial": True},
+    ),
 }
 
 
@@ -283,7 +327,9 @@ def test_the_best_of_a_quadratic_is_found_from_below_and_above():
         matvec = lambda v: matrix @ v + strength * v  # noqa: E731
         run = run_on(matvec, b, strength, max_iterations=8)
         value_fn = lambda x: 0.5 * x @ jnp.asarray(hessian) @ x - b @ x  # noqa: E731
-        rule = damping.searched(factor=2.0, tolerance=0.0, max_tries=12).backtracking
+        rule = damping.searched(
+            factor=2.0, tolerance=0.0, sacrifice=0.0, max_tries=12
+        ).backtracking
         zero = jnp.float64(0)
         choice = rule.choose(run, value_fn, Before(zero, zero, strength))
         return choice, run.iterates.iterates
@@ -378,6 +424,40 @@ def test_a_part_of_the_cases_finds_the_damping(init):
     np.testing.assert_allclose(taken / state.info.step_size, step, rtol=1e-7)
     everything = np.mean(0.5 * (EVAL_X @ taken - EVAL_T) ** 2)
     np.testing.assert_allclose(state.info.value_after, everything, rtol=1e-10)
+
+
+def exponential(power, strength):
+    """Return f = ½(eᵖ − 2)² at the end of the step from p = −1, and the step."""
+    slope, residual = np.exp(-1.0), np.exp(-1.0) - 2
+    step = -slope * residual / (slope**2 + strength * 1.3**power)
+    return 0.5 * (np.exp(step - 1) - 2) ** 2, step
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+@pytest.mark.parametrize("init", [0.32, 0.1])
+def test_an_update_gives_up_half_for_a_longer_step_on_the_data_of_b(init, own_data):
+    objective = hfjax.Objective(lambda p, x: jnp.exp(p) * x, SQUARED)
+    tx = hfjax.hessian_free(
+        objective,
+        damping=damping.searched(init=init, factor=1.3),
+        preconditioner=None,
+    )
+    batch = (jnp.ones((1, 1)), jnp.full((1, 1), 2.0))
+    other = (jnp.ones((1, 1)), jnp.full((1, 1), 2.0)) if own_data else None
+    _, state = training.one_update(
+        objective, tx, jnp.float64(-1), batch, eval_batch=other
+    )
+    powers = np.arange(-8, 9)
+    values = np.array([exponential(p, init)[0] for p in powers])
+    before = exponential(0, np.inf)[0]
+    least = np.min(values)
+    if own_data:  # As B and f may be of different cases, the lowest f.
+        expected = powers[np.argmin(values)]
+    else:  # The longest step, where f rises along them; −8 is the longest.
+        enough = values <= least + 0.5 * (before - least)
+        expected = powers[enough][0]
+        assert expected < powers[np.argmin(values)]
+    np.testing.assert_allclose(state.damping, init * 1.3**expected, rtol=1e-10)
 
 
 def test_a_rejected_step_raises_the_damping_by_its_rule():
