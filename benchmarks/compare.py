@@ -30,12 +30,19 @@ from benchmarks.harness.machine import Taken
 from benchmarks.harness.race import Course, Racer, go
 from benchmarks.harness.report import Report
 from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.suites import classifier, equations, images, mnist, sequences
+from benchmarks.suites import (
+    classifier,
+    equations,
+    images,
+    mnist,
+    sequences,
+    transformers,
+)
 from benchmarks.suites.problem import Measure, Problem, Suite
 
 SUITES: dict[str, Suite] = {
     module.SUITE.name: module.SUITE
-    for module in (images, sequences, equations, classifier)
+    for module in (images, sequences, equations, classifier, transformers)
 }
 
 TURN = 10.0

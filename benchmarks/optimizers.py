@@ -95,6 +95,18 @@ def whole(problem: Problem, params: Any, seed: int) -> Racer:
     return default(problem, params, seed, sampling=None)
 
 
+def lowest(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it with the λ of the lowest f in each update."""
+    damping = hfjax.damping.searched(sacrifice=0.0)
+    return default(problem, params, seed, damping=damping)
+
+
+def ratio(problem: Problem, params: Any, seed: int) -> Racer:
+    """Build it with the λ that ρ of the last update says."""
+    damping = hfjax.damping.levenberg_marquardt()
+    return default(problem, params, seed, damping=damping)
+
+
 def exact(problem: Problem, params: Any, seed: int, **options: Any) -> Racer:
     """Build it with steps that are solved for exactly, with momentum."""
     solver = hfjax.sample_space.cholesky(momentum=MOMENTUM, **options)
@@ -350,6 +362,10 @@ def _no_terms(problem: Problem) -> str | None:
     return None if hasattr(problem.objective, "parts") else "its f has a single term"
 
 
+def _steps_are_exact(problem: Problem) -> str | None:
+    return "its steps are exact" if problem.options else None
+
+
 def _no_hidden_states(problem: Problem) -> str | None:
     return None if problem.hidden else "it is for recurrent networks"
 
@@ -363,7 +379,17 @@ OPTIMIZERS = {
     "whole": Optimizer(
         "hfjax with sampling=None: the curvature of all cases",
         whole,
-        unfit=lambda problem: "its steps are exact" if problem.options else None,
+        unfit=_steps_are_exact,
+    ),
+    "lowest": Optimizer(
+        "hfjax with damping=searched(sacrifice=0), the λ of the lowest f",
+        lowest,
+        unfit=_steps_are_exact,
+    ),
+    "ratio": Optimizer(
+        "hfjax with damping=levenberg_marquardt(), the λ that ρ says",
+        ratio,
+        unfit=_steps_are_exact,
     ),
     "spring": Optimizer(
         f"the same with sample_space.cholesky(momentum={MOMENTUM:g})",

@@ -239,13 +239,13 @@ def part(batch: Any, parts: int, count: jax.Array) -> Any:
     )
 
 
-def shuffled(batch: Any) -> Minibatches:
-    """Give minibatches of `MINIBATCH` examples, shuffled anew in each epoch.
+def shuffled(batch: Any, size: int = MINIBATCH) -> Minibatches:
+    """Give minibatches of so many examples, shuffled anew in each epoch.
 
     A last minibatch that would not be full is left out of the epoch.
     """
     cases = _cases(batch)
-    size = min(MINIBATCH, cases)
+    size = min(size, cases)
     batches = cases // size
 
     def draw(batch: Any, carry: Any, key: jax.Array) -> tuple[Any, Any]:

@@ -365,7 +365,10 @@ def test_a_bad_option_is_one_line_and_status_2(words, complaint, capsys):
 def test_a_suite_must_be_named(capsys):
     assert main(["compare"]) == 2
     message = capsys.readouterr().err
-    assert "--suite must be one of images, sequences, equations, classifier" in message
+    assert (
+        "--suite must be one of images, sequences, equations, classifier, transformers"
+        in message
+    )
 
 
 # The others run in the tests of their suites.
