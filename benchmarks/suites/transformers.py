@@ -40,7 +40,7 @@ class Body(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Map `[cases, steps, width]` to `[cases, steps, outputs]`."""
         start = nn.initializers.normal(0.02)
-        x += self.param("place", start, (x.shape[1], _WIDTH))
+        x += self.param("place", start, (1, x.shape[1], _WIDTH))
         for _ in range(_BLOCKS):
             y = nn.LayerNorm()(x)
             x += nn.MultiHeadDotProductAttention(_HEADS)(y, mask=mask)
