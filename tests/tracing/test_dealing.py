@@ -21,9 +21,9 @@ def positive(rng, count, length):
 
 
 def calls():
-    """Return a stack for fewer devices than there are, one for more, and lone ones."""
+    """Return stacks for fewer devices than there are, one for more, and lone ones."""
     rng = np.random.default_rng(2)
-    sizes = [(3, 4), (1, 5), (6, 2), (1, 3)]
+    sizes = [(3, 4), (1, 5), (6, 2), (1, 3), (2, 7)]
     return [(positive(rng, n, size), jnp.arange(1.0, n + 1)) for n, size in sizes]
 
 
@@ -72,6 +72,14 @@ def by_pmap(given):
 def test_devices_share_the_work_and_all_have_the_results(run):
     for found, stacks in zip(run(calls()), calls(), strict=True):
         np.testing.assert_allclose(found, truth(stacks), rtol=1e-12, atol=1e-14)
+
+
+def test_few_matrices_on_many_devices_are_no_more_matrices():
+    given = jax.device_put(calls(), NamedSharding(mesh(), PartitionSpec()))
+    run = jax.jit(functools.partial(dealing.dealt, function))
+    text = run.lower(given).compile().as_text()
+    assert f"[{DEVICES // 2},7,7]" in text
+    assert f"[{DEVICES},7,7]" not in text
 
 
 def test_members_of_an_ensemble_stay_on_their_devices():
