@@ -4,7 +4,7 @@
 
     B, D, S, P    curvature, damping matrices and preconditioner, from cases of the batch
     δ₁, δ₂, …     conjugate gradients on A δ = −∇f, from 0 or from ζ δ_before
-    δ             the iterate, or the step for another λ, with the lowest f
+    δ             the iterate, or the step for another λ, chosen by f
     c             a correction to δ, from the solver in `hfjax.sample_space`, else 0
     ρ, λ          how well M predicted the change of f; λ for the next update
     α             line search along αδ + α²c
