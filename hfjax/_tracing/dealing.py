@@ -92,7 +92,7 @@ def _in_shares(function: _Function, axes: tuple[Any, ...]) -> Callable:
 
     def of_stack(stacks: _Stacks) -> jax.Array:
         length, devices = len(stacks[0]), jax.lax.axis_size(axes)
-        # Gathered, the results of 7 matrices on 256 devices would be 256 matrices.
+        # Gathered, the results of two matrices on 256 devices would be 256 matrices.
         if devices >= 2 * length:
             return of_few(stacks)
         # The share of the last devices is filled up with copies of the last matrix.
