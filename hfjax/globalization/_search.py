@@ -46,9 +46,6 @@ _LONGEST = 0.5
 _MORE = 1.1
 """Where f shows nothing, lower λ if M then falls by this many times as much."""
 
-_SACRIFICE = 0.5
-"""`sacrifice` for conjugate gradients (`benchmarks/results/transformers.md`)."""
-
 _FURTHER = 1.01
 """A step is longer, and may cost some of the gain, if M falls by this many times as much."""
 
@@ -58,7 +55,7 @@ def search_damping(
     tolerance: Number,
     lower: Number | None,
     longest: Number | str | None,
-    sacrifice: Number | str,
+    sacrifice: Number,
     max_tries: int,
     cases: int | None,
 ) -> Backtracking:
@@ -68,12 +65,11 @@ def search_damping(
         at_damping = run.at_damping
         assert at_damping is not None, "other runs get another rule"
         dtype = before.value.dtype
-        exact, anchored = run.iterates is None, run.anchor is not None
-        by_default = _LONGEST if exact and lower is None else None
+        anchored = run.anchor is not None
+        exact = run.iterates is None and lower is None
+        by_default = _LONGEST if exact else None
         share = by_default if isinstance(longest, str) else longest
-        usual = 0.0 if exact or lower is not None else _SACRIFICE
-        given_up = usual if isinstance(sacrifice, str) else sacrifice
-        wants = _Wants(tolerance, lower, 0.0 if anchored else given_up, anchored)
+        wants = _Wants(tolerance, lower, 0.0 if anchored else sacrifice, anchored)
 
         def damping_at(power: jax.Array) -> jax.Array:
             return before.scalar * jnp.asarray(factor, dtype) ** power
@@ -149,8 +145,8 @@ def _next(
     # λ → ∞ repeats the last step, so keep the current λ.
     as_good = value <= search.lowest + (-jnp.abs(slack) if wants.anchored else slack)
     clearly_better = value < search.lowest - jnp.maximum(jnp.abs(slack), before.noise)
-    # The lowest f of each update does not make the lowest f of a run: longer steps get
-    # further, if they follow f and not the noise of a part of its cases.
+    # Longer steps may lead further in a run, if they follow f and not the noise of a part
+    # of its cases.
     given_up = options.like(wants.sacrifice, gain) * gain
     gives_up = (given_up > 0) & (gain > before.noise) & ~before.partial
     as_good = jnp.where(gives_up, value <= search.lowest - given_up, as_good)

@@ -188,7 +188,7 @@ def searched(
     tolerance: Number = 0.01,
     lower: Number | None = None,
     longest: Number | str | None = "auto",
-    sacrifice: Number | str = "auto",
+    sacrifice: Number = 0.0,
     max_tries: int = 8,
     cases: int | None = 2000,
     minimum: Number = 0.0,
@@ -226,10 +226,10 @@ def searched(
       sacrifice: share of the decrease of f that a longer step may give up: a lower λ is
         taken if f is above the lowest by at most this share of the decrease, and a higher
         one only if f falls by more than this share below it. The lowest f of each update
-        does not make the lowest f of a run: longer steps get further. 0 takes the lowest
-        f, as is done with momentum, and while B is of other cases than f: of a part of
-        them (`sampling`), or with an `eval_batch`. `"auto"` is 0.5 for conjugate gradients
-        without `lower`, else 0.
+        does not make the lowest f of a run: with 0.5 transformers, recurrent networks and
+        the first part of a run get further, but the last digits of some take longer. It
+        has no effect with momentum, or while B is of other cases than f: of a part of
+        them (`sampling`), or with an `eval_batch`.
       max_tries: the most evaluations of f.
       cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
         examples, f is evaluated on all of them.
@@ -269,10 +269,7 @@ def searched(
         if longest is not None and lower is not None:
             msg = "Pass `lower` or `longest`: one asks for the lowest f, one does not."
             raise ValueError(msg)
-    if isinstance(sacrifice, str):
-        options.check_choice("sacrifice", sacrifice, ("auto",))
-    else:
-        options.check_range("sacrifice", sacrifice, low=0.0, high=1.0)
+    options.check_range("sacrifice", sacrifice, low=0.0, high=1.0)
     options.check_count("max_tries", max_tries, low=1)
     if cases is not None:
         options.check_count("cases", cases, low=1)

@@ -439,7 +439,7 @@ def test_an_update_gives_up_half_for_a_longer_step_on_the_data_of_b(init, own_da
     objective = hfjax.Objective(lambda p, x: jnp.exp(p) * x, SQUARED)
     tx = hfjax.hessian_free(
         objective,
-        damping=damping.searched(init=init, factor=1.3),
+        damping=damping.searched(init=init, factor=1.3, sacrifice=0.5),
         preconditioner=None,
     )
     batch = (jnp.ones((1, 1)), jnp.full((1, 1), 2.0))
