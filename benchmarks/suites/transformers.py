@@ -4,14 +4,15 @@ Symbols, tags and labels are random, so all that can be learned is the examples;
 is what stays unknown then. About 20,000 parameters each.
 """
 
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import hfjax
+from benchmarks import cli
 from benchmarks.suites.problem import (
     Kind,
     Problem,
@@ -22,99 +23,48 @@ from benchmarks.suites.problem import (
     shuffled,
 )
 
-CASES, STEPS, SYMBOLS, TAGS, LABELS = 256, 16, 32, 12, 10
-PATCHES, PIXELS = 16, 9
-_BLOCKS, _WIDTH, _HEADS, _HIDDEN, _MINIBATCH = 2, 32, 4, 64, 32
-
-
-class Body(nn.Module):
-    """Blocks of attention and of dense layers, normalised before each, and a last layer.
-
-    Attributes:
-      outputs: of each step.
-    """
-
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Map `[cases, steps, width]` to `[cases, steps, outputs]`."""
-        start = nn.initializers.normal(0.02)
-        x += self.param("place", start, (1, x.shape[1], _WIDTH))
-        for _ in range(_BLOCKS):
-            y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(_HEADS)(y, mask=mask)
-            y = nn.Dense(_HIDDEN)(nn.LayerNorm()(x))
-            x += nn.Dense(_WIDTH)(nn.gelu(y))
-        return nn.Dense(self.outputs)(nn.LayerNorm()(x))
-
-
-class Writer(nn.Module):
-    """Each symbol of a sequence from those before it."""
-
-    @nn.compact
-    def __call__(self, symbols: jax.Array) -> jax.Array:
-        """Map `[cases, steps]` to logits of the next symbol."""
-        x = nn.Embed(SYMBOLS, _WIDTH)(symbols)
-        return Body(SYMBOLS)(x, nn.make_causal_mask(symbols))
-
-
-class Tagger(nn.Module):
-    """A tag for each symbol of a sequence, which 0 fills up."""
-
-    @nn.compact
-    def __call__(self, symbols: jax.Array) -> jax.Array:
-        """Map `[cases, steps]` to logits of the tags, which are 0 where nothing is."""
-        there = symbols > 0
-        x = nn.Embed(SYMBOLS + 1, _WIDTH)(symbols)
-        logits = Body(TAGS)(x, nn.make_attention_mask(there, there))
-        return jnp.where(there[..., None], logits, 0)
-
-
-class Vision(nn.Module):
-    """A label for an image of patches."""
-
-    @nn.compact
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        """Map `[cases, patches, pixels]` to logits of the labels."""
-        return jnp.mean(Body(LABELS)(nn.Dense(_WIDTH)(patches)), axis=1)
+CASES, STEPS, PATCHES, PIXELS = 256, 16, 16, 9
+_MINIBATCH = 32
 
 
 def writer() -> Problem:
     """Build the problem of sequences to be written from their first symbol."""
-    symbols = np.random.default_rng(0).integers(SYMBOLS, size=(CASES, STEPS + 1))
+    networks = _networks()
+    symbols = np.random.default_rng(0).integers(
+        networks.SYMBOLS, size=(CASES, STEPS + 1)
+    )
     # Nothing but the first symbol tells which of the sequences that begin so comes.
-    counts = np.bincount(symbols[:, 0], minlength=SYMBOLS)
+    counts = np.bincount(symbols[:, 0], minlength=networks.SYMBOLS)
     floor = float(np.mean(np.log(counts[symbols[:, 0]])))
     batch = (symbols[:, :-1], symbols[:, 1:])
     title = f"{CASES} sequences of {STEPS + 1} symbols, each symbol from those before"
-    return _problem(Writer(), batch, title, floor, (30.0, 10.0, 3.0, 1.0, 0.3))
+    return _problem(networks.Writer(), batch, title, floor, (30.0, 10.0, 3.0, 1.0, 0.3))
 
 
 def tagger() -> Problem:
     """Build the problem of sequences of different lengths with random tags."""
-    generator = np.random.default_rng(0)
-    symbols = generator.integers(1, SYMBOLS + 1, size=(CASES, STEPS))
-    tags = generator.integers(TAGS, size=symbols.shape)
+    networks, generator = _networks(), np.random.default_rng(0)
+    symbols = generator.integers(1, networks.SYMBOLS + 1, size=(CASES, STEPS))
+    tags = generator.integers(networks.TAGS, size=symbols.shape)
     lengths = generator.integers(STEPS // 2, STEPS + 1, size=CASES)
     there = np.arange(STEPS) < lengths[:, None]
-    floor = float(np.mean(np.sum(~there, axis=1)) * np.log(TAGS))
+    floor = float(np.mean(np.sum(~there, axis=1)) * np.log(networks.TAGS))
     batch = (np.where(there, symbols, 0), np.where(there, tags, 0))
     title = f"Tags of {CASES} sequences of {STEPS // 2} to {STEPS} symbols"
-    return _problem(Tagger(), batch, title, floor, (20.0, 10.0, 3.0, 1.0, 0.3))
+    return _problem(networks.Tagger(), batch, title, floor, (20.0, 10.0, 3.0, 1.0, 0.3))
 
 
 def vision() -> Problem:
     """Build the problem of random images with random labels."""
-    generator = np.random.default_rng(0)
+    networks, generator = _networks(), np.random.default_rng(0)
     patches = generator.standard_normal((CASES, PATCHES, PIXELS), dtype=np.float32)
-    batch = (patches, generator.integers(LABELS, size=CASES))
+    batch = (patches, generator.integers(networks.LABELS, size=CASES))
     title = f"Labels of {CASES} images of {PATCHES} patches"
-    return _problem(Vision(), batch, title, 0.0, (1.0, 0.3, 0.1, 0.03, 0.01))
+    return _problem(networks.Vision(), batch, title, 0.0, (1.0, 0.3, 0.1, 0.03, 0.01))
 
 
 def _problem(
-    network: nn.Module,
+    network: Any,
     arrays: Any,
     title: str,
     floor: float,
@@ -141,6 +91,15 @@ def _problem(
         minibatches=shuffled(batch, _MINIBATCH),
         loss="softmax",
     )
+
+
+def _networks() -> ModuleType:
+    try:  # Only this suite needs Flax.
+        from benchmarks.suites import transformer_networks
+    except ImportError as error:
+        msg = f"{error}: pip install 'hfjax[flax]'"
+        raise cli.RefusedError(msg) from error
+    return transformer_networks
 
 
 SUITE = Suite(

@@ -1,11 +1,15 @@
 """The suite of small transformers: what can be learned, and what a mask hides."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.suites import transformers
+import benchmarks.suites
+from benchmarks import cli
+from benchmarks.suites import transformer_networks, transformers
 
 BUILDERS = {
     "writer": transformers.writer,
@@ -45,7 +49,7 @@ def test_the_writer_does_not_look_ahead_and_the_tagger_not_at_what_fills_up():
     writer, tagger = transformers.writer(), transformers.tagger()
     inputs, _ = writer.data(0)
     params = writer.start(jax.random.key(0))
-    changed = inputs.at[:, 9:].set((inputs[:, 9:] + 1) % transformers.SYMBOLS)
+    changed = inputs.at[:, 9:].set((inputs[:, 9:] + 1) % transformer_networks.SYMBOLS)
     ours, theirs = (writer.objective.model_fn(params, x) for x in (inputs, changed))
     np.testing.assert_allclose(ours[:, :9], theirs[:, :9], atol=1e-5)
     assert float(jnp.max(jnp.abs(ours[:, 9:] - theirs[:, 9:]))) > 0.1
@@ -59,3 +63,12 @@ def test_the_writer_does_not_look_ahead_and_the_tagger_not_at_what_fills_up():
     ours = tagger.objective.model_fn(params, symbols)
     np.testing.assert_allclose(ours[there], moved[there], atol=1e-5)
     assert not np.any(ours[~there])
+
+
+def test_without_flax_the_suite_says_what_to_install(monkeypatch):
+    name = transformer_networks.__name__
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(benchmarks.suites, name.rpartition(".")[2])
+    monkeypatch.setitem(sys.modules, "flax", None)
+    with pytest.raises(cli.RefusedError, match=r"pip install 'hfjax\[flax\]'"):
+        transformers.vision()
