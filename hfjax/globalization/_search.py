@@ -148,7 +148,7 @@ def _next(
     # Longer steps may lead further in a run, if they follow f and not the noise of a part
     # of its cases.
     given_up = options.like(wants.sacrifice, gain) * gain
-    gives_up = (given_up > 0) & (gain > before.noise) & ~before.partial
+    gives_up = (given_up > 0) & (gain > before.noise) & jnp.logical_not(before.partial)
     as_good = jnp.where(gives_up, value <= search.lowest - given_up, as_good)
     is_longer = candidate.promised > _FURTHER * search.best.promised
     affordable = is_longer & (value <= search.lowest + given_up)
