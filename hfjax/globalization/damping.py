@@ -221,15 +221,16 @@ def searched(
         even if f is lowest there. Try 1/4 if the first updates have a ρ below 0.1 and
         later ones gain little, as with low-rank adapters. `None` compares f alone.
       longest: take the longest step along which f falls by at least this share of what M
-        predicts, however low f is at the end of shorter ones. `None` compares f;
+        predicts, however low f is at the end of shorter ones: in a narrow valley longer
+        steps get further. `None` compares f;
         `"auto"` is 0.5 for `hfjax.sample_space` without `lower`, else `None`.
       sacrifice: share of the decrease of f that a longer step may give up: a lower λ is
         taken if f is above the lowest by at most this share of the decrease, and a higher
         one only if f falls by more than this share below it. The lowest f of each update
-        does not make the lowest f of a run: with 0.5 transformers, recurrent networks and
-        the first part of a run get further, but the last digits of some take longer. It
-        has no effect with momentum, or while B is of other cases than f: of a part of
-        them (`sampling`), or with an `eval_batch`.
+        does not make the lowest f of a run: with 0.5 some transformers and a recurrent
+        network got further, but the last digits of an autoencoder took longer. It has no
+        effect with `longest` or momentum, or while B is of other cases than f: of a part
+        of them (`sampling`), or with an `eval_batch`.
       max_tries: the most evaluations of f.
       cases: as in `hfjax.backtracking.early_stop`. If there are fewer than twice as many
         examples, f is evaluated on all of them.

@@ -212,7 +212,7 @@ def kronecker_factored(
     four ways: the curvature of a large batch is of a part of it, which grows
     (`sampling.growing`); the preconditioner is `preconditioners.kronecker`; a run starts
     from 0 and stops when an iteration gains less than it costs (`stopping.marginal`); step
-    and λ are chosen together, by f over the subspace of the run
+    and λ are chosen together, with the lowest f over the subspace of the run
     (`damping.searched`).
     Gradient, curvature and f are from the same data, all of it or a large batch:
 
