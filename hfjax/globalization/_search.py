@@ -147,7 +147,7 @@ def _next(
     clearly_better = value < search.lowest - jnp.maximum(jnp.abs(slack), before.noise)
     # Longer steps may lead further in a run, if they follow f and not the noise of a part
     # of its cases.
-    given_up = options.like(wants.sacrifice, gain) * gain
+    given_up = options.like(wants.sacrifice, gain) * jnp.maximum(gain, 0)
     gives_up = (given_up > 0) & (gain > before.noise) & jnp.logical_not(before.partial)
     as_good = jnp.where(gives_up, value <= search.lowest - given_up, as_good)
     is_longer = candidate.promised > _FURTHER * search.best.promised
