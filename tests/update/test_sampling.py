@@ -1,6 +1,7 @@
 """The curvature of an update may be of a part of the cases, which grows by itself."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -319,3 +320,23 @@ def test_strict_promotion_takes_samples_and_microbatches_with_weights():
         update(tx, tx.init(START))
         quick_jit(f.value_and_grad)(START, (*BATCH, weights))
         quick_jit(f.value)(START, (*BATCH, weights))
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_longer_steps_cost_nothing_while_curvature_is_of_a_part(partial):
+    f = hfjax.Objective(lambda w, x: jnp.sin(2 * x @ w), hfjax.losses.squared_error())
+    start, steps = 0.3 * jax.random.normal(jax.random.key(0), (6, 1)), []
+    for sacrifice in (0.0, 0.5):
+        tx = optimizer(
+            f,
+            damping=hfjax.damping.searched(sacrifice=sacrifice),
+            backtracking="auto",
+        )
+        # A share of 1 is all cases: then a longer step may give up half of the decrease.
+        state = state_of(tx, share=0.0 if partial else 1.0)
+        state = state._replace(damping=jnp.float64(1.0))
+        grads = f.value_and_grad(start, BATCH)[1]
+        steps.append(
+            quick_jit(functools.partial(tx.update, batch=BATCH))(grads, state, start)[0]
+        )
+    assert np.allclose(*steps) == partial
