@@ -29,13 +29,13 @@ from hfjax.curvature import Curvature, ggn
 from hfjax.globalization.backtracking import Backtracking
 from hfjax.globalization.damping import Damping, searched
 from hfjax.globalization.linesearch import LineSearch, armijo
+from hfjax.objectives import masking
 from hfjax.objectives.balance import number_of_scales
 from hfjax.objectives.objective import Objective
 from hfjax.objectives.plain import terms_of
 from hfjax.preconditioners import PreconditionerRule
 from hfjax.solvers.cg import conjugate_gradient
 from hfjax.solvers.descent import Solver
-from hfjax.update import _masking
 from hfjax.update._bookkeeping import check_state, no_info, record_of
 from hfjax.update._drawn import drawn, first_sample
 from hfjax.update._judge import Judged, Trial, choose, go_along, judge, report
@@ -158,7 +158,7 @@ def hessian_free(
     changed = compiled.once(functools.partial(_update, parts))
 
     def init(params: Params) -> Any:
-        params = as_params(_masking.ours(params))
+        params = as_params(masking.ours(params))
         dtype = trees.scalar_dtype(params)
         state = HessianFreeState(
             count=jnp.zeros((), jnp.int32),
@@ -170,7 +170,7 @@ def hessian_free(
             record=record_of(None, fit.solver.max_iterations, dtype),
             info=no_info(dtype),
         )
-        return _masking.theirs(state)
+        return masking.theirs(state)
 
     def update(
         updates: Params,
@@ -185,15 +185,15 @@ def hessian_free(
         del extra_args  # Optax's contract: ignore what is not needed.
         if params is None or batch is None:
             raise missing("params" if params is None else "batch")
-        updates, state, params = _masking.ours((updates, state, params))
-        params, hidden = as_params(params), _masking.hidden_of(params, all_params)
+        updates, state, params = masking.ours((updates, state, params))
+        params, hidden = as_params(params), masking.hidden_of(params, all_params)
         check_gradient(updates, params)
         memory = jax.eval_shape(remembered, params)
         check_state(state, params, memory, scales, samples=fit.sampling is not None)
         if eval_batch is not None:
             terms_of(objective, eval_batch, "eval_batch")  # Raises if it is no batch.
         new = changed(updates, state, params, batch, eval_batch, hidden)
-        return _masking.theirs(without_derivative("An update", new))
+        return masking.theirs(without_derivative("An update", new))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -298,7 +298,7 @@ def _update(
         eval_batch=eval_batch,
     )
     if hidden is not None:
-        visible = _masking.of_visible(point.objective, params, hidden)
+        visible = masking.of_visible(point.objective, params, hidden)
         point = point._replace(objective=visible)
     # With data of its own for the evaluation, all of the batch is for the curvature.
     sampling = parts.fit.sampling if eval_batch is None else None

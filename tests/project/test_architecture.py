@@ -58,6 +58,7 @@ PACKAGES = {
         "plain",
         "balance",
         "objective",
+        "masking",
     ],
     "curvature": [
         "structural",
@@ -111,7 +112,6 @@ PACKAGES = {
     "update": [
         "state",
         "_bookkeeping",
-        "_masking",
         "point",
         "sampling",
         "_drawn",
