@@ -20,6 +20,7 @@ from hfjax.models import initializers as initializers
 from hfjax.models import scan as scan
 from hfjax.objectives import objective as objective
 from hfjax.objectives.objective import Objective as Objective
+from hfjax.preconditioners import scale_by_preconditioner as scale_by_preconditioner
 from hfjax.solvers import cg as cg
 from hfjax.solvers import iterates as iterates
 from hfjax.solvers import krylov as krylov

@@ -6,6 +6,12 @@ largest eigenvalues. Layers need no registration: they are found in the program 
 model.
 """
 
+from hfjax.preconditioners.preconditioned import (
+    ScaleByPreconditionerState as ScaleByPreconditionerState,
+)
+from hfjax.preconditioners.preconditioned import (
+    scale_by_preconditioner as scale_by_preconditioner,
+)
 from hfjax.preconditioners.rules import PreconditionerRule as PreconditionerRule
 from hfjax.preconditioners.rules import custom as custom
 from hfjax.preconditioners.rules import diagonal as diagonal

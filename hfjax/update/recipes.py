@@ -6,17 +6,23 @@
 | `martens2010` | all data | a part | best kept iterate | M stalls |
 | `curvature_guarded` | larger batch | a batch | best iterate on other data | f rises |
 | `momentum_like` | small batch | same | last iterate | M stalls, or at 50 |
+| `stochastic` | small batch | averaged | P⁻¹∇f with momentum | (it is not used) |
 
-Use `kronecker_factored` by default; it is what `hessian_free` does without options. The
-other three are those of Martens & Sutskever (2012), section 13: Gauss-Newton matrix, warm
-starts, the preconditioner (diag + λ)^0.75, and the Levenberg-Marquardt rule for λ.
+Use `kronecker_factored` by default; it is what `hessian_free` does without options. Use
+`stochastic` if batches are small and drawn anew in each update. The rest are the three of
+Martens & Sutskever (2012), section 13: Gauss-Newton matrix, warm starts, the preconditioner (diag + λ)^0.75, and the Levenberg-Marquardt rule for λ.
 Initialise the network well (`hfjax.initializers`). A small weight decay may help if a
 schedule turns it off near the end; take `grads` of `objective.at(state.count)` then.
 """
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from hfjax import preconditioners
+from hfjax._core import options
 from hfjax._core.types import Number, NumberOrSchedule
 from hfjax.globalization import backtracking, damping, linesearch
 from hfjax.objectives.objective import Objective
@@ -257,3 +263,88 @@ def kronecker_factored(
         line_search=linesearch.armijo(),
         sampling="auto",
     )
+
+
+def stochastic(
+    objective: Objective,
+    learning_rate: NumberOrSchedule = 0.1,
+    *,
+    damping: NumberOrSchedule = 0.1,
+    momentum: Number = 0.9,
+    max_change: Number | None = 1e-3,
+    decay: Number = 0.95,
+    interval: int = 20,
+    cases: int | None = 2000,
+) -> optax.GradientTransformationExtraArgs:
+    """Train on small batches drawn anew in each update: K-FAC with a given learning rate.
+
+        m ← μ m + min(1, √κ / (α √(gᵀP⁻¹g))) P⁻¹g,    θ ← θ − α m
+
+    g is the gradient of the batch, and P of Kronecker factors that are built, and averaged,
+    from the batch of every `interval`-th update. Products, a search for λ and values of f
+    follow the noise of small batches, so nothing else is computed.
+
+        value, grads = objective.value_and_grad(params, batch)
+        tx.update(grads, state, params, batch=batch)
+
+    Near the end lower `learning_rate` by a schedule, or hand over to `hessian_free` on all
+    data, which finds λ and the length of its steps by itself.
+
+    Args:
+      objective: f, with its weight decay.
+      learning_rate: α, a number or a schedule of the number of updates.
+      damping: λ, in units of the curvature of f; a number or a schedule. Too small a λ
+        amplifies the noise of the batch.
+      momentum: μ in [0, 1].
+      max_change: κ, the largest δᵀPδ of a step before momentum, in units of f. If the loss
+        is −log p, that is about twice the KL divergence from the outputs before the step. The
+        default is for some nats an example; raise it for losses that are summed over
+        many outputs. `None` for no bound.
+      decay: of the average over builds, as in `preconditioners.kronecker`.
+      interval: number of updates from one build of the factors to the next.
+      cases: number of examples that factors are estimated on at least; `None` for all.
+
+    Returns:
+      The transformation, a chain of `scale_by_preconditioner`, `optax.trace` and
+      `optax.scale_by_learning_rate`.
+
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if an option is out of range.
+
+    Example:
+      >>> import hfjax
+      >>> f = hfjax.Objective(lambda w, x: x @ w, hfjax.losses.squared_error())
+      >>> tx = stochastic(f, 0.2, damping=1e-3, max_change=None)
+      >>> w, state = jnp.zeros((2, 1)), tx.init(jnp.zeros((2, 1)))
+      >>> for n in range(200):
+      ...     x = jax.random.normal(jax.random.key(n), (32, 2)) * jnp.logspace(0, 2, 2)
+      ...     batch = (x, x @ jnp.array([[1.0], [-2.0]]))
+      ...     grads = f.value_and_grad(w, batch)[1]
+      ...     updates, state = tx.update(grads, state, w, batch=batch)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(w.ravel().round(2))
+      [ 1. -2.]
+
+    References:
+      Martens & Grosse (2015); Ba, Grosse & Martens (2017), section 5, for κ.
+    """
+    options.check_range("learning_rate", learning_rate, low=0.0)
+    options.check_range("momentum", momentum, low=0.0, high=1.0)
+    if max_change is not None:
+        options.check_range("max_change", max_change, low=0.0, open_low=True)
+
+    def bound(count: jax.Array) -> jax.Array:
+        rate = options.read(learning_rate, count).astype(float)
+        return jnp.sqrt(jnp.asarray(max_change, rate.dtype)) / rate
+
+    factors = preconditioners.kronecker(decay=decay, interval=interval, cases=cases)
+    scaled = preconditioners.scale_by_preconditioner(
+        objective,
+        preconditioner=factors,
+        damping=damping,
+        bound=None if max_change is None else bound,
+    )
+    rate: Any = learning_rate
+    by_rate = optax.scale_by_learning_rate(rate)
+    return optax.chain(scaled, optax.trace(momentum), by_rate)

@@ -85,6 +85,7 @@ PACKAGES = {
         "_kronecker",
         "_nystrom",
         "rules",
+        "preconditioned",
     ],
     "solvers": [
         "stopping",
