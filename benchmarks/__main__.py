@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compare
+from benchmarks import batches, compare
 from benchmarks.cli import Parser, RefusedError
 from benchmarks.micro import (
     accelerator,
@@ -20,6 +20,7 @@ from benchmarks.micro import (
 
 _COMMANDS = {
     "compare": compare,
+    "batches": batches,
     "product": product,
     "costs": costs,
     "preconditioners": preconditioners,

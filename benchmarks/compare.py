@@ -34,6 +34,7 @@ from benchmarks.suites import (
     classifier,
     equations,
     images,
+    minibatch,
     mnist,
     sequences,
     transformers,
@@ -42,7 +43,7 @@ from benchmarks.suites.problem import Measure, Problem, Suite
 
 SUITES: dict[str, Suite] = {
     module.SUITE.name: module.SUITE
-    for module in (images, sequences, equations, classifier, transformers)
+    for module in (images, sequences, equations, classifier, transformers, minibatch)
 }
 
 TURN = 10.0

@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from jax.flatten_util import ravel_pytree
 
 import hfjax
 from benchmarks import peers
-from benchmarks.harness.machine import Taken, compile_ahead, timed
+from benchmarks.first_order import (
+    ADAM_RATES,
+    MUON_RATES,
+    STOCHASTIC_RATES,
+    adam,
+    muon,
+    stochastic,
+)
+from benchmarks.harness.machine import Taken, compile_ahead
 from benchmarks.harness.race import Carry, Racer
 from benchmarks.suites.problem import Hand, Problem, alone, everything, guarded
-
-ADAM_RATES = (1e-2, 1e-3, 1e-4)
-MUON_RATES = (0.2, 0.05, 0.02, 0.005)
-"""Around 0.02, which its author uses."""
 
 MOMENTUM = 0.5
 """Of SPRING (Goldshlager, Abrahamsen & Lin, 2024), as `solver="auto"` has it."""
@@ -39,8 +42,6 @@ _STRUCTURAL = 0.03  # μ / λ in Sutskever's program
 _WARM_START = 0.95  # likewise
 _MAX_ITERATIONS = 100  # 300 in his program
 _MOST_NUMBERS = 5 * 10**8  # of a Jacobian: 4 GB in float64
-_STEP_SECONDS = 0.25
-"""Of small updates in one call, so that Python's part does not count."""
 
 Build = Callable[[Problem, Any, int], Any]
 """`(problem, params, seed) -> racer`, or `-> (learning_rate -> racer)` for optimizers with
@@ -201,22 +202,6 @@ def without_structural_damping(problem: Problem, params: Any, seed: int) -> Race
     return sutskever2011(problem, params, seed, structural=0.0)
 
 
-def adam(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
-    """Build Adam; its gradients are clipped if the problem says so."""
-
-    def optimizer(rate: Any) -> optax.GradientTransformation:
-        if problem.clip is None:
-            return optax.adam(rate)
-        return optax.chain(optax.clip_by_global_norm(problem.clip), optax.adam(rate))
-
-    return _first_order(optimizer, problem, params, seed)
-
-
-def muon(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
-    """Build Muon, with Adam on biases."""
-    return _first_order(optax.contrib.muon, problem, params, seed)
-
-
 def lbfgs(problem: Problem, params: Any, seed: int) -> Racer:
     """Build `optax.lbfgs` on all examples: memory 10, zoom line search.
 
@@ -287,48 +272,6 @@ def ours(
         taken,
         lambda carry: hfjax.diagnostics.scalars(carry.state),
     )
-
-
-def _first_order(
-    optimizer: Callable[[Any], optax.GradientTransformation],
-    problem: Problem,
-    params: Any,
-    seed: int,
-) -> Callable[[float], Racer]:
-    """Build an optimizer on minibatches, compiled once for all learning rates.
-
-    A step is as many updates as take about a quarter of a second, at most an epoch.
-    """
-    minibatches, key = problem.minibatches, jax.random.key(seed)
-    cases, data = minibatches.cases, problem.data(seed)
-
-    def steps(carry: Carry, rate: Any, count: Any, data: Any) -> Carry:
-        def one(_: jax.Array, carry: Carry) -> Carry:
-            batch, kept = minibatches.draw(data, carry, key)
-            _, grads = problem.objective.value_and_grad(carry.params, batch)
-            updates, state = optimizer(rate).update(grads, carry.state, carry.params)
-            params: Any = optax.apply_updates(carry.params, updates)
-            return Carry(params, state, carry.updates + 1, kept)
-
-        return jax.lax.fori_loop(0, count, one, carry)
-
-    def init(params: Any) -> Carry:
-        kept = jnp.arange(cases) if cases else problem.kept
-        return Carry(params, optimizer(0.0).init(params), jnp.int32(0), kept)
-
-    idle, single, start = jnp.float32(0), jnp.int32(1), init(params)
-    compiled, taken = compile_ahead(steps, start, idle, single, data)
-    jax.block_until_ready(compiled(start, idle, single, data))  # The first warms up.
-    _, once = timed(lambda: compiled(start, idle, single, data))
-    fit = max(1, int(_STEP_SECONDS / once.wall))
-    epoch = minibatches.epoch or fit
-    count = jnp.int32(min(fit, epoch))
-
-    def racer(learning_rate: float) -> Racer:
-        rate = jnp.float32(learning_rate)
-        return Racer(init, lambda carry: compiled(carry, rate, count, data), taken)
-
-    return racer
 
 
 def _not_exact(problem: Problem) -> str | None:
@@ -416,6 +359,9 @@ OPTIMIZERS = {
         "hfjax.recipes.momentum_like, a quarter of the curvature's cases at a time",
         momentum_like,
     ),
+    "stochastic": Optimizer(
+        "hfjax.recipes.stochastic on minibatches", stochastic, STOCHASTIC_RATES
+    ),
     "sutskever2011": Optimizer(
         f"Sutskever's program, structural damping μ = {_STRUCTURAL:g} λ",
         sutskever2011,
@@ -430,11 +376,18 @@ OPTIMIZERS = {
     "muon": Optimizer("optax.contrib.muon on minibatches", muon, MUON_RATES),
     "lbfgs": Optimizer("optax.lbfgs on all examples", lbfgs),
     "kfac": Optimizer(
-        "kfac_jax.Optimizer as in its autoencoder example, on all examples",
+        "kfac_jax.Optimizer as in its autoencoder example, on the update's examples",
         peers.kfac,
         module="kfac_jax",
         package="kfac-jax",
         unfit=peers.unfit_for_kfac,
+    ),
+    "kron": Optimizer(
+        "rollfast.kron, PSGD with Kronecker factors, on minibatches",
+        peers.kron,
+        peers.KRON_RATES,
+        module="rollfast",
+        package="rollfast",
     ),
     "somax": Optimizer(
         "somax.sgn_ce or sgn_mse, Gauss-Newton by CG as in its README, on all examples",

@@ -3,15 +3,19 @@
 They are imported when they are built, so that `compare` works without them.
 """
 
+import contextlib
 import importlib
+import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from benchmarks.first_order import first_order
 from benchmarks.harness.machine import Taken, compile_ahead, timed
 from benchmarks.harness.race import Carry, Racer
 from benchmarks.suites.problem import Problem
@@ -19,12 +23,19 @@ from benchmarks.suites.problem import Problem
 SOMAX_RATES = (1.0, 0.1)
 """The default, and that of somax's README."""
 
+KRON_RATES = (1e-2, 1e-3, 3e-4)
+"""Its default and the other of rollfast's README, and a larger one."""
+
+_BURN_IN = 5  # batches that K-FAC estimates its factors on before the first update
 _WARM = 6  # updates, after which K-FAC has done all that it ever does
 _REGISTER: dict[str | None, str] = {
     "sigmoid": "register_sigmoid_cross_entropy_loss",
     "softmax": "register_softmax_cross_entropy_loss",
 }
 _SOMAX: dict[str | None, str] = {"softmax": "sgn_ce", "squared": "sgn_mse"}
+
+_BatchOf: TypeAlias = Callable[[Carry], tuple[Any, Any]]
+"""`carry -> (batch, kept)`."""
 
 
 def unfit_for_redrawn(problem: Problem) -> str | None:
@@ -37,58 +48,36 @@ def unfit_for_redrawn(problem: Problem) -> str | None:
 def unfit_for_kfac(problem: Problem) -> str | None:
     """Say why kfac-jax cannot solve a problem."""
     if problem.layered and problem.loss in _REGISTER:
-        return unfit_for_redrawn(problem)
+        return None
     return "kfac-jax has no curvature blocks for such a model"
 
 
 def kfac(problem: Problem, params: Any, seed: int) -> Racer:
     """Build kfac-jax as its example of an autoencoder on MNIST has it.
 
-    All cases in each update; damping, learning rate and momentum adapt. The example's
-    ℓ₂ regularisation is left out: f has none.
+    All cases in each update, or those that are drawn for it; damping, learning rate and
+    momentum adapt. The example's ℓ₂ regularisation is left out: f has none.
 
     Returns:
       The racer; a step is an update.
     """
-    module = _kfac_jax()
-    register = getattr(module, _REGISTER[problem.loss])
-    objective, key = problem.objective, jax.random.key(seed)
-    batch = problem.data(seed)
-
-    def loss(params: Any, batch: Any) -> jax.Array:
-        inputs, targets = batch
-        outputs = objective.model_fn(params, inputs)
-        register(outputs, targets)
-        return jnp.mean(objective.loss.value(outputs, targets))
-
-    optimizer = module.Optimizer(
-        jax.value_and_grad(loss),
-        l2_reg=0.0,
-        inverse_update_period=5,
-        damping_adaptation_interval=5,
-        num_burnin_steps=5,
-        curvature_ema=0.95,
-        use_adaptive_damping=True,
-        use_adaptive_learning_rate=True,
-        use_adaptive_momentum=True,
-        damping_adaptation_decay=0.95,
-        initial_damping=150.0,
-        min_damping=1e-5,
-        max_damping=1000.0,
-        multi_device=False,
-    )
+    optimizer, key = _kfac_optimizer(problem), jax.random.key(seed)
+    batch_of = _batches(problem, params, seed)
 
     def init(params: Any) -> Carry:
-        state = optimizer.init(params, key, batch)
+        carry = Carry(params, (), jnp.int32(0), problem.kept)
+        state = optimizer.init(params, key, batch_of(carry)[0])
         # Its updates take over the memory of what they are given. All is put where a
         # checkpoint puts it, as updates after one would else be compiled anew.
-        carry = Carry(jax.tree.map(jnp.copy, params), state, jnp.int32(0))
+        carry = carry._replace(params=jax.tree.map(jnp.copy, params), state=state)
         return jax.device_put(carry, jax.devices()[0])
 
     def step(carry: Carry) -> Carry:
         count = int(carry.updates)
+        batch, kept = batch_of(carry)
         # The first update draws batches for the burn-in, and may take their memory.
-        data = {"batch": batch} if count else {"data_iterator": _copies(batch)}
+        first = itertools.chain(_before(batch_of, carry), _copies(batch))
+        data = {"batch": batch} if count else {"data_iterator": first}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some donated buffers")
             params, state, _ = optimizer.step(
@@ -98,7 +87,7 @@ def kfac(problem: Problem, params: Any, seed: int) -> Racer:
                 global_step_int=count,
                 **data,
             )
-        return Carry(params, state, carry.updates + 1)
+        return Carry(params, state, carry.updates + 1, kept)
 
     def warm() -> Carry:
         carry = init(params)
@@ -124,6 +113,48 @@ def kfac(problem: Problem, params: Any, seed: int) -> Racer:
         lambda carry: leaves_of(step(state_of(carry))),
         compiling,
     )
+
+
+def _kfac_optimizer(problem: Problem) -> Any:
+    """Build the optimizer with the settings of the example."""
+    module = _kfac_jax()
+    register = getattr(module, _REGISTER[problem.loss])
+    objective = problem.objective
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        inputs, targets = batch
+        outputs = objective.model_fn(params, inputs)
+        register(outputs, targets)
+        return jnp.mean(objective.loss.value(outputs, targets))
+
+    return module.Optimizer(
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        inverse_update_period=5,
+        damping_adaptation_interval=5,
+        num_burnin_steps=_BURN_IN,
+        curvature_ema=0.95,
+        use_adaptive_damping=True,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        damping_adaptation_decay=0.95,
+        initial_damping=150.0,
+        min_damping=1e-5,
+        max_damping=1000.0,
+        multi_device=False,
+    )
+
+
+def kron(problem: Problem, params: Any, seed: int) -> Callable[[float], Racer]:
+    """Build PSGD Kron, a Kronecker-factored preconditioner, with rollfast's defaults."""
+    module = importlib.import_module("rollfast")
+
+    def optimizer(rate: Any) -> optax.GradientTransformation:
+        # A checkpoint holds numbers, and no key of the new kind.
+        tx = module.kron(rate, key=jax.random.key_data(jax.random.key(seed)))
+        return tx._replace(init=_silent(tx.init))
+
+    return first_order(optimizer, problem, params, seed)
 
 
 def unfit_for_somax(problem: Problem) -> str | None:
@@ -246,6 +277,33 @@ def _kfac_jax() -> Any:
 
 def _copies(batch: Any) -> Iterator[Any]:
     return (jax.tree.map(jnp.copy, batch) for _ in itertools.count())
+
+
+def _batches(problem: Problem, params: Any, seed: int) -> _BatchOf:
+    """Return what gives an update's examples, and what the next one keeps of them."""
+    data = problem.data(seed)
+    if problem.redraw is None:
+        return lambda carry: problem.batch(data, carry)
+    start = Carry(params, (), jnp.int32(0), problem.kept)
+    compiled, _ = compile_ahead(problem.batch, data, start)
+    return lambda carry: compiled(data, carry._replace(state=()))
+
+
+def _before(batch_of: _BatchOf, carry: Carry) -> Iterator[Any]:
+    """Give batches for the burn-in: other examples than the updates', if they change."""
+    for ahead in range(_BURN_IN):
+        earlier = carry._replace(updates=carry.updates - 1 - ahead)
+        yield jax.tree.map(jnp.copy, batch_of(earlier)[0])
+
+
+def _silent(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function from printing."""
+
+    def quiet(*args: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return fn(*args)
+
+    return quiet
 
 
 def _compiled(

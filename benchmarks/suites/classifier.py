@@ -26,6 +26,13 @@ SIZES = (784, 100, 100, 10)
 _CASES = 10_000
 
 
+def tanh_network(params: Layers, x: jax.Array) -> jax.Array:
+    """Map `[cases, inputs]` to logits, through dense layers with tanh between them."""
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
 def classification(
     images: np.ndarray,
     labels: np.ndarray,
@@ -33,14 +40,8 @@ def classification(
     curvature: str = "full",
 ) -> Problem:
     """Build the problem of a classifier, with a curvature of its loss."""
-
-    def model_fn(params: Layers, x: jax.Array) -> jax.Array:
-        for layer in params[:-1]:
-            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-        return x @ params[-1]["kernel"] + params[-1]["bias"]
-
     loss = hfjax.losses.softmax_cross_entropy_with_integer_labels(curvature=curvature)
-    objective = hfjax.Objective(model_fn, loss)
+    objective = hfjax.Objective(tanh_network, loss)
     batch = (jnp.asarray(images), jnp.asarray(labels))
     layers = "-".join(map(str, sizes))
     return Problem(

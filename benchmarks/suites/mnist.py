@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ from benchmarks.suites.curves import SIDE
 FILE = "mnist.npz"
 URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 
-_CASES = 60_000
-_IMAGES, _LABELS = "x_train", "y_train"
+_CASES = {"train": 60_000, "test": 10_000}
 _SHA256 = {
     # Of the values, uint8 in C order and original order. With the bytes of its
     # header before them, each is the well-known checksum of the IDX file.
     "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
     "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+    "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+    "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
 _UNREADABLE = (
     OSError,
@@ -39,11 +41,15 @@ _UNREADABLE = (
 """What NumPy raises for files that are cut short, damaged or something else."""
 
 
-def images(data_dir: str | os.PathLike[str]) -> np.ndarray:
-    """Read the training images, and verify that they are MNIST's.
+def images(data_dir: str | os.PathLike[str], part: str = "train") -> np.ndarray:
+    """Read images, and verify that they are MNIST's.
+
+    Args:
+      data_dir: the folder that holds the file.
+      part: `"train"`, the 60,000 training images, or `"test"`, the 10,000 others.
 
     Returns:
-      Shape `[60000, 784]`, float32 in [0, 1].
+      Shape `[cases, 784]`, float32 in [0, 1].
 
     Raises:
       FileNotFoundError: if the file is missing.
@@ -52,8 +58,8 @@ def images(data_dir: str | os.PathLike[str]) -> np.ndarray:
     path = Path(data_dir) / FILE
     if missing(data_dir):
         raise FileNotFoundError(missing(data_dir))
-    shapes = {_IMAGES: (_CASES, SIDE, SIDE)}
-    pixels = _arrays(path, str(path), shapes)[_IMAGES]
+    name = f"x_{part}"
+    pixels = _arrays(path, str(path), [name])[name]
     return pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)
 
 
@@ -72,37 +78,44 @@ def missing(data_dir: str | os.PathLike[str]) -> str | None:
     )
 
 
-def labels(data_dir: str | os.PathLike[str]) -> np.ndarray:
-    """Read the digits of the training images, and verify them.
+def labels(data_dir: str | os.PathLike[str], part: str = "train") -> np.ndarray:
+    """Read the digits of the images, and verify them.
+
+    Args:
+      data_dir: the folder that holds the file.
+      part: `"train"` or `"test"`, as for `images`.
 
     Returns:
-      Shape `[60000]`, int32, from 0 to 9.
+      Shape `[cases]`, int32, from 0 to 9.
 
     Raises:
       OSError: if there is no such file.
       ValueError: if it does not hold MNIST's labels.
     """
-    path = Path(data_dir) / FILE
-    shapes = {_LABELS: (_CASES,)}
-    return _arrays(path, str(path), shapes)[_LABELS].astype(np.int32)
+    path, name = Path(data_dir) / FILE, f"y_{part}"
+    return _arrays(path, str(path), [name])[name].astype(np.int32)
 
 
-def _arrays(
-    path: Path, source: str, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """Read and verify some of a file's arrays, which are uint8 and of given shapes."""
+def _shape(name: str) -> tuple[int, ...]:
+    """Return the shape of an array, such as `x_train`."""
+    kind, _, part = name.partition("_")
+    return (_CASES[part], SIDE, SIDE) if kind == "x" else (_CASES[part],)
+
+
+def _arrays(path: Path, source: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read and verify some of a file's arrays, which are uint8."""
     arrays = {}
     try:
         # NumPy would leave a file that it opened, and cannot read, to the collector.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            for name in shapes:
+            for name in names:
                 arrays[name] = archive[name]
     except _UNREADABLE as error:
         raise _not_mnist(source, f"it cannot be read ({error})") from error
     except TypeError as error:  # A lone array, `.npy`, is no archive.
         raise _not_mnist(source, "it is no .npz archive") from error
-    for name, shape in shapes.items():
-        array = arrays[name]
+    for name, array in arrays.items():
+        shape = _shape(name)
         if array.shape != shape or array.dtype != np.uint8:
             came = f"{name} is {array.dtype}{list(array.shape)}"
             raise _not_mnist(source, f"{came}, not uint8{list(shape)}")
@@ -144,8 +157,7 @@ def fetch(data_dir: str | os.PathLike[str]) -> None:
                 f"it at {path}."
             )
             raise ConnectionError(msg) from error
-        shapes = {_IMAGES: (_CASES, SIDE, SIDE), _LABELS: (_CASES,)}
-        _arrays(part, URL, shapes)
+        _arrays(part, URL, _SHA256)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

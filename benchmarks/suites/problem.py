@@ -98,6 +98,8 @@ class Problem:
       clip: norm that gradients of a minibatch are clipped to, if they must be.
       rows: of the Jacobian, if a step can be solved for exactly.
       residuals: `(params, batch) -> r` of which f is ½ rᵀr, if it is.
+      looped: whether several small updates may be one compiled loop. XLA's convolutions on
+        a CPU are many times slower in a loop.
     """
 
     summary: Summary
@@ -117,6 +119,7 @@ class Problem:
     clip: float | None = None
     rows: int = 0
     residuals: Callable[[Any, Any], jax.Array] | None = None
+    looped: bool = True
 
     def batch(self, data: Any, carry: Any) -> tuple[Any, Any]:
         """Return the examples of an update, and what the next one keeps of them.

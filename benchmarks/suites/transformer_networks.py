@@ -13,20 +13,28 @@ class Body(nn.Module):
 
     Attributes:
       outputs: of each step.
+      blocks: how many.
+      width: of what blocks add to.
+      heads: of attention.
+      hidden: units of the dense layers.
     """
 
     outputs: int
+    blocks: int = _BLOCKS
+    width: int = _WIDTH
+    heads: int = _HEADS
+    hidden: int = _HIDDEN
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Map `[cases, steps, width]` to `[cases, steps, outputs]`."""
         start = nn.initializers.normal(0.02)
-        x += self.param("place", start, (1, x.shape[1], _WIDTH))
-        for _ in range(_BLOCKS):
+        x += self.param("place", start, (1, x.shape[1], self.width))
+        for _ in range(self.blocks):
             y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(_HEADS)(y, mask=mask)
-            y = nn.Dense(_HIDDEN)(nn.LayerNorm()(x))
-            x += nn.Dense(_WIDTH)(nn.gelu(y))
+            x += nn.MultiHeadDotProductAttention(self.heads)(y, mask=mask)
+            y = nn.Dense(self.hidden)(nn.LayerNorm()(x))
+            x += nn.Dense(self.width)(nn.gelu(y))
         return nn.Dense(self.outputs)(nn.LayerNorm()(x))
 
 

@@ -111,6 +111,6 @@ SUITE = Suite(
         "vision": Kind("labels of images in patches", lambda _: vision()),
     },
     default=("writer", "tagger", "vision"),
-    optimizers=("hfjax", "sacrifice", "ratio", "adam", "muon", "lbfgs"),
+    optimizers=("hfjax", "sacrifice", "ratio", "stochastic", "adam", "muon", "lbfgs"),
     seconds=20.0,
 )
